@@ -1,0 +1,1 @@
+"""ESAPN: embedding sizes searched by reinforcement learning on a stream (SIGIR 2020)."""

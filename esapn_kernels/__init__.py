@@ -1,0 +1,7 @@
+"""Ragged embeddings that grow: lookup, gradient and promotion of rows stored at their own size."""
+
+from .module import MemoryReport, ResizableEmbedding
+
+__all__ = ["MemoryReport", "ResizableEmbedding", "__version__"]
+
+__version__ = "0.1.0"

@@ -1,0 +1,85 @@
+"""Optimizer state of rows that move.
+
+Any ``torch.optim`` optimizer that holds an arena's ``storage`` keeps, per element, state of the same
+shape (Adam's moments, Adagrad's sum, SGD's momentum). When a row moves, that state must move or be
+reset, and when the arena grows, it must grow. One hook, run before every optimizer step, finds the
+optimizers that hold an arena, so user code does not register anything; state exists only after the
+first step, so none is missed.
+
+Documented behaviour: the state of a *resized* row starts afresh (zero; Adagrad's configured
+``initial_accumulator_value``), as that of a row never seen; the state of every other row is untouched
+wherever the row moves. The shared step counter of Adam goes on.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+if TYPE_CHECKING:
+    from .arena import Arena
+
+__all__ = ["Companion", "companions", "track"]
+
+_arenas: weakref.WeakSet[Arena] = weakref.WeakSet()
+_optimizers: weakref.WeakKeyDictionary[Arena, weakref.WeakSet[torch.optim.Optimizer]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+@dataclass(frozen=True)
+class Companion:
+    """A tensor of the storage's shape; ``fresh`` is what it holds for a row never seen."""
+
+    tensor: Tensor
+    fresh: float
+    replace: Callable[[Tensor], None]
+
+
+def track(arena: Arena) -> None:
+    """Follow ``arena``: optimizers that step it are found from now on."""
+    _arenas.add(arena)
+
+
+def _find(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    if not _arenas:
+        return
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for arena in _arenas:
+        if id(arena.storage) in held:
+            _optimizers.setdefault(arena, weakref.WeakSet()).add(optimizer)
+
+
+register_optimizer_step_pre_hook(_find)
+
+
+def companions(arena: Arena) -> Iterator[Companion]:
+    """The gradient of ``arena.storage`` and the state that optimizers hold for it."""
+    storage = arena.storage
+    if storage.grad is not None and not storage.grad.is_sparse:
+        yield Companion(storage.grad, 0.0, lambda value: setattr(storage, "grad", value))
+    for optimizer in _optimizers.get(arena, ()):
+        state = optimizer.state.get(storage)
+        if not state:
+            continue
+        group = next(g for g in optimizer.param_groups if any(p is storage for p in g["params"]))
+        for name, value in list(state.items()):
+            if isinstance(value, Tensor) and value.shape == storage.shape:
+                fresh = group.get("initial_accumulator_value", 0.0) if name == "sum" else 0.0
+
+                def replace(grown: Tensor, state: Any = state, name: str = name) -> None:
+                    state[name] = grown
+
+                yield Companion(value, fresh, replace)
+
+
+def state_bytes(arena: Arena) -> int:
+    """Bytes of the optimizer state held for ``arena.storage``."""
+    found = [c for c in companions(arena) if c.tensor is not arena.storage.grad]
+    return sum(c.tensor.untyped_storage().nbytes() for c in found)

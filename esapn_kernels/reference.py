@@ -1,0 +1,108 @@
+"""The definition of every operator, hop by hop, in plain PyTorch: the oracle.
+
+Nothing here is fast and nothing here shares code with the paths it judges. A row of level ``k`` is
+``e`` in R^{d_k}; the chain of the paper (section 3.2, "embedding transformation") is
+
+    e_{j+1} = W_j e_j + b_j        W_j in R^{d_{j+1} x d_j},   j = k, ..., n - 2
+
+and the lookup of an ID is its row carried to the last level. All functions take any float dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["lookup_grad_reference", "lookup_reference", "promote_reference", "split_chain"]
+
+
+def split_chain(chain: Tensor, sizes: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+    """Views ``(W_j, b_j)`` of the packed chain parameter, shapes ``[d_{j+1}, d_j]`` and ``[d_{j+1}]``.
+
+    ``chain`` holds one block ``[W_j | b_j]^T`` of shape ``[d_j + 1, d_{j+1}]`` for every hop.
+
+    >>> (w, b), = split_chain(torch.tensor([1.0, 2.0, 3.0, 4.0]), (1, 2))
+    >>> w.tolist(), b.tolist()
+    ([[1.0], [2.0]], [3.0, 4.0])
+    """
+    hops = []
+    offset = 0
+    for d_in, d_out in zip(sizes, sizes[1:], strict=False):
+        block = chain[offset : offset + (d_in + 1) * d_out].view(d_in + 1, d_out)
+        hops.append((block[:d_in].t(), block[d_in]))
+        offset += (d_in + 1) * d_out
+    return hops
+
+
+def _row(storage: Tensor, start: int, dim: int) -> Tensor:
+    return storage[start : start + dim]
+
+
+def _locate(i: int, row_start: Tensor, page_level: Tensor, page: int) -> tuple[int, int]:
+    start = int(row_start[i])
+    return start, int(page_level[start // page])
+
+
+def lookup_reference(
+    ids: Tensor,
+    storage: Tensor,
+    chain: Tensor,
+    row_start: Tensor,
+    page_level: Tensor,
+    sizes: Sequence[int],
+    page: int,
+) -> Tensor:
+    """``y(x) = e_n`` for every ID, one hop after another; returns ``[*ids.shape, d_n]``.
+
+    Differentiable by autograd with respect to ``storage`` and ``chain``.
+    """
+    hops = split_chain(chain, sizes)
+    out = []
+    for i in ids.reshape(-1).tolist():
+        start, level = _locate(i, row_start, page_level, page)
+        e = _row(storage, start, sizes[level])
+        for weight, bias in hops[level:]:
+            e = weight @ e + bias
+        out.append(e)
+    flat = torch.stack(out) if out else storage.new_empty(0, sizes[-1])
+    return flat.view(*ids.shape, sizes[-1])
+
+
+def lookup_grad_reference(
+    grad_out: Tensor,
+    ids: Tensor,
+    storage: Tensor,
+    chain: Tensor,
+    row_start: Tensor,
+    page_level: Tensor,
+    sizes: Sequence[int],
+    page: int,
+) -> tuple[Tensor, Tensor]:
+    """Gradients ``(d storage, d chain)`` of :func:`lookup_reference`, written out by hand.
+
+    Walking the hops of one ID backwards from ``g = dY``: ``dW_j += g e_j^T``, ``db_j += g``,
+    ``g <- W_j^T g``; what is left at the row's own level is added to the row's gradient.
+    """
+    hops = split_chain(chain, sizes)
+    grad_storage = torch.zeros_like(storage)
+    grad_chain = torch.zeros_like(chain)
+    grad_hops = split_chain(grad_chain, sizes)
+    for i, g in zip(ids.reshape(-1).tolist(), grad_out.reshape(-1, sizes[-1]), strict=True):
+        start, level = _locate(i, row_start, page_level, page)
+        path = [_row(storage, start, sizes[level])]
+        for weight, bias in hops[level:-1] if level < len(hops) else []:
+            path.append(weight @ path[-1] + bias)
+        for j in range(len(hops) - 1, level - 1, -1):
+            grad_hops[j][0].add_(torch.outer(g, path[j - level]))
+            grad_hops[j][1].add_(g)
+            g = hops[j][0].t() @ g
+        _row(grad_storage, start, sizes[level]).add_(g)
+    return grad_storage, grad_chain
+
+
+def promote_reference(row: Tensor, level: int, chain: Tensor, sizes: Sequence[int]) -> Tensor:
+    """The row one level up, ``W_k e + b_k``: its lookup does not change (paper section 3.2)."""
+    weight, bias = split_chain(chain, sizes)[level]
+    return weight @ row + bias
