@@ -1,0 +1,89 @@
+"""The recommender: two towers over resizable rows, and an inference layer (paper section 3.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from esapn_kernels import ResizableEmbedding
+
+__all__ = ["TwoTower", "event_losses", "predictions"]
+
+
+class TwoTower(nn.Module):
+    """Score of a (user, item) pair.
+
+        v_side = tanh(BN(y_side(x)))           y: the row carried to d_n (``ResizableEmbedding``)
+        logits = W_2 tanh(BN(W_1 BN([v_user; v_item]) + b_1)) + b_2
+
+    BatchNorm sees the selected rows only: each event's row at its own size.
+
+    Args:
+        n_users, n_items: rows of the two embeddings.
+        sizes: candidate sizes; one size makes it the FIXED baseline.
+        n_outputs: 1 (binary) or the number of classes.
+        hidden: width of the inference layer.
+        init_std: rows start as N(0, init_std^2).
+        initial_size: size of every row at the start (default: the smallest).
+
+    Example:
+        >>> model = TwoTower(10, 20, sizes=(2, 4), n_outputs=1, hidden=8)
+        >>> model(torch.tensor([0, 1, 1]), torch.tensor([5, 5, 19])).shape
+        torch.Size([3, 1])
+    """
+
+    def __init__(
+        self,
+        n_users: int,
+        n_items: int,
+        *,
+        sizes: Sequence[int],
+        n_outputs: int,
+        hidden: int = 512,
+        init_std: float = 1.0,
+        initial_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        rows = {"sizes": sizes, "init_std": init_std, "initial_size": initial_size}
+        self.user = ResizableEmbedding(n_users, **rows)
+        self.item = ResizableEmbedding(n_items, **rows)
+        dim = self.user.embedding_dim
+        self.user_norm = nn.BatchNorm1d(dim)
+        self.item_norm = nn.BatchNorm1d(dim)
+        self.inference = nn.Sequential(
+            nn.BatchNorm1d(2 * dim),
+            nn.Linear(2 * dim, hidden),
+            nn.BatchNorm1d(hidden),
+            nn.Tanh(),
+            nn.Linear(hidden, n_outputs),
+        )
+
+    def forward(self, user: Tensor, item: Tensor) -> Tensor:
+        """Logits ``[B, n_outputs]`` of ids ``[B]``."""
+        towers = [
+            torch.tanh(self.user_norm(self.user(user))),
+            torch.tanh(self.item_norm(self.item(item))),
+        ]
+        logits: Tensor = self.inference(torch.cat(towers, dim=1))
+        return logits
+
+
+def event_losses(logits: Tensor, target: Tensor) -> Tensor:
+    """Loss of every event ``[B]``: ``(sigmoid(z) - y)^2`` for one output, else cross-entropy.
+
+    >>> event_losses(torch.tensor([[0.0]]), torch.tensor([1.0]))
+    tensor([0.2500])
+    """
+    if logits.shape[1] == 1:
+        return F.mse_loss(torch.sigmoid(logits[:, 0]), target, reduction="none")
+    return F.cross_entropy(logits, target, reduction="none")
+
+
+def predictions(logits: Tensor) -> Tensor:
+    """Predicted label ``[B]``: ``sigmoid(z) > 0.5`` for one output, else the likeliest class."""
+    if logits.shape[1] == 1:
+        return (logits[:, 0] > 0).to(logits.dtype)
+    return logits.argmax(1)

@@ -1,0 +1,146 @@
+"""The policy of one side, and the pure functions of REINFORCE (paper section 3.4)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["LossHistory", "Policy", "policy_loss", "reward", "sample_actions"]
+
+KEEP, ENLARGE = 0, 1
+
+
+class MaskedBatchNorm(nn.Module):
+    """BatchNorm whose statistics are those of the rows that ``mask`` selects.
+
+        z = (x - mean_m) / sqrt(var_m + eps) * weight + bias
+
+    The other rows are normalised with the same statistics and mean nothing. One row gives ``bias``.
+    """
+
+    def __init__(self, num_features: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(num_features))
+        self.bias = nn.Parameter(torch.zeros(num_features))
+        self.eps = eps
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        if mask is None:
+            mean = x.mean(0)
+            centred = x - mean
+            var = centred.square().mean(0)
+        else:
+            share = (mask / mask.sum().clamp(min=1)).to(x.dtype)[None]
+            centred = x - share @ x
+            var = (share @ centred.square())[0]
+        return centred * (torch.rsqrt(var + self.eps) * self.weight) + self.bias
+
+
+class Policy(nn.Module):
+    """Keep or enlarge, from how often an ID was seen and the size that it has.
+
+        s = [BN(E_f); onehot(level)],   pi(a | s) = softmax(W_2 tanh(BN(W_1 s + b_1)) + b_2)
+
+    Args:
+        n_levels: number of candidate sizes.
+        max_frequency: frequencies from here on share the last row of ``E``.
+        frequency_dim, hidden: widths.
+
+    Example:
+        >>> policy = Policy(6)
+        >>> policy(torch.tensor([1, 700]), torch.tensor([0, 3])).shape
+        torch.Size([2, 2])
+    """
+
+    def __init__(
+        self,
+        n_levels: int,
+        *,
+        max_frequency: int = 4096,
+        frequency_dim: int = 32,
+        hidden: int = 512,
+    ) -> None:
+        super().__init__()
+        self.n_levels = n_levels
+        self.max_frequency = max_frequency
+        self.frequency = nn.Embedding(max_frequency + 1, frequency_dim)
+        self.frequency_norm = MaskedBatchNorm(frequency_dim)
+        self.linear1 = nn.Linear(frequency_dim + n_levels, hidden)
+        self.norm = MaskedBatchNorm(hidden)
+        self.linear2 = nn.Linear(hidden, 2)
+
+    def forward(self, frequency: Tensor, level: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Logits ``[B, 2]`` of keep and enlarge.
+
+        Args:
+            frequency: int ``[B]``, events of the ID so far, at least 1.
+            level: int ``[B]``, index of its size.
+            mask: bool ``[B]``, the IDs that decide; ``None``: all of them.
+        """
+        seen = self.frequency(frequency.clamp(max=self.max_frequency))
+        size = F.one_hot(level.long(), self.n_levels).to(seen.dtype)
+        state = torch.cat([self.frequency_norm(seen, mask), size], dim=1)
+        logits: Tensor = self.linear2(torch.tanh(self.norm(self.linear1(state), mask)))
+        return logits
+
+
+def sample_actions(logits: Tensor, uniform: Tensor) -> Tensor:
+    """``a ~ pi``: ENLARGE (1) where ``uniform < pi(enlarge)``, else KEEP (0); int64 ``[B]``.
+
+    >>> sample_actions(torch.zeros(2, 2), torch.tensor([0.4, 0.6]))
+    tensor([1, 0])
+    """
+    return (uniform < torch.softmax(logits, dim=1)[:, ENLARGE]).long()
+
+
+def reward(baseline: Tensor, loss: Tensor, seen: Tensor) -> Tensor:
+    """``R = (1/T) sum of the ID's last T losses - L``; 0 for an ID without a history.
+
+    >>> reward(torch.tensor([0.5, 0.0]), torch.tensor([0.2, 0.3]), torch.tensor([True, False]))
+    tensor([0.3000, 0.0000])
+    """
+    return torch.where(seen, baseline - loss, 0.0)
+
+
+def policy_loss(logits: Tensor, action: Tensor, reward: Tensor, mask: Tensor | None) -> Tensor:
+    """REINFORCE with one sample: ``-sum_x R_x log pi(a_x | s_x)`` over the IDs that decide."""
+    weighted = F.cross_entropy(logits, action, reduction="none") * reward
+    return weighted.sum() if mask is None else torch.where(mask, weighted, 0.0).sum()
+
+
+class LossHistory:
+    """The last ``T`` losses of every ID of one side, as a ring per ID.
+
+    An event with running frequency ``f`` (1-based) writes slot ``(f - 1) mod T``, so the ring needs
+    no counters of its own and a batch is one scatter.
+
+    Example:
+        >>> history = LossHistory(num_rows=3, length=2)
+        >>> ids, first = torch.tensor([1]), torch.tensor([True])
+        >>> for f, loss in enumerate([0.5, 0.3, 0.1], start=1):
+        ...     history.record(ids, torch.tensor([f]), torch.tensor([loss]), first)
+        >>> mean, seen = history.mean(ids)
+        >>> round(mean.item(), 6), seen.item()
+        (0.2, True)
+    """
+
+    def __init__(
+        self, num_rows: int, length: int, device: torch.device | str | None = None
+    ) -> None:
+        self.num_rows = num_rows
+        self.length = length
+        # One more row takes the writes of events that are not kept.
+        self.losses = torch.zeros(num_rows + 1, length, device=device)
+        self.count = torch.zeros(num_rows + 1, dtype=torch.int32, device=device)
+
+    def mean(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean of the losses kept for each ID ``[B]``, and whether there are any."""
+        count = self.count[ids].clamp(max=self.length)
+        return self.losses[ids].sum(1) / count.clamp(min=1), count > 0
+
+    def record(self, ids: Tensor, frequency: Tensor, loss: Tensor, keep: Tensor) -> None:
+        """Write the losses of a batch; ``keep``: among the last T events of its ID in the batch."""
+        row = torch.where(keep, ids, self.num_rows)
+        self.losses[row, (frequency - 1) % self.length] = loss
+        self.count.scatter_reduce_(0, ids, frequency.to(self.count.dtype), "amax")
