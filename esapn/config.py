@@ -96,5 +96,3 @@ class SearchConfig:
 
 def _refuse(name: str, rule: str, value: object) -> None:
     raise ConfigError(f"--{name.replace('_', '-')} {rule}, got {value}")
-
-

@@ -288,7 +288,7 @@ def synthetic_ratings(
 
     Args:
         events: number of events E, at least 1.
-        n_users, n_items: `events // 100` and `events // 200` by default, at least 50.
+        n_users, n_items: `events // 20` and `events // 40` by default, at least 50.
         seed: equal arguments give equal arrays.
 
     Returns:
@@ -297,8 +297,8 @@ def synthetic_ratings(
     Raises:
         DataError: if a count is below 1 or the seed is negative.
     """
-    n_users = max(50, events // 100) if n_users is None else n_users
-    n_items = max(50, events // 200) if n_items is None else n_items
+    n_users = max(50, events // 20) if n_users is None else n_users
+    n_items = max(50, events // 40) if n_items is None else n_items
     _check_least(events=(events, 1), n_users=(n_users, 1), n_items=(n_items, 1), seed=(seed, 0))
 
     rng = np.random.default_rng(seed)

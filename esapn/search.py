@@ -166,9 +166,10 @@ class Search:
         logits = self.model(batch.user, batch.item)
         loss = event_losses(logits, batch.target)
         self._record(batch, logits.detach(), loss.detach())
-        self.optimizer.zero_grad()
         loss.sum().backward()
         self.optimizer.step()
+        # Now rather than before backward: a row that grows in between has no gradient to reset.
+        self.optimizer.zero_grad()
         return loss.detach()
 
     @torch.no_grad()
@@ -240,6 +241,9 @@ def run_search(
             if progress is not None:
                 progress(done, line)
     cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+    # What would be served: rows without the holes that growth leaves.
+    model.user.compact()
+    model.item.compact()
     end, cut = len(stream.user), stream.n_train
     return SearchResult(
         train=search.measures.summary(0, cut, stream.target[:cut]),

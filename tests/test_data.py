@@ -438,8 +438,8 @@ def test_synthetic_arrays(events):
     assert ratings.name == "synthetic" and len(ratings.checksum) == 64
     for array in (ratings.user, ratings.item, ratings.timestamp):
         assert array.shape == (events,) and array.dtype == np.int64
-    assert ratings.n_users == max(50, events // 100) and ratings.user.max() < ratings.n_users
-    assert ratings.n_items == max(50, events // 200) and ratings.item.max() < ratings.n_items
+    assert ratings.n_users == max(50, events // 20) and ratings.user.max() < ratings.n_users
+    assert ratings.n_items == max(50, events // 40) and ratings.item.max() < ratings.n_items
     assert ratings.rating.dtype == np.float32
     assert set(ratings.rating.tolist()) <= set(SCALE)
     assert (np.diff(ratings.timestamp) > 0).all()

@@ -1,0 +1,222 @@
+"""The search step on ragged rows against an all-sizes implementation of the same step.
+
+    python bench/search.py [--data PATH] [--task binary|multiclass] [--seed S] [--out FILE]
+
+Both walk the whole stream in one process and one thread, in turns of ``--turn`` batches, on the same
+events, settings, policies, optimizer (Adam, fused) and initialisation scheme. The baseline is the
+usual way to write this search: a full table for every candidate size, every size looked up and carried
+to the largest for every row, BatchNorm and tanh of all of them, a one-hot sum that selects, every event
+through the policy, dense Adam on all tables. ``--baseline lean`` selects before BatchNorm and tanh,
+which is the least that an all-sizes step can do. The figure is the ratio of CPU seconds, turn by turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from esapn.config import SearchConfig
+from esapn.data import NUM_CLASSES, Batch, DataError, Stream, build_stream, load_ratings
+from esapn.metrics import Prequential
+from esapn.model import event_losses
+from esapn.policy import LossHistory, Policy, policy_loss, reward, sample_actions
+from esapn.search import Search
+from esapn_kernels import info
+
+
+class AllSizesSide(nn.Module):
+    """A full table per size, the hops between them, and the size index of every ID."""
+
+    def __init__(self, n: int, config: SearchConfig, lean: bool) -> None:
+        super().__init__()
+        sizes = config.sizes
+        self.tables = nn.ModuleList(nn.Embedding(n, d) for d in sizes)
+        self.hops = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False))
+        self.norm = nn.BatchNorm1d(sizes[-1])
+        self.register_buffer("level", torch.zeros(n, dtype=torch.int64))
+        self.lean = lean
+        for table in self.tables:
+            nn.init.normal_(table.weight, 0.0, config.init_std)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        chosen = nn.functional.one_hot(self.level[ids], len(self.tables)).float()
+        total = torch.zeros(())
+        for k, table in enumerate(self.tables):
+            h = table(ids)
+            for hop in self.hops[k:]:
+                h = hop(h)
+            h = h if self.lean else torch.tanh(self.norm(h))
+            total = total + chosen[:, k : k + 1] * h
+        return torch.tanh(self.norm(total)) if self.lean else total
+
+    @torch.no_grad()
+    def promote(self, ids: Tensor) -> None:
+        for k, hop in enumerate(self.hops):
+            mine = ids[self.level[ids] == k]
+            self.tables[k + 1].weight[mine] = hop(self.tables[k](mine))
+        # Levels change last: an ID moves one level, whichever loop saw it.
+        self.level[ids] += 1
+
+
+class AllSizesModel(nn.Module):
+    """The two-tower recommender of ``esapn.model`` on all-sizes sides."""
+
+    def __init__(self, stream: Stream, config: SearchConfig, lean: bool) -> None:
+        super().__init__()
+        self.user = AllSizesSide(stream.n_users, config, lean)
+        self.item = AllSizesSide(stream.n_items, config, lean)
+        dim = config.sizes[-1]
+        self.inference = nn.Sequential(
+            nn.BatchNorm1d(2 * dim),
+            nn.Linear(2 * dim, config.hidden),
+            nn.BatchNorm1d(config.hidden),
+            nn.Tanh(),
+            nn.Linear(config.hidden, 1 if config.task == "binary" else NUM_CLASSES),
+        )
+
+    def forward(self, user: Tensor, item: Tensor) -> Tensor:
+        logits: Tensor = self.inference(torch.cat([self.user(user), self.item(item)], dim=1))
+        return logits
+
+
+class AllSizesSearch:
+    """The algorithm of ``esapn.search`` step for step, every size computed for every row."""
+
+    def __init__(self, config: SearchConfig, stream: Stream, lean: bool) -> None:
+        torch.manual_seed(config.seed)
+        self.stream = stream
+        self.n_levels = len(config.sizes)
+        self.model = AllSizesModel(stream, config, lean)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr, fused=True)
+        self.measures = Prequential(len(stream.user))
+        self.sides = []
+        for name, n in (("user", stream.n_users), ("item", stream.n_items)):
+            policy = Policy(self.n_levels, max_frequency=config.max_frequency)
+            optimizer = torch.optim.Adam(policy.parameters(), lr=config.policy_lr, fused=True)
+            history = LossHistory(n, config.history)
+            self.sides.append((name, getattr(self.model, name), policy, optimizer, history))
+        self.baselines: list[tuple[Tensor, Tensor]] = []
+
+    def step(self, index: int) -> None:
+        if index > 0:
+            self._update_policies(self.stream.batch(index - 1))
+        self._update_recommender(self.stream.batch(index))
+
+    def _decide(self, name: str, side: AllSizesSide, policy: Policy, batch: Batch) -> Any:
+        ids, last = getattr(batch, name), getattr(batch, f"{name}_last")
+        level = side.level[ids]
+        logits = policy(getattr(batch, f"{name}_freq"), level)
+        return (
+            logits,
+            sample_actions(logits.detach(), torch.rand(len(ids))),
+            last & (level < self.n_levels - 1),
+        )
+
+    def _update_policies(self, batch: Batch) -> None:
+        with torch.no_grad():
+            loss = event_losses(self.model(batch.user, batch.item), batch.target)
+        for (name, side, policy, optimizer, _), (base, seen) in zip(
+            self.sides, self.baselines, strict=True
+        ):
+            logits, action, mask = self._decide(name, side, policy, batch)
+            optimizer.zero_grad()
+            policy_loss(logits, action, reward(base, loss, seen), mask).backward()
+            optimizer.step()
+
+    def _update_recommender(self, batch: Batch) -> None:
+        for name, side, policy, _, _ in self.sides:
+            with torch.no_grad():
+                _, action, mask = self._decide(name, side, policy, batch)
+            side.promote(getattr(batch, name)[mask & action.bool()])
+        logits = self.model(batch.user, batch.item)
+        loss = event_losses(logits, batch.target)
+        self.measures.record(logits.detach(), batch.target, loss.detach())
+        self.baselines = []
+        for name, _, _, _, history in self.sides:
+            ids, keep = getattr(batch, name), getattr(batch, f"{name}_keep")
+            self.baselines.append(history.mean(ids))
+            history.record(ids, getattr(batch, f"{name}_freq"), loss.detach(), keep)
+        self.optimizer.zero_grad()
+        loss.sum().backward()
+        self.optimizer.step()
+
+
+def compare(config: SearchConfig, stream: Stream, lean: bool, turn: int) -> dict[str, Any]:
+    """Walk the stream with both, in turns; CPU seconds of every turn, and both qualities."""
+    runs = {"ragged": Search(config, stream), "all-sizes": AllSizesSearch(config, stream, lean)}
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    steps = len(stream.bounds)
+    for begin in range(0, steps, turn):
+        order = list(runs) if begin // turn % 2 else list(reversed(runs))
+        for name in order:
+            start = time.process_time()
+            for index in range(begin, min(begin + turn, steps)):
+                runs[name].step(index)
+            seconds[name].append(time.process_time() - start)
+    end, cut = len(stream.user), stream.n_train
+    quality = {n: r.measures.summary(cut, end, stream.target[cut:]) for n, r in runs.items()}
+    ratios = sorted(a / r for a, r in zip(seconds["all-sizes"], seconds["ragged"], strict=True))
+    return {
+        "steps": steps,
+        "cpu_seconds": {name: sum(s) for name, s in seconds.items()},
+        "ms_per_step": {
+            name: 1e3 * statistics.median(s[:-1] or s) / turn for name, s in seconds.items()
+        },
+        "ratio": sum(seconds["all-sizes"]) / sum(seconds["ragged"]),
+        "ratio_median": statistics.median(ratios),
+        "ratio_p20_p80": [ratios[len(ratios) // 5], ratios[-1 - len(ratios) // 5]],
+        "quality": quality,
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python bench/search.py", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--data", default="synthetic", help="as for python -m esapn search")
+    parser.add_argument("--events", type=int, default=50_000, help="of the synthetic stream")
+    parser.add_argument("--task", choices=("binary", "multiclass"), default="binary")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--turn", type=int, default=20, help="batches per turn")
+    parser.add_argument("--baseline", choices=("full", "lean"), default="full")
+    parser.add_argument("--out", type=Path, help="write the result as JSON")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    try:
+        config = SearchConfig(data=args.data, task=args.task, seed=args.seed, events=args.events)
+        ratings = load_ratings(args.data, events=args.events, seed=args.seed)
+        stream = build_stream(ratings, task=args.task, seed=args.seed)
+        if args.out is not None:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            args.out.touch()
+    except (DataError, ValueError, OSError) as error:
+        print(f"bench/search.py: error: {error}", file=sys.stderr)
+        return 2
+    result = compare(config, stream, args.baseline == "lean", args.turn)
+    result |= {"baseline": args.baseline, "config": config.to_json(), "info": info.collect()}
+    for name in ("all-sizes", "ragged"):
+        quality, cpu = result["quality"][name], result["cpu_seconds"][name]
+        print(
+            f"{name:<10} {cpu:8.1f} CPU s   {result['ms_per_step'][name]:6.2f} ms/step   "
+            f"accuracy {quality['accuracy']:.4f}   loss {quality['loss']:.4f}"
+        )
+    low, high = result["ratio_p20_p80"]
+    print(
+        f"all-sizes / ragged: {result['ratio']:.2f} in total, median {result['ratio_median']:.2f} "
+        f"[{low:.2f}, {high:.2f}] over turns of {args.turn} batches\n"
+        f"{ratings.name}, {args.task}, {result['steps']} steps, baseline {args.baseline}, one thread"
+    )
+    if args.out is not None:
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
