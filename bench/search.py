@@ -2,12 +2,14 @@
 
     python bench/search.py [--data PATH] [--task binary|multiclass] [--seed S] [--out FILE]
 
-Both walk the whole stream in one process and one thread, in turns of ``--turn`` batches, on the same
-events, settings, policies, optimizer (Adam, fused) and initialisation scheme. The baseline is the
-usual way to write this search: a full table for every candidate size, every size looked up and carried
-to the largest for every row, BatchNorm and tanh of all of them, a one-hot sum that selects, every event
-through the policy, dense Adam on all tables. ``--baseline lean`` selects before BatchNorm and tanh,
-which is the least that an all-sizes step can do. The figure is the ratio of CPU seconds, turn by turn.
+Both walk the whole stream in one process and one thread, in turns of ``--turn`` batches, on the
+same events, settings, policies, optimizer (Adam, fused) and initialisation scheme. The baseline is
+the
+usual way to write this search: a full table for every candidate size, every size looked up and
+carried to the largest for every row, BatchNorm and tanh of all of them, a one-hot sum that selects,
+every event through the policy, dense Adam on all tables. ``--baseline lean`` selects before
+BatchNorm and tanh, which is the least that an all-sizes step can do. The figure is the ratio of CPU
+seconds, turn by turn.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from esapn.config import SearchConfig
+from esapn.config import ConfigError, SearchConfig
 from esapn.data import NUM_CLASSES, Batch, DataError, Stream, build_stream, load_ratings
 from esapn.metrics import Prequential
 from esapn.model import event_losses
@@ -35,6 +37,8 @@ from esapn_kernels import info
 class AllSizesSide(nn.Module):
     """A full table per size, the hops between them, and the size index of every ID."""
 
+    level: Tensor
+
     def __init__(self, n: int, config: SearchConfig, lean: bool) -> None:
         super().__init__()
         sizes = config.sizes
@@ -43,8 +47,8 @@ class AllSizesSide(nn.Module):
         self.norm = nn.BatchNorm1d(sizes[-1])
         self.register_buffer("level", torch.zeros(n, dtype=torch.int64))
         self.lean = lean
-        for table in self.tables:
-            nn.init.normal_(table.weight, 0.0, config.init_std)
+        for parameter in self.tables.parameters():
+            nn.init.normal_(parameter, 0.0, config.init_std)
 
     def forward(self, ids: Tensor) -> Tensor:
         chosen = nn.functional.one_hot(self.level[ids], len(self.tables)).float()
@@ -61,7 +65,7 @@ class AllSizesSide(nn.Module):
     def promote(self, ids: Tensor) -> None:
         for k, hop in enumerate(self.hops):
             mine = ids[self.level[ids] == k]
-            self.tables[k + 1].weight[mine] = hop(self.tables[k](mine))
+            self.tables[k + 1].get_parameter("weight")[mine] = hop(self.tables[k](mine))
         # Levels change last: an ID moves one level, whichever loop saw it.
         self.level[ids] += 1
 
@@ -151,7 +155,10 @@ class AllSizesSearch:
 
 def compare(config: SearchConfig, stream: Stream, lean: bool, turn: int) -> dict[str, Any]:
     """Walk the stream with both, in turns; CPU seconds of every turn, and both qualities."""
-    runs = {"ragged": Search(config, stream), "all-sizes": AllSizesSearch(config, stream, lean)}
+    runs: dict[str, Any] = {
+        "ragged": Search(config, stream),
+        "all-sizes": AllSizesSearch(config, stream, lean),
+    }
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     steps = len(stream.bounds)
     for begin in range(0, steps, turn):
@@ -190,6 +197,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     try:
+        if args.turn < 1:
+            raise ConfigError(f"--turn must be at least 1, got {args.turn}")
         config = SearchConfig(data=args.data, task=args.task, seed=args.seed, events=args.events)
         ratings = load_ratings(args.data, events=args.events, seed=args.seed)
         stream = build_stream(ratings, task=args.task, seed=args.seed)
@@ -211,7 +220,7 @@ def main(argv: list[str] | None = None) -> int:
     print(
         f"all-sizes / ragged: {result['ratio']:.2f} in total, median {result['ratio_median']:.2f} "
         f"[{low:.2f}, {high:.2f}] over turns of {args.turn} batches\n"
-        f"{ratings.name}, {args.task}, {result['steps']} steps, baseline {args.baseline}, one thread"
+        f"{ratings.name}, {args.task}, {result['steps']} steps, {args.baseline} baseline, 1 thread"
     )
     if args.out is not None:
         args.out.write_text(json.dumps(result, indent=1) + "\n")

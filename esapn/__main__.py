@@ -55,7 +55,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _prepare(args: argparse.Namespace) -> tuple[SearchConfig, Ratings, Stream]:
-    """Everything that can go wrong with the user's input does so here, before anything is learnt."""
+    """Whatever can be wrong with the user's input is found here, before anything is learnt."""
     values = {f.name: getattr(args, f.name) for f in fields(SearchConfig)}
     values["sizes"] = tuple(values["sizes"])
     config = SearchConfig(**values)
@@ -63,15 +63,6 @@ def _prepare(args: argparse.Namespace) -> tuple[SearchConfig, Ratings, Stream]:
         raise ConfigError("--device cuda: no CUDA device was found")
     if args.threads < 1:
         raise ConfigError(f"--threads must be at least 1, got {args.threads}")
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        probe = args.out / "result.json"
-        existed = probe.exists()
-        probe.open("a").close()
-        if not existed:
-            probe.unlink()
-    except OSError as error:
-        raise ConfigError(f"--out {args.out}: {error.strerror}") from error
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -86,6 +77,16 @@ def _prepare(args: argparse.Namespace) -> tuple[SearchConfig, Ratings, Stream]:
         history=config.history,
         device=device,
     )
+    # Last: a run that is refused leaves no folder.
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        probe = args.out / "result.json"
+        existed = probe.exists()
+        probe.open("a").close()
+        if not existed:
+            probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"--out {args.out}: {error.strerror}") from error
     return config, ratings, stream
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -59,7 +60,7 @@ class SearchConfig:
     policy_lr: float = _setting(1e-4, "Adam, policies")
     frequency_dim: int = _setting(32, "width of the frequency embedding in a policy's state")
     max_frequency: int = _setting(4096, "frequencies from here on share one embedding row")
-    log_every: int = _setting(100, "batches between two lines of the run's log")
+    log_every: int = _setting(20, "batches between two lines of the run's log")
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
@@ -72,14 +73,14 @@ class SearchConfig:
             if getattr(self, name) < low:
                 _refuse(name, f"must be at least {low}", getattr(self, name))
         for name in ("lr", "policy_lr"):
-            if not getattr(self, name) > 0:
-                _refuse(name, "must be positive", getattr(self, name))
-        if not self.init_std >= 0:
-            _refuse("init_std", "must not be negative", self.init_std)
+            if not 0 < getattr(self, name) < math.inf:
+                _refuse(name, "must be positive and finite", getattr(self, name))
+        if not 0 <= self.init_std < math.inf:
+            _refuse("init_std", "must be finite and not negative", self.init_std)
         if not 0 < self.train_fraction < 1:
             _refuse("train_fraction", "must lie between 0 and 1", self.train_fraction)
-        if self.seed < 0:
-            _refuse("seed", "must not be negative", self.seed)
+        if not 0 <= self.seed < 2**63:
+            _refuse("seed", "must lie between 0 and 2^63 - 1", self.seed)
         increasing = all(a < b for a, b in zip(self.sizes, self.sizes[1:], strict=False))
         if not self.sizes or self.sizes[0] < 1 or not increasing:
             _refuse("sizes", "must be positive and strictly increasing", list(self.sizes))

@@ -26,8 +26,7 @@ class TwoTower(nn.Module):
         sizes: candidate sizes; one size makes it the FIXED baseline.
         n_outputs: 1 (binary) or the number of classes.
         hidden: width of the inference layer.
-        init_std: rows start as N(0, init_std^2).
-        initial_size: size of every row at the start (default: the smallest).
+        init_std: rows start as N(0, init_std^2), at the smallest size.
 
     Example:
         >>> model = TwoTower(10, 20, sizes=(2, 4), n_outputs=1, hidden=8)
@@ -44,12 +43,10 @@ class TwoTower(nn.Module):
         n_outputs: int,
         hidden: int = 512,
         init_std: float = 1.0,
-        initial_size: int | None = None,
     ) -> None:
         super().__init__()
-        rows = {"sizes": sizes, "init_std": init_std, "initial_size": initial_size}
-        self.user = ResizableEmbedding(n_users, **rows)
-        self.item = ResizableEmbedding(n_items, **rows)
+        self.user = ResizableEmbedding(n_users, sizes=sizes, init_std=init_std)
+        self.item = ResizableEmbedding(n_items, sizes=sizes, init_std=init_std)
         dim = self.user.embedding_dim
         self.user_norm = nn.BatchNorm1d(dim)
         self.item_norm = nn.BatchNorm1d(dim)

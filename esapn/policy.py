@@ -31,7 +31,7 @@ class MaskedBatchNorm(nn.Module):
             centred = x - mean
             var = centred.square().mean(0)
         else:
-            share = (mask / mask.sum().clamp(min=1)).to(x.dtype)[None]
+            share = (mask.to(x.dtype) / mask.sum().clamp(min=1))[None]
             centred = x - share @ x
             var = (share @ centred.square())[0]
         return centred * (torch.rsqrt(var + self.eps) * self.weight) + self.bias

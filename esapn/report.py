@@ -1,4 +1,4 @@
-"""What a run leaves behind: the printed result, the memory table, ``result.json`` and ``run.png``."""
+"""What a run leaves: the printed result, the memory table, ``result.json`` and ``run.png``."""
 
 from __future__ import annotations
 
@@ -91,6 +91,7 @@ def save(
 def _plot(path: Path, config: SearchConfig, stream: Stream, result: SearchResult) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
 
     figure = Figure(figsize=(11, 7), layout="constrained")
     FigureCanvasAgg(figure)
@@ -131,6 +132,8 @@ def _plot(path: Path, config: SearchConfig, stream: Stream, result: SearchResult
     frequency.set(xlabel="events of the ID", ylabel="mean size", title="Size by frequency")
     frequency.set_ylim(0, None)
     frequency.legend()
+    for axes in (quality, size):
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     figure.savefig(path, dpi=110)
 
 

@@ -2,10 +2,12 @@
 
 For every batch of the stream:
 
-1. *Policies learn* on validation data, the batch before: sample an action for every ID that can still
+1. *Policies learn* on validation data, the batch before: sample an action for every ID that can
+still
    grow, take the loss of the recommender as it now is, and follow the REINFORCE gradient of
    ``R = mean of the ID's last T losses - loss``.
-2. *The recommender learns* on the new batch: the policies act, rows grow (``e' = W e + b``), the batch
+2. *The recommender learns* on the new batch: the policies act, rows grow (``e' = W e + b``), the
+batch
    is predicted and recorded, and one Adam step follows.
 
 The would-be sizes of step 1 need no rows of their own: a promotion leaves ``y(x)`` as it is, so the
@@ -13,8 +15,8 @@ loss under the sampled sizes *is* the loss under the present ones (a test holds 
 means that this reward does not depend on the action: see ``docs/deviations.md``.
 
 Nothing here reads a value from the device inside a step; the stream, the histories and the measures
-live there. ``deciding`` is the one place that looks: on a CPU, where looking is free, IDs that cannot
-grow are dropped, on a GPU they are masked. Both give the same numbers.
+live there. ``deciding`` is the one place that looks: on a CPU, where looking is free, IDs that
+cannot grow are dropped, on a GPU they are masked. Both give the same numbers.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ __all__ = ["Search", "SearchResult", "build_model", "run_search"]
 
 
 def build_model(config: SearchConfig, stream: Stream) -> TwoTower:
-    """The recommender of a run: ESAPN starts every row at the smallest size, FIXED at its only one."""
+    """The recommender of a run; every row starts at the smallest size (FIXED: its only one)."""
     return TwoTower(
         stream.n_users,
         stream.n_items,
@@ -141,22 +143,23 @@ class Search:
         for side in self.sides:
             ids, _, last, _ = side.of(batch)
             level = side.embedding.arena.level(ids)
-            decisions.append((side, level, deciding(level, last, side.policy.n_levels)))
-        if all(decision.none for _, _, decision in decisions):
-            return
-        with torch.no_grad():
-            loss = event_losses(self.model(batch.user, batch.item), batch.target)
-        for side, level, decision in decisions:
-            uniform = self._uniform(len(level))
-            if decision.none:
-                continue
-            _, frequency, _, _ = side.of(batch)
-            rows, mask = decision.rows, decision.mask
-            logits = side.policy(frequency[rows], level[rows], mask)
-            action = sample_actions(logits.detach(), uniform[rows])
-            gain = reward(side.baseline[rows], loss[rows], side.seen[rows])
-            side.optimizer.zero_grad()
-            policy_loss(logits, action, gain, mask).backward()
+            decision = deciding(level, last, side.policy.n_levels)
+            # Drawn whether or not anybody decides: the same numbers on every path.
+            decisions.append((side, level, decision, self._uniform(len(ids))))
+        loss = torch.empty(0)
+        if not all(decision.none for _, _, decision, _ in decisions):
+            with torch.no_grad():
+                loss = event_losses(self.model(batch.user, batch.item), batch.target)
+        for side, level, decision, uniform in decisions:
+            # Zeros, not None: where nobody decides Adam steps all the same, as it does with a mask.
+            side.optimizer.zero_grad(set_to_none=False)
+            if not decision.none:
+                _, frequency, _, _ = side.of(batch)
+                rows, mask = decision.rows, decision.mask
+                logits = side.policy(frequency[rows], level[rows], mask)
+                action = sample_actions(logits.detach(), uniform[rows])
+                gain = reward(side.baseline[rows], loss[rows], side.seen[rows])
+                policy_loss(logits, action, gain, mask).backward()
             side.optimizer.step()
 
     def update_recommender(self, batch: Batch) -> Tensor:

@@ -5,10 +5,11 @@
     row_start   [0, 2, 4, P, P + 8, ...]                                      int32, one per row
 
 A row is found by its first element; its level is that of its page. Free rows of every level form a
-stack, and so do free pages; rows are taken from and given back to them by prefix sums, wholly on the
-device and without a host synchronisation. A page whose rows are all free can serve another level
-(``reclaim``); ``compact`` closes every hole. ``storage`` keeps its identity as a Parameter while it
-grows, and every tensor of its shape (gradient, optimizer state: see ``optim``) grows and moves with it.
+stack, and so do free pages; rows are taken from and given back to them by prefix sums, wholly on
+the device and without a host synchronisation. A page whose rows are all free can serve another
+level (``reclaim``); ``compact`` closes every hole. ``storage`` keeps its identity as a Parameter
+while it grows, and every tensor of its shape (gradient, optimizer state: see ``optim``) grows and
+moves with it.
 
 This is the slab allocator's idea, and that of paged KV caches, applied to embedding rows. One arena
 rather than a table per size: one base pointer for the kernels, and the bytes allocated are exactly
@@ -35,24 +36,36 @@ _PAGE = 4096
 _INT32_LIMIT = 2**31 - 1
 
 
-def page_elements(sizes: Sequence[int]) -> int:
-    """Elements per page: a common multiple of the sizes near 4,096 where their own is small.
+def page_elements(sizes: Sequence[int], num_rows: int = 1 << 30) -> int:
+    """Elements per page: a common multiple of the sizes where their own is small.
 
-    >>> page_elements((2, 4, 8, 16, 64, 128)), page_elements((1, 3, 5, 33)), page_elements((127, 512))
-    (4096, 4125, 4096)
+    About 4,096 for a large table; a sixteenth of a small table at its smallest size, so that a page
+    begun for every level costs a small table little.
+
+    >>> page_elements((2, 4, 8, 16, 64, 128)), page_elements((2, 4, 8, 16, 64, 128), num_rows=1000)
+    (4096, 128)
+    >>> page_elements((1, 3, 5, 33)), page_elements((127, 512))
+    (4125, 4096)
     """
+    wanted = min(_PAGE, num_rows * sizes[0] // 16)
     common = math.lcm(*sizes)
     if common <= 4 * _PAGE:
-        return common * max(-(-_PAGE // common), 1)
-    return max(_PAGE, 8 * max(sizes))
+        return common * max(-(-wanted // common), 1)
+    return max(wanted, max(sizes))
+
+
+def _can_look(tensor: Tensor) -> bool:
+    """Whether the host reads values without waiting for a device."""
+    return tensor.device.type == "cpu"
 
 
 @dataclass(frozen=True)
 class ArenaBytes:
     """Bytes really allocated by an arena.
 
-    ``payload``: rows in use, ``sum_x d(x) * itemsize``. ``slack``: the rest of ``storage`` (free rows,
-    page tails, free pages). ``locations``: row starts, page levels, free lists and their counters.
+    ``payload``: rows in use, ``sum_x d(x) * itemsize``. ``slack``: the rest of ``storage`` (free
+    rows, page tails, free pages). ``locations``: row starts, page levels, free lists and their
+    counters.
     """
 
     payload: int
@@ -92,6 +105,8 @@ class Arena(nn.Module):
     free_pages: Tensor
     free_count: Tensor
     free_base: Tensor
+    _row_size: Tensor
+    _rows_per_page: Tensor
 
     def __init__(
         self,
@@ -105,7 +120,7 @@ class Arena(nn.Module):
         super().__init__()
         self.num_rows = num_rows
         self.sizes = tuple(sizes)
-        self.page = page_elements(self.sizes)
+        self.page = page_elements(self.sizes, num_rows)
         self.rows_per_page = [self.page // d for d in self.sizes]
         if not isinstance(level, Tensor):
             level = torch.full((num_rows,), level, dtype=torch.int8)
@@ -127,6 +142,9 @@ class Arena(nn.Module):
         self._set("free_rows", stacks, device)
         self._set("free_base", base, device)
         self._set("free_count", torch.tensor([*(len(rows) for rows in free), 0]), device)
+        constants = {"row_size": self.sizes, "rows_per_page": self.rows_per_page}
+        for name, value in constants.items():
+            self.register_buffer(f"_{name}", torch.tensor(value, device=device), persistent=False)
         self._reset_bounds()
         optim.track(self)
 
@@ -201,8 +219,8 @@ class Arena(nn.Module):
     def reserve(self, target: Tensor, source: Tensor) -> None:
         """Make room for one :meth:`take` of levels ``target`` and one :meth:`give` of ``source``.
 
-        The host keeps a lower bound of the free pages and an upper bound of the stacks' heights, and
-        reads the real counters (the one synchronisation) only when a bound runs out.
+        The host keeps a lower bound of the free pages and an upper bound of the stacks' heights,
+        and reads the real counters (the one synchronisation) only when a bound runs out.
         """
         rows = target.numel()
         pages = -(-rows // min(self.rows_per_page)) + len(self.sizes)
@@ -226,7 +244,10 @@ class Arena(nn.Module):
         heights = [
             max(c, per) + g for c, per, g in zip(count, self.rows_per_page, given, strict=False)
         ]
-        self._grow_stacks(heights)
+        # Room for several calls more where looking costs a synchronisation, but within 1 / 64 of
+        # the table: every call raises the bound of every level, even of those that take nothing.
+        spare = 0 if _can_look(target) else min(8 * rows, max(self.num_rows // 64, 1024))
+        self._grow_stacks([height + spare for height in heights])
         self._pages_at_least = count[-1] - pages
         self._rows_at_most = heights
         base = self.free_base.tolist()
@@ -250,8 +271,7 @@ class Arena(nn.Module):
         rank, need = self._rank(level)
         n = len(self.sizes)
         device = level.device
-        sizes = torch.tensor(self.sizes, device=device)
-        per = torch.tensor(self.rows_per_page, device=device)
+        sizes, per = self._row_size, self._rows_per_page
         free, n_pages = self.free_count[:n], self.free_count[n]
         short = (need - free).clamp(min=0)
         pages = (short + per - 1) // per
@@ -271,7 +291,7 @@ class Arena(nn.Module):
         start = torch.where(level >= 0, torch.where(on_stack, stacked, fresh), -1)
         self.page_level[start.div(self.page, rounding_mode="floor")] = level.to(torch.int8)
 
-        if device.type != "cpu" or bool(pages.any()):
+        if not _can_look(level) or bool(pages.any()):
             leftover = pages * per - short
             last = self.free_pages[
                 torch.where(pages > 0, n_pages - first - pages, self.free_pages.numel() - 1)
@@ -348,7 +368,7 @@ class Arena(nn.Module):
             chain: packed hops.
             mask: bool ``[R]``.
         """
-        if mask is not None and ids.device.type == "cpu":
+        if mask is not None and _can_look(ids):
             ids, mask = ids[mask], None
         if not ids.numel():
             return
@@ -359,7 +379,7 @@ class Arena(nn.Module):
         first[1:] = key[1:] != key[:-1]
         source = self.level(key)
         source = torch.where(first & (source < len(self.sizes) - 1), source, -1)
-        if ids.device.type == "cpu":
+        if _can_look(ids):
             key, source = key[source >= 0], source[source >= 0]
             if not key.numel():
                 return
@@ -368,32 +388,43 @@ class Arena(nn.Module):
         old_start = self.row_start[key].long()
         start = self.take(target)
         storage = self.storage.detach()
-        layout = {"sizes": self.sizes, "page": self.page, "backend": backend}
-        promote_rows(storage, chain.detach(), old_start, start, source, **layout)
-        self._reset_companions(start, target)
+        promote_rows(
+            storage,
+            chain.detach(),
+            old_start,
+            start,
+            source,
+            sizes=self.sizes,
+            page=self.page,
+            backend=backend,
+        )
+        self._reset_companions(start, target, backend)
         self.place(key, start)
         self.give(old_start, source)
 
     def fill(self, start: Tensor, level: Tensor) -> None:
         """Rows ``(start, level)`` become zero and their optimizer state that of a fresh row."""
-        fill_rows(self.storage.detach(), start, level, 0.0, sizes=self.sizes, page=self.page)
+        fill_rows([(self.storage.detach(), 0.0)], start, level, sizes=self.sizes)
         self._reset_companions(start, level)
 
-    def _reset_companions(self, start: Tensor, level: Tensor) -> None:
-        """Gradient and optimizer state of the rows ``(start, level)`` become those of a fresh row."""
-        for companion in optim.companions(self):
-            fill_rows(
-                companion.tensor, start, level, companion.fresh, sizes=self.sizes, page=self.page
-            )
+    def _reset_companions(self, start: Tensor, level: Tensor, backend: str = "auto") -> None:
+        """Gradient and optimizer state of the rows ``(start, level)`` become a fresh row's."""
+        fresh = [(c.tensor, c.fresh) for c in optim.companions(self)]
+        fill_rows(fresh, start, level, sizes=self.sizes, backend=backend)
 
     # ---- between steps: growth, reclaiming, compaction ----------------------------------------
 
     def _everything(self) -> Iterator[optim.Companion]:
         """``storage`` itself, then every tensor that moves with it."""
-        yield optim.Companion(
-            self.storage.detach(), 0.0, lambda value: setattr(self.storage, "data", value)
-        )
+        yield optim.Companion(self.storage.detach(), 0.0, self._replace_storage)
         yield from optim.companions(self)
+
+    def _replace_storage(self, value: Tensor) -> None:
+        # A graph that is still alive (the last step's loss) holds the node that accumulates into
+        # storage, and with it the old shape. Only another dtype makes autograd forget that node.
+        other = torch.float64 if value.dtype == torch.float32 else torch.float32
+        self.storage.data = value.new_empty(0, dtype=other)
+        self.storage.data = value
 
     def _grow(self, pages: int) -> None:
         old = self.page_level.numel() - 1
@@ -502,6 +533,9 @@ class Arena(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Take the saved arena's shapes: rows of a checkpoint may have grown."""
         rows = state_dict.get(prefix + "row_start")
+        if not self._fits(state_dict, prefix):
+            args[-1].append(f"{prefix[:-1]} was saved with other sizes than {list(self.sizes)}.")
+            return
         if rows is not None and rows.shape == self.row_start.shape:
             saved = state_dict.get(prefix + "storage")
             if saved is not None and saved.shape != self.storage.shape:
@@ -513,6 +547,14 @@ class Arena(nn.Module):
                     setattr(self, name, torch.empty_like(saved, device=buffer.device))
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._reset_bounds()
+
+    def _fits(self, state_dict: dict[str, Any], prefix: str) -> bool:
+        """Whether a saved arena has as many levels and pages of the same length."""
+        names = ("free_count", "page_level", "storage")
+        if any(prefix + name not in state_dict for name in names):
+            return True  # missing keys are reported as such
+        count, level, storage = (state_dict[prefix + name].numel() for name in names)
+        return count == len(self.sizes) + 1 and storage == (level - 1) * self.page
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

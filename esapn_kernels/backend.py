@@ -33,9 +33,10 @@ TRITON_ERROR: str | None = None
 """Why Triton cannot be used, ``None`` where it can."""
 
 try:
-    import triton
-    import triton.language as tl
+    import triton as _triton
+    import triton.language as _language
 
+    triton, tl = _triton, _language
     INTERPRETED = bool(triton.knobs.runtime.interpret)
 except ImportError as error:
     TRITON_ERROR = f"triton cannot be imported ({error})"

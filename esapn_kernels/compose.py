@@ -2,19 +2,19 @@
 
 The chain is affine, so carrying a row of level ``k`` to the last level is one product,
 
-    y = M_k e + c_k,    M_k = W_{n-2} ... W_k,    c_k by the same recursion (M_{n-1} = I, c_{n-1} = 0).
+    y = M_k e + c_k,    M_k = W_{n-2} ... W_k,    M_{n-1} = I,    c_{n-1} = 0
 
 Written row-wise and with the bias as one more input column that is always 1, hop ``k`` is the block
 ``T_k = [W_k | b_k]^T`` of shape ``[d_k + 1, d_{k+1}]`` and the composed map is
 
-    A_k = T_k A'_{k+1} + [0; c_{k+1}]      A_k = [M_k | c_k]^T,  shape [d_k + 1, d_n],  A' without c.
+    A_k = T_k A'_{k+1} + [0; c_{k+1}]      A_k = [M_k | c_k]^T, shape [d_k + 1, d_n]; A' without c
 
 ``composed`` stacks A_0 ... A_{n-2}: K = sum_{k<n-1} (d_k + 1) rows of d_n numbers, 99 x 128 for the
-default sizes. Every kernel reads this one operand: a row of level ``k`` is a sparse row of K numbers,
-its entries at ``operand_offsets(sizes)[k]``, a 1 behind them, zeros elsewhere.
+default sizes. Every kernel reads this one operand: a row of level ``k`` is a sparse row of K
+numbers, its entries at ``operand_offsets(sizes)[k]``, a 1 behind them, zeros elsewhere.
 
-Costs ``2 sum (d_k + 1) d_{k+1} d_n`` FLOP once per weight version (0.4 MFLOP for the default sizes),
-against 18,768 FLOP per row of size 2 for the chain itself.
+Costs ``2 sum (d_k + 1) d_{k+1} d_n`` FLOP once per weight version (0.4 MFLOP for the default
+sizes), against 18,768 FLOP per row of size 2 for the chain itself.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def _compose_fwd(chain: Tensor, sizes: Sequence[int]) -> Tensor:
             levels[k].copy_(hops[k])
         else:
             torch.mm(hops[k], levels[k + 1][:-1], out=levels[k])
-            levels[k][-1] += levels[k + 1][-1]
+            levels[k][-1].add_(levels[k + 1][-1])
     return composed
 
 
@@ -95,7 +95,7 @@ def _compose_bwd(
         else:
             torch.mm(grads[k], levels[k + 1][:-1].t(), out=grad_hops[k])
             grads[k + 1][:-1].addmm_(hops[k].t(), grads[k])
-            grads[k + 1][-1] += grads[k][-1]
+            grads[k + 1][-1].add_(grads[k][-1])
     return grad_chain
 
 

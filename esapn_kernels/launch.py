@@ -15,7 +15,7 @@ __all__ = ["LaunchConfig", "choose_bwd_chain", "choose_bwd_rows", "choose_fwd", 
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """One kernel's tile and warps; ``splits`` is the number of partial sums (chain gradient only)."""
+    """One kernel's tile and warps; ``splits``: number of partial sums (chain gradient only)."""
 
     block_rows: int
     block_k: int

@@ -13,13 +13,13 @@ sparse operand X of shape ``[rows, K]`` (see ``compose``), so all levels are one
 
     Y = X composed  (+ the row itself at the last level)
 
-and the products for the gradients are ``G composed^T`` and ``X^T G``. Blocks of K that no row of the
-tile touches are skipped. The gradient needs no atomics: occurrences are sorted by row, the first of a
-run owns it, and the sums over rows are taken per program and then in a fixed order, so every result
-is the same in every run.
+and the products for the gradients are ``G composed^T`` and ``X^T G``. Blocks of K that no row of
+the tile touches are skipped. The gradient needs no atomics: occurrences are sorted by row, the
+first of a run owns it, and the sums over rows are taken per program and then in a fixed order, so
+every result is the same in every run.
 
-Bytes per id, fp32: 8 (id) + 4 (location) + 4 d_k (row) + 4 d_n (out). Source of the operator: Liu et
-al., "Automated Embedding Size Search in Deep Recommender Systems", SIGIR 2020, section 3.2.
+Bytes per id, fp32: 8 (id) + 4 (location) + 4 d_k (row) + 4 d_n (out). Source of the operator: Liu
+et al., "Automated Embedding Size Search in Deep Recommender Systems", SIGIR 2020, section 3.2.
 """
 
 from __future__ import annotations
@@ -322,7 +322,9 @@ def _launch_bwd(
     grad_storage = torch.zeros_like(
         storage, dtype=storage.dtype if one_tile else compute_dtype(storage.dtype)
     )
-    start = row_start.index_select(0, ids.clamp(0, row_start.numel() - 1))
+    # The check may be skipped (compiled code): the gradient of an id out of range goes nowhere.
+    known = ids.clamp(0, row_start.numel() - 1)
+    start = torch.where(known == ids, row_start.index_select(0, known), -1)
     sorted_start, order = torch.sort(start, stable=True)
     _lookup_bwd_rows_kernel[(triton.cdiv(n_ids, config.block_rows),)](
         sorted_start,
@@ -466,10 +468,15 @@ def check_ids(ids: Tensor, num_rows: int) -> None:
     """Refuse ids that are not int32 / int64 or, where a look costs nothing, out of range.
 
     Raises:
+        TypeError: no tensor at all.
         RuntimeError: other dtypes, in torch's own words.
         IndexError: an id outside ``[0, num_rows)``, on a CPU. On a GPU an asynchronous device
             assertion fails instead; the kernels never read or write outside in either case.
     """
+    if not isinstance(ids, Tensor):
+        raise TypeError(
+            f"embedding(): argument 'indices' (position 2) must be Tensor, not {type(ids).__name__}"
+        )
     if ids.dtype not in (torch.int64, torch.int32):
         raise RuntimeError(
             "Expected tensor for argument #1 'indices' to have one of the following scalar types: "

@@ -57,8 +57,8 @@ class ResizableEmbedding(nn.Module):
 
         y(x) = W_{n-1} (... (W_k e_x + b_k) ...) + b_{n-1}        e_x in R^{d_k},  y(x) in R^{d_n}
 
-    A row is stored at its own size only. ``promote`` replaces ``e`` by ``W_k e + b_k``, so the output
-    does not change at that moment. The row values train through ``arena.storage``, one flat
+    A row is stored at its own size only. ``promote`` replaces ``e`` by ``W_k e + b_k``, so the
+    output does not change at that moment. The row values train through ``arena.storage``, one flat
     Parameter whose identity never changes, the hops through ``chain``, their packed Parameter.
 
     Args:
@@ -74,8 +74,8 @@ class ResizableEmbedding(nn.Module):
         device, dtype: of the parameters; fp32, bf16, fp16 or fp64.
 
     Raises:
-        ValueError: sizes not strictly increasing positive integers, an ``embedding_dim`` that is not
-            the largest size, an unknown initial size or backend.
+        ValueError: sizes not strictly increasing positive integers, an ``embedding_dim`` that is
+            not the largest size, an unknown initial size or backend.
 
     State dict: ``arena.storage``, ``chain`` and the arena's location and free-list buffers; tensors
     only. A module whose rows have other sizes loads it and takes its sizes. Optimizer state of
@@ -192,11 +192,11 @@ class ResizableEmbedding(nn.Module):
         )
 
     def sizes_of(self, ids: Tensor | None = None) -> Tensor:
-        """Current size of every row of ``ids`` (of all rows), int64, shape of ``ids``."""
+        """Size of every row of ``ids`` (of all rows), int64, shape of ``ids``; 0: no row."""
         if ids is not None:
             check_ids(ids, self.num_embeddings)
         level = self.arena.level(ids)
-        return torch.tensor(self.sizes, device=level.device)[level]
+        return torch.tensor([*self.sizes, 0], device=level.device)[level]
 
     def promote(self, ids: Tensor, mask: Tensor | None = None) -> None:
         """Enlarge the rows of ``ids`` (where ``mask``) to the next size: ``e' = W_k e + b_k``.
@@ -214,6 +214,8 @@ class ResizableEmbedding(nn.Module):
         """
         check_ids(ids, self.num_embeddings)
         if mask is not None:
+            if not isinstance(mask, Tensor):
+                raise TypeError(f"mask must be a bool tensor, got {type(mask).__name__}")
             if mask.shape != ids.shape or mask.dtype != torch.bool:
                 raise ValueError(
                     f"mask must be bool of shape {list(ids.shape)}, "
@@ -249,7 +251,8 @@ class ResizableEmbedding(nn.Module):
         """Bytes really allocated, part by part; see :class:`MemoryReport`."""
         parts = self.arena.bytes()
         itemsize = self.arena.storage.element_size()
-        counts = torch.bincount(self.arena.level(), minlength=len(self.sizes)).tolist()
+        level = self.arena.level()
+        counts = torch.bincount(level[level >= 0], minlength=len(self.sizes)).tolist()
         return MemoryReport(
             payload=parts.payload,
             slack=parts.slack,

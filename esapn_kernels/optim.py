@@ -1,14 +1,17 @@
 """Optimizer state of rows that move.
 
-Any ``torch.optim`` optimizer that holds an arena's ``storage`` keeps, per element, state of the same
-shape (Adam's moments, Adagrad's sum, SGD's momentum). When a row moves, that state must move or be
-reset, and when the arena grows, it must grow. One hook, run before every optimizer step, finds the
-optimizers that hold an arena, so user code does not register anything; state exists only after the
-first step, so none is missed.
+Any ``torch.optim`` optimizer that holds an arena's ``storage`` keeps, per element, state of the
+same shape (Adam's moments, Adagrad's sum, SGD's momentum). When a row moves, that state must move
+or be reset, and when the arena grows, it must grow. One hook, run before every optimizer step,
+finds the optimizers that hold an arena, so user code does not register anything; rows that move
+before an optimizer's first step find no state to move. Adagrad, which makes its state when it is
+built, is fitted at that step; state *loaded* into a new optimizer is too, but is right only if no
+row
+moved since: load, and step once, before promoting.
 
 Documented behaviour: the state of a *resized* row starts afresh (zero; Adagrad's configured
-``initial_accumulator_value``), as that of a row never seen; the state of every other row is untouched
-wherever the row moves. The shared step counter of Adam goes on.
+``initial_accumulator_value``), as that of a row never seen; the state of every other row is
+untouched wherever the row moves. The shared step counter of Adam goes on.
 """
 
 from __future__ import annotations
@@ -54,6 +57,28 @@ def _find(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     for arena in _arenas:
         if id(arena.storage) in held:
             _optimizers.setdefault(arena, weakref.WeakSet()).add(optimizer)
+            _fit(arena, optimizer)
+
+
+def _fresh(group: dict[str, Any], name: str) -> float:
+    """What an element of the state ``name`` starts as."""
+    return group.get("initial_accumulator_value", 0.0) if name == "sum" else 0.0
+
+
+def _fit(arena: Arena, optimizer: torch.optim.Optimizer) -> None:
+    """Bring state that is older than the arena's last growth to its length."""
+    storage = arena.storage
+    for name, value in optimizer.state.get(storage, {}).items():
+        whole = isinstance(value, Tensor) and value.dim() == 1 and value.numel() % arena.page == 0
+        if whole and value.shape != storage.shape:
+            fitted = value.new_full(storage.shape, _fresh(_group(optimizer, storage), name))
+            if value.numel() < storage.numel():
+                fitted[: value.numel()] = value  # growth moves no row
+            optimizer.state[storage][name] = fitted
+
+
+def _group(optimizer: torch.optim.Optimizer, storage: Tensor) -> dict[str, Any]:
+    return next(g for g in optimizer.param_groups if any(p is storage for p in g["params"]))
 
 
 register_optimizer_step_pre_hook(_find)
@@ -68,10 +93,10 @@ def companions(arena: Arena) -> Iterator[Companion]:
         state = optimizer.state.get(storage)
         if not state:
             continue
-        group = next(g for g in optimizer.param_groups if any(p is storage for p in g["params"]))
+        group = _group(optimizer, storage)
         for name, value in list(state.items()):
             if isinstance(value, Tensor) and value.shape == storage.shape:
-                fresh = group.get("initial_accumulator_value", 0.0) if name == "sum" else 0.0
+                fresh = _fresh(group, name)
 
                 def replace(grown: Tensor, state: Any = state, name: str = name) -> None:
                     state[name] = grown

@@ -19,7 +19,8 @@ __all__ = ["lookup_grad_reference", "lookup_reference", "promote_reference", "sp
 
 
 def split_chain(chain: Tensor, sizes: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-    """Views ``(W_j, b_j)`` of the packed chain parameter, shapes ``[d_{j+1}, d_j]`` and ``[d_{j+1}]``.
+    """Views ``(W_j, b_j)`` of the packed chain parameter, shapes ``[d_{j+1}, d_j]`` and
+    ``[d_{j+1}]``.
 
     ``chain`` holds one block ``[W_j | b_j]^T`` of shape ``[d_j + 1, d_{j+1}]`` for every hop.
 

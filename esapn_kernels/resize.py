@@ -2,8 +2,9 @@
 
     promote:  e' = W_k e + b_k      e in R^{d_k} at its old place, e' in R^{d_{k+1}} at its new one
 
-so that ``y(x)`` does not change at that moment: M_k e + c_k = M_{k+1} (W_k e + b_k) + c_{k+1}. The new
-rows were free before, hence disjoint from every old row, and one launch moves rows of all levels.
+so that ``y(x)`` does not change at that moment: M_k e + c_k = M_{k+1} (W_k e + b_k) + c_{k+1}. The
+new rows were free before, hence disjoint from every old row, and one launch moves rows of all
+levels.
 Source: Liu et al., SIGIR 2020, section 3.2.
 """
 
@@ -146,33 +147,38 @@ def promote_rows(
 
 
 def fill_rows(
-    storage: Tensor,
+    targets: Sequence[tuple[Tensor, float]],
     start: Tensor,
     level: Tensor,
-    value: float,
     *,
     sizes: Sequence[int],
-    page: int,
     backend: str = "auto",
 ) -> None:
-    """Set every element of the rows ``(start, level)`` with ``start >= 0`` to ``value``, in place."""
-    if resolve_backend(backend, storage.device) != "triton":
-        torch_path.fill_rows(storage, start, level, value, sizes, page)
-        return
+    """Set every element of the rows ``(start, level)`` with ``start >= 0``, in place.
+
+    Args:
+        targets: flat tensors of the storage's shape, each with the value that its rows take.
+        start, level: int64 ``[R]``, first elements and levels.
+        sizes, backend: as for ``lookup``.
+    """
     n_rows = level.numel()
-    if not n_rows:
+    if not n_rows or not targets:
         return
-    config = launch.choose_promote(n_rows, sizes[-1], storage.dtype)
-    _fill_rows_kernel[(triton.cdiv(n_rows, config.block_rows),)](
-        storage,
-        start,
-        level,
-        value,
-        n_rows,
-        SIZES=tuple(sizes),
-        BLOCK_ROWS=config.block_rows,
-        BLOCK_DIM=config.block_dim,
-        num_warps=config.num_warps,
-        enable_fp_fusion=True,
-    )
-    torch.autograd.graph.increment_version(storage)
+    if resolve_backend(backend, start.device) != "triton":
+        torch_path.fill_rows(targets, start, level, sizes)
+        return
+    for tensor, value in targets:
+        config = launch.choose_promote(n_rows, sizes[-1], tensor.dtype)
+        _fill_rows_kernel[(triton.cdiv(n_rows, config.block_rows),)](
+            tensor,
+            start,
+            level,
+            value,
+            n_rows,
+            SIZES=tuple(sizes),
+            BLOCK_ROWS=config.block_rows,
+            BLOCK_DIM=config.block_dim,
+            num_warps=config.num_warps,
+            enable_fp_fusion=True,
+        )
+        torch.autograd.graph.increment_version(tensor)

@@ -1,8 +1,8 @@
 """The CPU path: the operators grouped by level and composed, a handful of large torch calls.
 
-Ids are sorted by level once; every level is then one gather and one ``addmm`` into a contiguous
-buffer, and a single gather puts the rows back in order. Works on any device; on a GPU the group
-sizes cost one synchronisation, which is why ``auto`` takes the Triton kernels there.
+Every level that occurs is one gather, one ``addmm`` and one ``index_copy_`` to where its ids stand.
+Works on any device; on a GPU the group sizes cost one synchronisation, which is why ``auto`` takes
+the Triton kernels there.
 """
 
 from __future__ import annotations
@@ -47,30 +47,24 @@ def _write_rows(storage: Tensor, start: Tensor, rows: Tensor, page: int) -> None
         storage[_elements(start, dim)] = rows.reshape(-1)
 
 
-def _by_level(level: Tensor, n_levels: int) -> tuple[Tensor | None, list[int]]:
-    """Stable order that groups by level (``None`` if it is the identity) and the group sizes."""
+def _by_level(level: Tensor, n_levels: int) -> Iterator[tuple[int, Tensor | None]]:
+    """Every level that occurs, and where: positions in order, ``None`` for everywhere."""
     counts = torch.bincount(level, minlength=n_levels).tolist()
-    if max(counts, default=0) == level.numel():
-        return None, counts
-    return torch.sort(level, stable=True).indices, counts
-
-
-def _groups(counts: Sequence[int]) -> Iterator[tuple[int, slice]]:
-    begin = 0
     for k, count in enumerate(counts):
         if count:
-            yield k, slice(begin, begin + count)
-        begin += count
+            yield k, None if count == level.numel() else (level == k).nonzero()[:, 0]
+
+
+def _select(x: Tensor, where: Tensor | None) -> Tensor:
+    return x if where is None else x.index_select(0, where)
 
 
 def _locate(
     ids: Tensor, row_start: Tensor, page_level: Tensor, page: int, n_levels: int
-) -> tuple[Tensor, Tensor | None, list[int]]:
-    """Row starts grouped by level, the grouping order and the group sizes."""
+) -> tuple[Tensor, Iterator[tuple[int, Tensor | None]]]:
+    """Row starts of the ids, and their positions by level."""
     start = row_start.index_select(0, ids)
-    level = page_level.index_select(0, start // page)
-    order, counts = _by_level(level, n_levels)
-    return (start if order is None else start.index_select(0, order)), order, counts
+    return start, _by_level(page_level.index_select(0, start // page), n_levels)
 
 
 def lookup_fwd(
@@ -83,22 +77,17 @@ def lookup_fwd(
     page: int,
 ) -> Tensor:
     """``[len(ids), d_n]``: see :func:`esapn_kernels.lookup.lookup`; ids are in range."""
-    start, order, counts = _locate(ids, row_start, page_level, page, len(sizes))
+    start, levels = _locate(ids, row_start, page_level, page, len(sizes))
     maps = composed.split([d + 1 for d in sizes[:-1]])
     out = storage.new_empty(ids.numel(), sizes[-1])
-    for k, group in _groups(counts):
-        rows = gather_rows(storage, start[group], sizes[k])
-        if k == len(sizes) - 1:
-            out[group] = rows
-        elif rows.dtype == composed.dtype:
-            torch.addmm(maps[k][-1], rows, maps[k][:-1], out=out[group])
-        else:
-            out[group] = torch.addmm(maps[k][-1], rows.to(composed.dtype), maps[k][:-1])
-    if order is None:
-        return out
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(order.numel(), device=order.device)
-    return out.index_select(0, inverse)
+    for k, where in levels:
+        rows = gather_rows(storage, _select(start, where), sizes[k])
+        if k < len(sizes) - 1:
+            rows = torch.addmm(maps[k][-1], rows.to(composed.dtype), maps[k][:-1])
+        if where is None:
+            return rows.to(storage.dtype)
+        out.index_copy_(0, where, rows.to(storage.dtype))
+    return out
 
 
 def lookup_bwd(
@@ -112,21 +101,21 @@ def lookup_bwd(
     page: int,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the storage (dense, same shape) and of ``composed``."""
-    start, order, counts = _locate(ids, row_start, page_level, page, len(sizes))
+    start, levels = _locate(ids, row_start, page_level, page, len(sizes))
     maps = composed.split([d + 1 for d in sizes[:-1]])
     dtype = compute_dtype(storage.dtype)
     grad_storage = torch.zeros_like(storage, dtype=dtype)
     grad_composed = torch.zeros_like(composed)
     grad_maps = grad_composed.split([d + 1 for d in sizes[:-1]])
-    grad_out = (grad_out if order is None else grad_out.index_select(0, order)).to(dtype)
-    for k, group in _groups(counts):
-        grad = grad_out[group]
+    for k, where in levels:
+        grad = _select(grad_out, where).to(dtype)
+        mine = _select(start, where)
         if k < len(sizes) - 1:
-            rows = gather_rows(storage, start[group], sizes[k]).to(dtype)
+            rows = gather_rows(storage, mine, sizes[k]).to(dtype)
             torch.mm(rows.t(), grad, out=grad_maps[k][:-1])
             torch.sum(grad, 0, out=grad_maps[k][-1])
             grad = grad @ maps[k][:-1].t()
-        add_rows(grad_storage, start[group], grad, page)
+        add_rows(grad_storage, mine, grad, page)
     return grad_storage.to(storage.dtype), grad_composed
 
 
@@ -140,28 +129,26 @@ def promote_rows(
     page: int,
 ) -> None:
     """``storage[new] = W_k storage[old] + b_k`` for every entry with ``new_start >= 0``."""
-    moved = (new_start >= 0).nonzero()[:, 0]
-    if not moved.numel():
-        return
-    old_start, new_start, level = old_start[moved], new_start[moved], level[moved]
+    # Entries that stay count as rows of the last level, which nothing leaves.
+    level = torch.where(new_start >= 0, level, len(sizes) - 1)
     dtype = compute_dtype(storage.dtype)
-    offset = 0
-    for k in range(len(sizes) - 1):
-        numel = (sizes[k] + 1) * sizes[k + 1]
-        hop = chain[offset : offset + numel].view(sizes[k] + 1, sizes[k + 1]).to(dtype)
-        offset += numel
-        mine = (level == k).nonzero()[:, 0]
-        if mine.numel():
-            rows = gather_rows(storage, old_start[mine], sizes[k]).to(dtype)
-            rows = torch.addmm(hop[-1], rows, hop[:-1]).to(storage.dtype)
-            _write_rows(storage, new_start[mine], rows, page)
+    hops = chain.split([(a + 1) * b for a, b in zip(sizes, sizes[1:], strict=False)])
+    for k, where in _by_level(level, len(sizes)):
+        if k == len(sizes) - 1:
+            continue
+        hop = hops[k].view(sizes[k] + 1, sizes[k + 1]).to(dtype)
+        rows = gather_rows(storage, _select(old_start, where), sizes[k]).to(dtype)
+        rows = torch.addmm(hop[-1], rows, hop[:-1]).to(storage.dtype)
+        _write_rows(storage, _select(new_start, where), rows, page)
 
 
 def fill_rows(
-    storage: Tensor, start: Tensor, level: Tensor, value: float, sizes: Sequence[int], page: int
+    targets: Sequence[tuple[Tensor, float]], start: Tensor, level: Tensor, sizes: Sequence[int]
 ) -> None:
-    """Set every element of the rows ``(start, level)`` with ``start >= 0`` to ``value``."""
-    for k, dim in enumerate(sizes):
-        mine = start[(level == k) & (start >= 0)]
-        if mine.numel():
-            _write_rows(storage, mine, storage.new_full((1, 1), value).expand(len(mine), dim), page)
+    """Set the rows ``(start, level)`` with ``start >= 0`` of every tensor to its value."""
+    dim = torch.tensor([*sizes, 0], device=start.device)[torch.where(start >= 0, level, -1)]
+    before = dim.cumsum(0) - dim
+    elements = torch.repeat_interleave(start - before, dim)
+    elements += torch.arange(elements.numel(), device=start.device)
+    for tensor, value in targets:
+        tensor[elements] = value

@@ -2,7 +2,8 @@
 
     python tests/compile_kernels.py sm [sm ...]
 
-Run as its own process: under ``TRITON_INTERPRET=1`` the kernels are Python functions, not compilable.
+Run as its own process: under ``TRITON_INTERPRET=1`` the kernels are Python functions, not
+compilable.
 """
 
 from __future__ import annotations

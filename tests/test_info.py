@@ -114,8 +114,8 @@ def test_text_names_every_backend_and_device(monkeypatch, capsys):
     assert info.main([]) == 0
     out = capsys.readouterr().out
     assert "Some GPU, sm_90, 80.0 GiB" in out
-    for backend in backend.BACKENDS:
-        assert f"{backend} backend" in out
+    for name in backend.BACKENDS:
+        assert f"{name} backend" in out
 
     set_state(monkeypatch, triton_error=NO_TRITON)
     assert info.main([]) == 0

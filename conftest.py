@@ -1,0 +1,79 @@
+"""Where the tests run: ``--device cpu`` (kernels interpreted) or ``--device cuda`` (compiled)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="cpu: Triton kernels run interpreted (default); cuda: compiled, on the GPU",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Triton reads the variable when @triton.jit decorates: before any test imports the package.
+    if config.getoption("--device") == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"
+        return
+    os.environ.pop("TRITON_INTERPRET", None)
+    if not torch.cuda.is_available():
+        raise pytest.UsageError("--device cuda: torch finds no CUDA device on this machine")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--device") == "cuda":
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device: run with --device cuda")
+    for item in items:
+        if item.get_closest_marker("cuda"):
+            item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """The device that this run tests."""
+    return torch.device(request.config.getoption("--device"))
+
+
+@pytest.fixture(params=["torch", "triton"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Every implementation but the reference itself."""
+    from esapn_kernels.backend import TRITON_ERROR
+
+    if request.param == "triton" and TRITON_ERROR is not None:
+        pytest.skip(TRITON_ERROR)
+    return str(request.param)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> Iterator[None]:
+    """The same random numbers in every test, and full fp32 products."""
+    torch.manual_seed(0)
+    matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn
+
+
+@pytest.fixture
+def nan_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``empty``, ``empty_like`` and ``new_empty`` give NaN: what is never written shows."""
+
+    def poisoned(allocate):
+        def wrapper(*args, **kwargs):
+            tensor = allocate(*args, **kwargs)
+            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+        return wrapper
+
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))

@@ -1,0 +1,410 @@
+"""arena.py: rows keep their values through any history, and every element is accounted for."""
+
+import copy
+import io
+import itertools
+import math
+import pickle
+from unittest import mock
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from esapn_kernels import arena as arena_file
+from esapn_kernels.arena import Arena, page_elements
+from esapn_kernels.compose import chain_numel
+from esapn_kernels.reference import promote_reference
+
+SIZES = [(1, 3, 5, 33), (2, 4, 8), (7,), (5, 6), (2, 64), (1, 2, 3), (2, 4, 8, 16, 64, 128)]
+
+
+def name(sizes):
+    return "-".join(map(str, sizes))
+
+
+def pages_of(arena):
+    return arena.page_level.numel() - 1
+
+
+def stack(arena, k):
+    begin = int(arena.free_base[k])
+    return arena.free_rows[begin : begin + int(arena.free_count[k])].tolist()
+
+
+def check_accounts(arena):
+    """Rows in use, free rows, free pages and page tails cover each page exactly once."""
+    page_level = arena.page_level.tolist()
+    assert page_level.pop() == -1 and int(arena.row_start[-1]) == -1
+    assert arena.storage.shape == (len(page_level) * arena.page,)
+    height = int(arena.free_count[-1])
+    assert 0 <= height < arena.free_pages.numel()
+    free_pages = arena.free_pages[:height].tolist()
+    assert sorted(free_pages) == [p for p, k in enumerate(page_level) if k == -1]
+
+    held = [[] for _ in page_level]
+    for start in arena.row_start[:-1].tolist():
+        if start >= 0:
+            held[start // arena.page].append(start)
+    for k in range(len(arena.sizes)):
+        count, base = int(arena.free_count[k]), arena.free_base.tolist()
+        assert 0 <= count <= base[k + 1] - base[k]
+        for start in stack(arena, k):
+            assert page_level[start // arena.page] == k
+            held[start // arena.page].append(start)
+    assert int(arena.free_base[-1]) == arena.free_rows.numel() - 1
+    for page, (k, starts) in enumerate(zip(page_level, held, strict=True)):
+        slots = arena.rows_per_page[k] if k >= 0 else 0
+        step = arena.sizes[k]
+        assert sorted(starts) == [page * arena.page + i * step for i in range(slots)]
+
+
+def check_bytes(arena):
+    tensors = [*arena.parameters(recurse=False), *arena.buffers(recurse=False)]
+    level = arena.level()
+    payload = sum(arena.sizes[k] for k in level.tolist() if k >= 0)
+    found = arena.bytes()
+    assert found.payload == payload * arena.storage.element_size()
+    assert found.total == sum(t.untyped_storage().nbytes() for t in tensors)
+    assert found.slack >= 0
+
+
+def with_page(page, *args, **kwargs):
+    """An arena with pages of ``page`` elements: small ones come and go, odd ones have tails."""
+    with mock.patch.object(arena_file, "page_elements", return_value=page):
+        return Arena(*args, **kwargs)
+
+
+class History(RuleBasedStateMachine):
+    """Every operation on an arena beside a plain dict of its rows and of their gradients."""
+
+    n_rows = 40
+    backend = "torch"
+
+    @initialize(
+        sizes=st.sampled_from(SIZES),
+        level=st.one_of(st.integers(-1, 6), st.lists(st.integers(-1, 6), min_size=40, max_size=40)),
+        spare=st.one_of(st.integers(0, 100), st.just(4096)),
+    )
+    def build(self, sizes, level, spare):
+        self.sizes, last = sizes, len(sizes) - 1
+        if isinstance(level, list):
+            level = torch.tensor([min(k, last) for k in level])
+        else:
+            level = min(level, last)
+        self.page = sizes[-1] + spare
+        self.arena = with_page(self.page, self.n_rows, sizes, level=level, dtype=torch.float64)
+        generator = torch.Generator().manual_seed(0)
+        self.chain = torch.randn(chain_numel(sizes), generator=generator, dtype=torch.float64) * 0.5
+        self.identity = self.arena.storage
+        self.fill_rows(self.held())
+
+    def held(self):
+        return [i for i, k in enumerate(self.arena.level().tolist()) if k >= 0]
+
+    def fill_rows(self, ids):
+        """Random rows and gradients, in the arena and in the model."""
+        arena, generator = self.arena, torch.Generator().manual_seed(1)
+        arena.storage.grad = torch.zeros_like(arena.storage)
+        self.rows, self.grads = {}, {}
+        for i in ids:
+            start, dim = int(arena.row_start[i]), self.sizes[int(arena.level()[i])]
+            for model, tensor in ((self.rows, arena.storage), (self.grads, arena.storage.grad)):
+                model[i] = torch.randn(dim, generator=generator, dtype=torch.float64)
+                tensor.data[start : start + dim] = model[i]
+
+    def grow(self, ids):
+        for i in set(ids) & set(self.rows):
+            level = self.sizes.index(len(self.rows[i]))
+            if level + 1 < len(self.sizes):
+                self.rows[i] = promote_reference(self.rows[i], level, self.chain, self.sizes)
+                self.grads[i] = torch.zeros(self.sizes[level + 1], dtype=torch.float64)
+
+    def some(self, data, ids, *, unique=True):
+        return data.draw(st.lists(st.sampled_from(ids), min_size=1, unique=unique))
+
+    @rule(data=st.data(), level=st.integers(0, 6))
+    @precondition(lambda self: len(self.rows) < self.n_rows)
+    def insert(self, data, level):
+        level = min(level, len(self.sizes) - 1)
+        ids = self.some(data, sorted(set(range(self.n_rows)) - set(self.rows)))
+        self.arena.insert(torch.tensor(ids), level)
+        for i in ids:
+            self.rows[i] = torch.zeros(self.sizes[level], dtype=torch.float64)
+            self.grads[i] = self.rows[i].clone()
+
+    @rule(data=st.data(), masked=st.booleans())
+    @precondition(lambda self: self.rows)
+    def promote(self, data, masked):
+        ids = self.some(data, sorted(self.rows), unique=False)
+        size = len(ids)
+        mask = data.draw(st.lists(st.booleans(), min_size=size, max_size=size)) if masked else None
+        tensor_mask = torch.tensor(mask) if masked else None
+        self.arena.promote(torch.tensor(ids), self.chain, tensor_mask, backend=self.backend)
+        self.grow(itertools.compress(ids, mask) if masked else ids)
+
+    @rule(data=st.data(), hops=st.integers(1, 5))
+    @precondition(lambda self: self.rows)
+    def resize_by_hops(self, data, hops):
+        ids = self.some(data, sorted(self.rows))
+        for _ in range(hops):
+            self.arena.promote(torch.tensor(ids), self.chain, backend=self.backend)
+            self.grow(ids)
+
+    @rule()
+    @precondition(lambda self: self.rows)
+    def promote_everything(self):
+        self.arena.promote(torch.tensor(sorted(self.rows)), self.chain, backend=self.backend)
+        self.grow(list(self.rows))
+
+    @rule(data=st.data())
+    @precondition(lambda self: self.rows)
+    def free(self, data):
+        ids = self.some(data, sorted(self.rows))
+        self.arena.free(torch.tensor(ids))
+        for i in ids:
+            del self.rows[i], self.grads[i]
+
+    @rule()
+    def compact(self):
+        self.arena.compact()
+        counts = [0] * len(self.sizes)
+        for row in self.rows.values():
+            counts[self.sizes.index(len(row))] += 1
+        per = self.arena.rows_per_page
+        assert pages_of(self.arena) == sum(-(-c // p) for c, p in zip(counts, per, strict=True))
+
+    @rule()
+    def reclaim(self):
+        in_use = {s // self.arena.page for s in self.arena.row_start[:-1].tolist() if s >= 0}
+        self.arena.reclaim()
+        free = int(self.arena.free_count[-1])
+        assert free == pages_of(self.arena) - len(in_use)
+        assert self.arena.reclaim() == 0
+
+    @rule(through=st.sampled_from(["deepcopy", "pickle", "state_dict"]))
+    def copy(self, through):
+        grad = self.arena.storage.grad
+        if through == "state_dict":
+            fresh = with_page(self.page, self.n_rows, self.sizes, level=0, dtype=torch.float64)
+            fresh.load_state_dict(self.arena.state_dict())
+            self.arena = fresh
+        elif through == "pickle":
+            self.arena = pickle.loads(pickle.dumps(self.arena))
+        else:
+            self.arena = copy.deepcopy(self.arena)
+        self.arena.storage.grad = grad
+        self.identity = self.arena.storage
+
+    @invariant()
+    def accounts_balance(self):
+        if hasattr(self, "arena"):
+            check_accounts(self.arena)
+            check_bytes(self.arena)
+
+    @invariant()
+    def rows_survive(self):
+        if not hasattr(self, "arena"):
+            return
+        arena = self.arena
+        assert arena.storage is self.identity and arena.storage.grad.shape == arena.storage.shape
+        assert self.held() == sorted(self.rows)
+        free = torch.ones_like(arena.storage, dtype=torch.bool)
+        for i, row in self.rows.items():
+            torch.testing.assert_close(arena.read(i), row, rtol=1e-12, atol=1e-12)
+            start = int(arena.row_start[i])
+            free[start : start + len(row)] = False
+            assert torch.equal(arena.storage.grad[start : start + len(row)], self.grads[i])
+        # Nothing of what lies between the rows may ever reach one.
+        arena.storage.data[free] = float("nan")
+        arena.storage.grad[free] = float("nan")
+
+
+class InterpretedHistory(History):
+    backend = "triton"
+
+
+class DeviceHistory(History):
+    """The operations as on a GPU, where nothing is looked at: fixed shapes, masked writes."""
+
+    def __init__(self):
+        super().__init__()
+        self.patch = mock.patch.object(arena_file, "_can_look", return_value=False)
+        self.patch.start()
+
+    def teardown(self):
+        self.patch.stop()
+
+
+quick = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True}
+TestHistory = History.TestCase
+TestHistory.settings = settings(max_examples=30, stateful_step_count=20, **quick)
+TestDeviceHistory = DeviceHistory.TestCase
+TestDeviceHistory.settings = settings(max_examples=30, stateful_step_count=20, **quick)
+TestInterpretedHistory = InterpretedHistory.TestCase
+TestInterpretedHistory.settings = settings(max_examples=5, stateful_step_count=8, **quick)
+
+
+@pytest.mark.parametrize("sizes", [*SIZES, (127, 130), (2, 512), (127, 4097)], ids=name)
+@pytest.mark.parametrize("num_rows", [0, 1, 1000, 1_000_000])
+def test_page_elements(sizes, num_rows):
+    page, common = page_elements(sizes, num_rows), math.lcm(*sizes)
+    assert max(sizes) <= page <= max(4 * 4096, 8 * max(sizes))
+    if common <= 4096:
+        assert page % common == 0 and (num_rows < 1_000_000 or page >= 4096)
+
+
+def test_a_small_table_has_small_pages():
+    # A page begun for every level costs a small table at most as much as its rows.
+    for num_rows in (1000, 10_000):
+        sizes = (2, 4, 8, 16, 64, 128)
+        assert page_elements(sizes, num_rows) * len(sizes) <= num_rows * sizes[0]
+
+
+@pytest.mark.parametrize("sizes", [(2, 4), (127, 130), (1, 3, 5, 33)], ids=name)
+def test_emptied_pages_serve_other_levels(sizes):
+    arena = with_page(4 * sizes[-1], 200, sizes, dtype=torch.float64)
+    chain = torch.randn(chain_numel(sizes), dtype=torch.float64)
+    ids = torch.arange(200)
+    pages = []
+    for _ in sizes[1:]:
+        arena.promote(ids, chain)
+        pages.append(pages_of(arena))
+    for _ in range(6):
+        # Everything goes and comes back at another size: no page more than the worst round.
+        for k in range(len(sizes)):
+            arena.free(ids)
+            arena.insert(ids, k)
+            check_accounts(arena)
+    worst = -(-200 // arena.rows_per_page[-1])
+    assert pages_of(arena) <= 2 * max(*pages, worst) + worst // 4
+    used = {int(s) // arena.page for s in arena.row_start[:-1]}
+    assert len(used) == worst
+
+
+def test_growth_is_geometric_and_keeps_the_parameter(device):
+    arena = Arena(20_000, (2, 64), device=device)
+    storage = arena.storage
+    chain = torch.zeros(chain_numel((2, 64)), device=device)
+    shapes = set()
+    for ids in torch.arange(20_000, device=device).split(500):
+        arena.promote(ids, chain)
+        shapes.add(tuple(arena.storage.shape))
+    assert arena.storage is storage
+    assert len(shapes) < 40  # fewer growths than promotions
+    needed = -(-20_000 // arena.rows_per_page[1])
+    assert pages_of(arena) <= needed * 9 / 8 + 12
+    check_accounts(arena)
+
+
+def test_compact_shrinks_to_the_minimum(device):
+    arena = Arena(5000, (2, 8, 64), device=device)
+    arena.promote(torch.arange(5000, device=device), torch.ones(chain_numel((2, 8, 64))).to(device))
+    arena.free(torch.arange(1, 5000, device=device))
+    row = arena.read(0)
+    arena.compact()
+    assert arena.storage.numel() == arena.page and torch.equal(arena.read(0), row)
+    check_accounts(arena)
+    check_bytes(arena)
+
+
+@pytest.mark.parametrize("looks_at_values", [True, False], ids=["cpu", "as-on-a-gpu"])
+@pytest.mark.parametrize("spare_pages", [0, 4000])
+@pytest.mark.parametrize("sizes", [(1, 2, 3), (2, 17)], ids=name)
+def test_many_small_promotions(sizes, spare_pages, looks_at_values, monkeypatch):
+    """The host's bounds of pages and stacks are never wrong: it looks only when they run out."""
+    monkeypatch.setattr(arena_file, "_can_look", lambda tensor: looks_at_values)
+    n_rows, last = 1500, len(sizes) - 1
+    arena = with_page(18, n_rows, sizes, dtype=torch.float64)
+    arena.storage.data.normal_()
+    if spare_pages:
+        arena._grow(spare_pages)
+        arena._reset_bounds()
+    chain = torch.randn(chain_numel(sizes), dtype=torch.float64)
+    rows = [arena.read(i) for i in range(n_rows)]
+    levels = [0] * n_rows
+    looks = []
+    pages_for = arena._pages_for
+    arena._pages_for = lambda target: looks.append(1) or pages_for(target)
+    order = torch.randperm(n_rows).repeat(last)
+    batches = order.split(30)
+    for ids in batches:
+        arena.promote(ids, chain)
+        for i in ids.tolist():
+            rows[i] = promote_reference(rows[i], levels[i], chain, sizes)
+            levels[i] += 1
+        check_accounts(arena)
+    assert levels == [last] * n_rows == arena.level().tolist()
+    for i, row in enumerate(rows):
+        torch.testing.assert_close(arena.read(i), row, rtol=1e-12, atol=1e-12)
+    # With pages to spare, most promotions look at nothing where that costs a synchronisation.
+    assert looks
+    if spare_pages and not looks_at_values:
+        assert len(looks) <= len(batches) / 4
+
+
+@pytest.mark.cuda
+def test_promote_does_not_synchronise(device):
+    """Once the bounds are known and room is there, the host waits for nothing."""
+    arena = Arena(100_000, (2, 4, 8), device=device)
+    chain = torch.randn(chain_numel((2, 4, 8)), device=device)
+    arena._grow(64)
+    arena._reset_bounds()
+    ids = torch.arange(100_000, device=device).split(64)
+    arena.promote(ids[0], chain)
+    arena.promote(ids[1], chain)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for part in ids[2:5]:
+            arena.promote(part, chain)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert (arena.level()[: 5 * 64] == 1).all() and (arena.level()[5 * 64 :] == 0).all()
+    check_accounts(arena.cpu())
+
+
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda a: a.insert(torch.tensor([3, 3]), 0), "distinct"),
+        (lambda a: a.insert(torch.tensor([0]), 0), "no row"),
+        (lambda a: a.free(torch.tensor([0, 0])), "distinct"),
+        (lambda a: a.free(torch.tensor([3])), "have a row"),
+    ],
+    ids=["insert-twice", "insert-held", "free-twice", "free-nothing"],
+)
+def test_misuse_changes_nothing(call, words):
+    arena = Arena(4, (2, 4), level=torch.tensor([0, 1, 0, -1]))
+    before = {key: value.clone() for key, value in arena.state_dict().items()}
+    with pytest.raises(ValueError, match=words):
+        call(arena)
+    for key, value in arena.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+@pytest.mark.parametrize("other", [(1, 6), (2, 4, 8)], ids=name)
+def test_a_state_of_other_sizes_is_refused(other):
+    arena = Arena(5, (2, 4))
+    before = {key: value.clone() for key, value in arena.state_dict().items()}
+    with pytest.raises(RuntimeError, match=r"other sizes than \[2, 4\]"):
+        arena.load_state_dict(Arena(5, other).state_dict())
+    for key, value in arena.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+def test_state_survives_torch_save():
+    arena = Arena(50, (2, 4, 8))
+    arena.storage.data.normal_()
+    arena.promote(torch.arange(20), torch.randn(chain_numel((2, 4, 8))))
+    file = io.BytesIO()
+    torch.save(arena.state_dict(), file)
+    file.seek(0)
+    fresh = Arena(50, (2, 4, 8), level=2)
+    fresh.load_state_dict(torch.load(file, weights_only=True))
+    for i in range(50):
+        assert torch.equal(fresh.read(i), arena.read(i))
+    check_accounts(fresh)
+    check_bytes(fresh)

@@ -1,0 +1,256 @@
+"""bench/lookup.py: what it prints and writes, its gate, its errors and its byte model."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "bench" / "lookup.py"
+SMALL = {2: 5, 4: 4, 8: 3, 16: 3, 64: 2, 128: 6}
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs the script as a user does, never with interpreted kernels."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *arguments],
+        capture_output=True,
+        text=True,
+        env=env,
+        timeout=300,
+    )
+
+
+@pytest.fixture(scope="module")
+def bench() -> Iterator[ModuleType]:
+    """The script as a module; ``bench.providers`` is its other file."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(SCRIPT.parent))
+        spec = importlib.util.spec_from_file_location("bench_lookup", SCRIPT)
+        assert spec is not None and spec.loader is not None
+        module: Any = importlib.util.module_from_spec(spec)
+        patch.setitem(sys.modules, "bench_lookup", module)
+        spec.loader.exec_module(module)
+        module.providers = sys.modules["providers"]
+        yield module
+
+
+@pytest.fixture
+def table(bench: Any) -> Any:
+    torch.manual_seed(0)
+    return bench.make_table("small", SMALL, torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def ids(table: Any) -> torch.Tensor:
+    """Every id but the first and the last, some of them several times."""
+    return torch.cat([torch.arange(1, len(table) - 1), torch.tensor([3, 3, 7, 3])])
+
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]:
+    out = tmp_path_factory.mktemp("bench") / "lookup.json"
+    done = run(
+        "--quick",
+        "--device",
+        "cpu",
+        "--ids",
+        "64",
+        "--repeats",
+        "3",
+        "--seed",
+        "5",
+        "--out",
+        str(out),
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout, json.loads(out.read_text())
+
+
+def test_quick_json(quick: tuple[str, dict[str, Any]]) -> None:
+    _, result = quick
+    assert result["gate"] == {"passed": True, "tolerance": 5e-5}
+    assert result["seed"] == 5 and result["device"] == "cpu"
+    assert not result["provenance"]["interpreted"]
+    assert any("torch.compile is left out" in note for note in result["notes"])
+    seen = {(row["traffic"], row["mode"], row["provider"]) for row in result["rows"]}
+    assert seen == {
+        (traffic, mode, provider)
+        for traffic in ("uniform", "zipf")
+        for mode in ("forward", "backward", "both")
+        for provider in ("ours", "fixed", "eager")
+    }
+    for row in result["rows"]:
+        assert row["ids"] == 64 and row["repeats"] == 3 == len(row["samples_ms"])
+        assert 0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
+        assert row["gb_per_s"] == pytest.approx(row["bytes"] / row["median_ms"] / 1e6)
+        assert row["gate_error"] <= 5e-5
+        assert row["memory_bytes"] > 0
+        assert row["copy_share"] == pytest.approx(row["gb_per_s"] / row["copy_gb_per_s"])
+
+
+def test_quick_text(quick: tuple[str, dict[str, Any]]) -> None:
+    text, result = quick
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 120
+    distinct = result["rows"][0]["distinct"]
+    heading = f"ml-20m (138,493 rows), uniform, 64 ids ({distinct} distinct); copy "
+    assert lines[0].startswith(heading)
+    assert sum(" ours " in line and "1.00x" in line for line in lines) == 6
+    for condition in result["conditions"]:
+        assert condition in lines
+
+
+def test_no_gpu_is_said(bench: Any, table: Any, monkeypatch: Any, capsys: Any) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    monkeypatch.setattr(bench, "PAPER_ROWS", SMALL)
+    assert bench.main(["--quick", "--ids", "9", "--repeats", "1"]) == 0
+    assert capsys.readouterr().out.startswith("no GPU found: measuring the CPU path\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--bogus"], "unrecognized arguments: --bogus"),
+        (["--ids", "5", "0"], "argument --ids: must be at least 1, got 0"),
+        (["--ids", "many"], "argument --ids: invalid int value: 'many'"),
+        (["--repeats", "0"], "argument --repeats: must be at least 1, got 0"),
+        (["--seed", "-1"], "argument --seed: must be in [0, 2**63), got -1"),
+        (["--out", "/no/such/folder/x.json"], "cannot write /no/such/folder/x.json: No such file"),
+        (["--out", "/"], "cannot write /: Is a directory"),
+    ],
+)
+def test_user_errors(bench: Any, capsys: Any, arguments: list[str], message: str) -> None:
+    with pytest.raises(SystemExit) as stop:
+        bench.main(arguments)
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2
+    assert not out and message in err and err.count("\n") == 1
+
+
+def test_user_error_from_a_shell() -> None:
+    done = run("--device", "cuda") if not torch.cuda.is_available() else run("--device", "none")
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.startswith("lookup.py: error: argument --device: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_out_is_not_left_behind_by_the_check(bench: Any, tmp_path: Path) -> None:
+    bench.parse(["--out", str(tmp_path / "x.json")])
+    assert not (tmp_path / "x.json").exists()
+    (tmp_path / "old.json").write_text("old")
+    bench.parse(["--out", str(tmp_path / "old.json")])
+    assert (tmp_path / "old.json").read_text() == "old"
+
+
+def test_gate_passes_every_provider(bench: Any, table: Any, ids: torch.Tensor) -> None:
+    ours, fixed = bench.Ours(table, CPU), bench.Fixed(table, CPU)
+    reference = bench.make_reference(ours, ids)
+    assert bench.check(ours, ids, reference) < 1e-5
+    assert bench.check(bench.Eager(ours), ids, reference) < 1e-5
+    assert bench.check(fixed, ids, bench.make_reference(fixed, ids)) < 1e-5
+
+
+def test_gate_refuses_wrong_outputs_and_gradients(
+    bench: Any, table: Any, ids: torch.Tensor
+) -> None:
+    class Wrong(bench.Ours):  # type: ignore[misc, name-defined]
+        def __call__(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.spoil(super().__call__(ids))
+
+    provider = Wrong(table, CPU)
+    reference = bench.make_reference(provider, ids)
+    for spoil, message in [
+        (lambda out: out * (1 + 1e-3), "off by 1.0e-03"),
+        (lambda out: out * torch.nan, "off by inf"),
+        (lambda out: out * 2 - out.detach(), "gradient.* off by 1.0e\\+00"),
+        (lambda out: out + 1e-20 * provider.parameters[0][-1], "not looked up"),
+    ]:
+        provider.spoil = spoil
+        with pytest.raises(bench.GateError, match="ours: .*" + message):
+            bench.check(provider, ids, reference)
+
+
+def test_no_timing_is_printed_when_the_gate_fails(
+    bench: Any, monkeypatch: Any, capsys: Any
+) -> None:
+    def refuse(*_: Any) -> float:
+        raise bench.GateError("ours: outputs off by 1.0e+00")
+
+    monkeypatch.setattr(bench, "PAPER_ROWS", SMALL)
+    monkeypatch.setattr(bench, "check", refuse)
+    monkeypatch.setattr(bench.Clock, "sample", lambda *_: pytest.fail("timed"))
+    assert bench.main(["--quick", "--device", "cpu", "--ids", "9"]) == 1
+    out, err = capsys.readouterr()
+    assert not out
+    assert err.splitlines()[-1] == "not timed: ours: outputs off by 1.0e+00"
+
+
+def test_a_loop_that_does_not_compile_is_a_note(bench: Any, table: Any, monkeypatch: Any) -> None:
+    def refuse() -> Any:
+        raise RuntimeError("no C++ compiler\nand more")
+
+    monkeypatch.setattr(bench.providers, "_compiled_loop", refuse)
+    case = bench.make_case(table, "zipf", 30, CPU, torch.Generator().manual_seed(0))
+    ours = bench.Ours(table, CPU)
+    providers = [ours, bench.Compiled(bench.Eager(ours))]
+    rows = bench.measure(case, providers, bench.Clock(CPU), 2)
+    assert [row.note for row in rows] == ["", "not compiled: no C++ compiler"] * 3
+    assert [row.median_ms is None for row in rows] == [False, True] * 3
+    assert "not compiled: no C++ compiler" in bench.report(rows)
+
+
+def test_statistics_by_hand(bench: Any) -> None:
+    rows = [
+        bench.Row("t", 9, "uniform", 4, 3, "forward", name, memory_bytes=1, bytes=6_000_000)
+        for name in ("ours", "fixed")
+    ]
+    bench.fill(rows[0], [5.0, 1.0, 2.0, 3.0, 4.0, 6.0], 4.0)
+    bench.fill(rows[1], [7.0, 7.0], 4.0)
+    bench.relate(rows)
+    assert (rows[0].p20_ms, rows[0].median_ms, rows[0].p80_ms) == (2.0, 3.5, 5.0)
+    assert rows[0].gb_per_s == pytest.approx(6 / 3.5)
+    assert rows[0].copy_share == pytest.approx(6 / 3.5 / 4)
+    assert (rows[0].times_ours, rows[1].times_ours) == (1.0, 2.0)
+
+
+def test_table_and_traffic(bench: Any, table: Any) -> None:
+    assert {d: int((table.sizes == d).sum()) for d in SMALL} == SMALL
+    assert not torch.equal(table.sizes, table.sizes.sort().values)
+    assert sorted(table.popular.tolist()) == list(range(len(table)))
+    assert torch.equal(table.sizes[table.popular], table.sizes.sort(descending=True).values)
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.arange(1, len(table) + 1, dtype=torch.float64).pow(-1.05)
+    drawn = bench.make_ids(table, "zipf", 200_000, generator).bincount(minlength=len(table))
+    share = drawn[table.popular] / 200_000
+    torch.testing.assert_close(share, (weight / weight.sum()).float(), atol=0.005, rtol=0)
+    drawn = bench.make_ids(table, "uniform", 230_000, generator).bincount(minlength=len(table))
+    assert int(drawn.min()) > 9_500 and int(drawn.max()) < 10_500
+
+
+def test_bytes_by_hand(bench: Any) -> None:
+    dims = torch.tensor([2, 128])  # two distinct rows, three ids
+    # 3 * (8 id + 4 location + 512 output) + 4 * 130 of rows
+    assert bench.forward_bytes(3, dims) == 2_092
+    # 3 * (8 id + 512 output) + 2 * 512 of rows
+    assert bench.forward_bytes(3, torch.tensor([128, 128]), ragged=False) == 2_584
+    # 3 * (8 id + 4 location + 512 output gradient) + 8 of the row of size 2 + 800 of gradient
+    assert bench.backward_bytes(3, dims, 200) == 2_380
+    # 3 * (8 id + 512 output gradient) + 1,024 of gradient
+    assert bench.backward_bytes(3, torch.tensor([128, 128]), 256, ragged=False) == 2_584

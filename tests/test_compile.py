@@ -1,0 +1,76 @@
+"""Every kernel compiles for sm_80, sm_90 and sm_100 without spilling. Needs no GPU."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from esapn_kernels.backend import TRITON_ERROR
+
+ROOT = Path(__file__).resolve().parents[1]
+TARGETS = (80, 90, 100)
+# A process per group; one compiles 38 kernels in about half a minute of CPU time.
+GROUPS = ((80, 100), (90,))
+
+pytestmark = pytest.mark.skipif(TRITON_ERROR is not None, reason=str(TRITON_ERROR))
+
+
+def kernels_in_the_package() -> set[str]:
+    """Names of the @triton.jit functions that end in _kernel, from the sources."""
+    found = set()
+    for path in (ROOT / "esapn_kernels").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel"):
+                decorators = [ast.unparse(d) for d in node.decorator_list]
+                if any("triton.jit" in d for d in decorators):
+                    found.add(node.name)
+    return found
+
+
+@pytest.fixture(scope="session")
+def compiled() -> list[dict]:
+    """Resource usage of every kernel and target, compiled in processes that do not interpret."""
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = str(ROOT)
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(ROOT / "tests" / "compile_kernels.py"), *map(str, group)],
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for group in GROUPS
+    ]
+    results = []
+    for process in processes:
+        output, errors = process.communicate(timeout=900)
+        assert process.returncode == 0, errors
+        results += json.loads(output)
+    return results
+
+
+def test_every_kernel_is_compiled_for_every_target(compiled):
+    names = kernels_in_the_package()
+    assert "_lookup_fwd_kernel" in names
+    found = {(result["case"].partition("[")[0], result["sm"]) for result in compiled}
+    assert found == {(name, sm) for name in names for sm in TARGETS}
+
+
+@pytest.mark.parametrize("sm", TARGETS)
+def test_no_kernel_spills(sm, compiled):
+    results = [result for result in compiled if result["sm"] == sm]
+    assert results
+    assert [r for r in results if r["stack"] or r["local"]] == []
+    assert [r for r in results if not 0 < r["registers"] <= 255] == []
+
+
+@pytest.mark.parametrize("sm", TARGETS)
+def test_every_kernel_fits_in_shared_memory(sm, compiled):
+    # A block may use 163 KiB on sm_80 and 227 KiB on sm_90 and sm_100.
+    limit = (163 if sm == 80 else 227) * 1024
+    assert [r for r in compiled if r["sm"] == sm and r["shared"] > limit] == []

@@ -1,0 +1,94 @@
+"""SearchConfig: the published defaults, every refusal, and its JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import fields
+
+import pytest
+
+from esapn.config import CHOICES, ConfigError, SearchConfig
+
+PUBLISHED = {
+    "sizes": (2, 4, 8, 16, 64, 128),
+    "fixed_size": 128,
+    "batch_size": 500,
+    "train_fraction": 0.75,
+    "hidden": 512,
+    "policy_hidden": 512,
+    "lr": 1e-3,
+    "policy_lr": 1e-4,
+    "history": 5,
+    "frequency_dim": 32,
+    "init_std": 1.0,
+    "order": "shuffle",
+    "method": "esapn",
+    "mode": "paper",
+    "task": "binary",
+}
+
+REFUSED = [
+    *((name, "nonsense") for name in CHOICES),
+    *((name, 0) for name in ("hidden", "history", "policy_hidden", "frequency_dim")),
+    *((name, 0) for name in ("max_frequency", "log_every", "events", "fixed_size")),
+    ("batch_size", 1),
+    *((name, value) for name in ("lr", "policy_lr") for value in (0.0, -1e-3, math.nan, math.inf)),
+    *(("init_std", value) for value in (-0.1, math.nan, math.inf)),
+    *(("train_fraction", value) for value in (0.0, 1.0, -0.5, math.nan)),
+    *(("seed", value) for value in (-1, 2**63)),
+    *(("sizes", value) for value in ((), (0, 2), (-1, 2), (2, 2), (4, 2), (1, 5, 3))),
+]
+
+
+def test_defaults_are_the_published_settings():
+    config = SearchConfig()
+    assert {name: getattr(config, name) for name in PUBLISHED} == PUBLISHED
+
+
+@pytest.mark.parametrize(("name", "value"), REFUSED)
+def test_refusals_name_their_flag_on_one_line(name, value):
+    with pytest.raises(ConfigError) as caught:
+        SearchConfig(**{name: value})
+    message = str(caught.value)
+    assert message.startswith(f"--{name.replace('_', '-')} must ") and "\n" not in message
+    assert message.endswith(f"got {list(value) if name == 'sizes' else value}")
+
+
+def test_every_setting_with_a_range_is_refused_somewhere():
+    free = {"data"}
+    assert {name for name, _ in REFUSED} == {setting.name for setting in fields(SearchConfig)} - free
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("batch_size", 2),
+        ("hidden", 1),
+        ("init_std", 0.0),
+        ("seed", 2**63 - 1),
+        ("sizes", (7,)),
+        ("train_fraction", 0.01),
+        *((name, choice) for name, choices in CHOICES.items() for choice in choices),
+    ],
+)
+def test_edges_of_the_ranges_are_taken(name, value):
+    assert getattr(SearchConfig(**{name: value}), name) == value
+
+
+@pytest.mark.parametrize(("method", "sizes"), [("esapn", (1, 3)), ("fixed", (6,))])
+def test_row_sizes(method, sizes):
+    assert SearchConfig(method=method, sizes=(1, 3), fixed_size=6).row_sizes == sizes
+
+
+def test_json_round_trip():
+    config = SearchConfig(sizes=(1, 2, 3), lr=0.02, seed=7, task="multiclass")
+    values = json.loads(json.dumps(config.to_json()))
+    assert set(values) == {setting.name for setting in fields(SearchConfig)}
+    assert values["sizes"] == [1, 2, 3]
+    values["sizes"] = tuple(values["sizes"])
+    assert SearchConfig(**values) == config
+
+
+def test_settings_have_help():
+    assert all(setting.metadata["help"] for setting in fields(SearchConfig))
