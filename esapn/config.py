@@ -13,6 +13,7 @@ CHOICES = {
     "method": ("esapn", "fixed"),
     "mode": ("paper",),
     "order": ("shuffle", "time"),
+    "tower": ("norm", "plain"),
     "device": ("auto", "cpu", "cuda"),
 }
 
@@ -53,6 +54,7 @@ class SearchConfig:
     sizes: tuple[int, ...] = _setting((2, 4, 8, 16, 64, 128), "candidate sizes D, increasing")
     fixed_size: int = _setting(128, "the size of every row with --method fixed")
     init_std: float = _setting(1.0, "rows start as N(0, std^2)")
+    tower: str = _setting("norm", "BatchNorm and tanh on a tower's output, or the output as it is")
     hidden: int = _setting(512, "width of the recommender's inference layer")
     lr: float = _setting(1e-3, "Adam, recommender")
     history: int = _setting(5, "T: losses of an ID that form its reward's baseline")

@@ -17,6 +17,7 @@ class TwoTower(nn.Module):
     """Score of a (user, item) pair.
 
         v_side = tanh(BN(y_side(x)))           y: the row carried to d_n (``ResizableEmbedding``)
+        v_side = y_side(x)                     with plain towers
         logits = W_2 tanh(BN(W_1 BN([v_user; v_item]) + b_1)) + b_2
 
     BatchNorm sees the selected rows only: each event's row at its own size.
@@ -27,6 +28,7 @@ class TwoTower(nn.Module):
         n_outputs: 1 (binary) or the number of classes.
         hidden: width of the inference layer.
         init_std: rows start as N(0, init_std^2), at the smallest size.
+        plain: no BatchNorm and tanh on the towers.
 
     Example:
         >>> model = TwoTower(10, 20, sizes=(2, 4), n_outputs=1, hidden=8)
@@ -43,13 +45,14 @@ class TwoTower(nn.Module):
         n_outputs: int,
         hidden: int = 512,
         init_std: float = 1.0,
+        plain: bool = False,
     ) -> None:
         super().__init__()
         self.user = ResizableEmbedding(n_users, sizes=sizes, init_std=init_std)
         self.item = ResizableEmbedding(n_items, sizes=sizes, init_std=init_std)
         dim = self.user.embedding_dim
-        self.user_norm = nn.BatchNorm1d(dim)
-        self.item_norm = nn.BatchNorm1d(dim)
+        self.user_norm = _tower(dim, plain)
+        self.item_norm = _tower(dim, plain)
         self.inference = nn.Sequential(
             nn.BatchNorm1d(2 * dim),
             nn.Linear(2 * dim, hidden),
@@ -60,12 +63,13 @@ class TwoTower(nn.Module):
 
     def forward(self, user: Tensor, item: Tensor) -> Tensor:
         """Logits ``[B, n_outputs]`` of ids ``[B]``."""
-        towers = [
-            torch.tanh(self.user_norm(self.user(user))),
-            torch.tanh(self.item_norm(self.item(item))),
-        ]
+        towers = [self.user_norm(self.user(user)), self.item_norm(self.item(item))]
         logits: Tensor = self.inference(torch.cat(towers, dim=1))
         return logits
+
+
+def _tower(dim: int, plain: bool) -> nn.Module:
+    return nn.Identity() if plain else nn.Sequential(nn.BatchNorm1d(dim), nn.Tanh())
 
 
 def event_losses(logits: Tensor, target: Tensor) -> Tensor:

@@ -49,6 +49,7 @@ def build_model(config: SearchConfig, stream: Stream) -> TwoTower:
         n_outputs=1 if config.task == "binary" else NUM_CLASSES,
         hidden=config.hidden,
         init_std=config.init_std,
+        plain=config.tower == "plain",
     )
 
 

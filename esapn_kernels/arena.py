@@ -47,11 +47,12 @@ def page_elements(sizes: Sequence[int], num_rows: int = 1 << 30) -> int:
     >>> page_elements((1, 3, 5, 33)), page_elements((127, 512))
     (4125, 4096)
     """
-    wanted = min(_PAGE, num_rows * sizes[0] // 16)
+    small = num_rows * sizes[0] // 16
     common = math.lcm(*sizes)
     if common <= 4 * _PAGE:
-        return common * max(-(-wanted // common), 1)
-    return max(wanted, max(sizes))
+        return common * max(-(-min(_PAGE, small) // common), 1)
+    # The largest rows fill a page to 7 / 8 at least, unless the table is small.
+    return max(min(max(_PAGE, 8 * max(sizes)), small), max(sizes))
 
 
 def _can_look(tensor: Tensor) -> bool:
@@ -96,6 +97,7 @@ class Arena(nn.Module):
         free_pages: stack of free page numbers, and a sink.
         free_count: int64 ``[n + 1]``: height of every level's stack, then of the page stack.
         free_base: int64 ``[n + 1]``: where every level's segment begins.
+        row_size: int64 ``[n]``: the sizes, so that a checkpoint says what its levels are.
     """
 
     storage: nn.Parameter
@@ -105,7 +107,7 @@ class Arena(nn.Module):
     free_pages: Tensor
     free_count: Tensor
     free_base: Tensor
-    _row_size: Tensor
+    row_size: Tensor
     _rows_per_page: Tensor
 
     def __init__(
@@ -142,9 +144,9 @@ class Arena(nn.Module):
         self._set("free_rows", stacks, device)
         self._set("free_base", base, device)
         self._set("free_count", torch.tensor([*(len(rows) for rows in free), 0]), device)
-        constants = {"row_size": self.sizes, "rows_per_page": self.rows_per_page}
-        for name, value in constants.items():
-            self.register_buffer(f"_{name}", torch.tensor(value, device=device), persistent=False)
+        self._set("row_size", torch.tensor(self.sizes), device)
+        rows_per_page = torch.tensor(self.rows_per_page, device=device)
+        self.register_buffer("_rows_per_page", rows_per_page, persistent=False)
         self._reset_bounds()
         optim.track(self)
 
@@ -271,7 +273,7 @@ class Arena(nn.Module):
         rank, need = self._rank(level)
         n = len(self.sizes)
         device = level.device
-        sizes, per = self._row_size, self._rows_per_page
+        sizes, per = self.row_size, self._rows_per_page
         free, n_pages = self.free_count[:n], self.free_count[n]
         short = (need - free).clamp(min=0)
         pages = (short + per - 1) // per
@@ -549,12 +551,13 @@ class Arena(nn.Module):
         self._reset_bounds()
 
     def _fits(self, state_dict: dict[str, Any], prefix: str) -> bool:
-        """Whether a saved arena has as many levels and pages of the same length."""
-        names = ("free_count", "page_level", "storage")
+        """Whether a saved arena has the same sizes and pages of the same length."""
+        names = ("row_size", "page_level", "storage")
         if any(prefix + name not in state_dict for name in names):
             return True  # missing keys are reported as such
-        count, level, storage = (state_dict[prefix + name].numel() for name in names)
-        return count == len(self.sizes) + 1 and storage == (level - 1) * self.page
+        sizes, level, storage = (state_dict[prefix + name] for name in names)
+        same_page = storage.numel() == (level.numel() - 1) * self.page
+        return sizes.tolist() == list(self.sizes) and same_page
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -25,6 +25,7 @@ PUBLISHED = {
     "order": "shuffle",
     "method": "esapn",
     "mode": "paper",
+    "tower": "norm",
     "task": "binary",
 }
 
@@ -57,7 +58,9 @@ def test_refusals_name_their_flag_on_one_line(name, value):
 
 def test_every_setting_with_a_range_is_refused_somewhere():
     free = {"data"}
-    assert {name for name, _ in REFUSED} == {setting.name for setting in fields(SearchConfig)} - free
+    assert {name for name, _ in REFUSED} == {
+        setting.name for setting in fields(SearchConfig)
+    } - free
 
 
 @pytest.mark.parametrize(

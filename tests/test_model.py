@@ -77,8 +77,8 @@ def test_output_against_plain_tensors(n_outputs):
     item = torch.tensor([8, 1, 4, 4, 0, 2, 8])
     towers = torch.cat(
         [
-            torch.tanh(normalised(carried(model.user, user), model.user_norm)),
-            torch.tanh(normalised(carried(model.item, item), model.item_norm)),
+            torch.tanh(normalised(carried(model.user, user), model.user_norm[0])),
+            torch.tanh(normalised(carried(model.item, item), model.item_norm[0])),
         ],
         dim=1,
     )
@@ -89,13 +89,21 @@ def test_output_against_plain_tensors(n_outputs):
     torch.testing.assert_close(model(user, item), expected)
 
 
+def test_plain_towers_pass_the_carried_rows_on():
+    model = TwoTower(12, 9, sizes=(1, 3, 4), n_outputs=1, hidden=6, plain=True).double()
+    model.user.promote(torch.arange(4))
+    user, item = torch.tensor([0, 3, 11, 6]), torch.tensor([8, 1, 0, 2])
+    rows = torch.cat([carried(model.user, user), carried(model.item, item)], dim=1)
+    torch.testing.assert_close(model(user, item), model.inference(rows))
+
+
 def test_batch_statistics_are_those_of_the_selected_rows():
     model = mixed_model(1)
     user, item = torch.tensor([0, 3, 11, 6]), torch.tensor([8, 1, 0, 2])
     model(user, item)
     for norm, embedding, ids in (
-        (model.user_norm, model.user, user),
-        (model.item_norm, model.item, item),
+        (model.user_norm[0], model.user, user),
+        (model.item_norm[0], model.item, item),
     ):
         y = carried(embedding, ids)
         torch.testing.assert_close(norm.running_mean, 0.1 * y.mean(0))

@@ -63,7 +63,7 @@ def walk(search: Search, begin: int, end: int) -> torch.Tensor:
 @pytest.mark.parametrize("share", [0.3, 1.0])
 def test_loss_under_sampled_sizes_is_the_loss_under_present_sizes(task, share):
     stream = tiny_stream(task=task, n_users=200, n_items=200)
-    search = tiny(stream, task=task)
+    search = tiny(stream, task=task, sizes=(1, 2, 3, 4, 6, 8))
     walk(search, 0, 5)
     batch = stream.batch(4)
     promoted = deepcopy(search.model)
@@ -202,7 +202,7 @@ def test_ids_at_the_last_size_are_not_asked():
 # Reproducibility and agreement of the paths
 
 
-def trace(stream, steps=12, **settings) -> list[torch.Tensor]:
+def trace(stream, steps=20, **settings) -> list[torch.Tensor]:
     search = tiny(stream, **settings)
     out = []
     for index in range(steps):
@@ -223,10 +223,10 @@ def masked(level, last, n_levels):
 
 
 @pytest.mark.parametrize("sizes", [(1, 2, 3), (1, 2, 3, 4, 5, 6, 7, 8)])
-@pytest.mark.parametrize("task", ["binary", "multiclass"])
-def test_masked_and_compressed_decisions_agree(task, sizes, double, monkeypatch):
-    """The masked form is that of a GPU; both draw the same numbers."""
-    stream = tiny_stream(task=task, n_users=200, n_items=200)
+@pytest.mark.parametrize(("task", "n"), [("binary", 200), ("multiclass", 200), ("binary", 20)])
+def test_masked_and_compressed_decisions_agree(task, n, sizes, double, monkeypatch):
+    """The masked form is that of a GPU; with 20 IDs there are batches in which none decides."""
+    stream = tiny_stream(task=task, n_users=n, n_items=n)
     if task == "binary":
         stream = replace(stream, target=stream.target.double())
     compressed = trace(stream, sizes=sizes, task=task)
@@ -265,6 +265,46 @@ def test_a_step_does_not_wait_for_the_device(device, monkeypatch):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.cat(losses).isfinite().all()
+
+
+# FIXED
+
+
+class PlainTower(torch.nn.Module):
+    """TwoTower with one size, on ``nn.Embedding``."""
+
+    def __init__(self, model) -> None:
+        super().__init__()
+        for name in ("user", "item"):
+            weight = getattr(model, name).to_embedding().weight
+            setattr(self, name, torch.nn.Embedding.from_pretrained(weight.clone(), freeze=False))
+        self.user_norm, self.item_norm = deepcopy(model.user_norm), deepcopy(model.item_norm)
+        self.inference = deepcopy(model.inference)
+
+    def forward(self, user, item):
+        towers = [self.user_norm(self.user(user)), self.item_norm(self.item(item))]
+        return self.inference(torch.cat(towers, 1))
+
+
+@pytest.mark.parametrize(("task", "tower"), [("binary", "norm"), ("multiclass", "plain")])
+def test_fixed_is_a_plain_embedding_model(task, tower):
+    stream = tiny_stream(task=task)
+    search = tiny(stream, task=task, method="fixed", tower=tower, fixed_size=4, seed=5)
+    assert search.sides == []
+    plain = PlainTower(search.model)
+    assert plain.user.weight.shape == (stream.n_users, 4)
+    optimizer = torch.optim.Adam(plain.parameters(), lr=TINY["lr"])
+    for index in range(6):
+        batch = stream.batch(index)
+        losses = event_losses(plain(batch.user, batch.item), batch.target)
+        torch.testing.assert_close(search.step(index), losses.detach(), atol=1e-4, rtol=1e-4)
+        optimizer.zero_grad()
+        losses.sum().backward()
+        optimizer.step()
+    for name in ("user", "item"):
+        rows = getattr(search.model, name).to_embedding().weight
+        expected = getattr(plain, name).weight.detach()
+        torch.testing.assert_close(rows, expected, atol=1e-3, rtol=1e-3)
 
 
 # Learning
