@@ -3,13 +3,14 @@
     python bench/search.py [--data PATH] [--task binary|multiclass] [--seed S] [--out FILE]
 
 Both walk the whole stream in one process and one thread, in turns of ``--turn`` batches, on the
-same events, settings, policies, optimizer (Adam, fused) and initialisation scheme. The baseline is
-the
-usual way to write this search: a full table for every candidate size, every size looked up and
-carried to the largest for every row, BatchNorm and tanh of all of them, a one-hot sum that selects,
-every event through the policy, dense Adam on all tables. ``--baseline lean`` selects before
-BatchNorm and tanh, which is the least that an all-sizes step can do. The figure is the ratio of CPU
-seconds, turn by turn.
+same events, with the same settings, policy network, optimizer (Adam, fused) and initialisation.
+
+The baseline is the usual way to write this search, in the published alternation: a full table for
+every candidate size; every size looked up and carried to the largest for every row, BatchNorm and
+tanh of all of them, a one-hot sum that selects; a prediction under sampled sizes for the policies,
+who see every event, and a second one for the recommender; dense Adam on all tables.
+``--baseline lean`` grants it what ours does beyond storage: one prediction for both steps, and
+selection before BatchNorm and tanh. The figure is the ratio of CPU seconds, turn by turn.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +52,8 @@ class AllSizesSide(nn.Module):
         for parameter in self.tables.parameters():
             nn.init.normal_(parameter, 0.0, config.init_std)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        chosen = nn.functional.one_hot(self.level[ids], len(self.tables)).float()
+    def forward(self, ids: Tensor, level: Tensor) -> Tensor:
+        chosen = nn.functional.one_hot(level, len(self.tables)).float()
         total = torch.zeros(())
         for k, table in enumerate(self.tables):
             h = table(ids)
@@ -62,12 +64,12 @@ class AllSizesSide(nn.Module):
         return torch.tanh(self.norm(total)) if self.lean else total
 
     @torch.no_grad()
-    def promote(self, ids: Tensor) -> None:
+    def write_promoted(self, ids: Tensor) -> None:
+        """Write the next size's row of ``ids``; their levels stay."""
+        level = self.level[ids]
         for k, hop in enumerate(self.hops):
-            mine = ids[self.level[ids] == k]
+            mine = ids[level == k]
             self.tables[k + 1].get_parameter("weight")[mine] = hop(self.tables[k](mine))
-        # Levels change last: an ID moves one level, whichever loop saw it.
-        self.level[ids] += 1
 
 
 class AllSizesModel(nn.Module):
@@ -86,17 +88,19 @@ class AllSizesModel(nn.Module):
             nn.Linear(config.hidden, 1 if config.task == "binary" else NUM_CLASSES),
         )
 
-    def forward(self, user: Tensor, item: Tensor) -> Tensor:
-        logits: Tensor = self.inference(torch.cat([self.user(user), self.item(item)], dim=1))
+    def forward(self, batch: Batch, levels: Sequence[Tensor]) -> Tensor:
+        towers = [self.user(batch.user, levels[0]), self.item(batch.item, levels[1])]
+        logits: Tensor = self.inference(torch.cat(towers, dim=1))
         return logits
 
 
 class AllSizesSearch:
-    """The algorithm of ``esapn.search`` step for step, every size computed for every row."""
+    """The algorithm of ``esapn.search``, every size computed for every row."""
 
     def __init__(self, config: SearchConfig, stream: Stream, lean: bool) -> None:
         torch.manual_seed(config.seed)
         self.stream = stream
+        self.lean = lean
         self.n_levels = len(config.sizes)
         self.model = AllSizesModel(stream, config, lean)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr, fused=True)
@@ -107,50 +111,57 @@ class AllSizesSearch:
             optimizer = torch.optim.Adam(policy.parameters(), lr=config.policy_lr, fused=True)
             history = LossHistory(n, config.history)
             self.sides.append((name, getattr(self.model, name), policy, optimizer, history))
-        self.baselines: list[tuple[Tensor, Tensor]] = []
 
     def step(self, index: int) -> None:
-        if index > 0:
-            self._update_policies(self.stream.batch(index - 1))
-        self._update_recommender(self.stream.batch(index))
-
-    def _decide(self, name: str, side: AllSizesSide, policy: Policy, batch: Batch) -> Any:
-        ids, last = getattr(batch, name), getattr(batch, f"{name}_last")
-        level = side.level[ids]
-        logits = policy(getattr(batch, f"{name}_freq"), level)
-        return (
-            logits,
-            sample_actions(logits.detach(), torch.rand(len(ids))),
-            last & (level < self.n_levels - 1),
-        )
-
-    def _update_policies(self, batch: Batch) -> None:
-        with torch.no_grad():
-            loss = event_losses(self.model(batch.user, batch.item), batch.target)
-        for (name, side, policy, optimizer, _), (base, seen) in zip(
-            self.sides, self.baselines, strict=True
-        ):
-            logits, action, mask = self._decide(name, side, policy, batch)
-            optimizer.zero_grad()
-            policy_loss(logits, action, reward(base, loss, seen), mask).backward()
-            optimizer.step()
-
-    def _update_recommender(self, batch: Batch) -> None:
-        for name, side, policy, _, _ in self.sides:
+        batch = self.stream.batch(index)
+        if not self.lean:
+            choices = self._choose(batch)
             with torch.no_grad():
-                _, action, mask = self._decide(name, side, policy, batch)
-            side.promote(getattr(batch, name)[mask & action.bool()])
-        logits = self.model(batch.user, batch.item)
+                levels = [level + grow.long() for _, _, grow, _, level in choices]
+                loss = event_losses(self.model(batch, levels), batch.target)
+            self._update_policies(batch, choices, loss)
+        choices = self._choose(batch)
+        levels = []
+        for (name, side, *_), (_, _, grow, _, _) in zip(self.sides, choices, strict=True):
+            ids = getattr(batch, name)
+            side.level[ids[grow]] += 1
+            levels.append(side.level[ids])
+        logits = self.model(batch, levels)
         loss = event_losses(logits, batch.target)
         self.measures.record(logits.detach(), batch.target, loss.detach())
-        self.baselines = []
+        if self.lean:
+            self._update_policies(batch, choices, loss.detach())
         for name, _, _, _, history in self.sides:
             ids, keep = getattr(batch, name), getattr(batch, f"{name}_keep")
-            self.baselines.append(history.mean(ids))
             history.record(ids, getattr(batch, f"{name}_freq"), loss.detach(), keep)
-        self.optimizer.zero_grad()
         loss.sum().backward()
         self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def _choose(self, batch: Batch) -> list[tuple[Tensor, ...]]:
+        """Per side: logits, actions, who grows, who decides, levels; writes the promoted rows."""
+        choices: list[tuple[Tensor, ...]] = []
+        for name, side, policy, _, _ in self.sides:
+            ids, last = getattr(batch, name), getattr(batch, f"{name}_last")
+            level = side.level[ids]
+            decides = last & (level < self.n_levels - 1)
+            logits = policy(getattr(batch, f"{name}_freq"), level)
+            action = sample_actions(logits.detach(), torch.rand(len(ids)))
+            grow = decides & action.bool()
+            side.write_promoted(ids[grow])
+            choices.append((logits, action, grow, decides, level))
+        return choices
+
+    def _update_policies(
+        self, batch: Batch, choices: Sequence[tuple[Tensor, ...]], loss: Tensor
+    ) -> None:
+        for (name, _, _, optimizer, history), (logits, action, _, decides, _) in zip(
+            self.sides, choices, strict=True
+        ):
+            baseline, seen = history.mean(getattr(batch, name))
+            optimizer.zero_grad()
+            policy_loss(logits, action, reward(baseline, loss, seen), decides).backward()
+            optimizer.step()
 
 
 def compare(config: SearchConfig, stream: Stream, lean: bool, turn: int) -> dict[str, Any]:

@@ -26,14 +26,12 @@ class MaskedBatchNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        if mask is None:
-            mean = x.mean(0)
-            centred = x - mean
-            var = centred.square().mean(0)
-        else:
-            share = (mask.to(x.dtype) / mask.sum().clamp(min=1))[None]
-            centred = x - share @ x
-            var = (share @ centred.square())[0]
+        if mask is None and len(x) > 1:
+            return F.batch_norm(x, None, None, self.weight, self.bias, training=True, eps=self.eps)
+        weight = x.new_ones(len(x)) if mask is None else mask.to(x.dtype)
+        share = (weight / weight.sum().clamp(min=1))[None]
+        centred = x - share @ x
+        var = (share @ centred.square())[0]
         return centred * (torch.rsqrt(var + self.eps) * self.weight) + self.bias
 
 

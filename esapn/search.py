@@ -2,17 +2,16 @@
 
 For every batch of the stream:
 
-1. *Policies learn* on validation data, the batch before: sample an action for every ID that can
-still
-   grow, take the loss of the recommender as it now is, and follow the REINFORCE gradient of
-   ``R = mean of the ID's last T losses - loss``.
-2. *The recommender learns* on the new batch: the policies act, rows grow (``e' = W e + b``), the
-batch
-   is predicted and recorded, and one Adam step follows.
+1. The policies sample keep or enlarge for every ID that can grow; rows grow, ``e' = W e + b``.
+2. The batch is predicted and recorded, before anything is learnt from it.
+3. *The policies learn.* For them the batch is validation data, which the recommender has not yet
+   learnt: REINFORCE with ``R = mean of the ID's last T losses - loss``.
+4. *The recommender learns*: one Adam step on the same losses.
 
-The would-be sizes of step 1 need no rows of their own: a promotion leaves ``y(x)`` as it is, so the
-loss under the sampled sizes *is* the loss under the present ones (a test holds that). The same fact
-means that this reward does not depend on the action: see ``docs/deviations.md``.
+The published alternation predicts twice, once for step 3 under sampled sizes and once for step 4.
+One prediction serves both, because a promotion leaves ``y(x)`` as it is: the loss under the
+would-be sizes *is* the loss under the present ones (a test holds that). The same fact means that
+this reward does not depend on the action: see ``docs/deviations.md``.
 
 Nothing here reads a value from the device inside a step; the stream, the histories and the measures
 live there. ``deciding`` is the one place that looks: on a CPU, where looking is free, IDs that
@@ -23,8 +22,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -74,6 +73,15 @@ def deciding(level: Tensor, last: Tensor, n_levels: int) -> Decision:
     return Decision(slice(None), mask)
 
 
+class Choice(NamedTuple):
+    """What a policy chose for the IDs ``rows`` (where ``mask``): its logits and the actions."""
+
+    rows: Tensor | slice
+    mask: Tensor | None
+    logits: Tensor
+    action: Tensor
+
+
 @dataclass
 class Side:
     """What the search keeps for users, and again for items."""
@@ -83,8 +91,6 @@ class Side:
     policy: Policy
     optimizer: torch.optim.Optimizer
     history: LossHistory
-    baseline: Tensor = field(default_factory=lambda: torch.empty(0))
-    seen: Tensor = field(default_factory=lambda: torch.empty(0))
 
     def of(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """``(ids, frequency, last, keep)`` of this side."""
@@ -133,74 +139,47 @@ class Search:
         return Side(name, embedding, policy, optimizer, history)
 
     def step(self, index: int) -> Tensor:
-        """Both steps for batch ``index``; returns the loss of every event, before learning."""
-        if self.sides and index > 0:
-            self.update_policies(self.stream.batch(index - 1))
-        return self.update_recommender(self.stream.batch(index))
-
-    def update_policies(self, batch: Batch) -> None:
-        """Step 1: one REINFORCE step per policy on validation data (Equations 6 to 8)."""
-        decisions = []
-        for side in self.sides:
-            ids, _, last, _ = side.of(batch)
-            level = side.embedding.arena.level(ids)
-            decision = deciding(level, last, side.policy.n_levels)
-            # Drawn whether or not anybody decides: the same numbers on every path.
-            decisions.append((side, level, decision, self._uniform(len(ids))))
-        loss = torch.empty(0)
-        if not all(decision.none for _, _, decision, _ in decisions):
-            with torch.no_grad():
-                loss = event_losses(self.model(batch.user, batch.item), batch.target)
-        for side, level, decision, uniform in decisions:
-            # Zeros, not None: where nobody decides Adam steps all the same, as it does with a mask.
-            side.optimizer.zero_grad(set_to_none=False)
-            if not decision.none:
-                _, frequency, _, _ = side.of(batch)
-                rows, mask = decision.rows, decision.mask
-                logits = side.policy(frequency[rows], level[rows], mask)
-                action = sample_actions(logits.detach(), uniform[rows])
-                gain = reward(side.baseline[rows], loss[rows], side.seen[rows])
-                policy_loss(logits, action, gain, mask).backward()
-            side.optimizer.step()
-
-    def update_recommender(self, batch: Batch) -> Tensor:
-        """Step 2: act, grow, predict, record, learn."""
-        for side in self.sides:
-            self.act(side, batch)
+        """The four steps for batch ``index``; returns the loss of every event, before learning."""
+        batch = self.stream.batch(index)
+        choices = [self.grow(side, batch) for side in self.sides]
         logits = self.model(batch.user, batch.item)
         loss = event_losses(logits, batch.target)
-        self._record(batch, logits.detach(), loss.detach())
+        self.measures.record(logits.detach(), batch.target, loss.detach())
+        for side, choice in zip(self.sides, choices, strict=True):
+            self.update_policy(side, choice, batch, loss.detach())
         loss.sum().backward()
         self.optimizer.step()
         # Now rather than before backward: a row that grows in between has no gradient to reset.
         self.optimizer.zero_grad()
         return loss.detach()
 
-    @torch.no_grad()
-    def act(self, side: Side, batch: Batch) -> None:
-        """Sample keep or enlarge for every ID that can grow, and grow its row."""
+    def grow(self, side: Side, batch: Batch) -> Choice | None:
+        """Step 1: sample an action for every ID that can grow, and grow its row (Equation 4)."""
         ids, frequency, last, _ = side.of(batch)
         level = side.embedding.arena.level(ids)
         decision = deciding(level, last, side.policy.n_levels)
-        uniform = self._uniform(len(ids))
+        # Drawn whether or not anybody decides: the same numbers on every path.
+        uniform = torch.rand(len(ids), generator=self.generator, device=ids.device)
         if decision.none:
-            return
+            return None
         rows, mask = decision.rows, decision.mask
-        enlarge = sample_actions(
-            side.policy(frequency[rows], level[rows], mask), uniform[rows]
-        ).bool()
-        side.embedding.promote(ids[rows], enlarge if mask is None else enlarge & mask)
+        logits = side.policy(frequency[rows], level[rows], mask)
+        action = sample_actions(logits.detach(), uniform[rows])
+        enlarge = action.bool() if mask is None else action.bool() & mask
+        side.embedding.promote(ids[rows], enlarge)
+        return Choice(rows, mask, logits, action)
 
-    def _uniform(self, n: int) -> Tensor:
-        return torch.rand(n, generator=self.generator, device=self.generator.device)
-
-    def _record(self, batch: Batch, logits: Tensor, loss: Tensor) -> None:
-        self.measures.record(logits, batch.target, loss)
-        for side in self.sides:
-            ids, frequency, _, keep = side.of(batch)
-            # The baseline of this batch's rewards: the losses before it.
-            side.baseline, side.seen = side.history.mean(ids)
-            side.history.record(ids, frequency, loss, keep)
+    def update_policy(self, side: Side, choice: Choice | None, batch: Batch, loss: Tensor) -> None:
+        """Step 3: one REINFORCE step, then the batch joins the loss history (Equations 6 to 8)."""
+        ids, frequency, _, keep = side.of(batch)
+        # Zeros, not None: where nobody decides Adam steps all the same, as it does with a mask.
+        side.optimizer.zero_grad(set_to_none=False)
+        if choice is not None:
+            baseline, seen = side.history.mean(ids[choice.rows])
+            gain = reward(baseline, loss[choice.rows], seen)
+            policy_loss(choice.logits, choice.action, gain, choice.mask).backward()
+        side.optimizer.step()
+        side.history.record(ids, frequency, loss, keep)
 
 
 @dataclass

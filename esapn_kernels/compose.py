@@ -20,13 +20,11 @@ sizes), against 18,768 FLOP per row of size 2 for the chain itself.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-__all__ = ["chain_numel", "compose", "compute_dtype", "operand_offsets"]
+__all__ = ["chain_numel", "compose", "compose_bwd", "compute_dtype", "operand_offsets"]
 
 
 def operand_offsets(sizes: Sequence[int]) -> list[int]:
@@ -56,71 +54,16 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _blocks(chain: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-    blocks = []
-    offset = 0
-    for d_in, d_out in zip(sizes, sizes[1:], strict=False):
-        numel = (d_in + 1) * d_out
-        blocks.append(chain[offset : offset + numel].view(d_in + 1, d_out))
-        offset += numel
-    return blocks
-
-
-def _compose_fwd(chain: Tensor, sizes: Sequence[int]) -> Tensor:
-    hops = _blocks(chain, sizes)
-    offsets = operand_offsets(sizes)
-    composed = chain.new_empty(offsets[-1], sizes[-1])
-    levels = composed.split([d + 1 for d in sizes[:-1]])
-    for k in range(len(hops) - 1, -1, -1):
-        if k == len(hops) - 1:
-            levels[k].copy_(hops[k])
-        else:
-            torch.mm(hops[k], levels[k + 1][:-1], out=levels[k])
-            levels[k][-1].add_(levels[k + 1][-1])
-    return composed
-
-
-def _compose_bwd(
-    grad_composed: Tensor, chain: Tensor, composed: Tensor, sizes: Sequence[int]
-) -> Tensor:
-    """``dT_k = dA_k A'_{k+1}^T``; ``dA'_{k+1} += T_k^T dA_k``; ``dc_{k+1} += dc_k``."""
-    hops = _blocks(chain, sizes)
-    rows = [d + 1 for d in sizes[:-1]]
-    levels = composed.split(rows)
-    grads = grad_composed.clone().split(rows)
-    grad_chain = torch.empty_like(chain)
-    grad_hops = _blocks(grad_chain, sizes)
-    for k in range(len(hops)):
-        if k == len(hops) - 1:
-            grad_hops[k].copy_(grads[k])
-        else:
-            torch.mm(grads[k], levels[k + 1][:-1].t(), out=grad_hops[k])
-            grads[k + 1][:-1].addmm_(hops[k].t(), grads[k])
-            grads[k + 1][-1].add_(grads[k][-1])
-    return grad_chain
-
-
-class _Compose(torch.autograd.Function):
-    @staticmethod
-    def forward(chain: Tensor, sizes: tuple[int, ...]) -> Tensor:
-        return _compose_fwd(chain, sizes)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        chain, ctx.sizes = inputs
-        ctx.save_for_backward(chain, output)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_composed: Tensor) -> tuple[Tensor, None]:
-        chain, composed = ctx.saved_tensors
-        return _compose_bwd(grad_composed, chain, composed, ctx.sizes), None
+    shapes = [(a + 1, b) for a, b in zip(sizes, sizes[1:], strict=False)]
+    parts = chain.split([a * b for a, b in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def compose(chain: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Compose the packed chain into one affine map per level.
+    """Compose the packed chain into one affine map per level; no gradient is recorded.
 
     Args:
-        chain: packed hops, ``[sum_k (d_k + 1) d_{k+1}]``, any float dtype; gradient flows.
+        chain: packed hops, ``[sum_k (d_k + 1) d_{k+1}]``, any float dtype.
         sizes: increasing sizes ``d_1 < ... < d_n``.
 
     Returns:
@@ -131,5 +74,39 @@ def compose(chain: Tensor, sizes: Sequence[int]) -> Tensor:
         tensor([[1., 2.],
                 [3., 4.]])
     """
-    result: Tensor = _Compose.apply(chain.to(compute_dtype(chain.dtype)), tuple(sizes))
-    return result
+    chain = chain.detach().to(compute_dtype(chain.dtype))
+    hops = _blocks(chain, sizes)
+    composed = chain.new_empty(operand_offsets(sizes)[-1], sizes[-1])
+    levels = composed.split([d + 1 for d in sizes[:-1]])
+    for k in range(len(hops) - 1, -1, -1):
+        if k == len(hops) - 1:
+            levels[k].copy_(hops[k])
+        else:
+            torch.mm(hops[k], levels[k + 1][:-1], out=levels[k])
+            levels[k][-1].add_(levels[k + 1][-1])
+    return composed
+
+
+def compose_bwd(
+    grad_composed: Tensor, chain: Tensor, composed: Tensor, sizes: Sequence[int]
+) -> Tensor:
+    """Gradient of the packed chain from that of ``composed``, in the dtype of ``chain``.
+
+    ``dT_k = dA_k A'_{k+1}^T``; then ``dA'_{k+1} += T_k^T dA_k`` and ``dc_{k+1} += dc_k``, for
+    k = 0, 1, ...; ``grad_composed`` is used as scratch.
+    """
+    dtype = chain.dtype
+    chain = chain.detach().to(composed.dtype)
+    hops = _blocks(chain, sizes)
+    rows = [d + 1 for d in sizes[:-1]]
+    levels, grads = composed.split(rows), grad_composed.split(rows)
+    grad_chain = torch.empty_like(chain)
+    grad_hops = _blocks(grad_chain, sizes)
+    for k in range(len(hops)):
+        if k == len(hops) - 1:
+            grad_hops[k].copy_(grads[k])
+        else:
+            torch.mm(grads[k], levels[k + 1][:-1].t(), out=grad_hops[k])
+            grads[k + 1][:-1].addmm_(hops[k].t(), grads[k])
+            grads[k + 1][-1].add_(grads[k][-1])
+    return grad_chain.to(dtype)

@@ -33,7 +33,7 @@ from torch.autograd.function import once_differentiable
 
 from . import launch, torch_path
 from .backend import resolve_backend, tl, triton
-from .compose import compose, compute_dtype, operand_offsets
+from .compose import compose, compose_bwd, compute_dtype, operand_offsets
 from .reference import lookup_reference
 
 __all__ = ["lookup"]
@@ -440,6 +440,7 @@ class _Lookup(torch.autograd.Function):
     def forward(
         ids: Tensor,
         storage: Tensor,
+        chain: Tensor,
         composed: Tensor,
         row_start: Tensor,
         page_level: Tensor,
@@ -453,15 +454,19 @@ class _Lookup(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:5])
-        ctx.layout = inputs[5:]
+        ctx.save_for_backward(*inputs[:6])
+        ctx.layout = inputs[6:]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         run = lookup_bwd_op if torch.compiler.is_compiling() else _lookup_bwd
-        grad_storage, grad_composed = run(grad_out, *ctx.saved_tensors, *ctx.layout)
-        return None, grad_storage, grad_composed, None, None, None, None, None
+        ids, storage, chain, composed, *where = ctx.saved_tensors
+        grad_storage, grad_composed = run(grad_out, ids, storage, composed, *where, *ctx.layout)
+        grad_chain = None
+        if ctx.needs_input_grad[2]:
+            grad_chain = compose_bwd(grad_composed, chain, composed, ctx.layout[0])
+        return None, grad_storage, grad_chain, *[None] * 6
 
 
 def check_ids(ids: Tensor, num_rows: int) -> None:
@@ -545,6 +550,6 @@ def lookup(
     composed = compose(chain, sizes)
     flat = ids.reshape(-1)
     out: Tensor = _Lookup.apply(
-        flat, storage, composed, row_start, page_level, sizes, page, backend
+        flat, storage, chain, composed, row_start, page_level, sizes, page, backend
     )
     return out.view(*ids.shape, sizes[-1])

@@ -142,9 +142,7 @@ def compile_case(case: dict[str, Any], sm: int) -> dict[str, Any]:
     kernel, types = case["kernel"], case["types"]
     signature = {n: types.get(n, "constexpr") for n in kernel.arg_names}
     # Pointers and tensors' allocations are 16-byte aligned, as at a real launch.
-    aligned = [
-        (i,) for i, n in enumerate(kernel.arg_names) if signature[n].startswith("*")
-    ]
+    aligned = [(i,) for i, n in enumerate(kernel.arg_names) if signature[n].startswith("*")]
     source = ASTSource(
         kernel,
         signature,
