@@ -21,7 +21,7 @@ cannot grow are dropped, on a GPU they are masked. Both give the same numbers.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -89,7 +89,6 @@ class Side:
     name: str
     embedding: ResizableEmbedding
     policy: Policy
-    optimizer: torch.optim.Optimizer
     history: LossHistory
 
     def of(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -125,6 +124,8 @@ class Search:
         self.sides = []
         if config.method == "esapn":
             self.sides = [self._side("user", device), self._side("item", device)]
+            parameters = [p for side in self.sides for p in side.policy.parameters()]
+            self.policy_optimizer = torch.optim.Adam(parameters, lr=config.policy_lr, fused=True)
 
     def _side(self, name: str, device: torch.device) -> Side:
         embedding: ResizableEmbedding = getattr(self.model, name)
@@ -134,9 +135,8 @@ class Search:
             frequency_dim=self.config.frequency_dim,
             hidden=self.config.policy_hidden,
         ).to(device)
-        optimizer = torch.optim.Adam(policy.parameters(), lr=self.config.policy_lr, fused=True)
         history = LossHistory(embedding.num_embeddings, self.config.history, device)
-        return Side(name, embedding, policy, optimizer, history)
+        return Side(name, embedding, policy, history)
 
     def step(self, index: int) -> Tensor:
         """The four steps for batch ``index``; returns the loss of every event, before learning."""
@@ -145,8 +145,8 @@ class Search:
         logits = self.model(batch.user, batch.item)
         loss = event_losses(logits, batch.target)
         self.measures.record(logits.detach(), batch.target, loss.detach())
-        for side, choice in zip(self.sides, choices, strict=True):
-            self.update_policy(side, choice, batch, loss.detach())
+        if self.sides:
+            self.update_policies(choices, batch, loss.detach())
         loss.sum().backward()
         self.optimizer.step()
         # Now rather than before backward: a row that grows in between has no gradient to reset.
@@ -169,17 +169,21 @@ class Search:
         side.embedding.promote(ids[rows], enlarge)
         return Choice(rows, mask, logits, action)
 
-    def update_policy(self, side: Side, choice: Choice | None, batch: Batch, loss: Tensor) -> None:
+    def update_policies(self, choices: Sequence[Choice | None], batch: Batch, loss: Tensor) -> None:
         """Step 3: one REINFORCE step, then the batch joins the loss history (Equations 6 to 8)."""
-        ids, frequency, _, keep = side.of(batch)
+        total = loss.new_zeros(())
+        for side, choice in zip(self.sides, choices, strict=True):
+            ids, frequency, _, keep = side.of(batch)
+            if choice is not None:
+                baseline, seen = side.history.mean(ids[choice.rows])
+                gain = reward(baseline, loss[choice.rows], seen)
+                total = total + policy_loss(choice.logits, choice.action, gain, choice.mask)
+            side.history.record(ids, frequency, loss, keep)
         # Zeros, not None: where nobody decides Adam steps all the same, as it does with a mask.
-        side.optimizer.zero_grad(set_to_none=False)
-        if choice is not None:
-            baseline, seen = side.history.mean(ids[choice.rows])
-            gain = reward(baseline, loss[choice.rows], seen)
-            policy_loss(choice.logits, choice.action, gain, choice.mask).backward()
-        side.optimizer.step()
-        side.history.record(ids, frequency, loss, keep)
+        self.policy_optimizer.zero_grad(set_to_none=False)
+        if total.requires_grad:
+            total.backward()
+        self.policy_optimizer.step()
 
 
 @dataclass

@@ -191,7 +191,7 @@ class Arena(nn.Module):
         """Level of every row of ``ids`` (of all rows), int64; -1 where there is no row."""
         start = self.row_start[:-1] if ids is None else self.row_start[ids]
         # No row: -1 // page is -1, the sink, which always holds -1.
-        return self.page_level[start.long().div(self.page, rounding_mode="floor")].long()
+        return self.page_level[start // self.page].long()
 
     def read(self, index: int) -> Tensor:
         """A copy of one row."""

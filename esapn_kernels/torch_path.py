@@ -1,20 +1,25 @@
 """The CPU path: the operators grouped by level and composed, a handful of large torch calls.
 
 Every level that occurs is one gather, one ``addmm`` and one ``index_copy_`` to where its ids stand.
-Works on any device; on a GPU the group sizes cost one synchronisation, which is why ``auto`` takes
-the Triton kernels there.
+A few hundred rows below the last level are one product of a sparse operand instead, as in the
+Triton kernels, because there the number of calls is what costs. Works on any device; on a GPU the
+group sizes cost one synchronisation, which is why ``auto`` takes the Triton kernels there.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from .compose import compute_dtype
+from .compose import compute_dtype, operand_offsets
 
 __all__ = ["add_rows", "fill_rows", "gather_rows", "lookup_bwd", "lookup_fwd", "promote_rows"]
+
+_OPERAND_ROWS = 512
+"""Up to so many rows below the last level go through the operand."""
 
 
 def gather_rows(storage: Tensor, start: Tensor, dim: int) -> Tensor:
@@ -64,12 +69,39 @@ def _select(x: Tensor, where: Tensor | None) -> Tensor:
     return x if where is None else x.index_select(0, where)
 
 
-def _locate(
-    ids: Tensor, row_start: Tensor, page_level: Tensor, page: int, n_levels: int
-) -> tuple[Tensor, Iterator[tuple[int, Tensor | None]]]:
-    """Row starts of the ids, and their positions by level."""
-    start = row_start.index_select(0, ids)
-    return start, _by_level(page_level.index_select(0, start // page), n_levels)
+@functools.lru_cache
+def _columns(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Per level ``[n - 1, K]``: a column's place in the row, whether it has one, the 1 behind."""
+    base = torch.tensor(operand_offsets(sizes), device=device)
+    place = torch.arange(int(base[-1]), device=device) - base[:-1, None]
+    dim = torch.tensor(sizes[:-1], device=device)[:, None]
+    entry = (place >= 0) & (place < dim)
+    return torch.where(entry, place, 0), entry, place == dim
+
+
+def _operand(
+    storage: Tensor, start: Tensor, level: Tensor, sizes: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Operand X of rows below the last level, see ``compose``.
+
+    Returns X ``[R, K]``, which of its entries are rows' numbers, and their elements in storage.
+    """
+    columns = _columns(tuple(sizes), storage.device)
+    level = level.int()
+    place, entry, one = (table.index_select(0, level) for table in columns)
+    element = place.add_(start.long()[:, None])
+    x = torch.where(entry, storage.take(element), one.to(storage.dtype))
+    return x.to(compute_dtype(storage.dtype)), entry, element
+
+
+def _few(level: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor] | None:
+    """Positions of the rows below the last level and of the others, if the first are few."""
+    last = level == len(sizes) - 1
+    few = len(last) - int(last.sum())
+    if not 0 < few <= _OPERAND_ROWS:
+        return None
+    below, at = torch.sort(last, stable=True).indices.split([few, len(last) - few])
+    return below, at
 
 
 def lookup_fwd(
@@ -82,10 +114,19 @@ def lookup_fwd(
     page: int,
 ) -> Tensor:
     """``[len(ids), d_n]``: see :func:`esapn_kernels.lookup.lookup`; ids are in range."""
-    start, levels = _locate(ids, row_start, page_level, page, len(sizes))
-    maps = composed.split([d + 1 for d in sizes[:-1]])
+    start = row_start.index_select(0, ids)
+    level = page_level.index_select(0, start // page)
     out = storage.new_empty(ids.numel(), sizes[-1])
-    for k, where in levels:
+    few = _few(level, sizes)
+    if few is not None:
+        below, at = few
+        x, _, _ = _operand(storage, _select(start, below), _select(level, below), sizes)
+        out.index_copy_(0, below, (x @ composed).to(storage.dtype))
+        if len(at):
+            out.index_copy_(0, at, gather_rows(storage, _select(start, at), sizes[-1]))
+        return out
+    maps = composed.split([d + 1 for d in sizes[:-1]])
+    for k, where in _by_level(level, len(sizes)):
         rows = gather_rows(storage, _select(start, where), sizes[k])
         if k < len(sizes) - 1:
             rows = torch.addmm(maps[k][-1], rows.to(composed.dtype), maps[k][:-1])
@@ -106,13 +147,24 @@ def lookup_bwd(
     page: int,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the storage (dense, same shape) and of ``composed``."""
-    start, levels = _locate(ids, row_start, page_level, page, len(sizes))
-    maps = composed.split([d + 1 for d in sizes[:-1]])
+    start = row_start.index_select(0, ids)
+    level = page_level.index_select(0, start // page)
     dtype = compute_dtype(storage.dtype)
     grad_storage = torch.zeros_like(storage, dtype=dtype)
+    few = _few(level, sizes)
+    if few is not None:
+        below, at = few
+        x, entry, element = _operand(storage, _select(start, below), _select(level, below), sizes)
+        grad = _select(grad_out, below).to(dtype)
+        grad_x = grad @ composed.t()
+        grad_storage.index_add_(0, element[entry], grad_x[entry])
+        if len(at):
+            add_rows(grad_storage, _select(start, at), _select(grad_out, at).to(dtype), page)
+        return grad_storage.to(storage.dtype), x.t() @ grad
+    maps = composed.split([d + 1 for d in sizes[:-1]])
     grad_composed = torch.zeros_like(composed)
     grad_maps = grad_composed.split([d + 1 for d in sizes[:-1]])
-    for k, where in levels:
+    for k, where in _by_level(level, len(sizes)):
         grad = _select(grad_out, where).to(dtype)
         mine = _select(start, where)
         if k < len(sizes) - 1:

@@ -119,14 +119,18 @@ def test_mistakes_are_one_line(bench, arguments, expected, tmp_path, capsys):
     assert captured.err.count("\n") == 1 and taken.read_text() == "mine"
 
 
-def test_promote_moves_one_level_and_keeps_the_output(side):
-    everyone = torch.arange(6)
+def test_promoted_rows_keep_the_output(side):
+    everyone, moved = torch.arange(6), torch.tensor([3, 0])
     before, level = carried(side, everyone), side.level.clone()
-    side.promote(torch.tensor([3, 0]))
-    assert (side.level - level).tolist() == [1, 0, 0, 1, 0, 0]
+    side.write_promoted(moved)
+    assert torch.equal(side.level, level) and torch.equal(carried(side, everyone), before)
+    side.level[moved] += 1
     torch.testing.assert_close(carried(side, everyone), before, atol=1e-6, rtol=1e-5)
-    side.promote(torch.tensor([], dtype=torch.int64))
-    assert (side.level - level).sum() == 2
+    for index in moved.tolist():  # the row written is W e + b of the one before
+        k = int(side.level[index]) - 1
+        expected = side.hops[k](side.tables[k].weight[index])
+        torch.testing.assert_close(side.tables[k + 1].weight[index], expected)
+    side.write_promoted(torch.tensor([], dtype=torch.int64))
 
 
 def test_forward_selects_each_row_at_its_own_size(side):
@@ -146,7 +150,7 @@ def test_forward_selects_each_row_at_its_own_size(side):
                 h = hop(h)
             mine = [row for row, k in enumerate(own) if k == level]
             expected[mine] = torch.tanh(norm(h))[mine]
-    torch.testing.assert_close(side(ids), expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(side(ids, side.level[ids]), expected, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("lean", [True, False])

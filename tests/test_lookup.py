@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from esapn_kernels import lookup as lookup_file
+from esapn_kernels import torch_path
 from esapn_kernels.compose import compose
 from esapn_kernels.lookup import lookup
 from esapn_kernels.testing import (
@@ -55,6 +56,14 @@ def test_against_the_definition(sizes, dtype, backend, device, nan_empty):
     largest = case.module.sizes_of(case.ids) == sizes[-1]
     rows = torch.stack([case.module.arena.read(i) for i in case.ids[largest].tolist()])
     assert torch.equal(out[largest], rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_torch_path_grouped_by_level(dtype, device, monkeypatch):
+    """Many rows below the last level are grouped; here few are."""
+    monkeypatch.setattr(torch_path, "_OPERAND_ROWS", 0)
+    for sizes in ((2, 4, 8, 16, 64, 128), (1, 3, 5, 33)):
+        check(make_case(sizes, 30, 40, dtype, device), "torch")
 
 
 ID_CASES = {
