@@ -220,7 +220,12 @@ def main(argv: list[str] | None = None) -> int:
         print(f"bench/search.py: error: {error}", file=sys.stderr)
         return 2
     result = compare(config, stream, args.baseline == "lean", args.turn)
-    result |= {"baseline": args.baseline, "config": config.to_json(), "info": info.collect()}
+    result |= {
+        "baseline": args.baseline,
+        "config": config.to_json() | {"data": ratings.name},
+        "sha256": ratings.checksum,
+        "info": info.collect(),
+    }
     for name in ("all-sizes", "ragged"):
         quality, cpu = result["quality"][name], result["cpu_seconds"][name]
         print(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -90,7 +91,16 @@ def _prepare(args: argparse.Namespace) -> tuple[SearchConfig, Ratings, Stream]:
     return config, ratings, stream
 
 
+def _check_extras() -> None:
+    """What the end of a run needs must not be found missing there."""
+    missing = [n for n in ("tqdm", "torchmetrics", "matplotlib") if find_spec(n) is None]
+    if missing:
+        names = ", ".join(missing)
+        raise ConfigError(f"the search needs {names}: pip install 'esapn-kernels[train]'")
+
+
 def _search(args: argparse.Namespace) -> int:
+    _check_extras()
     config, ratings, stream = _prepare(args)
     torch.set_num_threads(args.threads)
 

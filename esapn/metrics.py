@@ -64,6 +64,6 @@ class Prequential:
         if target.is_floating_point():
             from torchmetrics.functional.classification import binary_auroc
 
-            score = torch.sigmoid(self.score[part])
+            score = torch.sigmoid(self.score[part].double())
             result["auc"] = binary_auroc(score, target.long()).item()
         return result
