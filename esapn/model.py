@@ -1,4 +1,4 @@
-"""The recommender: two towers over resizable rows, and an inference layer (paper section 3.3)."""
+"""The recommender: two towers over resizable rows, and an inference layer (ESAPN, SIGIR 2020)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The policy of one side, and the pure functions of REINFORCE (paper section 3.4)."""
+"""The policy of one side, and the pure functions of REINFORCE (ESAPN, SIGIR 2020)."""
 
 from __future__ import annotations
 

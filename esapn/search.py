@@ -1,4 +1,4 @@
-"""The streaming size search, step by step as published (paper section 3.5, Algorithm 1).
+"""The streaming size search, step by step as published (ESAPN, SIGIR 2020).
 
 For every batch of the stream:
 
@@ -154,7 +154,7 @@ class Search:
         return loss.detach()
 
     def grow(self, side: Side, batch: Batch) -> Choice | None:
-        """Step 1: sample an action for every ID that can grow, and grow its row (Equation 4)."""
+        """Step 1: sample an action for every ID that can grow, and grow its row."""
         ids, frequency, last, _ = side.of(batch)
         level = side.embedding.arena.level(ids)
         decision = deciding(level, last, side.policy.n_levels)
@@ -170,7 +170,7 @@ class Search:
         return Choice(rows, mask, logits, action)
 
     def update_policies(self, choices: Sequence[Choice | None], batch: Batch, loss: Tensor) -> None:
-        """Step 3: one REINFORCE step, then the batch joins the loss history (Equations 6 to 8)."""
+        """Step 3: one REINFORCE step, then the batch joins the loss history."""
         total = loss.new_zeros(())
         for side, choice in zip(self.sides, choices, strict=True):
             ids, frequency, _, keep = side.of(batch)

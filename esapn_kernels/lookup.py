@@ -19,7 +19,7 @@ first of a run owns it, and the sums over rows are taken per program and then in
 every result is the same in every run.
 
 Bytes per id, fp32: 8 (id) + 4 (location) + 4 d_k (row) + 4 d_n (out). Source of the operator: Liu
-et al., "Automated Embedding Size Search in Deep Recommender Systems", SIGIR 2020, section 3.2.
+et al., "Automated Embedding Size Search in Deep Recommender Systems", SIGIR 2020.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The definition of every operator, hop by hop, in plain PyTorch: the oracle.
 
 Nothing here is fast and nothing here shares code with the paths it judges. A row of level ``k`` is
-``e`` in R^{d_k}; the chain of the paper (section 3.2, "embedding transformation") is
+``e`` in R^{d_k}; the chain of the paper is
 
     e_{j+1} = W_j e_j + b_j        W_j in R^{d_{j+1} x d_j},   j = k, ..., n - 2
 
@@ -104,6 +104,6 @@ def lookup_grad_reference(
 
 
 def promote_reference(row: Tensor, level: int, chain: Tensor, sizes: Sequence[int]) -> Tensor:
-    """The row one level up, ``W_k e + b_k``: its lookup does not change (paper section 3.2)."""
+    """The row one level up, ``W_k e + b_k``: its lookup does not change (ESAPN, SIGIR 2020)."""
     weight, bias = split_chain(chain, sizes)[level]
     return weight @ row + bias

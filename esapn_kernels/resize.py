@@ -5,7 +5,7 @@
 so that ``y(x)`` does not change at that moment: M_k e + c_k = M_{k+1} (W_k e + b_k) + c_{k+1}. The
 new rows were free before, hence disjoint from every old row, and one launch moves rows of all
 levels.
-Source: Liu et al., SIGIR 2020, section 3.2.
+Source: Liu et al., SIGIR 2020.
 """
 
 from __future__ import annotations
