@@ -55,7 +55,7 @@ def _write_rows(storage: Tensor, start: Tensor, rows: Tensor, page: int) -> None
 def _by_level(level: Tensor, n_levels: int) -> Iterator[tuple[int, Tensor | None]]:
     """Every level (int8) that occurs, and where: positions in order, ``None`` for everywhere."""
     counts = torch.bincount(level, minlength=n_levels).tolist()
-    if level.numel() in counts:
+    if level.numel() and level.numel() in counts:
         yield counts.index(level.numel()), None
         return
     # Stable, and on bytes: a counting sort, cheaper than looking for every level in turn.
