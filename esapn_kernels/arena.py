@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import optim
+from . import companions
 from .resize import fill_rows, promote_rows
 from .torch_path import gather_rows
 
@@ -148,7 +148,7 @@ class Arena(nn.Module):
         rows_per_page = torch.tensor(self.rows_per_page, device=device)
         self.register_buffer("_rows_per_page", rows_per_page, persistent=False)
         self._reset_bounds()
-        optim.track(self)
+        companions.track(self)
 
     def _set(self, name: str, value: Tensor, device: torch.device | str | None = None) -> None:
         self.register_buffer(name, value.to(device) if device is not None else value)
@@ -411,15 +411,15 @@ class Arena(nn.Module):
 
     def _reset_companions(self, start: Tensor, level: Tensor, backend: str = "auto") -> None:
         """Gradient and optimizer state of the rows ``(start, level)`` become a fresh row's."""
-        fresh = [(c.tensor, c.fresh) for c in optim.companions(self)]
+        fresh = [(c.tensor, c.fresh) for c in companions.of(self)]
         fill_rows(fresh, start, level, sizes=self.sizes, backend=backend)
 
     # ---- between steps: growth, reclaiming, compaction ----------------------------------------
 
-    def _everything(self) -> Iterator[optim.Companion]:
+    def _everything(self) -> Iterator[companions.Companion]:
         """``storage`` itself, then every tensor that moves with it."""
-        yield optim.Companion(self.storage.detach(), 0.0, self._replace_storage)
-        yield from optim.companions(self)
+        yield companions.Companion(self.storage.detach(), 0.0, self._replace_storage)
+        yield from companions.of(self)
 
     def _replace_storage(self, value: Tensor) -> None:
         # A graph that is still alive (the last step's loss) holds the node that accumulates into
@@ -562,4 +562,4 @@ class Arena(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._reset_bounds()
-        optim.track(self)
+        companions.track(self)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from . import optim
+from . import companions
 from .arena import Arena
 from .compose import chain_numel
 from .lookup import check_ids, lookup
@@ -79,7 +79,7 @@ class ResizableEmbedding(nn.Module):
 
     State dict: ``arena.storage``, ``chain`` and the arena's location and free-list buffers; tensors
     only. A module whose rows have other sizes loads it and takes its sizes. Optimizer state of
-    resized rows starts afresh, see ``esapn_kernels.optim``. Resize between ``optimizer.step()`` and
+    resized rows starts afresh, see ``esapn_kernels.companions``. Resize between ``optimizer.step()`` and
     the next forward; between forward and backward it raises at backward.
 
     Source: Liu et al., "Automated Embedding Size Search in Deep Recommender Systems", SIGIR 2020.
@@ -258,7 +258,7 @@ class ResizableEmbedding(nn.Module):
             slack=parts.slack,
             locations=parts.locations,
             chain=self.chain.untyped_storage().nbytes(),
-            optimizer=optim.state_bytes(self.arena),
+            optimizer=companions.state_bytes(self.arena),
             fixed=self.num_embeddings * self.embedding_dim * itemsize,
             rows_per_size=dict(zip(self.sizes, counts, strict=True)),
         )

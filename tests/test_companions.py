@@ -1,4 +1,4 @@
-"""optim.py: optimizer state follows its rows; a training run equals one without an arena."""
+"""companions.py: optimizer state follows its rows; a training run equals one without an arena."""
 
 import copy
 import gc
@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from esapn_kernels import ResizableEmbedding, optim
+from esapn_kernels import ResizableEmbedding, companions
 from esapn_kernels.reference import promote_reference, split_chain
 from esapn_kernels.testing import row_elements
 
@@ -310,7 +310,7 @@ def test_a_deleted_module_and_optimizer_are_forgotten():
     optimizer = torch.optim.Adam(module.parameters())
     train(module, optimizer, torch.arange(3))
     arena = module.arena
-    assert arena in optim._arenas and len(list(optim.companions(arena))) == 3
+    assert arena in companions._arenas and len(list(companions.of(arena))) == 3
     del optimizer
     gc.collect()
-    assert len(list(optim.companions(arena))) == 1  # the gradient
+    assert len(list(companions.of(arena))) == 1  # the gradient

@@ -28,7 +28,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 if TYPE_CHECKING:
     from .arena import Arena
 
-__all__ = ["Companion", "companions", "track"]
+__all__ = ["Companion", "of", "of_ids", "state_bytes", "track"]
 
 _arenas: weakref.WeakSet[Arena] = weakref.WeakSet()
 _optimizers: weakref.WeakKeyDictionary[Arena, weakref.WeakSet[torch.optim.Optimizer]] = (
@@ -38,7 +38,7 @@ _optimizers: weakref.WeakKeyDictionary[Arena, weakref.WeakSet[torch.optim.Optimi
 
 @dataclass(frozen=True)
 class Companion:
-    """A tensor of the storage's shape; ``fresh`` is what it holds for a row never seen."""
+    """A tensor that goes with the rows; ``fresh`` is what it holds for a row never seen."""
 
     tensor: Tensor
     fresh: float
@@ -84,8 +84,8 @@ def _group(optimizer: torch.optim.Optimizer, storage: Tensor) -> dict[str, Any]:
 register_optimizer_step_pre_hook(_find)
 
 
-def companions(arena: Arena) -> Iterator[Companion]:
-    """The gradient of ``arena.storage`` and the state that optimizers hold for it."""
+def of(arena: Arena) -> Iterator[Companion]:
+    """Tensors of the storage's shape: the gradient of ``arena.storage`` and the state that optimizers hold for it."""
     storage = arena.storage
     if storage.grad is not None and not storage.grad.is_sparse:
         yield Companion(storage.grad, 0.0, lambda value: setattr(storage, "grad", value))
@@ -104,7 +104,22 @@ def companions(arena: Arena) -> Iterator[Companion]:
                 yield Companion(value, fresh, replace)
 
 
+def of_ids(arena: Arena) -> Iterator[Companion]:
+    """State with one number per id, ``[num_rows]``, that the optimizers of ``optim`` hold."""
+    storage = arena.storage
+    for optimizer in _optimizers.get(arena, ()):
+        state = optimizer.state.get(storage, {})
+        for name, fresh in getattr(optimizer, "state_per_id", {}).items():
+            if name in state:
+
+                def replace(value: Tensor, state: Any = state, name: str = name) -> None:
+                    state[name] = value
+
+                yield Companion(state[name], fresh, replace)
+
+
 def state_bytes(arena: Arena) -> int:
     """Bytes of the optimizer state held for ``arena.storage``."""
-    found = [c for c in companions(arena) if c.tensor is not arena.storage.grad]
+    found = [c for c in of(arena) if c.tensor is not arena.storage.grad]
+    found += of_ids(arena)
     return sum(c.tensor.untyped_storage().nbytes() for c in found)
