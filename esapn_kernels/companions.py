@@ -85,7 +85,7 @@ register_optimizer_step_pre_hook(_find)
 
 
 def of(arena: Arena) -> Iterator[Companion]:
-    """Tensors of the storage's shape: the gradient of ``arena.storage`` and the state that optimizers hold for it."""
+    """Tensors of the storage's shape: its gradient, and the state that optimizers hold for it."""
     storage = arena.storage
     if storage.grad is not None and not storage.grad.is_sparse:
         yield Companion(storage.grad, 0.0, lambda value: setattr(storage, "grad", value))

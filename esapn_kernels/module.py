@@ -79,8 +79,8 @@ class ResizableEmbedding(nn.Module):
 
     State dict: ``arena.storage``, ``chain`` and the arena's location and free-list buffers; tensors
     only. A module whose rows have other sizes loads it and takes its sizes. Optimizer state of
-    resized rows starts afresh, see ``esapn_kernels.companions``. Resize between ``optimizer.step()`` and
-    the next forward; between forward and backward it raises at backward.
+    resized rows starts afresh, see ``esapn_kernels.companions``. Resize between
+    ``optimizer.step()`` and the next forward; between forward and backward it raises at backward.
 
     Source: Liu et al., "Automated Embedding Size Search in Deep Recommender Systems", SIGIR 2020.
 
