@@ -13,6 +13,15 @@ Written row-wise and with the bias as one more input column that is always 1, ho
 default sizes. Every kernel reads this one operand: a row of level ``k`` is a sparse row of K
 numbers, its entries at ``operand_offsets(sizes)[k]``, a 1 behind them, zeros elsewhere.
 
+With the bias row carried along in ``T_k^+ = [T_k | e]``, e = 1 in the last row, both directions are
+recursions whose columns never meet, so one launch does either, a program per block of columns:
+
+    A_k = T_k^+ A_{k+1}                                            k = n-2 ... 0, columns of d_n
+    R_{j+1} = dA_{j+1} A'_{k+1}^T + T_j^{+T} R_j,   dT_k = R_k     j = 0 ... k,   columns of d_{k+1}
+
+R_j is ``G_j A'_{k+1}^T`` with G_j the gradient of A_j from all hops before it; carrying the product
+in place of G_j leaves no sum across programs. Nothing is summed by atomics.
+
 Costs ``2 sum (d_k + 1) d_{k+1} d_n`` FLOP once per weight version (0.4 MFLOP for the default
 sizes), against 18,768 FLOP per row of size 2 for the chain itself.
 """
@@ -20,9 +29,13 @@ sizes), against 18,768 FLOP per row of size 2 for the chain itself.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from . import launch
+from .backend import tl, triton
 
 __all__ = ["chain_numel", "compose", "compose_bwd", "compute_dtype", "operand_offsets"]
 
@@ -53,18 +66,239 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+@triton.jit
+def _hop(chain_ptr, row, column, D_IN: tl.constexpr, D_OUT: tl.constexpr, ACC: tl.constexpr):
+    """Entries of ``T^+``, ``[D_IN + 1, D_OUT + 1]``, at broadcast rows and columns; 0 outside."""
+    mask = (row <= D_IN) & (column < D_OUT)
+    value = tl.load(chain_ptr + row * D_OUT + column, mask=mask, other=0.0).to(ACC)
+    return tl.where((row == D_IN) & (column == D_OUT), 1.0, value).to(ACC)
+
+
+@triton.jit
+def _compose_kernel(
+    chain_ptr,
+    composed_ptr,
+    SIZES: tl.constexpr,
+    K: tl.constexpr,
+    CHAIN: tl.constexpr,
+    DIM: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+):
+    offs_dim = tl.program_id(0) * BLOCK_DIM + tl.arange(0, BLOCK_DIM)
+    mask_dim = offs_dim < DIM
+    hop = CHAIN
+    base = K
+    for k in tl.static_range(len(SIZES) - 2, -1, -1):
+        below = base
+        hop -= (SIZES[k] + 1) * SIZES[k + 1]
+        base -= SIZES[k] + 1
+        for r in range(0, SIZES[k] + 1, BLOCK_ROWS):
+            offs_row = r + tl.arange(0, BLOCK_ROWS)
+            if k == len(SIZES) - 2:
+                block = _hop(
+                    chain_ptr + hop, offs_row[:, None], offs_dim[None, :], SIZES[k], DIM, ACC
+                )
+            else:
+                block = tl.zeros([BLOCK_ROWS, BLOCK_DIM], dtype=ACC)
+                for j in range(0, SIZES[k + 1] + 1, BLOCK_K):
+                    offs_k = j + tl.arange(0, BLOCK_K)
+                    t = _hop(
+                        chain_ptr + hop,
+                        offs_row[:, None],
+                        offs_k[None, :],
+                        SIZES[k],
+                        SIZES[k + 1],
+                        ACC,
+                    )  # [BLOCK_ROWS, BLOCK_K]
+                    a = tl.load(
+                        composed_ptr + (below + offs_k[:, None]) * DIM + offs_dim[None, :],
+                        mask=(offs_k <= SIZES[k + 1])[:, None] & mask_dim[None, :],
+                        other=0.0,
+                    )  # [BLOCK_K, BLOCK_DIM]
+                    block = tl.dot(t, a, block, input_precision=PRECISION, out_dtype=ACC)
+            tl.store(
+                composed_ptr + (base + offs_row[:, None]) * DIM + offs_dim[None, :],
+                block,
+                mask=(offs_row <= SIZES[k])[:, None] & mask_dim[None, :],
+            )
+        # The next level reads what other threads of this program have just stored.
+        tl.debug_barrier()
+
+
+@triton.jit
+def _compose_bwd_kernel(
+    grad_composed_ptr,
+    chain_ptr,
+    composed_ptr,
+    scratch_ptr,
+    grad_chain_ptr,
+    SIZES: tl.constexpr,
+    DIM: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+):
+    # Which hop k this program differentiates: its number, width d_{k+1}, and where its gradient,
+    # A_{k+1} and its scratch (R_0 ... R_{k-1} stacked) begin.
+    pid = tl.program_id(0)
+    level = 0
+    width = 0
+    target = 0
+    maps = 0
+    scratch = 0
+    column = 0
+    first = 0
+    hop = 0
+    base = 0
+    room = 0
+    for k in tl.static_range(len(SIZES) - 1):
+        mine = pid >= first
+        level = tl.where(mine, k, level)
+        width = tl.where(mine, SIZES[k + 1], width)
+        target = tl.where(mine, hop, target)
+        maps = tl.where(mine, base + SIZES[k] + 1, maps)
+        scratch = tl.where(mine, room, scratch)
+        column = tl.where(mine, (pid - first) * BLOCK_DIM, column)
+        first += tl.cdiv(SIZES[k + 1], BLOCK_DIM)
+        room += base * SIZES[k + 1]
+        hop += (SIZES[k] + 1) * SIZES[k + 1]
+        base += SIZES[k] + 1
+    is_last = level == len(SIZES) - 2
+    offs_col = column + tl.arange(0, BLOCK_DIM)
+    mask_col = offs_col < width
+    # A_{n-1} is the identity: nothing to multiply by.
+    n_dim = tl.where(is_last, 0, DIM)
+
+    hop = 0
+    base = 0
+    before = 0
+    for j in tl.static_range(len(SIZES) - 1):
+        if j <= level:
+            for r in range(0, SIZES[j] + 1, BLOCK_ROWS):
+                offs_row = r + tl.arange(0, BLOCK_ROWS)
+                mask_row = offs_row <= SIZES[j]
+                grad_ptr = grad_composed_ptr + (base + offs_row[:, None]) * DIM
+                acc = tl.load(
+                    grad_ptr + offs_col[None, :],
+                    mask=mask_row[:, None] & mask_col[None, :] & is_last,
+                    other=0.0,
+                )  # [BLOCK_ROWS, BLOCK_DIM]
+                for n in range(0, n_dim, BLOCK_K):
+                    offs_k = n + tl.arange(0, BLOCK_K)
+                    mask_k = offs_k < DIM
+                    grad = tl.load(
+                        grad_ptr + offs_k[None, :],
+                        mask=mask_row[:, None] & mask_k[None, :],
+                        other=0.0,
+                    )  # [BLOCK_ROWS, BLOCK_K]
+                    a = tl.load(
+                        composed_ptr + (maps + offs_col[None, :]) * DIM + offs_k[:, None],
+                        mask=mask_k[:, None] & mask_col[None, :],
+                        other=0.0,
+                    )  # [BLOCK_K, BLOCK_DIM]
+                    acc = tl.dot(grad, a, acc, input_precision=PRECISION, out_dtype=ACC)
+                if j > 0:
+                    for i in range(0, SIZES[j - 1] + 1, BLOCK_K):
+                        offs_k = i + tl.arange(0, BLOCK_K)
+                        t = _hop(
+                            chain_ptr + hop,
+                            offs_k[None, :],
+                            offs_row[:, None],
+                            SIZES[j - 1],
+                            SIZES[j],
+                            ACC,
+                        )  # [BLOCK_ROWS, BLOCK_K]
+                        r_below = tl.load(
+                            scratch_ptr
+                            + scratch
+                            + (before + offs_k[:, None]) * width
+                            + offs_col[None, :],
+                            mask=(offs_k <= SIZES[j - 1])[:, None] & mask_col[None, :],
+                            other=0.0,
+                        )  # [BLOCK_K, BLOCK_DIM]
+                        acc = tl.dot(t, r_below, acc, input_precision=PRECISION, out_dtype=ACC)
+                offset = offs_row[:, None] * width + offs_col[None, :]
+                mask = mask_row[:, None] & mask_col[None, :]
+                if j == level:
+                    tl.store(
+                        grad_chain_ptr + target + offset,
+                        acc.to(grad_chain_ptr.dtype.element_ty),
+                        mask=mask,
+                    )
+                else:
+                    tl.store(scratch_ptr + scratch + base * width + offset, acc, mask=mask)
+        # The next R reads what other threads of this program have just stored.
+        tl.debug_barrier()
+        if j > 0:
+            hop += (SIZES[j - 1] + 1) * SIZES[j]
+        before = base
+        base += SIZES[j] + 1
+
+
+def _constants(sizes: Sequence[int], dtype: torch.dtype) -> dict[str, Any]:
+    """Compile-time arguments of both kernels.
+
+    Never plain ``tf32``: weights are few, and every row is made from them.
+    """
+    return {
+        "SIZES": tuple(sizes),
+        "DIM": sizes[-1],
+        "ACC": launch.accumulator(dtype),
+        "PRECISION": "ieee" if dtype == torch.float64 else "tf32x3",
+        **launch.block_constants(launch.choose_compose(sizes[-1], dtype)),
+    }
+
+
+def _launch_compose(chain: Tensor, sizes: Sequence[int]) -> Tensor:
+    rows = operand_offsets(sizes)[-1]
+    composed = chain.new_empty(rows, sizes[-1], dtype=compute_dtype(chain.dtype))
+    if rows:
+        constants = _constants(sizes, chain.dtype)
+        _compose_kernel[(triton.cdiv(sizes[-1], constants["BLOCK_DIM"]),)](
+            chain, composed, K=rows, CHAIN=chain.numel(), **constants
+        )
+    return composed
+
+
+def _launch_compose_bwd(
+    grad_composed: Tensor, chain: Tensor, composed: Tensor, sizes: Sequence[int]
+) -> Tensor:
+    grad_chain = torch.empty_like(chain)
+    if chain.numel():
+        constants = _constants(sizes, chain.dtype)
+        offsets = operand_offsets(sizes)
+        room = sum(k * d for k, d in zip(offsets, sizes[1:], strict=False))
+        programs = sum(triton.cdiv(d, constants["BLOCK_DIM"]) for d in sizes[1:])
+        _compose_bwd_kernel[(programs,)](
+            grad_composed,
+            chain,
+            composed,
+            composed.new_empty(room),
+            grad_chain,
+            **constants,
+        )
+    return grad_chain
+
+
 def _blocks(chain: Tensor, sizes: Sequence[int]) -> list[Tensor]:
     shapes = [(a + 1, b) for a, b in zip(sizes, sizes[1:], strict=False)]
     parts = chain.split([a * b for a, b in shapes])
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
-def compose(chain: Tensor, sizes: Sequence[int]) -> Tensor:
+def compose(chain: Tensor, sizes: Sequence[int], *, backend: str = "torch") -> Tensor:
     """Compose the packed chain into one affine map per level; no gradient is recorded.
 
     Args:
         chain: packed hops, ``[sum_k (d_k + 1) d_{k+1}]``, any float dtype.
         sizes: increasing sizes ``d_1 < ... < d_n``.
+        backend: ``triton`` for one launch, ``torch`` (and ``reference``) for a product per hop.
 
     Returns:
         ``[K, d_n]``, fp32 (fp64 for an fp64 chain), blocks ``[M_k | c_k]^T`` one below the other.
@@ -74,6 +308,8 @@ def compose(chain: Tensor, sizes: Sequence[int]) -> Tensor:
         tensor([[1., 2.],
                 [3., 4.]])
     """
+    if backend == "triton":
+        return _launch_compose(chain.detach().contiguous(), sizes)
     chain = chain.detach().to(compute_dtype(chain.dtype))
     hops = _blocks(chain, sizes)
     composed = chain.new_empty(operand_offsets(sizes)[-1], sizes[-1])
@@ -88,13 +324,34 @@ def compose(chain: Tensor, sizes: Sequence[int]) -> Tensor:
 
 
 def compose_bwd(
-    grad_composed: Tensor, chain: Tensor, composed: Tensor, sizes: Sequence[int]
+    grad_composed: Tensor,
+    chain: Tensor,
+    composed: Tensor,
+    sizes: Sequence[int],
+    *,
+    backend: str = "torch",
 ) -> Tensor:
-    """Gradient of the packed chain from that of ``composed``, in the dtype of ``chain``.
+    """Gradient of the packed chain from that of ``composed``; no gradient is recorded.
 
-    ``dT_k = dA_k A'_{k+1}^T``; then ``dA'_{k+1} += T_k^T dA_k`` and ``dc_{k+1} += dc_k``, for
-    k = 0, 1, ...; ``grad_composed`` is used as scratch.
+    With G_0 = dA_0: ``dT_k = G_k A'_{k+1}^T`` and ``G_{k+1} = dA_{k+1} + T_k^{+T} G_k``.
+
+    Args:
+        grad_composed: ``[K, d_n]``, dtype of ``composed``; may be used as scratch.
+        chain, sizes, backend: as for :func:`compose`.
+        composed: what :func:`compose` gave for them.
+
+    Returns:
+        Shape and dtype of ``chain``.
+
+    Example:
+        >>> chain = torch.tensor([2.0, 0.0, 3.0, 0.0])  # 3 (2 x + 0) + 0, all sizes 1
+        >>> compose_bwd(torch.tensor([[1.0], [0.0], [0.0], [0.0]]), chain,
+        ...             compose(chain, (1, 1, 1)), (1, 1, 1))
+        tensor([3., 0., 2., 0.])
     """
+    if backend == "triton":
+        chain = chain.detach().contiguous()
+        return _launch_compose_bwd(grad_composed.contiguous(), chain, composed, sizes)
     dtype = chain.dtype
     chain = chain.detach().to(composed.dtype)
     hops = _blocks(chain, sizes)
