@@ -2,21 +2,17 @@
 
     y(x) = M_k e + c_k        e in R^{d_k} the row of x, k its level, y in R^{d_n}
 
-with ``(M_k, c_k)`` from :mod:`esapn_kernels.compose`. Gradients, ``G`` the output gradient:
-
-    d e   = M_k^T sum_{occurrences of x} G        (summed per distinct ID first)
-    d M_k = sum_{x at level k} G e^T,   d c_k = sum_{x at level k} G
+with ``(M_k, c_k)`` from :mod:`esapn_kernels.compose`; the gradient is in ``lookup_bwd``.
 
 Memory picture: ``ids -> row_start (int32, 4 B) -> page_level (int8, one per page, cached)`` gives
-where a row begins and how long it is; rows lie in one flat ``storage``. A tile of rows becomes the
-sparse operand X of shape ``[rows, K]`` (see ``compose``), so all levels are one matrix product
+where a row begins and how long it is; rows lie in one flat ``storage``. In small batches a tile of
+rows of mixed levels becomes the sparse operand X of shape ``[rows, K]`` (see ``compose``), so all
+levels are one matrix product in one launch, without a sort,
 
     Y = X composed  (+ the row itself at the last level)
 
-and the products for the gradients are ``G composed^T`` and ``X^T G``. Blocks of K that no row of
-the tile touches are skipped. The gradient needs no atomics: occurrences are sorted by row, the
-first of a run owns it, and the sums over rows are taken per program and then in a fixed order, so
-every result is the same in every run.
+and blocks of K that no row of the tile touches are skipped. Large batches are grouped by level
+first (see ``group``), and a tile meets the map of its own level alone.
 
 Bytes per id, fp32: 8 (id) + 4 (location) + 4 d_k (row) + 4 d_n (out). Source of the operator: Liu
 et al., "Automated Embedding Size Search in Deep Recommender Systems", SIGIR 2020.
@@ -24,7 +20,7 @@ et al., "Automated Embedding Size Search in Deep Recommender Systems", SIGIR 202
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -33,8 +29,12 @@ from torch.autograd.function import once_differentiable
 
 from . import launch, torch_path
 from .backend import resolve_backend, tl, triton
-from .compose import compose, compose_bwd, compute_dtype, operand_offsets
+from .compose import compose, compose_bwd
+from .group import assertions, find_rows, group_by_level
+from .launch import block_constants, kernel_constants
+from .lookup_bwd import launch_bwd, launch_bwd_update
 from .reference import lookup_reference
+from .update import Update
 
 __all__ = ["lookup"]
 
@@ -50,16 +50,6 @@ def _operand_columns(level, SIZES: tl.constexpr):
         dim = tl.where(level == k, SIZES[k], dim)
         offset += SIZES[k] + 1
     return base, dim
-
-
-@triton.jit
-def _locate(ids_ptr, row_start_ptr, page_level_ptr, offs_row, n_ids, n_rows, PAGE: tl.constexpr):
-    """Row start (int64) and level (int32) of a tile of ids, -1 for ids that do not exist."""
-    ids = tl.load(ids_ptr + offs_row, mask=offs_row < n_ids, other=-1).to(tl.int64)
-    mask_id = (ids >= 0) & (ids < n_rows)
-    start = tl.load(row_start_ptr + ids, mask=mask_id, other=-1).to(tl.int64)
-    level = tl.load(page_level_ptr + start // PAGE, mask=start >= 0, other=-1).to(tl.int32)
-    return start, level
 
 
 @triton.jit
@@ -89,6 +79,7 @@ def _lookup_fwd_kernel(
     n_ids,
     n_rows,
     SIZES: tl.constexpr,
+    ALIGN: tl.constexpr,
     PAGE: tl.constexpr,
     K: tl.constexpr,
     DIM: tl.constexpr,
@@ -101,10 +92,18 @@ def _lookup_fwd_kernel(
     offs_row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     offs_dim = tl.program_id(1) * BLOCK_DIM + tl.arange(0, BLOCK_DIM)
     mask_dim = offs_dim < DIM
-    start, level = _locate(ids_ptr, row_start_ptr, page_level_ptr, offs_row, n_ids, n_rows, PAGE)
+    start = find_rows(ids_ptr, row_start_ptr, offs_row, n_ids, n_rows)
+    level = tl.load(page_level_ptr + start // PAGE, mask=start >= 0, other=-1).to(tl.int32)
     base, dim = _operand_columns(level, SIZES)
 
-    acc = tl.zeros([BLOCK_ROWS, BLOCK_DIM], dtype=ACC)
+    # Rows of the last level are copied: their part of X is empty, and nothing is added to them.
+    is_copy = level == len(SIZES) - 1
+    row = start // ALIGN[len(SIZES) - 1] * ALIGN[len(SIZES) - 1]  # itself, in vectors of 16 bytes
+    acc = tl.load(
+        storage_ptr + row[:, None] + offs_dim[None, :],
+        mask=is_copy[:, None] & mask_dim[None, :],
+        other=0.0,
+    ).to(ACC)  # [BLOCK_ROWS, BLOCK_DIM]
     for k in range(0, K, BLOCK_K):
         if _touches(base, dim, k, BLOCK_K):
             offs_k = k + tl.arange(0, BLOCK_K)
@@ -114,9 +113,6 @@ def _lookup_fwd_kernel(
                 composed_ptr + offs_k[:, None] * DIM + offs_dim[None, :], mask=mask_a, other=0.0
             )  # [BLOCK_K, BLOCK_DIM]
             acc = tl.dot(x, a, acc, input_precision=PRECISION, out_dtype=ACC)
-    mask_copy = (level == len(SIZES) - 1)[:, None] & mask_dim[None, :]
-    row = tl.load(storage_ptr + start[:, None] + offs_dim[None, :], mask=mask_copy, other=0.0)
-    acc += row.to(ACC)
     tl.store(
         out_ptr + offs_row[:, None] * DIM + offs_dim[None, :],
         acc.to(out_ptr.dtype.element_ty),
@@ -125,152 +121,160 @@ def _lookup_fwd_kernel(
 
 
 @triton.jit
-def _lookup_bwd_rows_kernel(
-    sorted_start_ptr,
-    order_ptr,
-    grad_out_ptr,
-    composed_ptr,
-    page_level_ptr,
-    grad_storage_ptr,
-    n_ids,
-    SIZES: tl.constexpr,
-    PAGE: tl.constexpr,
-    K: tl.constexpr,
+def _project(
+    storage_ptr,
+    map_ptr,
+    start,
+    mask_row,
+    offs_dim,
+    D: tl.constexpr,
+    PADDED: tl.constexpr,
     DIM: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
 ):
-    offs_pos = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    start = tl.load(sorted_start_ptr + offs_pos, mask=offs_pos < n_ids, other=-1).to(tl.int64)
-    before = tl.load(
-        sorted_start_ptr + offs_pos - 1, mask=(offs_pos > 0) & (offs_pos <= n_ids), other=-1
-    ).to(tl.int64)
-    is_first = (start >= 0) & (start != before)
-    level = tl.load(page_level_ptr + start // PAGE, mask=is_first, other=-1).to(tl.int32)
-    base, dim = _operand_columns(level, SIZES)
-    out_type = grad_storage_ptr.dtype.element_ty
-
-    for n in range(0, DIM, BLOCK_DIM):
-        offs_dim = n + tl.arange(0, BLOCK_DIM)
-        mask_dim = offs_dim < DIM
-        grad = tl.zeros([BLOCK_ROWS, BLOCK_DIM], dtype=ACC)
-        pos = offs_pos
-        active = is_first
-        while tl.max(active.to(tl.int32), axis=0) > 0:
-            occurrence = tl.load(order_ptr + pos, mask=active, other=0).to(tl.int64)
-            grad += tl.load(
-                grad_out_ptr + occurrence[:, None] * DIM + offs_dim[None, :],
-                mask=active[:, None] & mask_dim[None, :],
+    """Tile of ``M e + c`` for rows of one size D: by FMA where a dot's padding would cost more."""
+    mask_dim = offs_dim < DIM
+    map_ptr += offs_dim
+    bias = tl.load(map_ptr + D * DIM, mask=mask_dim, other=0.0)
+    y = tl.broadcast_to(bias[None, :], start.shape[0], offs_dim.shape[0])
+    if D <= 8:
+        for j in tl.static_range(D):
+            x = tl.load(storage_ptr + start + j, mask=mask_row, other=0.0).to(ACC)
+            a = tl.load(map_ptr + j * DIM, mask=mask_dim, other=0.0)
+            y += x[:, None] * a[None, :]
+    else:
+        for j in range(0, D, PADDED):
+            offs_k = j + tl.arange(0, PADDED)
+            mask_k = offs_k < D
+            x = tl.load(
+                storage_ptr + start[:, None] + offs_k[None, :],
+                mask=mask_row[:, None] & mask_k[None, :],
                 other=0.0,
-            ).to(ACC)
-            pos += 1
-            following = tl.load(sorted_start_ptr + pos, mask=active & (pos < n_ids), other=-1)
-            active = active & (following.to(tl.int64) == start)
-
-        mask_copy = (level == len(SIZES) - 1)[:, None] & mask_dim[None, :]
-        tl.store(
-            grad_storage_ptr + start[:, None] + offs_dim[None, :], grad.to(out_type), mask=mask_copy
-        )
-        for k in range(0, K, BLOCK_K):
-            if _touches(base, dim, k, BLOCK_K):
-                offs_k = k + tl.arange(0, BLOCK_K)
-                mask_a = (offs_k < K)[None, :] & mask_dim[:, None]
-                a = tl.load(
-                    composed_ptr + offs_k[None, :] * DIM + offs_dim[:, None], mask=mask_a, other=0.0
-                )  # [BLOCK_DIM, BLOCK_K]
-                grad_x = tl.dot(grad, a, input_precision=PRECISION, out_dtype=ACC)
-                column = offs_k[None, :] - base[:, None]  # [BLOCK_ROWS, BLOCK_K]
-                mask_entry = (column >= 0) & (column < dim[:, None])
-                entry_ptr = grad_storage_ptr + start[:, None] + column
-                if DIM > BLOCK_DIM:
-                    # Only this program touches these rows: no atomics, but its own earlier stores.
-                    tl.debug_barrier()
-                    grad_x += tl.load(entry_ptr, mask=mask_entry, other=0.0).to(ACC)
-                tl.store(entry_ptr, grad_x.to(out_type), mask=mask_entry)
+            ).to(ACC)  # [BLOCK_ROWS, PADDED]
+            a = tl.load(
+                map_ptr[None, :] + offs_k[:, None] * DIM,
+                mask=mask_k[:, None] & mask_dim[None, :],
+                other=0.0,
+            )  # [PADDED, BLOCK_DIM]
+            y = tl.dot(x, a, y, input_precision=PRECISION, out_dtype=ACC)
+    return y
 
 
 @triton.jit
-def _lookup_bwd_chain_kernel(
-    ids_ptr,
+def _lookup_grouped_kernel(
+    order_ptr,
+    start_ptr,
+    level_begin_ptr,
     storage_ptr,
-    grad_out_ptr,
-    row_start_ptr,
-    page_level_ptr,
-    partial_ptr,
-    n_ids,
-    n_rows,
+    composed_ptr,
+    out_ptr,
     SIZES: tl.constexpr,
-    PAGE: tl.constexpr,
-    K: tl.constexpr,
+    ALIGN: tl.constexpr,
+    PADDED: tl.constexpr,
     DIM: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
 ):
-    pid = tl.program_id(0)
-    k = tl.program_id(1) * BLOCK_K
-    offs_k = k + tl.arange(0, BLOCK_K)
-    offs_dim = tl.program_id(2) * BLOCK_DIM + tl.arange(0, BLOCK_DIM)
-    mask_dim = offs_dim < DIM
-    acc = tl.zeros([BLOCK_K, BLOCK_DIM], dtype=ACC)
-    for tile in range(pid, tl.cdiv(n_ids, BLOCK_ROWS), tl.num_programs(0)):
-        offs_row = tl.arange(0, BLOCK_ROWS).to(tl.int64) + tile * BLOCK_ROWS
-        start, level = _locate(
-            ids_ptr, row_start_ptr, page_level_ptr, offs_row, n_ids, n_rows, PAGE
-        )
-        base, dim = _operand_columns(level, SIZES)
-        if _touches(base, dim, k, BLOCK_K):
-            x = _operand(storage_ptr, start, base, dim, offs_k, ACC)  # [BLOCK_ROWS, BLOCK_K]
-            grad = tl.load(
-                grad_out_ptr + offs_row[:, None] * DIM + offs_dim[None, :],
-                mask=(dim >= 0)[:, None] & mask_dim[None, :],
-                other=0.0,
-            ).to(ACC)  # [BLOCK_ROWS, BLOCK_DIM]
-            acc = tl.dot(tl.trans(x), grad, acc, input_precision=PRECISION, out_dtype=ACC)
-    tl.store(
-        partial_ptr + (pid.to(tl.int64) * K + offs_k[:, None]) * DIM + offs_dim[None, :],
-        acc,
-        mask=(offs_k < K)[:, None] & mask_dim[None, :],
+    n_programs = tl.num_programs(0)
+    # Tiles are numbered through all levels; this program takes every n_programs-th of them.
+    first = tl.program_id(0)
+    base = 0
+    for k in tl.static_range(len(SIZES) + 1):
+        begin = tl.load(level_begin_ptr + k)
+        end = tl.load(level_begin_ptr + k + 1)
+        tiles = tl.cdiv(end - begin, BLOCK_ROWS)
+        for tile in range(first, tiles, n_programs):
+            offs_row = begin + tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+            mask_row = offs_row < end
+            position = tl.load(order_ptr + offs_row, mask=mask_row, other=0).to(tl.int64)
+            start = tl.load(start_ptr + offs_row, mask=mask_row, other=0).to(tl.int64)
+            if k < len(SIZES):
+                # Rows then move in vectors of 16 bytes.
+                start = tl.multiple_of(start, tl.constexpr(ALIGN[k]))
+            for n in range(0, DIM, BLOCK_DIM):
+                offs_dim = n + tl.arange(0, BLOCK_DIM)
+                mask = mask_row[:, None] & (offs_dim < DIM)[None, :]
+                if k == len(SIZES):  # ids that have no row
+                    y = tl.zeros([BLOCK_ROWS, BLOCK_DIM], dtype=ACC)
+                elif k == len(SIZES) - 1:
+                    row_ptr = storage_ptr + start[:, None] + offs_dim[None, :]
+                    y = tl.load(row_ptr, mask=mask, other=0.0)
+                else:
+                    y = _project(
+                        storage_ptr,
+                        composed_ptr + base * DIM,
+                        start,
+                        mask_row,
+                        offs_dim,
+                        SIZES[k],
+                        PADDED[k],
+                        DIM,
+                        ACC,
+                        PRECISION,
+                    )  # [BLOCK_ROWS, BLOCK_DIM]
+                tl.store(
+                    out_ptr + position[:, None] * DIM + offs_dim[None, :],
+                    y.to(out_ptr.dtype.element_ty),
+                    mask=mask,
+                )
+        behind = tiles - first
+        first = tl.cdiv(behind, n_programs) * n_programs - behind
+        if k < len(SIZES):
+            base += SIZES[k] + 1
+
+
+def _launch_small(
+    out: Tensor,
+    ids: Tensor,
+    storage: Tensor,
+    composed: Tensor,
+    row_start: Tensor,
+    page_level: Tensor,
+    sizes: Sequence[int],
+    page: int,
+) -> None:
+    config = launch.choose_fwd(ids.numel(), sizes[-1], storage.dtype)
+    grid = (triton.cdiv(ids.numel(), config.block_rows), triton.cdiv(sizes[-1], config.block_dim))
+    _lookup_fwd_kernel[grid](
+        ids,
+        storage,
+        composed,
+        row_start,
+        page_level,
+        out,
+        ids.numel(),
+        row_start.numel(),
+        ALIGN=launch.alignments(sizes, page),
+        **kernel_constants(sizes, page, storage.dtype),
+        **block_constants(config),
+        **assertions(ids),
     )
 
 
-def _precision(dtype: torch.dtype) -> str:
-    """``tf32x3`` keeps fp32 accuracy; plain ``tf32`` only where torch itself is told to use it."""
-    if dtype == torch.float64:
-        return "ieee"
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
-
-
-def kernel_constants(sizes: Sequence[int], page: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Compile-time arguments that the kernels of this package share."""
-    return {
-        "SIZES": tuple(sizes),
-        "PAGE": page,
-        "K": operand_offsets(sizes)[-1],
-        "DIM": sizes[-1],
-        "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
-        "PRECISION": _precision(dtype),
-    }
-
-
-def block_constants(config: launch.LaunchConfig) -> dict[str, Any]:
-    """Tile sizes and launch options as keyword arguments of a launch.
-
-    ``enable_fp_fusion`` is explicit because Triton's default is about to change.
-    """
-    return {
-        "BLOCK_ROWS": config.block_rows,
-        "BLOCK_K": config.block_k,
-        "BLOCK_DIM": config.block_dim,
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-        "enable_fp_fusion": True,
-    }
+def _launch_grouped(
+    out: Tensor,
+    ids: Tensor,
+    storage: Tensor,
+    composed: Tensor,
+    row_start: Tensor,
+    page_level: Tensor,
+    sizes: Sequence[int],
+    page: int,
+) -> None:
+    groups = group_by_level(ids, row_start, page_level, sizes, page)
+    config = launch.choose_fwd_grouped(ids.numel(), sizes, storage.dtype)
+    _lookup_grouped_kernel[(config.programs,)](
+        groups.order,
+        groups.start,
+        groups.level_begin,
+        storage,
+        composed,
+        out,
+        **config.constants(sizes, page, storage.dtype),
+    )
 
 
 def _launch_fwd(
@@ -281,86 +285,18 @@ def _launch_fwd(
     page_level: Tensor,
     sizes: Sequence[int],
     page: int,
+    out_dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    out = storage.new_empty(ids.numel(), sizes[-1])
-    config = launch.choose_fwd(ids.numel(), sizes[-1], storage.dtype)
-    grid = (triton.cdiv(ids.numel(), config.block_rows), triton.cdiv(sizes[-1], config.block_dim))
+    """``[B, d_n]`` in ``out_dtype`` (that of ``storage``), or into the contiguous ``out``."""
+    if out is None:
+        out = storage.new_empty(ids.numel(), sizes[-1], dtype=out_dtype)
     if ids.numel():
-        _lookup_fwd_kernel[grid](
-            ids,
-            storage,
-            composed,
-            row_start,
-            page_level,
-            out,
-            ids.numel(),
-            row_start.numel(),
-            **kernel_constants(sizes, page, storage.dtype),
-            **block_constants(config),
-        )
+        grouped = launch.groups_ids(ids.numel(), sizes, storage.dtype)
+        run = _launch_grouped if grouped else _launch_small
+        # Kernels count from the first id: of a strided view, that is not where the second lies.
+        run(out, ids.contiguous(), storage, composed, row_start, page_level, sizes, page)
     return out
-
-
-def _launch_bwd(
-    grad_out: Tensor,
-    ids: Tensor,
-    storage: Tensor,
-    composed: Tensor,
-    row_start: Tensor,
-    page_level: Tensor,
-    sizes: Sequence[int],
-    page: int,
-) -> tuple[Tensor, Tensor]:
-    n_ids = ids.numel()
-    if not n_ids:
-        return torch.zeros_like(storage), torch.zeros_like(composed)
-    grad_out = grad_out.contiguous()
-    constants = kernel_constants(sizes, page, storage.dtype)
-    config = launch.choose_bwd_rows(n_ids, sizes[-1], storage.dtype)
-    # Rows wider than a tile are summed in place, tile after tile: not in 16 bits.
-    one_tile = sizes[-1] <= config.block_dim
-    grad_storage = torch.zeros_like(
-        storage, dtype=storage.dtype if one_tile else compute_dtype(storage.dtype)
-    )
-    # The check may be skipped (compiled code): the gradient of an id out of range goes nowhere.
-    known = ids.clamp(0, row_start.numel() - 1)
-    start = torch.where(known == ids, row_start.index_select(0, known), -1)
-    sorted_start, order = torch.sort(start, stable=True)
-    _lookup_bwd_rows_kernel[(triton.cdiv(n_ids, config.block_rows),)](
-        sorted_start,
-        order,
-        grad_out,
-        composed,
-        page_level,
-        grad_storage,
-        n_ids,
-        **constants,
-        **block_constants(config),
-    )
-    grad_storage = grad_storage.to(storage.dtype)
-    n_k = constants["K"]
-    if not n_k:
-        return grad_storage, torch.zeros_like(composed)
-    config = launch.choose_bwd_chain(n_ids, sizes[-1], storage.dtype)
-    partial = composed.new_empty(config.splits, n_k, sizes[-1])
-    grid = (
-        config.splits,
-        triton.cdiv(n_k, config.block_k),
-        triton.cdiv(sizes[-1], config.block_dim),
-    )
-    _lookup_bwd_chain_kernel[grid](
-        ids,
-        storage,
-        grad_out,
-        row_start,
-        page_level,
-        partial,
-        n_ids,
-        row_start.numel(),
-        **constants,
-        **block_constants(config),
-    )
-    return grad_storage, partial.sum(0)
 
 
 def _lookup_fwd(
@@ -372,9 +308,16 @@ def _lookup_fwd(
     sizes: Sequence[int],
     page: int,
     backend: str,
+    out_dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    run = _launch_fwd if backend == "triton" else torch_path.lookup_fwd
-    return run(ids, storage, composed, row_start, page_level, sizes, page)
+    where = (ids, storage, composed, row_start, page_level, sizes, page)
+    if backend == "triton":
+        return _launch_fwd(*where, out_dtype, out)
+    if out_dtype in (None, storage.dtype):
+        return torch_path.lookup_fwd(*where, out)
+    wide = torch_path.lookup_fwd(*where)
+    return wide.to(out_dtype) if out is None else out.copy_(wide)
 
 
 def _lookup_bwd(
@@ -388,7 +331,7 @@ def _lookup_bwd(
     page: int,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    run = _launch_bwd if backend == "triton" else torch_path.lookup_bwd
+    run = launch_bwd if backend == "triton" else torch_path.lookup_bwd
     return run(grad_out, ids, storage, composed, row_start, page_level, sizes, page)
 
 
@@ -402,14 +345,16 @@ def lookup_fwd_op(
     sizes: Sequence[int],
     page: int,
     backend: str,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Forward as an opaque operator, for ``torch.compile``."""
-    return _lookup_fwd(ids, storage, composed, row_start, page_level, sizes, page, backend)
+    where = (ids, storage, composed, row_start, page_level, sizes, page, backend)
+    return _lookup_fwd(*where, out_dtype)
 
 
 @lookup_fwd_op.register_fake
-def _(ids, storage, composed, row_start, page_level, sizes, page, backend):
-    return storage.new_empty(ids.shape[0], sizes[-1])
+def _(ids, storage, composed, row_start, page_level, sizes, page, backend, out_dtype=None):
+    return storage.new_empty(ids.shape[0], sizes[-1], dtype=out_dtype or storage.dtype)
 
 
 @torch.library.custom_op("esapn_kernels::lookup_bwd", mutates_args=())
@@ -447,15 +392,16 @@ class _Lookup(torch.autograd.Function):
         sizes: tuple[int, ...],
         page: int,
         backend: str,
+        out_dtype: torch.dtype | None,
     ) -> Tensor:
         # Eager code goes straight to the implementation, without the operator boundary.
         run = lookup_fwd_op if torch.compiler.is_compiling() else _lookup_fwd
-        return run(ids, storage, composed, row_start, page_level, sizes, page, backend)
+        return run(ids, storage, composed, row_start, page_level, sizes, page, backend, out_dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs[:6])
-        ctx.layout = inputs[6:]
+        ctx.layout = inputs[6:9]
 
     @staticmethod
     @once_differentiable
@@ -465,8 +411,72 @@ class _Lookup(torch.autograd.Function):
         grad_storage, grad_composed = run(grad_out, ids, storage, composed, *where, *ctx.layout)
         grad_chain = None
         if ctx.needs_input_grad[2]:
-            grad_chain = compose_bwd(grad_composed, chain, composed, ctx.layout[0])
-        return None, grad_storage, grad_chain, *[None] * 6
+            grad_chain = _compose_bwd(grad_composed, chain, composed, *ctx.layout)
+        return None, grad_storage, grad_chain, *[None] * 7
+
+
+class _FusedLookup(torch.autograd.Function):
+    """:class:`_Lookup` whose backward steps the rows instead of returning their gradient."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> Tensor:
+        return _lookup_fwd(*inputs[:2], *inputs[3:-1])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:6])
+        ctx.layout, ctx.begin_step = inputs[6:9], inputs[-1]
+        ctx.storage, ctx.version = inputs[1], inputs[1]._version
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.storage._version != ctx.version:
+            raise RuntimeError(
+                "the rows changed between this lookup and its backward: a fused optimizer steps "
+                "them in backward, so look up all ids of a step in one call, and resize between "
+                "steps"
+            )
+        ids, storage, chain, composed, *where = ctx.saved_tensors
+        sizes, page, backend = ctx.layout
+        run: Callable[..., Tensor | None] = torch_path.lookup_bwd_update
+        if backend == "triton":
+            run = launch_bwd_update
+        grad_composed = run(
+            grad_out,
+            ids,
+            storage,
+            composed,
+            *where,
+            sizes,
+            page,
+            update=ctx.begin_step(),
+            want_composed=ctx.needs_input_grad[2],
+        )
+        grad_chain = None
+        if grad_composed is not None:
+            grad_chain = _compose_bwd(grad_composed, chain, composed, sizes, page, backend)
+        return None, None, grad_chain, *[None] * 8
+
+
+def _compose_bwd(
+    grad_composed: Tensor,
+    chain: Tensor,
+    composed: Tensor,
+    sizes: tuple[int, ...],
+    page: int,
+    backend: str,
+) -> Tensor:
+    # Compiled code takes torch's products apart itself; kernels are opaque to it.
+    if torch.compiler.is_compiling():
+        backend = "torch"
+    return compose_bwd(grad_composed, chain, composed, sizes, backend=backend)
+
+
+@torch.compiler.disable
+def _fused(*inputs: Any) -> Tensor:
+    out: Tensor = _FusedLookup.apply(*inputs)
+    return out
 
 
 def check_ids(ids: Tensor, num_rows: int) -> None:
@@ -475,8 +485,8 @@ def check_ids(ids: Tensor, num_rows: int) -> None:
     Raises:
         TypeError: no tensor at all.
         RuntimeError: other dtypes, in torch's own words.
-        IndexError: an id outside ``[0, num_rows)``, on a CPU. On a GPU an asynchronous device
-            assertion fails instead; the kernels never read or write outside in either case.
+        IndexError: an id outside ``[0, num_rows)``, on a CPU. On a GPU the kernels fail an
+            assertion of their own, and never read or write outside in either case.
     """
     if not isinstance(ids, Tensor):
         raise TypeError(
@@ -487,15 +497,25 @@ def check_ids(ids: Tensor, num_rows: int) -> None:
             "Expected tensor for argument #1 'indices' to have one of the following scalar types: "
             f"Long, Int; but got {ids.type()} instead (while checking arguments for embedding)"
         )
-    if torch.compiler.is_compiling():
-        return
-    if ids.device.type == "cpu":
-        if ids.numel():
-            low, high = torch.aminmax(ids)
-            if low < 0 or high >= num_rows:
-                raise IndexError("index out of range in self")
-    elif ids.numel():
-        torch._assert_async(((ids >= 0) & (ids < num_rows)).all())
+    if ids.device.type == "cpu" and not torch.compiler.is_compiling() and ids.numel():
+        low, high = torch.aminmax(ids)
+        if low < 0 or high >= num_rows:
+            raise IndexError("index out of range in self")
+
+
+def _check_out(out: Tensor, shape: tuple[int, ...], dtype: torch.dtype, storage: Tensor) -> None:
+    if out.requires_grad or (torch.is_grad_enabled() and storage.requires_grad):
+        raise RuntimeError(
+            "lookup(): functions with out=... arguments don't support automatic differentiation, "
+            "but one of the arguments requires grad."
+        )
+    if out.shape != shape or out.dtype != dtype or out.device != storage.device:
+        raise ValueError(
+            f"out must be {list(shape)}, {dtype}, on {storage.device}; "
+            f"got {list(out.shape)}, {out.dtype}, on {out.device}"
+        )
+    if not out.is_contiguous():
+        raise ValueError("out must be contiguous")
 
 
 def lookup(
@@ -508,6 +528,9 @@ def lookup(
     sizes: Sequence[int],
     page: int,
     backend: str = "auto",
+    out_dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+    begin_step: Callable[[], Update] | None = None,
 ) -> Tensor:
     """Look up ragged rows and carry each to the largest size: ``y(x) = M_k e + c_k``.
 
@@ -520,14 +543,19 @@ def lookup(
         sizes: increasing row sizes ``d_1 < ... < d_n``.
         page: elements per page; a row never crosses a page.
         backend: ``auto`` (Triton on a GPU, torch elsewhere), ``triton``, ``torch``, ``reference``.
+        out_dtype: of the output, rounded once from the sum in fp32; default: that of ``storage``.
+        out: contiguous memory for the output, where no gradient is wanted.
+        begin_step: a fused optimizer's step (see ``optim``). Called in backward, which then steps
+            the rows in place; ``storage`` has no gradient.
 
     Returns:
-        ``[*ids.shape, d_n]``, dtype of ``storage``, accumulated in fp32 (fp64 for fp64).
+        ``[*ids.shape, d_n]`` in ``out_dtype``, accumulated in fp32 (fp64 for fp64 rows).
 
     Raises:
         IndexError: an id out of range (CPU; an asynchronous assertion on a GPU).
-        RuntimeError: ids of another dtype; the Triton backend asked for where it cannot run.
-        ValueError: an unknown backend.
+        RuntimeError: ids of another dtype; the Triton backend asked for where it cannot run;
+            ``out`` where a gradient is wanted.
+        ValueError: an unknown backend; ``out`` of another shape, dtype or device.
 
     Notes:
         Deterministic on every backend. Empty ``ids`` give an empty output and zero gradients. The
@@ -545,11 +573,21 @@ def lookup(
     backend = resolve_backend(backend, storage.device)
     check_ids(ids, row_start.numel())
     sizes = tuple(sizes)
+    shape = (*ids.shape, sizes[-1])
+    dtype = storage.dtype if out_dtype is None else out_dtype
+    if out is not None:
+        _check_out(out, shape, dtype, storage)
     if backend == "reference":
-        return lookup_reference(ids, storage, chain, row_start, page_level, sizes, page)
-    composed = compose(chain, sizes)
+        y = lookup_reference(ids, storage, chain, row_start, page_level, sizes, page).to(dtype)
+        return y if out is None else out.copy_(y)
+    compiling = torch.compiler.is_compiling()
+    composed = compose(chain, sizes, backend="torch" if compiling else backend)
+    where = (row_start, page_level, sizes, page, backend, dtype)
     flat = ids.reshape(-1)
-    out: Tensor = _Lookup.apply(
-        flat, storage, chain, composed, row_start, page_level, sizes, page, backend
-    )
-    return out.view(*ids.shape, sizes[-1])
+    if out is not None:
+        _lookup_fwd(flat, storage.detach(), composed, *where, out.view(-1, sizes[-1]))
+        return out
+    if begin_step is not None and storage.requires_grad:
+        return _fused(flat, storage, chain, composed, *where, begin_step).view(shape)
+    y = _Lookup.apply(flat, storage, chain, composed, *where)
+    return y.view(shape)

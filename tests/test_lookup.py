@@ -5,9 +5,9 @@ import torch
 from torch.nn import functional as F
 
 from esapn_kernels import lookup as lookup_file
-from esapn_kernels import torch_path
 from esapn_kernels.compose import compose
 from esapn_kernels.lookup import lookup
+from esapn_kernels.lookup_bwd import launch_bwd
 from esapn_kernels.testing import (
     assert_matches,
     backward_bytes,
@@ -56,14 +56,6 @@ def test_against_the_definition(sizes, dtype, backend, device, nan_empty):
     largest = case.module.sizes_of(case.ids) == sizes[-1]
     rows = torch.stack([case.module.arena.read(i) for i in case.ids[largest].tolist()])
     assert torch.equal(out[largest], rows)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_torch_path_grouped_by_level(dtype, device, monkeypatch):
-    """Many rows below the last level are grouped; here few are."""
-    monkeypatch.setattr(torch_path, "_OPERAND_ROWS", 0)
-    for sizes in ((2, 4, 8, 16, 64, 128), (1, 3, 5, 33)):
-        check(make_case(sizes, 30, 40, dtype, device), "torch")
 
 
 ID_CASES = {
@@ -179,7 +171,7 @@ def test_kernels_ignore_ids_out_of_range(dtype, device, nan_empty):
     composed = compose(chain.detach(), case.module.sizes)
     layout = tuple(case.layout.values())
     out = lookup_file._launch_fwd(ids, storage, composed, *where, *layout)
-    grads = lookup_file._launch_bwd(case.grad_out, ids, storage, composed, *where, *layout)
+    grads = launch_bwd(case.grad_out, ids, storage, composed, *where, *layout)
 
     only = type(case)(case.module, ids[valid], case.grad_out[valid])
     expected_out, grad_storage, _ = only.run("triton")
@@ -187,9 +179,7 @@ def test_kernels_ignore_ids_out_of_range(dtype, device, nan_empty):
     assert torch.equal(out[valid], expected_out)
     # The gradient of ids that do not exist goes to no row at all.
     assert torch.equal(grads[0], grad_storage)
-    expected = lookup_file._launch_bwd(only.grad_out, only.ids, storage, composed, *where, *layout)[
-        1
-    ]
+    expected = launch_bwd(only.grad_out, only.ids, storage, composed, *where, *layout)[1]
     torch.testing.assert_close(grads[1], expected, rtol=1e-5, atol=1e-5)
 
 
