@@ -15,7 +15,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["lookup_grad_reference", "lookup_reference", "promote_reference", "split_chain"]
+__all__ = [
+    "lookup_grad_reference",
+    "lookup_reference",
+    "promote_reference",
+    "split_chain",
+    "update_reference",
+]
 
 
 def split_chain(chain: Tensor, sizes: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
@@ -107,3 +113,44 @@ def promote_reference(row: Tensor, level: int, chain: Tensor, sizes: Sequence[in
     """The row one level up, ``W_k e + b_k``: its lookup does not change (ESAPN, SIGIR 2020)."""
     weight, bias = split_chain(chain, sizes)[level]
     return weight @ row + bias
+
+
+def update_reference(
+    rule: str,
+    row: Tensor,
+    grad: Tensor,
+    state: tuple[Tensor, ...] = (),
+    *,
+    lr: float,
+    eps: float = 0.0,
+    betas: tuple[float, float] = (0.0, 0.0),
+    step: int = 1,
+    last_step: int = 0,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """One row after the fused step number ``step``, and its state; nothing is changed in place.
+
+    ``state``: ``sgd`` none; ``adagrad`` ``(s,)`` like the row; ``rowwise_adagrad`` ``(s_x,)``, one
+    number; ``adam`` the moments ``(m, v)`` as step ``last_step`` left them. Adam's steps in
+    between are those of a dense Adam that sees a zero gradient, but for the row, which stays.
+
+    >>> update_reference("adagrad", torch.tensor(1.0), torch.tensor(3.0), (torch.tensor(16.0),),
+    ...                  lr=0.5)
+    (tensor(0.7000), (tensor(25.),))
+    """
+    if rule == "sgd":
+        return row - lr * grad, ()
+    if rule == "adagrad":
+        total = state[0] + grad * grad
+        return row - lr * grad / (total.sqrt() + eps), (total,)
+    if rule == "rowwise_adagrad":
+        total = state[0] + (grad * grad).sum() / grad.numel()
+        return row - lr * grad / (total.sqrt() + eps), (total,)
+    if rule == "adam":
+        (m, v), (beta1, beta2) = state, betas
+        for now in range(last_step + 1, step + 1):
+            seen = grad if now == step else torch.zeros_like(grad)
+            m = beta1 * m + (1 - beta1) * seen
+            v = beta2 * v + (1 - beta2) * seen * seen
+        m_hat, v_hat = m / (1 - beta1**step), v / (1 - beta2**step)
+        return row - lr * m_hat / (v_hat.sqrt() + eps), (m, v)
+    raise ValueError(f"unknown rule {rule!r}")
