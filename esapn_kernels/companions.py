@@ -6,8 +6,9 @@ or be reset, and when the arena grows, it must grow. One hook, run before every 
 finds the optimizers that hold an arena, so user code does not register anything; rows that move
 before an optimizer's first step find no state to move. Adagrad, which makes its state when it is
 built, is fitted at that step; state *loaded* into a new optimizer is too, but is right only if no
-row
-moved since: load, and step once, before promoting.
+row moved since: load, and step once, before promoting. The optimizers of ``optim`` are followed
+from construction on, and say themselves which of their state goes with rows
+(``state_per_element``) and which with ids (``state_per_id``).
 
 Documented behaviour: the state of a *resized* row starts afresh (zero; Adagrad's configured
 ``initial_accumulator_value``), as that of a row never seen; the state of every other row is
@@ -28,7 +29,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 if TYPE_CHECKING:
     from .arena import Arena
 
-__all__ = ["Companion", "of", "of_ids", "state_bytes", "track"]
+__all__ = ["Companion", "follow", "of", "of_ids", "reset_ids", "state_bytes", "track", "unfollow"]
 
 _arenas: weakref.WeakSet[Arena] = weakref.WeakSet()
 _optimizers: weakref.WeakKeyDictionary[Arena, weakref.WeakSet[torch.optim.Optimizer]] = (
@@ -50,13 +51,23 @@ def track(arena: Arena) -> None:
     _arenas.add(arena)
 
 
+def follow(arena: Arena, optimizer: torch.optim.Optimizer) -> None:
+    """From now on ``optimizer``'s state goes with the rows of ``arena``."""
+    _optimizers.setdefault(arena, weakref.WeakSet()).add(optimizer)
+
+
+def unfollow(arena: Arena, optimizer: torch.optim.Optimizer) -> None:
+    """The opposite of :func:`follow`."""
+    _optimizers.setdefault(arena, weakref.WeakSet()).discard(optimizer)
+
+
 def _find(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    if not _arenas:
-        return
+    if not _arenas or hasattr(optimizer, "state_per_element"):
+        return  # the optimizers of optim say themselves when to follow
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for arena in _arenas:
         if id(arena.storage) in held:
-            _optimizers.setdefault(arena, weakref.WeakSet()).add(optimizer)
+            follow(arena, optimizer)
             _fit(arena, optimizer)
 
 
@@ -91,31 +102,44 @@ def of(arena: Arena) -> Iterator[Companion]:
         yield Companion(storage.grad, 0.0, lambda value: setattr(storage, "grad", value))
     for optimizer in _optimizers.get(arena, ()):
         state = optimizer.state.get(storage)
-        if not state:
-            continue
-        group = _group(optimizer, storage)
-        for name, value in list(state.items()):
-            if isinstance(value, Tensor) and value.shape == storage.shape:
-                fresh = _fresh(group, name)
+        if state:
+            yield from _companions(state, _per_element(optimizer, storage))
 
-                def replace(grown: Tensor, state: Any = state, name: str = name) -> None:
-                    state[name] = grown
 
-                yield Companion(value, fresh, replace)
+def _per_element(optimizer: torch.optim.Optimizer, storage: Tensor) -> dict[str, float]:
+    """Names of the state in the arena's layout, and what an element of it starts as."""
+    declared = getattr(optimizer, "state_per_element", None)
+    if declared is not None:
+        return declared
+    group = _group(optimizer, storage)
+    return {
+        name: _fresh(group, name)
+        for name, value in optimizer.state[storage].items()
+        if isinstance(value, Tensor) and value.shape == storage.shape
+    }
+
+
+def _companions(state: dict[str, Any], fresh: dict[str, float]) -> Iterator[Companion]:
+    for name, value in fresh.items():
+
+        def replace(moved: Tensor, name: str = name) -> None:
+            state[name] = moved
+
+        yield Companion(state[name], value, replace)
 
 
 def of_ids(arena: Arena) -> Iterator[Companion]:
     """State with one number per id, ``[num_rows]``, that the optimizers of ``optim`` hold."""
-    storage = arena.storage
     for optimizer in _optimizers.get(arena, ()):
-        state = optimizer.state.get(storage, {})
-        for name, fresh in getattr(optimizer, "state_per_id", {}).items():
-            if name in state:
+        declared = getattr(optimizer, "state_per_id", None)
+        if declared:
+            yield from _companions(optimizer.state[arena.storage], declared)
 
-                def replace(value: Tensor, state: Any = state, name: str = name) -> None:
-                    state[name] = value
 
-                yield Companion(state[name], fresh, replace)
+def reset_ids(arena: Arena, ids: Tensor) -> None:
+    """State with one number per id becomes that of an id never seen."""
+    for companion in of_ids(arena):
+        companion.tensor.index_fill_(0, ids.long(), companion.fresh)
 
 
 def state_bytes(arena: Arena) -> int:

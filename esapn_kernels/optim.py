@@ -1,0 +1,437 @@
+"""Optimizers whose step on the rows is fused into the backward of the lookup.
+
+    torch.optim     backward writes a gradient as long as the arena, step() reads all of it
+    here            backward steps the rows of the batch, and nothing else exists or moves
+
+An optimizer built on a module is *attached* to it: from then on ``loss.backward()`` updates the
+rows that were looked up, in place, and ``arena.storage.grad`` stays ``None``. The chain (and the
+rest of the model) has gradients as always and is stepped by any ``torch.optim`` optimizer, which
+may be given ``module.parameters()`` as a whole: it skips the storage, which has no gradient.
+
+    rows, dense = optim.Adam(embedding), torch.optim.Adam(model.parameters())
+    loss.backward()     # steps the rows
+    dense.step()        # steps everything else
+    rows.step()         # brings a new learning rate to the device; see FusedOptimizer.step
+
+Memory picture, per row of size d: SGD nothing, Adagrad ``4 d`` bytes, row-wise Adagrad 4, Adam
+``8 d + 4``, in fp32 whatever the rows' own dtype (fp64 for fp64 rows). The state lies in the
+arena's layout or holds one number per id; it grows and moves with the rows, and is a fresh row's
+where a row is resized (``companions``). The rules themselves are in ``update``.
+
+Because a row steps when its gradient is known, whatever comes between backward and ``step`` in
+other training loops does not apply to the rows: gradient clipping, loss scaling
+(``torch.amp.GradScaler``), gradients added up over several backward passes.
+Two lookups in one module before a backward pass raise there, for the first to go backward moves the
+rows under the other: look up all ids of a step in one call. The ``reference`` backend never fuses.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import companions
+from .arena import Arena
+from .compose import compute_dtype
+from .module import ResizableEmbedding
+from .update import Update
+
+__all__ = ["SGD", "Adagrad", "Adam", "FusedOptimizer"]
+
+
+class FusedOptimizer(torch.optim.Optimizer):
+    """What the optimizers of this file share: attaching, the clock, and exact checkpoints.
+
+    ``self.state[arena.storage]`` holds the state under ``torch.optim``'s names; there is one
+    parameter group, whose ``lr`` any scheduler of ``torch.optim.lr_scheduler`` may change.
+
+    A copy (``copy.deepcopy``, pickle) of a module has no fused optimizer, and a copy of the
+    optimizer is attached to nothing: build a new one and load the ``state_dict``.
+    """
+
+    def __init__(
+        self, modules: ResizableEmbedding | Iterable[ResizableEmbedding], defaults: dict[str, Any]
+    ) -> None:
+        arenas = [module.arena for module in _check_modules(modules)]
+        super().__init__([arena.storage for arena in arenas], defaults)
+        self._arenas = arenas
+        self._lr: dict[Tensor, Tensor] = {}
+        self._shown_lr = float(defaults["lr"])
+        for arena in arenas:
+            storage = arena.storage
+            dtype = torch.float64
+            self._lr[storage] = torch.full((), self._shown_lr, dtype=dtype, device=storage.device)
+            state = self._fresh_state(arena)
+            if state:
+                self.state[storage] = state
+        for arena in arenas:
+            arena._fused = weakref.ref(self)
+            companions.follow(arena, self)
+
+    @property
+    def rule(self) -> str:
+        """One of ``update.RULES``."""
+        raise NotImplementedError
+
+    @property
+    def state_per_element(self) -> dict[str, float]:
+        """State ``[capacity]`` in the arena's layout: its names and what it starts as."""
+        return {}
+
+    @property
+    def state_per_id(self) -> dict[str, float]:
+        """State ``[num_rows]``: its names and what it starts as."""
+        return {}
+
+    def _fresh_state(self, arena: Arena) -> dict[str, Tensor]:
+        storage = arena.storage
+        dtype = compute_dtype(storage.dtype)
+        state = {
+            name: torch.full_like(storage, fresh, dtype=dtype, requires_grad=False)
+            for name, fresh in self.state_per_element.items()
+        }
+        for name, fresh in self.state_per_id.items():
+            state[name] = torch.full((arena.num_rows,), fresh, dtype=dtype, device=storage.device)
+        return state
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused but for the one group of construction: build another optimizer instead."""
+        if self.param_groups:
+            raise TypeError(f"{type(self).__name__} has one parameter group: build another one")
+        super().add_param_group(param_group)
+
+    def detach(self) -> None:
+        """Leave the modules: their backward writes gradients again, and the state stays as it is.
+
+        The state follows the rows no longer. Deleting the optimizer does the same, as soon as
+        Python collects it (a scheduler built on it makes a reference cycle).
+        """
+        for arena in self._arenas:
+            if arena.fused_optimizer is self:
+                arena._fused = None
+                companions.unfollow(arena, self)
+
+    def begin_step(self, arena: Arena) -> Update:
+        """Count one step of ``arena`` and say what it does to a row; backward calls this once.
+
+        Works on the device alone, and can be captured in a CUDA graph.
+        """
+        storage = arena.storage
+        if arena.fused_optimizer is not self:
+            raise RuntimeError("the fused optimizer was detached between forward and backward")
+        if storage not in self._lr or self._lr[storage].device != storage.device:
+            raise RuntimeError(
+                "arena.storage was replaced or moved to another device after the fused optimizer "
+                "was built: build the optimizer last"
+            )
+        self._bring_lr()
+        group, state = self.param_groups[0], self.state.get(storage, {})
+        per_id = [state[name] for name in self.state_per_id]
+        return Update(
+            self.rule,
+            self._lr[storage],
+            eps=group.get("eps", 0.0),
+            betas=tuple(group.get("betas", (0.0, 0.0))),
+            state=tuple(state[name] for name in self.state_per_element),
+            per_id=per_id[0] if per_id else None,
+            clock=self._tick(storage),
+        )
+
+    def _tick(self, storage: Tensor) -> Tensor | None:
+        return None
+
+    def _bring_lr(self) -> None:
+        lr, shown = float(self.param_groups[0]["lr"]), self._lr.values()
+        if lr == self._shown_lr:
+            return
+        # A capture would record the number itself, and every replay write it again.
+        if any(t.is_cuda for t in shown) and torch.cuda.is_current_stream_capturing():
+            return
+        for tensor in shown:
+            tensor.fill_(lr)
+        self._shown_lr = lr
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Bring a changed ``lr`` to the device; the rows were stepped by backward.
+
+        Backward does so itself. Only the replays of a captured CUDA graph need this call, outside
+        the graph. Schedulers want it before their own ``step``, as with any optimizer.
+
+        Args:
+            closure: called with gradients enabled, as by ``torch.optim``; its result is returned.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._bring_lr()
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what ``state_dict`` gave, bit for bit, into the present tensors.
+
+        Load the module first: its arena takes the saved length, and this state with it.
+
+        Raises:
+            ValueError: state of another optimizer or of another shape; nothing is changed.
+        """
+        copies = list(self._matched(state_dict))
+        # torch casts state to the rows' dtype: fp32 moments of 16-bit rows, and counters, too.
+        super().load_state_dict({**state_dict, "state": {}})
+        for own, saved, storage, name in copies:
+            own.copy_(saved)
+            self.state[storage][name] = own
+
+    def _matched(self, state_dict: dict[str, Any]) -> Iterable[tuple[Tensor, Tensor, Tensor, str]]:
+        """``(own tensor, saved tensor, storage, name)`` for everything in ``state``."""
+        saved_params = [p for group in state_dict["param_groups"] for p in group["params"]]
+        for storage, key in zip(self.param_groups[0]["params"], saved_params, strict=False):
+            own, saved = self.state.get(storage, {}), state_dict["state"].get(key, {})
+            shapes, saved_shapes = (
+                {name: tuple(getattr(value, "shape", ())) for name, value in state.items()}
+                for state in (own, saved)
+            )
+            if shapes != saved_shapes:
+                raise ValueError(
+                    f"loaded state {saved_shapes} does not fit {type(self).__name__}'s {shapes}; "
+                    "load the module first"
+                )
+            for name, value in own.items():
+                yield value, saved[name], storage, name
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # A copy is attached to nothing.
+        for name, empty in (("_arenas", []), ("_lr", {}), ("_shown_lr", 0.0)):
+            self.__dict__.setdefault(name, empty)
+
+
+class SGD(FusedOptimizer):
+    """``e <- e - lr g`` for every row of the batch, inside backward.
+
+    Args:
+        modules: one :class:`ResizableEmbedding` or an iterable of them.
+        lr: learning rate.
+
+    Raises:
+        TypeError: a module of another type.
+        ValueError: a negative ``lr``; no module, one without rows, or one that has a fused
+            optimizer already. Nothing is attached then.
+
+    Notes:
+        ``g`` is the gradient summed over the row's occurrences, in fp32 (fp64 for fp64 rows). The
+        same steps as ``torch.optim.SGD(lr)``, and no state. See the file's docstring for what
+        being fused means for the rest of the training loop.
+
+    Example:
+        >>> from esapn_kernels import ResizableEmbedding
+        >>> emb = ResizableEmbedding(10, sizes=(2, 4))
+        >>> rows, dense = SGD(emb, lr=0.1), torch.optim.SGD(emb.parameters(), lr=0.1)
+        >>> emb(torch.tensor([3, 7])).sum().backward()  # steps rows 3 and 7
+        >>> dense.step()  # steps the chain
+        >>> emb.arena.storage.grad is None
+        True
+    """
+
+    rule = "sgd"
+
+    def __init__(
+        self, modules: ResizableEmbedding | Iterable[ResizableEmbedding], lr: float
+    ) -> None:
+        _check_at_least_zero(lr, "learning rate")
+        super().__init__(modules, {"lr": lr})
+
+
+class Adagrad(FusedOptimizer):
+    """Adagrad on the rows of the batch, inside backward.
+
+        element-wise  s <- s + g^2            e <- e - lr g / (sqrt(s) + eps)
+        row-wise      s_x <- s_x + mean(g^2)  e <- e - lr g / (sqrt(s_x) + eps)
+
+    Args:
+        modules: one :class:`ResizableEmbedding` or an iterable of them.
+        lr: learning rate.
+        eps: added to the denominator.
+        initial_accumulator_value: what ``s`` starts as, for a resized row again.
+        rowwise: one number per row rather than one per element.
+
+    Raises:
+        TypeError, ValueError: as for :class:`SGD`, and for negative arguments.
+
+    Notes:
+        Element-wise the same steps as ``torch.optim.Adagrad`` with a dense gradient, whose rows
+        without a gradient do not move. State: ``sum``, ``[capacity]`` or ``[num_rows]``.
+        Row-wise, ``s_x`` starts afresh when a row grows, for its mean was over other numbers.
+
+    Example:
+        >>> from esapn_kernels import ResizableEmbedding
+        >>> emb = ResizableEmbedding(10, sizes=(2, 4))
+        >>> rows = Adagrad(emb, lr=0.1, rowwise=True)
+        >>> emb(torch.tensor([3, 7, 3])).sum().backward()
+        >>> (rows.state[emb.arena.storage]["sum"] > 0).nonzero()[:, 0]
+        tensor([3, 7])
+
+    Source: Duchi, Hazan, Singer, JMLR 2011; row-wise: Mudigere et al., "Software-Hardware
+    Co-design for Fast and Scalable Training of Deep Learning Recommendation Models", ISCA 2022.
+    """
+
+    def __init__(
+        self,
+        modules: ResizableEmbedding | Iterable[ResizableEmbedding],
+        lr: float = 0.01,
+        eps: float = 1e-10,
+        initial_accumulator_value: float = 0.0,
+        rowwise: bool = False,
+    ) -> None:
+        _check_at_least_zero(lr, "learning rate")
+        _check_at_least_zero(eps, "epsilon value")
+        _check_at_least_zero(initial_accumulator_value, "initial_accumulator_value value")
+        defaults = {
+            "lr": lr,
+            "eps": eps,
+            "initial_accumulator_value": initial_accumulator_value,
+            "rowwise": rowwise,
+        }
+        super().__init__(modules, defaults)
+
+    @property
+    def rule(self) -> str:
+        return "rowwise_adagrad" if self.param_groups[0]["rowwise"] else "adagrad"
+
+    def _sum(self) -> dict[str, float]:
+        return {"sum": self.param_groups[0]["initial_accumulator_value"]}
+
+    @property
+    def state_per_element(self) -> dict[str, float]:
+        return self._sum() if self.rule == "adagrad" else {}
+
+    @property
+    def state_per_id(self) -> dict[str, float]:
+        return self._sum() if self.rule == "rowwise_adagrad" else {}
+
+
+class Adam(FusedOptimizer):
+    """Lazy Adam on the rows of the batch, inside backward; skipped steps are accounted for.
+
+        t <- t + 1,   a = t - last_step_x,   last_step_x <- t
+        m <- beta1^a m + (1 - beta1) g,      v <- beta2^a v + (1 - beta2) g^2
+        e <- e - lr (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
+
+    ``t`` counts the backward passes of lookups in the module. The moments of a row are exactly
+    those of ``torch.optim.Adam`` on a dense gradient, which is zero in the steps without the row:
+    they decay for the steps missed when the row comes again. Only the row itself stays where it is
+    meanwhile, while dense Adam moves it on by its momentum. (``torch.optim.SparseAdam`` does not
+    decay them: the moments of a rare row are too large there.)
+
+    Args:
+        modules: one :class:`ResizableEmbedding` or an iterable of them.
+        lr: learning rate.
+        betas: decay of the first and of the second moment.
+        eps: added to the denominator.
+
+    Raises:
+        TypeError, ValueError: as for :class:`SGD`, and for arguments out of range.
+
+    Notes:
+        The same steps as ``torch.optim.Adam`` if every row is in every batch. State: ``exp_avg``
+        and ``exp_avg_sq`` ``[capacity]``, ``last_step`` int32 ``[num_rows]``, and ``clock`` fp64
+        ``[3]``, ``(t, beta1^t, beta2^t)``, which one launch moves on. A resized row starts afresh,
+        the clock goes on.
+
+    Example:
+        >>> from esapn_kernels import ResizableEmbedding
+        >>> emb = ResizableEmbedding(4, sizes=(2, 4))
+        >>> rows = Adam(emb, lr=0.1)
+        >>> for ids in ([0, 1], [1], [1, 3]):
+        ...     emb(torch.tensor(ids)).sum().backward()
+        >>> rows.state[emb.arena.storage]["last_step"]
+        tensor([1, 3, 0, 3], dtype=torch.int32)
+
+    Source: Kingma and Ba, "Adam: A Method for Stochastic Optimization", ICLR 2015.
+    """
+
+    rule = "adam"
+
+    def __init__(
+        self,
+        modules: ResizableEmbedding | Iterable[ResizableEmbedding],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+    ) -> None:
+        _check_at_least_zero(lr, "learning rate")
+        _check_at_least_zero(eps, "epsilon value")
+        for index, beta in enumerate(betas):
+            if not 0.0 <= beta < 1.0:
+                raise ValueError(f"Invalid beta parameter at index {index}: {beta}")
+        self._ticks: dict[Tensor, tuple[Any, Tensor, Tensor]] = {}
+        super().__init__(modules, {"lr": lr, "betas": tuple(betas), "eps": eps})
+
+    @property
+    def state_per_element(self) -> dict[str, float]:
+        return {"exp_avg": 0.0, "exp_avg_sq": 0.0}
+
+    @property
+    def state_per_id(self) -> dict[str, float]:
+        return {"last_step": 0.0}
+
+    def _fresh_state(self, arena: Arena) -> dict[str, Tensor]:
+        state = super()._fresh_state(arena)
+        state["last_step"] = state["last_step"].to(torch.int32)
+        clock = torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64, device=arena.storage.device)
+        state["clock"] = clock
+        self._tick_constants(arena.storage, clock)
+        return state
+
+    def _tick_constants(self, storage: Tensor, clock: Tensor) -> tuple[Tensor, Tensor]:
+        """``(1, 0, 0)`` and ``(1, beta1, beta2)``, on the device before a graph is captured."""
+        betas = self.param_groups[0]["betas"]
+        if storage not in self._ticks or self._ticks[storage][0] != betas:
+            constants = clock.new_tensor([1.0, 0.0, 0.0]), clock.new_tensor([1.0, *betas])
+            self._ticks[storage] = (betas, *constants)
+        return self._ticks[storage][1:]
+
+    def _tick(self, storage: Tensor) -> Tensor:
+        clock = self.state[storage]["clock"]
+        add, factor = self._tick_constants(storage, clock)
+        return torch.addcmul(add, clock, factor, out=clock)
+
+
+def _check_modules(
+    modules: ResizableEmbedding | Iterable[ResizableEmbedding],
+) -> list[ResizableEmbedding]:
+    if isinstance(modules, ResizableEmbedding):
+        modules = [modules]
+    elif not isinstance(modules, Iterable):
+        raise TypeError(
+            "modules argument given to the optimizer should be a ResizableEmbedding or an iterable "
+            f"of them, but got {type(modules).__name__}"
+        )
+    found = list(modules)
+    if not found:
+        raise ValueError("optimizer got an empty module list")
+    for i, module in enumerate(found):
+        if not isinstance(module, ResizableEmbedding):
+            raise TypeError(
+                f"optimizer can only optimize ResizableEmbedding, got {type(module).__name__}"
+            )
+        if not module.arena.storage.numel():
+            raise ValueError("optimizer got a ResizableEmbedding without rows")
+        if any(module.arena is other.arena for other in found[:i]):
+            raise ValueError("optimizer got the same ResizableEmbedding twice")
+        if (attached := module.arena.fused_optimizer) is not None:
+            raise ValueError(
+                f"the module already has a fused optimizer, {type(attached).__name__}: "
+                "call its detach() first"
+            )
+    return found
+
+
+def _check_at_least_zero(value: float, name: str) -> None:
+    if not value >= 0.0:
+        raise ValueError(f"Invalid {name}: {value}")
