@@ -5,11 +5,14 @@
     row_start   [0, 2, 4, P, P + 8, ...]                                      int32, one per row
 
 A row is found by its first element; its level is that of its page. Free rows of every level form a
-stack, and so do free pages; rows are taken from and given back to them by prefix sums, wholly on
-the device and without a host synchronisation. A page whose rows are all free can serve another
-level (``reclaim``); ``compact`` closes every hole. ``storage`` keeps its identity as a Parameter
-while it grows, and every tensor of its shape (gradient, optimizer state: see ``optim``) grows and
-moves with it.
+stack, and so do free pages; rows are taken from and given back to them by prefix sums. A page whose
+rows are all free can serve another level (``reclaim``); ``compact`` closes every hole. ``storage``
+keeps its identity as a Parameter while it grows, and every tensor of its shape (gradient, optimizer
+state: see ``companions``) grows and moves with it.
+
+With the Triton backend rows move in three launches (``resize``) and the host waits for nothing: it
+keeps bounds of the device's counters (``ledger``) and grows the arena by the worst case when rows
+may not fit.
 
 This is the slab allocator's idea, and that of paged KV caches, applied to embedding rows. One arena
 rather than a table per size: one base pointer for the kernels, and the bytes allocated are exactly
@@ -19,16 +22,22 @@ what the report says.
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from . import companions
-from .resize import fill_rows, promote_rows
-from .torch_path import gather_rows
+from .backend import resolve_backend
+from .ledger import Ledger
+from .resize import NOBODY, Places, fill_rows, launch_free, launch_insert, launch_promote
+from .torch_path import gather_rows, promote_rows
+
+if TYPE_CHECKING:
+    from .optim import FusedOptimizer
 
 __all__ = ["Arena", "ArenaBytes", "page_elements"]
 
@@ -60,21 +69,35 @@ def _can_look(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
+def _capturing(tensor: Tensor) -> bool:
+    """Whether the current stream records a CUDA graph rather than runs."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _upload(values: Sequence[int], device: torch.device) -> Tensor:
+    """``torch.tensor(values, device=device)`` that does not wait for the device."""
+    pinned = torch.tensor(values, pin_memory=device.type == "cuda")
+    return pinned.to(device, non_blocking=True)
+
+
 @dataclass(frozen=True)
 class ArenaBytes:
     """Bytes really allocated by an arena.
 
     ``payload``: rows in use, ``sum_x d(x) * itemsize``. ``slack``: the rest of ``storage`` (free
     rows, page tails, free pages). ``locations``: row starts, page levels, free lists and their
-    counters.
+    counters. ``scratch``: 4 bytes per row once rows have moved by the Triton backend; training
+    memory like optimizer state, in no checkpoint and not in ``total``.
     """
 
     payload: int
     slack: int
     locations: int
+    scratch: int = 0
 
     @property
     def total(self) -> int:
+        """What serving takes."""
         return self.payload + self.slack + self.locations
 
 
@@ -86,7 +109,12 @@ class Arena(nn.Module):
         sizes: increasing row sizes.
         level: initial level of every row: an int, an integer tensor ``[N]`` (-1: no row yet), or
             -1 for an empty arena.
+        max_elements: the arena never grows beyond so many elements (whole pages of them); default:
+            no limit.
         device, dtype: of ``storage``.
+
+    Raises:
+        ValueError: the rows do not fit in ``max_elements``.
 
     Attributes:
         storage: Parameter ``[capacity]``; zero wherever no row has been written.
@@ -109,6 +137,9 @@ class Arena(nn.Module):
     free_base: Tensor
     row_size: Tensor
     _rows_per_page: Tensor
+    _fused: weakref.ref[FusedOptimizer] | None = None
+    _owner: Tensor | None
+    _room: list[int]
 
     def __init__(
         self,
@@ -116,17 +147,24 @@ class Arena(nn.Module):
         sizes: Sequence[int],
         *,
         level: int | Tensor = 0,
+        max_elements: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.num_rows = num_rows
+        self.max_elements = max_elements
         self.sizes = tuple(sizes)
         self.page = page_elements(self.sizes, num_rows)
         self.rows_per_page = [self.page // d for d in self.sizes]
         if not isinstance(level, Tensor):
             level = torch.full((num_rows,), level, dtype=torch.int8)
         starts, page_level, free = self._layout(level.cpu())
+        if max_elements is not None and len(page_level) * self.page > max_elements:
+            raise ValueError(
+                f"the rows take {len(page_level) * self.page} elements, "
+                f"max_elements={max_elements} allows fewer"
+            )
         self.storage = nn.Parameter(
             torch.zeros(len(page_level) * self.page, device=device, dtype=dtype)
         )
@@ -147,7 +185,10 @@ class Arena(nn.Module):
         self._set("row_size", torch.tensor(self.sizes), device)
         rows_per_page = torch.tensor(self.rows_per_page, device=device)
         self.register_buffer("_rows_per_page", rows_per_page, persistent=False)
-        self._reset_bounds()
+        self._owner = None
+        self._captured = False
+        self._room = room
+        self._ledger = Ledger(self.rows_per_page, [*(len(rows) for rows in free), 0])
         companions.track(self)
 
     def _set(self, name: str, value: Tensor, device: torch.device | str | None = None) -> None:
@@ -174,11 +215,99 @@ class Arena(nn.Module):
             pages += need
         return starts, torch.cat(page_level), free
 
-    def _reset_bounds(self) -> None:
-        """Forget what the host believes of the stacks: the next reservation looks."""
-        self._pages_at_least = 0
-        self._rows_at_most = [0] * len(self.sizes)
-        self._room = [0] * len(self.sizes)
+    # ---- room ---------------------------------------------------------------------------------
+
+    def _forget(self) -> None:
+        """Other tensors than before: look at them, once, before the next row moves."""
+        self._ledger.see([])
+        self._room = []
+
+    def _glance(self) -> None:
+        if not self._room:
+            base = self.free_base.tolist()
+            self._room = [b - a for a, b in zip(base, base[1:], strict=False)]
+        self._ledger.glance(self.free_count, look=_can_look(self.free_count))
+
+    def _pages_allowed(self) -> int:
+        """Pages by which the arena may still grow."""
+        if self.max_elements is None:
+            return 1 << 62
+        return max(self.max_elements // self.page - (self.page_level.numel() - 1), 0)
+
+    def _make_room(self, rows: int, *, takes: bool = True, strict: bool = False) -> None:
+        """Grow, if ``rows`` more rows might not find room, as far as ``max_elements`` allows."""
+        self._glance()
+        missing = self._ledger.worst(rows)[0] if takes else 0
+        if strict and missing > self._pages_allowed():
+            raise self._full(rows, missing)
+        if missing > 0:
+            self._grow(missing, at_once=strict)
+        self._grow_stacks(self._ledger.worst(rows)[1])
+
+    def _full(self, rows: int, missing: int) -> RuntimeError:
+        return RuntimeError(
+            f"the arena is full: {rows} more rows may need {missing} more pages of {self.page} "
+            f"elements, max_elements={self.max_elements} allows {self._pages_allowed()}"
+        )
+
+    def _begin(self, rows: int, *, takes: bool = True) -> Places:
+        """What a launch that moves up to ``rows`` rows works on."""
+        owner = self._owner
+        if _capturing(self.free_count):
+            # The graph holds the addresses: from here on nothing is replaced unasked.
+            self._captured = True
+            if owner is None:
+                owner = self._new_owner()  # filled by the graph, at every replay
+        else:
+            if not self._captured:
+                rows = min(rows, self.num_rows)
+                self._make_room(rows, takes=takes)
+                self._ledger.promise(rows)
+            if owner is None or owner.device != self.storage.device:
+                owner = self._owner = self._new_owner()
+        lists = self.free_rows, self.free_pages, self.free_count, self.free_base
+        return Places(self.row_start, self.page_level, *lists, owner)
+
+    def _new_owner(self) -> Tensor:
+        return torch.full_like(self.row_start[:-1], NOBODY, dtype=torch.int32)
+
+    def _end(self) -> None:
+        """Send for the counters, unless somebody is under way."""
+        quiet = _can_look(self.free_count) or _capturing(self.free_count)
+        if not quiet:
+            self._ledger.send_for(self.free_count)
+
+    def reserve(self, rows: int) -> None:
+        """Make room so that ``rows`` more rows can move, in any number of calls.
+
+        A promotion grows the arena by itself, except while a CUDA graph is captured and after that,
+        because the graph holds the addresses: rows that find no room stay as they are. Reserve for
+        all replays before capturing; reserving again may move the arena, then capture anew.
+
+        Args:
+            rows: rows to be promoted or inserted, counted once for every level they go up.
+
+        Raises:
+            RuntimeError: ``max_elements`` does not allow it, or a graph is being captured; nothing
+                is changed.
+
+        Notes:
+            Waits for the device only once a promotion was captured: the host cannot know how often
+            the graph was replayed.
+        """
+        if _capturing(self.free_count):
+            raise RuntimeError("reserve before capturing a graph, not while it is captured")
+        if self._captured:
+            self._ledger.see(self.free_count.tolist())
+        self._make_room(rows, strict=True)
+        self._captured = False
+        if self._owner is None and not _can_look(self.storage):
+            self._owner = self._new_owner()
+
+    @property
+    def fused_optimizer(self) -> FusedOptimizer | None:
+        """The optimizer that steps the rows in backward, see ``optim``."""
+        return None if self._fused is None else self._fused()
 
     # ---- reading ----------------------------------------------------------------------------
 
@@ -207,7 +336,8 @@ class Arena(nn.Module):
         payload = elements * self.storage.element_size()
         allocated = self.storage.untyped_storage().nbytes()
         locations = sum(b.untyped_storage().nbytes() for b in self.buffers(recurse=False))
-        return ArenaBytes(payload, allocated - payload, locations)
+        scratch = 0 if self._owner is None else self._owner.untyped_storage().nbytes()
+        return ArenaBytes(payload, allocated - payload, locations, scratch)
 
     # ---- taking and giving rows --------------------------------------------------------------
 
@@ -218,42 +348,39 @@ class Arena(nn.Module):
         rank = (chosen.cumsum(0) - 1).gather(1, level.clamp(min=0)[:, None])[:, 0]
         return rank, chosen.sum(0)
 
-    def reserve(self, target: Tensor, source: Tensor) -> None:
+    def _reserve(self, target: Tensor, source: Tensor) -> None:
         """Make room for one :meth:`take` of levels ``target`` and one :meth:`give` of ``source``.
 
-        The host keeps a lower bound of the free pages and an upper bound of the stacks' heights,
-        and reads the real counters (the one synchronisation) only when a bound runs out.
+        The counters are read only when what the host knows of them does not do.
+
+        Raises:
+            RuntimeError: ``max_elements`` does not allow it.
         """
         rows = target.numel()
-        pages = -(-rows // min(self.rows_per_page)) + len(self.sizes)
-        if self._pages_at_least >= pages and all(
-            height + rows <= room
-            for height, room in zip(self._rows_at_most, self._room, strict=True)
-        ):
-            self._pages_at_least -= pages
-            self._rows_at_most = [height + rows for height in self._rows_at_most]
-            return
+        if self._ledger.counts and self._room:
+            missing, heights = self._ledger.worst(rows)
+            if missing <= 0 and all(h <= r for h, r in zip(heights, self._room, strict=True)):
+                self._ledger.promise(rows)
+                return
         pages = self._pages_for(target)
         if int(self.free_count[-1]) < pages:
             self.reclaim()
             pages = self._pages_for(target)
-        missing = pages - int(self.free_count[-1])
+        self._ledger.see(self.free_count.tolist())
+        self._glance()
+        missing = pages - self._ledger.counts[-1]
+        if missing > self._pages_allowed():
+            raise self._full(rows, missing)
         if missing > 0:
-            # An eighth more at a time: amortised growth with at most that much slack.
-            self._grow(max(missing, (self.page_level.numel() - 1) // 8))
+            self._grow(missing)
         given = torch.bincount(source[source >= 0], minlength=len(self.sizes)).tolist()
-        count = self.free_count.tolist()
+        *counts, free = self._ledger.counts
         heights = [
-            max(c, per) + g for c, per, g in zip(count, self.rows_per_page, given, strict=False)
+            max(count, per) + give
+            for count, per, give in zip(counts, self.rows_per_page, given, strict=True)
         ]
-        # Room for several calls more where looking costs a synchronisation, but within 1 / 64 of
-        # the table: every call raises the bound of every level, even of those that take nothing.
-        spare = 0 if _can_look(target) else min(8 * rows, max(self.num_rows // 64, 1024))
-        self._grow_stacks([height + spare for height in heights])
-        self._pages_at_least = count[-1] - pages
-        self._rows_at_most = heights
-        base = self.free_base.tolist()
-        self._room = [b - a for a, b in zip(base, base[1:], strict=False)]
+        self._grow_stacks(heights)
+        self._ledger.see([*heights, free - pages])
 
     def _pages_for(self, target: Tensor) -> int:
         """Fresh pages that rows of these levels need beyond what lies on the stacks."""
@@ -293,7 +420,7 @@ class Arena(nn.Module):
         start = torch.where(level >= 0, torch.where(on_stack, stacked, fresh), -1)
         self.page_level[start.div(self.page, rounding_mode="floor")] = level.to(torch.int8)
 
-        if not _can_look(level) or bool(pages.any()):
+        if bool(pages.any()):
             leftover = pages * per - short
             last = self.free_pages[
                 torch.where(pages > 0, n_pages - first - pages, self.free_pages.numel() - 1)
@@ -323,96 +450,136 @@ class Arena(nn.Module):
         self.row_start[torch.where(start >= 0, ids.long(), self.num_rows)] = torch.where(
             start >= 0, start, -1
         ).to(self.row_start.dtype)
+        companions.reset_ids(self, ids[start >= 0])
 
     @torch.no_grad()
-    def insert(self, ids: Tensor, level: int) -> None:
-        """Give distinct ``ids`` that have no row a zero row of ``level``.
+    def insert(self, ids: Tensor, level: int, *, backend: str = "auto") -> Tensor:
+        """Give ``ids`` that have no row a zero row of ``level``, with fresh state.
+
+        Args:
+            ids: int ``[R]``.
+            level: index of the rows' size.
+            backend: as for :meth:`promote`.
+
+        Returns:
+            Bool ``[R]``: True where this call gave the id its row.
 
         Raises:
-            ValueError: an id that already has a row, or an id twice; nothing is changed.
+            ValueError: an id that already has a row, or an id twice; nothing is changed. The Triton
+                backend passes over the former and inserts the latter once.
+            RuntimeError: as for :meth:`promote`.
         """
+        if resolve_backend(backend, ids.device) == "triton":
+            places = self._begin(ids.numel())
+            rows = ids, level, self.storage.detach(), places
+            moved = launch_insert(*rows, *self._state(), sizes=self.sizes, page=self.page)
+            self._end()
+            return moved
         if ids.numel() != ids.unique().numel():
             raise ValueError("insert takes distinct ids")
         if bool((self.row_start[ids] >= 0).any()):
             raise ValueError("insert takes ids that have no row")
         target = torch.full((ids.numel(),), level, device=ids.device)
-        self.reserve(target, torch.full_like(target, -1))
+        self._reserve(target, torch.full_like(target, -1))
         start = self.take(target)
         self.place(ids, start)
-        self.fill(start, target)
+        fill_rows([(self.storage.detach(), 0.0)], start, target, sizes=self.sizes, backend="torch")
+        self._reset_companions(start, target)
+        return torch.ones_like(ids, dtype=torch.bool)
 
     @torch.no_grad()
-    def free(self, ids: Tensor) -> None:
-        """Give the rows of distinct ``ids`` back; their ids have no row afterwards.
+    def free(self, ids: Tensor, *, backend: str = "auto") -> Tensor:
+        """Give the rows of ``ids`` back; their ids have no row afterwards.
+
+        Args:
+            ids: int ``[R]``.
+            backend: as for :meth:`promote`.
+
+        Returns:
+            Bool ``[R]``: True where this call took the id's row.
 
         Raises:
-            ValueError: an id without a row, or an id twice; nothing is changed.
+            ValueError: an id without a row, or an id twice; nothing is changed. The Triton backend
+                passes over the former and frees the latter once.
         """
+        if resolve_backend(backend, ids.device) == "triton":
+            places = self._begin(ids.numel(), takes=False)
+            rows = ids, self.storage.detach(), places
+            moved = launch_free(*rows, sizes=self.sizes, page=self.page)
+            self._end()
+            return moved
         if ids.numel() != ids.unique().numel():
             raise ValueError("free takes distinct ids")
         if bool((self.row_start[ids] < 0).any()):
             raise ValueError("free takes ids that have a row")
         level = self.level(ids)
-        self.reserve(torch.full_like(level, -1), level)
+        self._reserve(torch.full_like(level, -1), level)
         self.give(self.row_start[ids].long(), level)
         self.row_start[ids] = -1
+        return torch.ones_like(ids, dtype=torch.bool)
 
     @torch.no_grad()
     def promote(
         self, ids: Tensor, chain: Tensor, mask: Tensor | None = None, *, backend: str = "auto"
-    ) -> None:
+    ) -> Tensor:
         """Move the rows of ``ids`` (where ``mask``) one level up: ``e' = W_k e + b_k``.
 
         An id twice moves once; rows at the last level stay. The state of moved rows starts afresh.
 
         Args:
-            ids: int ``[R]``, in range, with rows.
+            ids: int ``[R]``, in range (the Triton backend passes over others).
             chain: packed hops.
             mask: bool ``[R]``.
+            backend: ``auto`` | ``triton`` | ``torch``.
+
+        Returns:
+            Bool ``[R]``: True where the position asked for a row that this call moved; every
+            occurrence of an id that ``mask`` admits says the same.
+
+        Raises:
+            RuntimeError: ``max_elements`` does not allow it; no row is changed. The Triton backend
+                moves the rows that fit, by level and then in the order of ``ids``.
         """
-        if mask is not None and _can_look(ids):
-            ids, mask = ids[mask], None
-        if not ids.numel():
-            return
+        if resolve_backend(backend, ids.device) == "triton":
+            places = self._begin(ids.numel())
+            rows = ids, mask, self.storage.detach(), chain.detach(), places
+            moved = launch_promote(*rows, *self._state(), sizes=self.sizes, page=self.page)
+            self._end()
+            return moved
+        chosen = ids if mask is None else ids[mask]
+        level = self.level(chosen)
+        moved = (level >= 0) & (level < len(self.sizes) - 1)
         # One decision per id, and an order that does not depend on that of ids.
-        key = ids.long() if mask is None else torch.where(mask, ids.long(), self.num_rows)
-        key = key.sort().values
-        first = torch.ones_like(key, dtype=torch.bool)
-        first[1:] = key[1:] != key[:-1]
-        source = self.level(key)
-        source = torch.where(first & (source < len(self.sizes) - 1), source, -1)
-        if _can_look(ids):
-            key, source = key[source >= 0], source[source >= 0]
-            if not key.numel():
-                return
-        target = torch.where(source >= 0, source + 1, -1)
-        self.reserve(target, source)
-        old_start = self.row_start[key].long()
+        key, order = chosen[moved].long().sort()
+        if key.numel():
+            first = torch.ones_like(key, dtype=torch.bool)
+            first[1:] = key[1:] != key[:-1]
+            self._promote_distinct(key[first], level[moved][order[first]], chain.detach())
+        if mask is None:
+            return moved
+        return torch.zeros_like(mask).masked_scatter_(mask, moved)
+
+    def _promote_distinct(self, ids: Tensor, source: Tensor, chain: Tensor) -> None:
+        target = source + 1
+        self._reserve(target, source)
+        old_start = self.row_start[ids].long()
         start = self.take(target)
         storage = self.storage.detach()
-        promote_rows(
-            storage,
-            chain.detach(),
-            old_start,
-            start,
-            source,
-            sizes=self.sizes,
-            page=self.page,
-            backend=backend,
-        )
-        self._reset_companions(start, target, backend)
-        self.place(key, start)
+        promote_rows(storage, chain, old_start, start, source, self.sizes, self.page)
+        self._reset_companions(start, target)
+        self.place(ids, start)
         self.give(old_start, source)
 
-    def fill(self, start: Tensor, level: Tensor) -> None:
-        """Rows ``(start, level)`` become zero and their optimizer state that of a fresh row."""
-        fill_rows([(self.storage.detach(), 0.0)], start, level, sizes=self.sizes)
-        self._reset_companions(start, level)
+    def _state(self) -> tuple[list[tuple[Tensor, float]], list[tuple[Tensor, float]]]:
+        """Gradient and optimizer state, per element and per id, with a fresh row's values."""
+        return (
+            [(c.tensor, c.fresh) for c in companions.of(self)],
+            [(c.tensor, c.fresh) for c in companions.of_ids(self)],
+        )
 
-    def _reset_companions(self, start: Tensor, level: Tensor, backend: str = "auto") -> None:
+    def _reset_companions(self, start: Tensor, level: Tensor) -> None:
         """Gradient and optimizer state of the rows ``(start, level)`` become a fresh row's."""
-        fresh = [(c.tensor, c.fresh) for c in companions.of(self)]
-        fill_rows(fresh, start, level, sizes=self.sizes, backend=backend)
+        fill_rows(self._state()[0], start, level, sizes=self.sizes, backend="torch")
 
     # ---- between steps: growth, reclaiming, compaction ----------------------------------------
 
@@ -428,8 +595,13 @@ class Arena(nn.Module):
         self.storage.data = value.new_empty(0, dtype=other)
         self.storage.data = value
 
-    def _grow(self, pages: int) -> None:
+    def _grow(self, pages: int, *, at_once: bool = False) -> None:
+        """Add pages; an eighth at least unless ``at_once``, at most what is allowed."""
         old = self.page_level.numel() - 1
+        # Amortised growth, with at most that much slack.
+        pages = min(pages if at_once else max(pages, old // 8), self._pages_allowed())
+        if not pages:
+            return
         new = old + pages
         torch.autograd.graph.increment_version(self.storage)
         for companion in list(self._everything()):
@@ -442,28 +614,33 @@ class Arena(nn.Module):
         levels = self.page_level.new_full((new + 1,), -1)
         levels[:old] = self.page_level[:old]
         self.page_level = levels
-        # Every page may become free; lower pages are taken first.
-        height = int(self.free_count[-1])
+        # Every page may become free; lower pages are taken first. The new ones go below the old,
+        # which are copied with what lies above the top: its height is not asked for.
         stack = self.free_pages.new_zeros(new + 1)
-        fresh = torch.arange(new - 1, old - 1, -1, dtype=stack.dtype, device=stack.device)
-        stack[:pages] = fresh
-        stack[pages : pages + height] = self.free_pages[:height]
+        stack[:pages] = torch.arange(new - 1, old - 1, -1, dtype=stack.dtype, device=stack.device)
+        height = self.free_pages.numel() - 1
+        stack[pages : pages + height] = self.free_pages[:-1]
         self.free_pages = stack
         self.free_count[-1] += pages
+        self._ledger.grow(pages)
 
     def _grow_stacks(self, heights: Sequence[int]) -> None:
-        base = self.free_base.tolist()
-        room = [b - a for a, b in zip(base, base[1:], strict=False)]
-        if all(h <= r for h, r in zip(heights, room, strict=True)):
+        # No stack holds more rows than the pages do.
+        pages = self.page_level.numel() - 1
+        need = [min(h, pages * per) for h, per in zip(heights, self.rows_per_page, strict=True)]
+        if all(h <= r for h, r in zip(need, self._room, strict=True)):
             return
-        room = [r if h <= r else h + h // 2 for h, r in zip(heights, room, strict=True)]
-        self._relay_stacks(room, [self._stack(k) for k in range(len(self.sizes))])
+        room = [r if h <= r else h + h // 2 for h, r in zip(need, self._room, strict=True)]
+        # Whole segments: their heights are not asked for.
+        old = self.free_rows[:-1].split(self._room)
+        self._lay_stacks(room, old)
 
     def _stack(self, k: int) -> Tensor:
         begin = int(self.free_base[k])
         return self.free_rows[begin : begin + int(self.free_count[k])]
 
-    def _relay_stacks(self, room: Sequence[int], stacks: Sequence[Tensor]) -> None:
+    def _lay_stacks(self, room: Sequence[int], stacks: Sequence[Tensor]) -> None:
+        """Segments of these lengths, each with a stack at its bottom."""
         base = [0]
         for r in room:
             base.append(base[-1] + r)
@@ -471,7 +648,10 @@ class Arena(nn.Module):
         for begin, stack in zip(base, stacks, strict=False):
             rows[begin : begin + len(stack)] = stack
         self.free_rows = rows
-        self.free_base = torch.tensor(base, device=rows.device)
+        self.free_base = _upload(base, rows.device)
+        self._room = list(room)
+
+    def _set_heights(self, stacks: Sequence[Tensor]) -> None:
         for k, stack in enumerate(stacks):
             self.free_count[k] = len(stack)
 
@@ -488,7 +668,8 @@ class Arena(nn.Module):
         stacks = [self._stack(k) for k in range(len(self.sizes))]
         stacks = [s[~empty[s.long() // self.page]] for s in stacks]
         base = self.free_base.tolist()
-        self._relay_stacks([b - a for a, b in zip(base, base[1:], strict=False)], stacks)
+        self._lay_stacks([b - a for a, b in zip(base, base[1:], strict=False)], stacks)
+        self._set_heights(stacks)
         self.page_level[found] = -1
         if self.free_pages.numel() < pages + 1:
             stack = self.free_pages.new_zeros(pages + 1)
@@ -497,7 +678,7 @@ class Arena(nn.Module):
         height = int(self.free_count[-1])
         self.free_pages[height : height + len(found)] = found.flip(0).to(self.free_pages.dtype)
         self.free_count[-1] += len(found)
-        self._reset_bounds()
+        self._ledger.see(self.free_count.tolist())
         return len(found)
 
     @torch.no_grad()
@@ -525,10 +706,11 @@ class Arena(nn.Module):
         self.page_level = torch.cat([page_level.to(device), sink.to(torch.int8)])
         self.free_rows = self.free_rows.to(index)
         room = [max(len(rows), per) for rows, per in zip(free, self.rows_per_page, strict=True)]
-        self._relay_stacks(room, [rows.to(device) for rows in free])
+        self._lay_stacks(room, [rows.to(device) for rows in free])
+        self._set_heights(free)
         self.free_pages = self.free_pages.new_zeros(1)
         self.free_count[-1] = 0
-        self._reset_bounds()
+        self._ledger.see([*(len(rows) for rows in free), 0])
 
     # ---- state --------------------------------------------------------------------------------
 
@@ -548,7 +730,7 @@ class Arena(nn.Module):
                 if saved is not None:
                     setattr(self, name, torch.empty_like(saved, device=buffer.device))
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._reset_bounds()
+        self._forget()
 
     def _fits(self, state_dict: dict[str, Any], prefix: str) -> bool:
         """Whether a saved arena has the same sizes and pages of the same length."""
@@ -559,7 +741,13 @@ class Arena(nn.Module):
         same_page = storage.numel() == (level.numel() - 1) * self.page
         return sizes.tolist() == list(self.sizes) and same_page
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has no fused optimizer, and its own scratch.
+        ledger = Ledger(self.rows_per_page, [])
+        return {**self.__dict__, "_fused": None, "_owner": None, "_ledger": ledger}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._reset_bounds()
+        self._forget()
+        self._captured = False
         companions.track(self)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,9 @@ class MemoryReport:
     """Bytes really allocated, and what a table of one size would take.
 
     ``serving`` (what inference needs) = ``payload`` + ``slack`` + ``locations`` + ``chain``;
-    ``fixed`` = ``num_embeddings * d_n * itemsize``, the plain ``nn.Embedding``.
+    ``fixed`` = ``num_embeddings * d_n * itemsize``, the plain ``nn.Embedding``. Only training takes
+    ``optimizer`` (state that follows the rows) and ``scratch`` (4 bytes per row once rows have
+    moved on a GPU).
     """
 
     payload: int
@@ -33,6 +36,7 @@ class MemoryReport:
     locations: int
     chain: int
     optimizer: int
+    scratch: int
     fixed: int
     rows_per_size: dict[int, int]
 
@@ -47,7 +51,7 @@ class MemoryReport:
 
     def __str__(self) -> str:
         rows = "  ".join(f"{size}: {count:,}" for size, count in self.rows_per_size.items())
-        parts = ("payload", "slack", "locations", "chain", "serving", "fixed", "optimizer")
+        parts = "payload slack locations chain serving fixed optimizer scratch".split()
         lines = [f"{name:<10}{getattr(self, name):>15,} B" for name in parts]
         return "\n".join([f"rows by size  {rows}", *lines, f"serving / fixed = {self.ratio:.2%}"])
 
@@ -71,6 +75,10 @@ class ResizableEmbedding(nn.Module):
             ``nn.Linear`` does, uniform in ``+-1/sqrt(d_k)``.
         backend: ``auto`` | ``triton`` | ``torch`` | ``reference``; ``auto`` takes Triton on a GPU
             and torch elsewhere.
+        out_dtype: of the output, rounded once from fp32 sums; default: that of the rows.
+        max_elements: the rows never take more than so many numbers (whole pages of them). Then a
+            row that cannot grow stays: on a CPU ``promote`` raises before anything moves, on a GPU
+            its mask says so. Default: no limit.
         device, dtype: of the parameters; fp32, bf16, fp16 or fp64.
 
     Raises:
@@ -92,6 +100,7 @@ class ResizableEmbedding(nn.Module):
         torch.Size([2, 3, 8])
         >>> before = emb(ids)
         >>> emb.promote(torch.tensor([3, 999]))
+        tensor([True, True])
         >>> emb.sizes_of(ids).tolist()
         [[4, 2, 4], [2, 2, 4]]
         >>> torch.allclose(emb(ids), before, atol=1e-6)
@@ -107,6 +116,8 @@ class ResizableEmbedding(nn.Module):
         initial_size: int | Tensor | None = None,
         init_std: float = 1.0,
         backend: str = "auto",
+        out_dtype: torch.dtype | None = None,
+        max_elements: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -124,10 +135,12 @@ class ResizableEmbedding(nn.Module):
         self.embedding_dim = self.sizes[-1]
         self.init_std = init_std
         self.backend = backend
+        self.out_dtype = out_dtype
         self.arena = Arena(
             num_embeddings,
             self.sizes,
             level=self._initial_level(initial_size),
+            max_elements=max_elements,
             device=device,
             dtype=dtype,
         )
@@ -180,6 +193,7 @@ class ResizableEmbedding(nn.Module):
             RuntimeError: ids that are neither int32 nor int64.
         """
         row_start, page_level = self.arena.locations
+        fused = self.arena.fused_optimizer
         return lookup(
             ids,
             self.arena.storage,
@@ -189,6 +203,8 @@ class ResizableEmbedding(nn.Module):
             sizes=self.sizes,
             page=self.arena.page,
             backend=self.backend,
+            out_dtype=self.out_dtype,
+            begin_step=None if fused is None else partial(fused.begin_step, self.arena),
         )
 
     def sizes_of(self, ids: Tensor | None = None) -> Tensor:
@@ -198,15 +214,21 @@ class ResizableEmbedding(nn.Module):
         level = self.arena.level(ids)
         return torch.tensor([*self.sizes, 0], device=level.device)[level]
 
-    def promote(self, ids: Tensor, mask: Tensor | None = None) -> None:
+    def promote(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """Enlarge the rows of ``ids`` (where ``mask``) to the next size: ``e' = W_k e + b_k``.
 
-        An id twice is enlarged once; rows at the largest size stay as they are. No host
-        synchronisation on a GPU, except when the arena must grow.
+        An id twice is enlarged once; rows at the largest size stay as they are. On a GPU three
+        kernels and no host synchronisation, whatever the number of ids; capturable in a CUDA graph,
+        see :meth:`reserve`.
 
         Args:
             ids: any shape, int32 or int64.
             mask: bool, shape of ``ids``; default: all.
+
+        Returns:
+            Bool, shape of ``ids``: True where the row was enlarged by this call, for every
+            occurrence of its id that ``mask`` admits. False: masked out, of the largest size
+            already, or no room was left.
 
         Raises:
             IndexError, RuntimeError: as for :meth:`forward`; nothing is changed.
@@ -223,10 +245,26 @@ class ResizableEmbedding(nn.Module):
                 )
             mask = mask.reshape(-1)
         backend = "torch" if self.backend == "reference" else self.backend
-        self.arena.promote(ids.reshape(-1), self.chain, mask, backend=backend)
+        return self.arena.promote(ids.reshape(-1), self.chain, mask, backend=backend).view(
+            ids.shape
+        )
 
-    def resize(self, ids: Tensor, size: int) -> None:
+    def reserve(self, rows: int) -> None:
+        """Make room so that ``rows`` more rows can be enlarged, in any number of calls.
+
+        For use before a CUDA graph captures :meth:`promote`: from then on the arena does not grow
+        unasked. A row that goes up two sizes counts twice.
+
+        Raises:
+            RuntimeError: a graph is being captured.
+        """
+        self.arena.reserve(rows)
+
+    def resize(self, ids: Tensor, size: int) -> Tensor:
         """Enlarge the rows of ``ids`` to ``size``, hop by hop; rows of that size stay as they are.
+
+        Returns:
+            Bool, shape of ``ids``: True where the row is of ``size`` now. False: no room was left.
 
         Raises:
             ValueError: ``size`` is not a candidate, or a row is larger than ``size`` (rows only
@@ -235,13 +273,13 @@ class ResizableEmbedding(nn.Module):
         """
         target = self._level_of(size)
         check_ids(ids, self.num_embeddings)
-        ids = ids.reshape(-1)
         level = self.arena.level(ids)
         if bool((level > target).any()):
             largest = self.sizes[int(level.max())]
             raise ValueError(f"rows only grow: cannot resize a row of size {largest} to {size}")
         for _ in range(target):
             self.promote(ids, self.arena.level(ids) < target)
+        return self.arena.level(ids) == target
 
     def compact(self) -> None:
         """Close the holes that moved rows left: the fewest pages that hold the rows."""
@@ -259,6 +297,7 @@ class ResizableEmbedding(nn.Module):
             locations=parts.locations,
             chain=self.chain.untyped_storage().nbytes(),
             optimizer=companions.state_bytes(self.arena),
+            scratch=parts.scratch,
             fixed=self.num_embeddings * self.embedding_dim * itemsize,
             rows_per_size=dict(zip(self.sizes, counts, strict=True)),
         )
