@@ -137,9 +137,9 @@ def accumulator(dtype: torch.dtype) -> Any:
 def choose_bwd(n_ids: int, sizes: Sequence[int], dtype: torch.dtype) -> BwdConfig:
     """Tiles of 16 runs, the smallest side of a matrix product: few lanes wait for the longest.
 
-    128 registers a thread leave room for four blocks of four warps a multiprocessor, each with four
-    rows of 16 runs in flight; without the bound the compiler takes 201 for the rows' products, and
-    96 for the sums, spilling a few. Every program takes an equal share of the tiles. Those of the
+    168 registers a thread leave room for three blocks of four warps a multiprocessor, each with
+    four rows of 16 runs in flight. Without the bound the compiler takes 201 for the rows' products
+    and 96, spilling, for the sums; 128 spills a few bytes in some rules. Every program takes an equal share of the tiles. Those of the
     chain's gradient write up to ``(d_{n-1} + 1) d_n`` partial sums each (33 KB in the default
     sizes): at most 512 of them, and eight tiles each where there are enough, keep that under a
     tenth of the gradient's bytes.
@@ -148,8 +148,7 @@ def choose_bwd(n_ids: int, sizes: Sequence[int], dtype: torch.dtype) -> BwdConfi
     block_dim = _block_dim(sizes[-1], 64 if wide else 128)
     block_k = 32 if wide else 64
     half = min(block_dim, 32 if wide else 64)
-    # Rows wider than a tile keep more of a row's state.
-    registers = None if wide or sizes[-1] > block_dim else 128
+    registers = None if wide else 168
     tiles = -(-n_ids // 16) + len(sizes)
     few = min(tiles, max(264, min(tiles // 8, 512)))
     sums = {"WALK": BwdConfig.walk, "BLOCK_ROWS": 16, "BLOCK_DIM": block_dim}
@@ -157,8 +156,8 @@ def choose_bwd(n_ids: int, sizes: Sequence[int], dtype: torch.dtype) -> BwdConfi
     rows = {"BLOCK_ROWS": 16, "BLOCK_K": block_k, "BLOCK_N": min(block_dim, 32)}
     return BwdConfig(
         PassConfig(min(tiles, 4096), sums, 4, maxnreg=registers),
-        PassConfig(few, chain, 4, maxnreg=None if wide else 128),
-        PassConfig(min(tiles, 4096), rows, 4, num_stages=3, maxnreg=None if wide else 128),
+        PassConfig(few, chain, 4, maxnreg=registers),
+        PassConfig(min(tiles, 4096), rows, 4, num_stages=3, maxnreg=registers),
     )
 
 

@@ -51,7 +51,16 @@ class MemoryReport:
 
     def __str__(self) -> str:
         rows = "  ".join(f"{size}: {count:,}" for size, count in self.rows_per_size.items())
-        parts = "payload slack locations chain serving fixed optimizer scratch".split()
+        parts = [
+            "payload",
+            "slack",
+            "locations",
+            "chain",
+            "serving",
+            "fixed",
+            "optimizer",
+            "scratch",
+        ]
         lines = [f"{name:<10}{getattr(self, name):>15,} B" for name in parts]
         return "\n".join([f"rows by size  {rows}", *lines, f"serving / fixed = {self.ratio:.2%}"])
 

@@ -27,6 +27,7 @@ __all__ = [
     "lookup_bytes",
     "make_case",
     "poison_unused",
+    "promote_bytes",
     "row_elements",
 ]
 
@@ -224,20 +225,23 @@ def lookup_bytes(
     itemsize: int,
     id_bytes: int = 8,
     out_itemsize: int | None = None,
+    distinct: Sequence[int] | None = None,
 ) -> int:
-    """Bytes that a forward must move: ``sum_k count_k (id + 4 + d_k itemsize + d_n out_itemsize)``.
+    """Fewest bytes of a forward: ``sum_k count_k (id + 4 + d_n out) + distinct_k d_k itemsize``.
 
-    ``counts``: ids looked up per size, every one read from memory; 4 is the row's location. The
-    composed chain and the page levels stay in cache and count nothing.
+    ``counts``: ids looked up per size; 4 is the row's location, ``out`` is ``out_itemsize``.
+    ``distinct``: rows among them that are read from memory; by default every lookup reads its row,
+    as on a table far larger than the caches. The composed chain and the page levels stay in cache
+    and count nothing.
 
     >>> lookup_bytes((2, 64, 128), (1, 0, 0), 4), lookup_bytes((2, 64, 128), (0, 0, 1), 4)
     (532, 1036)
+    >>> lookup_bytes((2, 64, 128), (3, 0, 0), 4, distinct=(1, 0, 0))  # one row three times
+    1580
     """
     out = sizes[-1] * (itemsize if out_itemsize is None else out_itemsize)
-    return sum(
-        count * (id_bytes + 4 + size * itemsize + out)
-        for size, count in zip(sizes, counts, strict=True)
-    )
+    rows = sum(d * n for d, n in zip(sizes, distinct or counts, strict=True))
+    return sum(counts) * (id_bytes + 4 + out) + rows * itemsize
 
 
 def backward_bytes(
@@ -246,19 +250,47 @@ def backward_bytes(
     itemsize: int,
     index_bytes: int = 8,
     grad_itemsize: int | None = None,
+    distinct: Sequence[int] | None = None,
+    state_bytes: int = 0,
+    row_bytes: int = 0,
 ) -> int:
-    """Bytes of the row gradients, every row distinct: ``sum_k count_k (d_n g + 8 + 2 d_k
-    itemsize)``.
+    """Fewest bytes of the row gradients, or of a fused step: ``sum_k count_k (d_n g + 8) +
+    distinct_k (d_k (2 itemsize + 2 state) + 2 row)``.
 
     The output gradient is read once (``g = grad_itemsize``), the row is read (for the chain's
     gradient) and a row is written: its gradient, or with SGD fused the row itself. ``index_bytes``
-    are the sorted row start and the position it came from, 4 B each.
+    are the sorted row start and the position it came from, 4 B each. ``distinct``: rows among
+    ``counts`` that are different ones, all by default. ``state_bytes`` and ``row_bytes``: optimizer
+    state per element and per row, read and written (Adam: 8 and 4).
 
     >>> backward_bytes((2, 64, 128), (1, 0, 0), 4), backward_bytes((2, 64, 128), (0, 0, 1), 4)
     (536, 1544)
+    >>> backward_bytes((2, 64, 128), (3, 0, 0), 4, distinct=(1, 0, 0), state_bytes=8, row_bytes=4)
+    1616
     """
     grad = sizes[-1] * (itemsize if grad_itemsize is None else grad_itemsize)
-    return sum(
-        count * (grad + index_bytes + 2 * size * itemsize)
-        for size, count in zip(sizes, counts, strict=True)
-    )
+    each = list(zip(sizes, distinct or counts, strict=True))
+    rows = sum(n * (d * (2 * itemsize + 2 * state_bytes) + 2 * row_bytes) for d, n in each)
+    return sum(counts) * (grad + index_bytes) + rows
+
+
+def promote_bytes(
+    sizes: Sequence[int],
+    counts: Sequence[int],
+    itemsize: int,
+    id_bytes: int = 8,
+    state_bytes: int = 0,
+    row_bytes: int = 0,
+) -> int:
+    """Fewest bytes of promoting ``count_k`` distinct rows of size ``d_k`` by one size.
+
+    ``sum_k count_k (id + 8 + 1 + d_k itemsize + d_{k+1} (itemsize + state) + row)``: its location
+    is read and written (4 B each), the answer is a byte, the row is read, the larger row and its
+    fresh state are written. ``state_bytes`` and ``row_bytes``: state per element and per row.
+
+    >>> promote_bytes((2, 64, 128), (1, 0, 0), 4)
+    281
+    """
+    hops = zip(sizes, sizes[1:], counts, strict=False)
+    fixed = id_bytes + 9 + row_bytes
+    return sum(n * (fixed + a * itemsize + b * (itemsize + state_bytes)) for a, b, n in hops)
