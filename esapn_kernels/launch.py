@@ -139,10 +139,11 @@ def choose_bwd(n_ids: int, sizes: Sequence[int], dtype: torch.dtype) -> BwdConfi
 
     168 registers a thread leave room for three blocks of four warps a multiprocessor, each with
     four rows of 16 runs in flight. Without the bound the compiler takes 201 for the rows' products
-    and 96, spilling, for the sums; 128 spills a few bytes in some rules. Every program takes an equal share of the tiles. Those of the
-    chain's gradient write up to ``(d_{n-1} + 1) d_n`` partial sums each (33 KB in the default
-    sizes): at most 512 of them, and eight tiles each where there are enough, keep that under a
-    tenth of the gradient's bytes.
+    and 96, spilling, for the sums; 128 spills a few bytes in some rules.
+
+    Every program takes an equal share of the tiles. Those of the chain's gradient write up to
+    ``(d_{n-1} + 1) d_n`` partial sums each (33 KB in the default sizes): at most 512 of them, and
+    eight tiles each where there are enough, keep that under a tenth of the gradient's bytes.
     """
     wide = dtype == torch.float64
     block_dim = _block_dim(sizes[-1], 64 if wide else 128)
