@@ -1,0 +1,117 @@
+"""What only a GPU shows: graphs, the absence of synchronisations, equal bits, 64-bit places."""
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from esapn_kernels import ResizableEmbedding, optim
+from esapn_kernels.testing import make_case
+
+pytestmark = pytest.mark.cuda
+SIZES = (2, 4, 8, 16, 64, 128)
+
+
+def mixed(n_rows: int = 5000) -> ResizableEmbedding:
+    sizes = torch.tensor(SIZES)[torch.arange(n_rows) % len(SIZES)]
+    return ResizableEmbedding(n_rows, initial_size=sizes, device="cuda")
+
+
+def batches(n_ids: int, n_rows: int, device: str = "cuda") -> Iterator[tuple[torch.Tensor, ...]]:
+    generator = torch.Generator().manual_seed(0)
+    while True:
+        ids = torch.randint(n_rows, (n_ids,), generator=generator)
+        grad = torch.randn(n_ids, SIZES[-1], generator=generator)
+        grow = torch.randint(n_rows, (n_ids // 10,), generator=generator)
+        yield ids.to(device), grad.to(device), grow.to(device)
+
+
+@pytest.mark.parametrize("n_ids", [500, 200_000], ids=["small", "grouped"])
+def test_no_step_synchronises(n_ids):
+    module = mixed()
+    rows = optim.Adam(module, lr=0.01)
+    stream = batches(n_ids, 5000)
+    for step in range(12):
+        ids, grad, grow = next(stream)
+        if step == 2:  # kernels are compiled and the allocator is warm
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            module(ids).backward(grad)
+            module.promote(grow)
+            rows.step()
+        finally:
+            if step == 11:
+                torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    assert module.arena.level().float().mean() > 2.5
+
+
+@pytest.mark.parametrize("n_ids", [500, 200_000], ids=["small", "grouped"])
+def test_a_whole_step_in_a_graph(n_ids):
+    """Forward, backward, update and promotion: captured once, replayed with other ids."""
+    module = mixed()
+    module.reserve(20 * (n_ids // 10))
+    stream = batches(n_ids, 5000)
+    ids, grad, grow = next(stream)
+    rows = optim.Adam(module, lr=0.01)
+
+    def step() -> torch.Tensor:
+        module.chain.grad = None
+        out = module(ids)
+        out.backward(grad)
+        moved = module.promote(grow)
+        return out.detach(), moved, module.chain.grad
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    twin = copy.deepcopy(module)
+    twin_rows = optim.Adam(twin, lr=0.01)
+    twin_rows.load_state_dict(rows.state_dict())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    for _ in range(4):
+        for held, fresh in zip((ids, grad, grow), next(stream), strict=True):
+            held.copy_(fresh)
+        graph.replay()
+        twin.chain.grad = None
+        expected = twin(ids)
+        expected.backward(grad)
+        moved = twin.promote(grow)
+        assert torch.equal(results[0], expected)
+        assert torch.equal(results[1], moved)
+        torch.testing.assert_close(results[2], twin.chain.grad, rtol=1e-4, atol=1e-4)
+    assert torch.equal(module.sizes_of(), twin.sizes_of())
+
+
+@pytest.mark.parametrize("traffic", ["uniform", "zipf"])
+def test_equal_bits_over_20_runs(traffic):
+    mix = (1, 10, 17, 29, 21, 51)
+    case = make_case(SIZES, 138_493, 1 << 20, device="cuda", traffic=traffic, mix=mix)
+    first = case.run("triton")
+    for _ in range(19):
+        assert all(torch.equal(a, b) for a, b in zip(first, case.run("triton"), strict=True))
+
+
+@pytest.mark.large
+def test_more_than_2_31_elements():
+    n_rows = 2**31 // SIZES[-1] + 1000
+    module = ResizableEmbedding(
+        n_rows, initial_size=SIZES[-1], device="cuda", dtype=torch.float16, init_std=0.1
+    )
+    assert module.arena.storage.numel() > 2**31
+    optim.SGD(module, lr=0.5)
+    ids = torch.tensor([0, n_rows - 1, n_rows // 2, n_rows - 1], device="cuda")
+    before = torch.stack([module.arena.read(int(i)) for i in ids])
+    out = module(ids)
+    assert torch.equal(out, before)
+    out.backward(torch.ones_like(out))
+    after = torch.stack([module.arena.read(int(i)) for i in ids])
+    step = torch.tensor([0.5, 1.0, 0.5, 1.0], device="cuda")[:, None]
+    torch.testing.assert_close(after, (before.float() - step).half())
+    assert torch.equal(module.arena.read(1), module(ids.new_tensor([1]))[0])
