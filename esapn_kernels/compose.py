@@ -286,6 +286,31 @@ def _launch_compose_bwd(
     return grad_chain
 
 
+@torch.library.custom_op("esapn_kernels::compose", mutates_args=())
+def compose_op(chain: Tensor, sizes: Sequence[int]) -> Tensor:
+    """The kernel as an opaque operator, for ``torch.compile``."""
+    return _launch_compose(chain, sizes)
+
+
+@compose_op.register_fake
+def _(chain, sizes):
+    dtype = compute_dtype(chain.dtype)
+    return chain.new_empty(operand_offsets(sizes)[-1], sizes[-1], dtype=dtype)
+
+
+@torch.library.custom_op("esapn_kernels::compose_bwd", mutates_args=())
+def compose_bwd_op(
+    grad_composed: Tensor, chain: Tensor, composed: Tensor, sizes: Sequence[int]
+) -> Tensor:
+    """Its reverse, likewise."""
+    return _launch_compose_bwd(grad_composed, chain, composed, sizes)
+
+
+@compose_bwd_op.register_fake
+def _(grad_composed, chain, composed, sizes):
+    return torch.empty_like(chain)
+
+
 def _blocks(chain: Tensor, sizes: Sequence[int]) -> list[Tensor]:
     shapes = [(a + 1, b) for a, b in zip(sizes, sizes[1:], strict=False)]
     parts = chain.split([a * b for a, b in shapes])
@@ -309,7 +334,8 @@ def compose(chain: Tensor, sizes: Sequence[int], *, backend: str = "torch") -> T
                 [3., 4.]])
     """
     if backend == "triton":
-        return _launch_compose(chain.detach().contiguous(), sizes)
+        run = compose_op if torch.compiler.is_compiling() else _launch_compose
+        return run(chain.detach().contiguous(), sizes)
     chain = chain.detach().to(compute_dtype(chain.dtype))
     hops = _blocks(chain, sizes)
     composed = chain.new_empty(operand_offsets(sizes)[-1], sizes[-1])
@@ -351,7 +377,8 @@ def compose_bwd(
     """
     if backend == "triton":
         chain = chain.detach().contiguous()
-        return _launch_compose_bwd(grad_composed.contiguous(), chain, composed, sizes)
+        run = compose_bwd_op if torch.compiler.is_compiling() else _launch_compose_bwd
+        return run(grad_composed.contiguous(), chain, composed, sizes)
     dtype = chain.dtype
     chain = chain.detach().to(composed.dtype)
     hops = _blocks(chain, sizes)

@@ -411,7 +411,8 @@ class _Lookup(torch.autograd.Function):
         grad_storage, grad_composed = run(grad_out, ids, storage, composed, *where, *ctx.layout)
         grad_chain = None
         if ctx.needs_input_grad[2]:
-            grad_chain = _compose_bwd(grad_composed, chain, composed, *ctx.layout)
+            sizes, _, backend = ctx.layout
+            grad_chain = compose_bwd(grad_composed, chain, composed, sizes, backend=backend)
         return None, grad_storage, grad_chain, *[None] * 7
 
 
@@ -455,22 +456,8 @@ class _FusedLookup(torch.autograd.Function):
         )
         grad_chain = None
         if grad_composed is not None:
-            grad_chain = _compose_bwd(grad_composed, chain, composed, sizes, page, backend)
+            grad_chain = compose_bwd(grad_composed, chain, composed, sizes, backend=backend)
         return None, None, grad_chain, *[None] * 8
-
-
-def _compose_bwd(
-    grad_composed: Tensor,
-    chain: Tensor,
-    composed: Tensor,
-    sizes: tuple[int, ...],
-    page: int,
-    backend: str,
-) -> Tensor:
-    # Compiled code takes torch's products apart itself; kernels are opaque to it.
-    if torch.compiler.is_compiling():
-        backend = "torch"
-    return compose_bwd(grad_composed, chain, composed, sizes, backend=backend)
 
 
 @torch.compiler.disable
@@ -580,8 +567,7 @@ def lookup(
     if backend == "reference":
         y = lookup_reference(ids, storage, chain, row_start, page_level, sizes, page).to(dtype)
         return y if out is None else out.copy_(y)
-    compiling = torch.compiler.is_compiling()
-    composed = compose(chain, sizes, backend="torch" if compiling else backend)
+    composed = compose(chain, sizes, backend=backend)
     where = (row_start, page_level, sizes, page, backend, dtype)
     flat = ids.reshape(-1)
     if out is not None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from esapn_kernels import compose as compose_file
+from esapn_kernels.backend import TRITON_ERROR
 from esapn_kernels.compose import (
     chain_numel,
     compose,
@@ -124,3 +125,13 @@ def test_counts_of_the_paper_sizes():
     # 3*4 + 5*8 + 9*16 + 17*64 + 65*128 numbers; 3 + 5 + 9 + 17 + 65 rows.
     assert chain_numel(PAPER) == 12 + 40 + 144 + 1088 + 8320
     assert operand_offsets(PAPER) == [0, 3, 8, 17, 34, 99]
+
+
+@pytest.mark.skipif(TRITON_ERROR is not None, reason=str(TRITON_ERROR))
+def test_opcheck(device):
+    sizes = (2, 3, 8)
+    chain = random_chain(sizes, torch.float32, device)
+    composed = compose(chain, sizes)
+    torch.library.opcheck(torch.ops.esapn_kernels.compose.default, (chain, sizes))
+    inputs = (torch.randn_like(composed), chain, composed, sizes)
+    torch.library.opcheck(torch.ops.esapn_kernels.compose_bwd.default, inputs)
