@@ -161,7 +161,9 @@ def guarded(tensor, margin=64):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name)
-def test_kernels_ignore_ids_out_of_range(dtype, device, nan_empty):
+def test_kernels_ignore_ids_out_of_range(dtype, device, nan_empty, monkeypatch):
+    # On a GPU an assertion would end the process first.
+    monkeypatch.setattr(lookup_file, "assertions", lambda ids: {})
     case = make_case((2, 3, 8), 12, 0, dtype, device)
     ids = torch.tensor([-1, 12, 3, -(2**40), 2**40, 5, 13, 3], device=device)
     valid = (ids >= 0) & (ids < 12)
@@ -199,16 +201,18 @@ def test_outputs_stay_inside_their_memory(device, monkeypatch):
     original = torch.Tensor.new_empty
 
     def new_empty(self, *shape, **kwargs):
-        if kwargs:  # not one of the launchers': the interpreter's own
+        dtype = kwargs.get("dtype") or self.dtype
+        if set(kwargs) - {"dtype"} or not dtype.is_floating_point or not all(shape):
             return original(self, *shape, **kwargs)
-        inner, buffer = guarded(torch.zeros(*shape, dtype=self.dtype, device=self.device))
+        inner, buffer = guarded(torch.zeros(*shape, dtype=dtype, device=self.device))
         buffers.append(buffer)
         return inner
 
     case = make_case((1, 3, 5, 33), 12, 21, device=device)
     monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
     check_out = case.run("triton")[0]
-    assert check_out.isfinite().all() and len(buffers) >= 3
+    # The output, sums of runs, partial sums of the chain.
+    assert check_out.isfinite().all() and len(buffers) >= 4
     for buffer in buffers:
         assert buffer[:64].isnan().all() and buffer[-64:].isnan().all()
 
