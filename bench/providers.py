@@ -1,4 +1,4 @@
-"""What the lookup benchmark compares: tables, traffic, providers, their gate and their bytes.
+"""What the lookup benchmark compares: tables, traffic and providers.
 
 A provider is one way to answer ``ids -> [len(ids), 128]``. ``ours``, ``eager`` and ``compiled``
 hold the same ragged rows and the same hops and must agree with one float64 reference; ``fixed`` is
@@ -7,35 +7,24 @@ the plain table with a full-size row per id, the cost of not being ragged.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from model import DIM, SIZES, Looked
+from report import Row
 from torch import Tensor, nn
 
 from esapn_kernels import ResizableEmbedding
+from esapn_kernels.lookup import lookup
 from esapn_kernels.reference import split_chain
-from esapn_kernels.testing import lookup_bytes
 
-PAPER_ROWS = {2: 1_041, 4: 10_854, 8: 18_146, 16: 30_836, 64: 22_830, 128: 54_786}
-"""Rows per size that the ESAPN paper reports for the users of ml-20m."""
-
-SIZES = tuple(PAPER_ROWS)
-DIM = SIZES[-1]
 TRAFFIC = ("uniform", "zipf")
 ZIPF_EXPONENT = 1.05
-TOLERANCE = 5e-5
-"""Largest relative error of the gate: float32 lands near 1e-6, TF32 products near 3e-4."""
-
-_CHECKED = 4096  # ids of a batch that the gate looks at
-
 Hops = list[tuple[Tensor, Tensor]]
-
-
-class GateError(Exception):
-    """A provider's outputs or gradients are not those of the reference."""
 
 
 @dataclass(frozen=True)
@@ -75,41 +64,60 @@ def make_ids(table: Table, traffic: str, count: int, generator: torch.Generator)
     return table.popular[torch.searchsorted(weight, draw, right=True).clamp_(max=n - 1)]
 
 
-def forward_bytes(count: int, distinct_dims: Tensor, *, ragged: bool = True) -> int:
-    """Fewest bytes a float32 lookup moves: each input read once, each output written once.
+@dataclass(frozen=True)
+class Case:
+    """One table, traffic and batch size: several batches of ids, and a gradient to send back."""
 
-    ``lookup_bytes`` of the distinct rows; an id seen before costs itself, its location if ragged,
-    and its output.
+    table: Table
+    traffic: str
+    batches: list[Tensor]
+    grad: Tensor
 
-    Args:
-        count: number of ids, duplicates counted.
-        distinct_dims: size of every distinct row looked up, ``[distinct]``.
-        ragged: whether rows have a location.
-    """
-    if not ragged:
-        return count * (8 + 4 * DIM) + 4 * int(distinct_dims.sum())
-    counts = [int((distinct_dims == size).sum()) for size in SIZES]
-    return lookup_bytes(SIZES, counts, 4) + (count - sum(counts)) * (8 + 4 + 4 * DIM)
+    @property
+    def count(self) -> int:
+        return self.grad.shape[0]
+
+    def batch(self, turn: int) -> Tensor:
+        return self.batches[turn % len(self.batches)]
+
+    def looked(self, sizes: Tensor | None = None, *, ragged: bool = True) -> Looked:
+        """What the first batch looks up, of the table's rows or of rows of other ``sizes``."""
+        sizes = self.table.sizes if sizes is None else sizes
+        return Looked.of(self.batches[0].cpu(), sizes, ragged=ragged)
+
+    def row(
+        self,
+        mode: str,
+        provider: str,
+        looked: Looked,
+        model: Callable[[Looked], int],
+        memory: int = 0,
+        **more: Any,
+    ) -> Row:
+        """A row not yet measured; ``model`` gives its fewest bytes."""
+        return Row(
+            self.table.name,
+            len(self.table),
+            self.traffic,
+            self.count,
+            sum(looked.distinct),
+            mode,
+            provider,
+            memory,
+            bytes=model(looked),
+            cold_bytes=model(looked.cold),
+            **more,
+        )
 
 
-def backward_bytes(
-    count: int, distinct_dims: Tensor, grad_elements: int, *, ragged: bool = True
-) -> int:
-    """Fewest bytes of the gradient with a dense result, float32.
-
-    Per id 8 (id) and 4 * 128 (output gradient), ragged also 4 (location); per distinct row below
-    the largest size 4 * its size (read for the gradient of the hops); the gradient of the whole
-    table written once.
-
-    Args:
-        count: number of ids, duplicates counted.
-        distinct_dims: size of every distinct row looked up, ``[distinct]``.
-        grad_elements: elements of the table's gradient.
-        ragged: whether rows have a location and hops.
-    """
-    per_id = 8 + 4 * DIM + (4 if ragged else 0)
-    rows = 4 * int(distinct_dims[distinct_dims < DIM].sum()) if ragged else 0
-    return count * per_id + rows + 4 * grad_elements
+def make_case(
+    table: Table, traffic: str, count: int, device: torch.device, generator: torch.Generator
+) -> Case:
+    """Draws the batches of one case and a gradient."""
+    number = 4 if count >= 1 << 20 else 8
+    batches = [make_ids(table, traffic, count, generator).to(device) for _ in range(number)]
+    grad = torch.randn(count, DIM, generator=generator).to(device)
+    return Case(table, traffic, batches, grad)
 
 
 class Provider:
@@ -121,6 +129,7 @@ class Provider:
         table_bytes: allocated for rows, locations and hops.
         grad_elements: elements of the rows' dense gradient.
         ragged: whether rows have their own sizes.
+        around: context that its regions run in.
     """
 
     name: str
@@ -128,9 +137,14 @@ class Provider:
     table_bytes: int
     grad_elements: int
     ragged = True
+    around: Callable[[], Any] = nullcontext
 
     def __call__(self, ids: Tensor) -> Tensor:
         raise NotImplementedError
+
+    def backward(self, out: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
+        """Gradients of ``parameters``."""
+        return torch.autograd.grad(out, self.parameters, grad)
 
     def row_grads(self, grads: Sequence[Tensor], level: int, ids: Tensor) -> Tensor:
         """Gradient of the rows ``ids``, all of ``level``, out of gradients of ``parameters``."""
@@ -150,9 +164,11 @@ class Ours(Provider):
 
     name = "ours"
 
-    def __init__(self, table: Table, device: torch.device) -> None:
+    def __init__(
+        self, table: Table, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> None:
         self.module = ResizableEmbedding(
-            len(table), sizes=SIZES, initial_size=table.sizes, device=device
+            len(table), sizes=SIZES, initial_size=table.sizes, device=device, dtype=dtype
         )
         self.parameters = [self.module.arena.storage, self.module.chain]
         self.table_bytes = self.module.memory_report().serving
@@ -257,11 +273,17 @@ class Fixed(Provider):
     name = "fixed"
     ragged = False
 
-    def __init__(self, table: Table, device: torch.device) -> None:
-        self.module = nn.Embedding(len(table), DIM, device=device)
+    def __init__(
+        self,
+        table: Table,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        sparse: bool = False,
+    ) -> None:
+        self.module = nn.Embedding(len(table), DIM, device=device, dtype=dtype, sparse=sparse)
         self.parameters = [self.module.weight]
         self.grad_elements = self.module.weight.numel()
-        self.table_bytes = 4 * self.grad_elements
+        self.table_bytes = self.module.weight.nbytes
 
     def __call__(self, ids: Tensor) -> Tensor:
         out: Tensor = self.module(ids)
@@ -277,106 +299,91 @@ class Fixed(Provider):
         return grads
 
 
-def _rows(flat: Tensor, start: Tensor, dim: int) -> Tensor:
-    """Rows of one size as ``[len(start), dim]``: they begin at multiples of it."""
-    return flat.view(-1, dim)[start.long() // dim]
+class Deterministic(Fixed):
+    """The same table under ``torch.use_deterministic_algorithms``, which here fills no memory."""
+
+    name = "fixed det."
+
+    def __init__(self, fixed: Fixed) -> None:
+        self.__dict__.update(fixed.__dict__)
+
+    @staticmethod
+    @contextmanager
+    def around() -> Iterator[None]:  # type: ignore[override]
+        fill: Any = torch.utils.deterministic
+        before = torch.are_deterministic_algorithms_enabled()
+        filling = fill.fill_uninitialized_memory
+        torch.use_deterministic_algorithms(True)
+        fill.fill_uninitialized_memory = False
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before)
+            fill.fill_uninitialized_memory = filling
 
 
 @dataclass(frozen=True)
-class Reference:
-    """Outputs and gradients in float64 for some positions of a batch.
+class Forward:
+    """A forward without gradient, of other dtypes or into memory given to it.
 
     Attributes:
-        positions: the positions checked, ``[checked]``.
-        out: ``[checked, 128]``.
-        grad_out: what is sent back, zero at all other positions, float32 ``[len(ids), 128]``.
-        rows: ``(level, ids, row gradients)``, ids distinct.
-        hops: gradients ``(dW_j, db_j)``.
+        mode, name: for the report.
+        call: ``ids -> [len(ids), 128]``.
+        source: whose rows they are; its float64 reference is the gate's.
+        itemsize, out_itemsize: bytes of a number in a row and in the output.
     """
 
-    positions: Tensor
-    out: Tensor
-    grad_out: Tensor
-    rows: list[tuple[int, Tensor, Tensor]]
-    hops: Hops
+    mode: str
+    name: str
+    call: Callable[[Tensor], Tensor]
+    source: Ours | Fixed
+    itemsize: int = 4
+    out_itemsize: int = 4
 
 
-def make_reference(provider: Ours | Fixed, ids: Tensor) -> Reference:
-    """Chains the rows hop by hop in float64, with autograd's gradients.
+class _Into:
+    """``call(ids, out)`` into memory that is there already, one piece per number of ids."""
 
-    Written on its own: nothing of the lookups that it judges is used.
-    """
-    positions = torch.randperm(ids.numel(), device=ids.device)[:_CHECKED]
-    grad_out = torch.zeros(ids.numel(), DIM, device=ids.device)
-    grad_out[positions] = torch.randn(positions.numel(), DIM, device=ids.device)
-    distinct, inverse = torch.unique(ids[positions], return_inverse=True)
-    hops: Hops = []
-    groups = []  # level, ids, rows
-    if isinstance(provider, Ours):
-        arena = provider.module.arena
-        chain = provider.module.chain.detach().double()
-        hops = [
-            (weight.clone().requires_grad_(), bias.clone().requires_grad_())
-            for weight, bias in split_chain(chain, SIZES)
-        ]
-        sizes = provider.module.sizes_of(distinct)
-        for k, dim in enumerate(SIZES):
-            mine = distinct[sizes == dim]
-            start = arena.row_start[mine].long()
-            rows = arena.storage.detach()[start[:, None] + torch.arange(dim, device=ids.device)]
-            groups.append((k, mine, rows.double().requires_grad_()))
-    else:
-        rows = provider.module.weight.detach()[distinct]
-        groups.append((len(SIZES) - 1, distinct, rows.double().requires_grad_()))
-    outs = []
-    for k, _, rows in groups:
-        for weight, bias in hops[k:]:
-            rows = rows @ weight.t() + bias
-        outs.append(rows)
-    order = torch.argsort(torch.cat([mine for _, mine, _ in groups]))
-    out = torch.cat(outs)[order][inverse]
-    leaves = [rows for _, _, rows in groups] + [p for hop in hops for p in hop]
-    grads = torch.autograd.grad(out, leaves, grad_out[positions].double())
-    flat = grads[len(groups) :]
-    return Reference(
-        positions=positions,
-        out=out.detach(),
-        grad_out=grad_out,
-        rows=[(k, mine, g) for (k, mine, _), g in zip(groups, grads, strict=False) if mine.numel()],
-        hops=list(zip(flat[::2], flat[1::2], strict=True)),
-    )
+    def __init__(self, call: Callable[[Tensor, Tensor], Any]) -> None:
+        self.call = call
+        self.memory: dict[int, Tensor] = {}
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        out = self.memory.get(ids.numel())
+        if out is None:
+            out = self.memory[ids.numel()] = torch.empty(ids.numel(), DIM, device=ids.device)
+        self.call(ids, out)
+        return out
 
 
-def check(provider: Provider, ids: Tensor, reference: Reference) -> float:
-    """Compares a whole batch's outputs and gradients with the reference.
+def make_forwards(table: Table, ours: Ours, fixed: Fixed) -> list[Forward]:
+    """The modes ``forward out=``, ``forward bf16 out`` and ``forward bf16``."""
+    module, weight = ours.module, fixed.module.weight.detach()
+    low = torch.bfloat16
 
-    Returns:
-        The largest relative error ``||x - ref|| / ||ref||`` over outputs, row gradients (by size)
-        and hop gradients (by hop).
+    def look_up(ids: Tensor, **more: Any) -> Tensor:
+        where = (module.arena.storage, module.chain, *module.arena.locations)
+        return lookup(ids, *where, sizes=SIZES, page=module.arena.page, **more)
 
-    Raises:
-        GateError: the error is above ``TOLERANCE``, or a row that was not looked up has a gradient.
-    """
-    out = provider(ids)
-    grads = torch.autograd.grad(out, provider.parameters, reference.grad_out)
-    errors = {"outputs": _error(out.detach()[reference.positions], reference.out)}
-    written = 0
-    for k, mine, expected in reference.rows:
-        rows = provider.row_grads(grads, k, mine)
-        errors[f"gradients of rows of size {SIZES[k]}"] = _error(rows, expected)
-        written += int(torch.count_nonzero(rows))
-    for j, (got, wanted) in enumerate(zip(provider.hop_grads(grads), reference.hops, strict=True)):
-        for name, x, y in zip(("weight", "bias"), got, wanted, strict=True):
-            errors[f"gradient of the {name} of hop {j}"] = _error(x, y)
-    where, worst = max(errors.items(), key=lambda item: item[1])
-    if not worst <= TOLERANCE:
-        raise GateError(f"{provider.name}: {where} off by {worst:.1e} (limit {TOLERANCE:.0e})")
-    if sum(int(torch.count_nonzero(g)) for g in provider.table_grads(grads)) != written:
-        raise GateError(f"{provider.name}: gradient in rows that were not looked up")
-    return worst
+    def cast(ids: Tensor) -> Tensor:
+        return F.embedding(ids, weight).to(low)
+
+    if weight.is_cuda:
+        cast = torch.compile(cast, dynamic=True)
+    ours16 = Ours(table, weight.device, low)
+    fixed16 = Fixed(table, weight.device, low)
+    into_ours = _Into(lambda ids, out: look_up(ids, out=out))
+    into_fixed = _Into(lambda ids, out: torch.index_select(weight, 0, ids, out=out))
+    return [
+        Forward("forward out=", "ours", into_ours, ours),
+        Forward("forward out=", "fixed", into_fixed, fixed),
+        Forward("forward bf16 out", "ours", lambda ids: look_up(ids, out_dtype=low), ours, 4, 2),
+        Forward("forward bf16 out", "fixed", cast, fixed, 4, 2),
+        Forward("forward bf16", "ours", ours16, ours16, 2, 2),
+        Forward("forward bf16", "fixed", fixed16, fixed16, 2, 2),
+    ]
 
 
-def _error(value: Tensor, expected: Tensor) -> float:
-    """Relative error; infinite for NaN, so that it fails and sorts last."""
-    error = float((value.double() - expected).norm() / expected.norm().clamp(min=1e-30))
-    return error if error == error else float("inf")
+def _rows(flat: Tensor, start: Tensor, dim: int) -> Tensor:
+    """Rows of one size as ``[len(start), dim]``: they begin at multiples of it."""
+    return flat.view(-1, dim)[start.long() // dim]

@@ -6,13 +6,24 @@ and GB/s. ``bench/lookup.py`` is the full comparison, with all baselines and int
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from lookup import MODES, Case, make_case
-from providers import PAPER_ROWS, Fixed, Ours, Provider, check, make_reference, make_table
+from gate import check, make_reference
+from lookup import MODES
+from model import (
+    PAPER_ROWS,
+    SIZES,
+    dense_backward_bytes,
+    forward_bytes,
+    promotion_bytes,
+)
+from promotions import EagerPromotion, Ready, check_promotion, draw_batches
+from providers import Case, Fixed, Ours, Table, make_case, make_table
 from torch import Tensor
+from updates import RULES, check_step, make_steps
 
 from esapn_kernels.backend import INTERPRETED, resolve_backend
 
@@ -32,15 +43,18 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 
 @pytest.fixture(scope="module")
-def providers(device: torch.device) -> dict[str, Provider]:
+def table() -> Table:
+    return make_table("ml-20m", PAPER_ROWS, torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def providers(device: torch.device, table: Table) -> dict[str, Ours | Fixed]:
     torch.manual_seed(0)
-    table = make_table("ml-20m", PAPER_ROWS, torch.Generator().manual_seed(0))
     return {"ours": Ours(table, device), "fixed": Fixed(table, device)}
 
 
 @pytest.fixture(scope="module", params=[500, 65_536], ids=["500-ids", "65536-ids"])
-def case(request: pytest.FixtureRequest, device: torch.device) -> Case:
-    table = make_table("ml-20m", PAPER_ROWS, torch.Generator().manual_seed(0))
+def case(request: pytest.FixtureRequest, device: torch.device, table: Table) -> Case:
     generator = torch.Generator().manual_seed(1)
     return make_case(table, "uniform", request.param, device, generator)
 
@@ -48,32 +62,92 @@ def case(request: pytest.FixtureRequest, device: torch.device) -> Case:
 @pytest.mark.parametrize("name", ["ours", "fixed"])
 @pytest.mark.parametrize("mode", MODES)
 def test_lookup(
-    benchmark: Any, providers: dict[str, Provider], case: Case, mode: str, name: str
+    benchmark: Any, providers: dict[str, Ours | Fixed], case: Case, mode: str, name: str
 ) -> None:
     provider = providers[name]
-    assert isinstance(provider, Ours | Fixed)
     ids = case.batches[0]
     check(provider, ids, make_reference(provider, ids))
-    turn = 0
 
-    def setup() -> tuple[tuple[Tensor, Tensor | None], dict[str, Any]]:
-        nonlocal turn
-        batch = case.batches[turn % len(case.batches)]
-        turn += 1
-        out = provider(batch) if mode == "backward" else None
-        _wait(batch)
-        return (batch, out), {}
+    def prepare(turn: int) -> Tensor | None:
+        return provider(case.batch(turn)) if mode == "backward" else None
 
-    def region(batch: Tensor, out: Tensor | None) -> None:
+    def region(turn: int, out: Tensor | None) -> None:
         if out is None:
-            out = provider(batch)
+            out = provider(case.batch(turn))
         if mode != "forward":
-            torch.autograd.grad(out, provider.parameters, case.grad)
-        _wait(batch)
+            provider.backward(out, case.grad)
 
-    benchmark.group = f"lookup {mode}, {case.count:,} ids"
-    benchmark.pedantic(region, setup=setup, rounds=ROUNDS, warmup_rounds=2)
-    moved = case.new_row(mode, provider).bytes
+    looked = case.looked(ragged=provider.ragged)
+    moved = forward_bytes(looked) if mode != "backward" else 0
+    if mode != "forward":
+        moved += dense_backward_bytes(looked, provider.grad_elements)
+    run(benchmark, f"lookup {mode}, {case.count:,} ids", region, moved, ids, prepare)
+
+
+@pytest.mark.parametrize("name", ["ours", "fixed"])
+@pytest.mark.parametrize("rule", RULES)
+def test_step(benchmark: Any, case: Case, rule: str, name: str) -> None:
+    steps = make_steps(case.table, case.grad.device, rule)
+    step = next((step for step in steps if step.name == name), None)
+    if step is None:
+        pytest.skip(f"torch.optim has no {rule}")
+    check_step(step, case.batches[0], rule)
+    step.settle()
+    moved = step.moved(case.looked(ragged=step.holder.ragged))
+
+    def region(turn: int, _: Any) -> None:
+        step(case.batch(turn), case.grad)
+
+    run(benchmark, f"step {rule}, {case.count:,} ids", region, moved, case.grad)
+
+
+@pytest.mark.parametrize("name", ["ours", "eager"])
+def test_promotion(benchmark: Any, device: torch.device, table: Table, name: str) -> None:
+    torch.manual_seed(0)
+    ours = Ours(table, device)
+    batches = draw_batches(table, device, torch.Generator().manual_seed(1))
+    ids = batches[0]
+    check_promotion(ours, ids)
+    eager = EagerPromotion(ours, len(ids))
+
+    def prepare(turn: int) -> Ready | EagerPromotion:
+        if name == "ours":
+            return Ready.copy_of(ours, len(ids))
+        eager.reset()
+        return eager
+
+    def region(turn: int, ready: Ready | EagerPromotion) -> None:
+        ready.promote(batches[turn % len(batches)])
+
+    counts = [int((table.sizes[ids.cpu()] == size).sum()) for size in SIZES]
+    group = f"promotion with Adam, {len(ids):,} rows"
+    run(benchmark, group, region, promotion_bytes(counts), ids, prepare)
+
+
+def run(
+    benchmark: Any,
+    group: str,
+    region: Callable[[int, Any], None],
+    moved: int,
+    on: Tensor,
+    prepare: Callable[[int], Any] = lambda turn: None,
+) -> None:
+    """Time ``region`` of the turn and of what ``prepare`` gave for it; ``on`` says the device."""
+    turn = -1
+
+    def setup() -> tuple[tuple[int, Any], dict[str, Any]]:
+        nonlocal turn
+        turn += 1
+        prepared = prepare(turn)
+        _wait(on)
+        return (turn, prepared), {}
+
+    def timed(turn: int, prepared: Any) -> None:
+        region(turn, prepared)
+        _wait(on)
+
+    benchmark.group = group
+    benchmark.pedantic(timed, setup=setup, rounds=ROUNDS, warmup_rounds=2)
     benchmark.extra_info["bytes"] = moved
     if benchmark.stats is not None:
         benchmark.extra_info["gb_per_s"] = moved / benchmark.stats.stats.median / 1e9
