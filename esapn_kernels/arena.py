@@ -119,7 +119,7 @@ class Arena(nn.Module):
     Attributes:
         storage: Parameter ``[capacity]``; zero wherever no row has been written.
         row_start: int32 (int64 past 2^31 elements) ``[N + 1]``: first element, -1 for no row. The
-            last entry is a sink for masked writes.
+            last entry is a sink, always -1.
         page_level: int8 ``[pages + 1]``, -1 for a free page; the last entry is a sink.
         free_rows: stacks of free row starts, one segment per level, and a sink.
         free_pages: stack of free page numbers, and a sink.
@@ -345,7 +345,7 @@ class Arena(nn.Module):
         """Position of every entry among those of its level, and their number per level."""
         levels = torch.arange(len(self.sizes), device=level.device)
         chosen = (level[:, None] == levels).long()
-        rank = (chosen.cumsum(0) - 1).gather(1, level.clamp(min=0)[:, None])[:, 0]
+        rank = (chosen.cumsum(0) - 1).gather(1, level[:, None])[:, 0]
         return rank, chosen.sum(0)
 
     def _reserve(self, target: Tensor, source: Tensor) -> None:
@@ -392,7 +392,7 @@ class Arena(nn.Module):
         )
 
     def take(self, level: Tensor) -> Tensor:
-        """Take one free row of every ``level >= 0``; returns their starts (int64, -1 elsewhere).
+        """Take one free row of every level; returns their starts, int64.
 
         Rows on the level's stack first, then rows of fresh pages, whose rest goes on the stack.
         Room must have been reserved.
@@ -406,18 +406,16 @@ class Arena(nn.Module):
         pages = (short + per - 1) // per
         first = pages.cumsum(0) - pages
 
-        k = level.clamp(min=0)
-        on_stack = rank < free[k]
+        on_stack = rank < free[level]
         sink = self.free_rows.numel() - 1
         stacked = self.free_rows[
-            torch.where(on_stack, self.free_base[k] + free[k] - 1 - rank, sink)
+            torch.where(on_stack, self.free_base[level] + free[level] - 1 - rank, sink)
         ].long()
-        beyond = rank - free[k]
-        entry = n_pages - 1 - first[k] - beyond.div(per[k], rounding_mode="floor")
-        wanted = (level >= 0) & ~on_stack
-        page = self.free_pages[torch.where(wanted, entry, self.free_pages.numel() - 1)].long()
-        fresh = page * self.page + beyond.remainder(per[k]) * sizes[k]
-        start = torch.where(level >= 0, torch.where(on_stack, stacked, fresh), -1)
+        beyond = rank - free[level]
+        entry = n_pages - 1 - first[level] - beyond.div(per[level], rounding_mode="floor")
+        page = self.free_pages[torch.where(on_stack, self.free_pages.numel() - 1, entry)].long()
+        fresh = page * self.page + beyond.remainder(per[level]) * sizes[level]
+        start = torch.where(on_stack, stacked, fresh)
         self.page_level[start.div(self.page, rounding_mode="floor")] = level.to(torch.int8)
 
         if bool(pages.any()):
@@ -437,20 +435,16 @@ class Arena(nn.Module):
         return start
 
     def give(self, start: Tensor, level: Tensor) -> None:
-        """Put the rows ``(start, level)`` with ``level >= 0`` back on their level's stack."""
+        """Put the rows ``(start, level)`` back on their level's stack."""
         rank, count = self._rank(level)
-        k = level.clamp(min=0)
-        sink = self.free_rows.numel() - 1
-        place = torch.where(level >= 0, self.free_base[k] + self.free_count[k] + rank, sink)
+        place = self.free_base[level] + self.free_count[level] + rank
         self.free_rows[place] = start.to(self.free_rows.dtype)
         self.free_count[: len(self.sizes)] += count
 
     def place(self, ids: Tensor, start: Tensor) -> None:
-        """``row_start[ids] = start`` wherever ``start >= 0``."""
-        self.row_start[torch.where(start >= 0, ids.long(), self.num_rows)] = torch.where(
-            start >= 0, start, -1
-        ).to(self.row_start.dtype)
-        companions.reset_ids(self, ids[start >= 0])
+        """``row_start[ids] = start``; state per id starts afresh."""
+        self.row_start[ids] = start.to(self.row_start.dtype)
+        companions.reset_ids(self, ids)
 
     @torch.no_grad()
     def insert(self, ids: Tensor, level: int, *, backend: str = "auto") -> Tensor:
@@ -565,7 +559,7 @@ class Arena(nn.Module):
         old_start = self.row_start[ids].long()
         start = self.take(target)
         storage = self.storage.detach()
-        promote_rows(storage, chain, old_start, start, source, self.sizes, self.page)
+        promote_rows(storage, chain, old_start, start, source, self.sizes)
         self._reset_companions(start, target)
         self.place(ids, start)
         self.give(old_start, source)

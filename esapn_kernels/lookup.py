@@ -330,9 +330,11 @@ def _lookup_bwd(
     sizes: Sequence[int],
     page: int,
     backend: str,
-) -> tuple[Tensor, Tensor]:
+    want_composed: bool = True,
+) -> tuple[Tensor, Tensor | None]:
     run = launch_bwd if backend == "triton" else torch_path.lookup_bwd
-    return run(grad_out, ids, storage, composed, row_start, page_level, sizes, page)
+    where = (storage, composed, row_start, page_level, sizes, page)
+    return run(grad_out, ids, *where, want_composed=want_composed)
 
 
 @torch.library.custom_op("esapn_kernels::lookup_fwd", mutates_args=())
@@ -370,9 +372,10 @@ def lookup_bwd_op(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Backward as an opaque operator, for ``torch.compile``."""
-    return _lookup_bwd(
-        grad_out, ids, storage, composed, row_start, page_level, sizes, page, backend
-    )
+    where = (storage, composed, row_start, page_level, sizes, page, backend)
+    grad_storage, grad_composed = _lookup_bwd(grad_out, ids, *where)
+    assert grad_composed is not None
+    return grad_storage, grad_composed
 
 
 @lookup_bwd_op.register_fake
@@ -406,11 +409,16 @@ class _Lookup(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        run = lookup_bwd_op if torch.compiler.is_compiling() else _lookup_bwd
         ids, storage, chain, composed, *where = ctx.saved_tensors
-        grad_storage, grad_composed = run(grad_out, ids, storage, composed, *where, *ctx.layout)
+        operands = (grad_out, ids, storage, composed, *where, *ctx.layout)
+        grad_composed: Tensor | None
+        if torch.compiler.is_compiling():
+            grad_storage, grad_composed = lookup_bwd_op(*operands)
+        else:
+            wanted = {"want_composed": ctx.needs_input_grad[2]}
+            grad_storage, grad_composed = _lookup_bwd(*operands, **wanted)
         grad_chain = None
-        if ctx.needs_input_grad[2]:
+        if ctx.needs_input_grad[2] and grad_composed is not None:
             sizes, _, backend = ctx.layout
             grad_chain = compose_bwd(grad_composed, chain, composed, sizes, backend=backend)
         return None, grad_storage, grad_chain, *[None] * 7
@@ -472,8 +480,9 @@ def check_ids(ids: Tensor, num_rows: int) -> None:
     Raises:
         TypeError: no tensor at all.
         RuntimeError: other dtypes, in torch's own words.
-        IndexError: an id outside ``[0, num_rows)``, on a CPU. On a GPU the kernels fail an
-            assertion of their own, and never read or write outside in either case.
+        IndexError: an id outside ``[0, num_rows)``, on a CPU. On a GPU the lookup's kernels fail
+            an assertion of their own and those that move rows pass over the id; neither reads or
+            writes outside.
     """
     if not isinstance(ids, Tensor):
         raise TypeError(

@@ -525,17 +525,16 @@ def _launch(
 
 
 def launch_bwd(
-    grad_out: Tensor, ids: Tensor, storage: Tensor, *where: Any
-) -> tuple[Tensor, Tensor]:
-    """Gradients of the storage (dense, same shape and dtype) and of ``composed``.
+    grad_out: Tensor, ids: Tensor, storage: Tensor, *where: Any, want_composed: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of the storage (dense, same shape and dtype) and, if wanted, of ``composed``.
 
     ``where``: ``composed, row_start, page_level, sizes, page``.
     """
     target = torch.zeros_like(storage)
     grad_composed = _launch(
-        grad_out, ids, storage, *where, target=target, update=None, want_composed=True
+        grad_out, ids, storage, *where, target=target, update=None, want_composed=want_composed
     )
-    assert grad_composed is not None
     return target, grad_composed
 
 

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from . import launch
 from .backend import tl, triton
+from .group import find_rows
 
 __all__ = ["Runs", "find_runs", "sum_hot"]
 
@@ -48,9 +49,7 @@ def _key_kernel(
     BLOCK: tl.constexpr,
 ):
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    ids = tl.load(ids_ptr + offs, mask=offs < n_ids, other=-1).to(tl.int64)
-    mask_id = (ids >= 0) & (ids < n_rows)
-    start = tl.load(row_start_ptr + ids, mask=mask_id, other=-1).to(tl.int64)
+    start = find_rows(ids_ptr, row_start_ptr, offs, n_ids, n_rows)
     mask_row = start >= 0
     level = tl.load(page_level_ptr + start // KEY[0], mask=mask_row, other=N_LEVELS).to(tl.int64)
     key = (level << KEY[2]) | tl.where(mask_row, start // KEY[1], 0)

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .compose import compute_dtype, operand_offsets
-from .update import Update, update_rows
+from .update import Update, row_table, update_rows
 
 __all__ = [
     "fill_rows",
@@ -90,17 +90,9 @@ def _with_huge_pages(fresh: Tensor) -> Tensor:
     return fresh
 
 
-def _table(storage: Tensor, dim: int) -> Tensor:
-    """The row that begins at every element, ``[numel - dim + 1, dim]``: it overlaps itself.
-
-    Rows in use do not, so they are read and written through it, whatever their alignment.
-    """
-    return storage.as_strided((storage.numel() - dim + 1, dim), (1, 1))
-
-
 def gather_rows(storage: Tensor, start: Tensor, dim: int) -> Tensor:
     """``storage[start_i : start_i + dim]`` as ``[len(start), dim]``, for any alignment."""
-    return _table(storage, dim).index_select(0, start)
+    return row_table(storage, dim).index_select(0, start)
 
 
 def _group(level: Tensor, n_levels: int) -> tuple[Tensor | None, list[int]]:
@@ -177,7 +169,7 @@ def _lookup_tile(
         start = start.index_select(0, order)
         grouped = scratch("grouped", out.shape[0], out.shape[1], out.dtype, out.device)
     for k, span in _spans(counts, out.shape[0]):
-        table, y = _table(storage, sizes[k]), grouped[span]
+        table, y = row_table(storage, sizes[k]), grouped[span]
         if k == len(sizes) - 1:
             torch.index_select(table, 0, start[span], out=y)
             continue
@@ -233,7 +225,7 @@ def _row_grads(
             if k < len(sizes) - 1:
                 matrix, bias = _map(composed, k, sizes)
                 if grad_composed is not None:
-                    x = _select(scratch, _table(storage, sizes[k]), start[span], dtype)
+                    x = _select(scratch, row_table(storage, sizes[k]), start[span], dtype)
                     grad_composed[matrix].addmm_(x.t(), grad)
                     grad_composed[bias].add_(grad.sum(0))
                 x = scratch("rows", grad.shape[0], sizes[k], dtype, grad.device)
@@ -250,14 +242,15 @@ def lookup_bwd(
     page_level: Tensor,
     sizes: Sequence[int],
     page: int,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of the storage (dense, same shape) and of ``composed``."""
+    want_composed: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of the storage (dense, same shape) and, if wanted, of ``composed``."""
     storage = storage.detach()
     grad_storage = _with_huge_pages(torch.empty_like(storage)).zero_()
-    grad_composed = torch.zeros_like(composed)
+    grad_composed = torch.zeros_like(composed) if want_composed else None
     where = row_start, page_level, sizes, page
     for _, start, grad in _row_grads(grad_out, ids, storage, composed, *where, grad_composed):
-        table = _table(grad_storage, grad.shape[1])
+        table = row_table(grad_storage, grad.shape[1])
         table.index_copy_(0, start, grad.to(storage.dtype))
     return grad_storage, grad_composed
 
@@ -293,7 +286,6 @@ def promote_rows(
     new_start: Tensor,
     level: Tensor,
     sizes: Sequence[int],
-    page: int,
 ) -> None:
     """``storage[new] = W_k storage[old] + b_k`` for every entry with ``new_start >= 0``."""
     # Entries that stay count as rows of the last level, which nothing leaves.
@@ -307,7 +299,7 @@ def promote_rows(
         hop = hops[k].view(sizes[k] + 1, sizes[k + 1]).to(dtype)
         rows = gather_rows(storage, old_start[span], sizes[k]).to(dtype)
         rows = torch.addmm(hop[-1], rows, hop[:-1]).to(storage.dtype)
-        _table(storage, sizes[k + 1]).index_copy_(0, new_start[span].long(), rows)
+        row_table(storage, sizes[k + 1]).index_copy_(0, new_start[span].long(), rows)
 
 
 def fill_rows(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .backend import tl, triton
 
-__all__ = ["RULES", "Update", "rule_constants", "rule_state", "update_rows"]
+__all__ = ["RULES", "Update", "row_table", "rule_constants", "rule_state", "update_rows"]
 
 RULES = ("sgd", "adagrad", "rowwise_adagrad", "adam")
 
@@ -72,7 +72,7 @@ def update_rows(update: Update, storage: Tensor, start: Tensor, ids: Tensor, gra
     if update.rule == "sgd":
         direction = grad
     elif update.rule == "adagrad":
-        table = _rows(update.state[0], dim)
+        table = row_table(update.state[0], dim)
         total = table.index_select(0, start).addcmul_(grad, grad)
         table.index_copy_(0, start, total)
         direction = grad / total.sqrt_().add_(update.eps)
@@ -85,7 +85,7 @@ def update_rows(update: Update, storage: Tensor, start: Tensor, ids: Tensor, gra
         direction = _adam_direction(update, start, ids, grad)
     else:
         raise ValueError(f"rule must be one of {RULES}, got {update.rule!r}")
-    table = _rows(storage, dim)
+    table = row_table(storage, dim)
     row = table.index_select(0, start).to(grad.dtype).sub_(direction * update.lr)
     table.index_copy_(0, start, row.to(storage.dtype))
 
@@ -98,7 +98,7 @@ def _adam_direction(update: Update, start: Tensor, ids: Tensor, g: Tensor) -> Te
     update.per_id[ids] = t.to(update.per_id.dtype)
     moments = []
     for state, beta, new in zip(update.state, update.betas, (g, g * g), strict=True):
-        table = _rows(state, g.shape[1])
+        table = row_table(state, g.shape[1])
         # In fp64, and one number per row: the error of beta^age grows with age.
         decay = torch.pow(beta, age).to(g.dtype)[:, None]
         moment = table.index_select(0, start).mul_(decay).add_(new, alpha=1 - beta)
@@ -109,7 +109,7 @@ def _adam_direction(update: Update, start: Tensor, ids: Tensor, g: Tensor) -> Te
     return m.div_(first).div_(v.div_(second).sqrt_().add_(update.eps))
 
 
-def _rows(flat: Tensor, dim: int) -> Tensor:
+def row_table(flat: Tensor, dim: int) -> Tensor:
     """The row that begins at every element, ``[len - dim + 1, dim]``: a view that overlaps itself.
 
     Rows in use do not overlap, so they are read and written through it, whatever their alignment.

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from esapn_kernels import ResizableEmbedding, launch, optim
+from esapn_kernels import ResizableEmbedding, launch, optim, torch_path
 from esapn_kernels.backend import TRITON_ERROR
 from esapn_kernels.compose import compose
 from esapn_kernels.lookup import lookup
@@ -212,7 +212,7 @@ def test_ids_that_do_not_exist_change_no_row(rule, device):
 def test_rows_past_2_31_elements(device):
     """fp16 rows at the far end of a storage whose memory is never touched in between."""
     if device.type != "cpu":
-        pytest.skip("virtual memory only")
+        pytest.skip("untouched virtual memory is a CPU's; test_native.py has this for a GPU")
     page, far = 16, 2**31 + 64
     storage = torch.empty(far + page, dtype=torch.float16)
     storage[far : far + page] = torch.arange(page)
@@ -318,3 +318,12 @@ def test_out(backend, device):
                 lookup(case.ids, *operands, **layout, out=wrong)
     with pytest.raises(RuntimeError, match="don't support automatic differentiation"):
         lookup(case.ids, *operands, **layout, out=out)
+
+
+def test_the_chain_is_left_out_where_it_is_frozen(backend, device):
+    case = make_case((2, 3, 8), 30, 40, device=device)
+    run = {"torch": torch_path.lookup_bwd, "triton": launch_bwd}[backend]
+    rows, chain = run(case.grad_out, case.ids, *operands(case))
+    alone, nothing = run(case.grad_out, case.ids, *operands(case), want_composed=False)
+    assert nothing is None and chain.any()
+    assert torch.equal(alone, rows)

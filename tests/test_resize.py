@@ -140,7 +140,7 @@ def test_the_cpu_path_writes_new_rows_only(dtype, device, nan_empty):
     storage[written] = float("nan")
     before = storage.clone()
     chain = case.module.chain.detach()
-    promote_rows(storage, chain, old, new, level, **case.layout)
+    promote_rows(storage, chain, old, new, level, case.module.sizes)
     assert written.any() and storage[written].isfinite().all()
     assert torch.equal(storage[~written], before[~written])
 
