@@ -2,8 +2,9 @@
 
 Nothing here looks at a device.
 
-The tiles are the largest that compile for sm_80, sm_90 and sm_100 without spilling (a test holds
-that for every kernel); the reasons stand beside the numbers.
+Every choice compiles for sm_80, sm_90 and sm_100 without spilling (a test holds that for every
+kernel). The reasons stand beside the numbers: counts of bytes, products and registers, as Triton
+3.7.1 takes them for sm_90 where nothing else is said. None has been timed on a GPU.
 """
 
 from __future__ import annotations
@@ -290,14 +291,14 @@ def choose_fwd_grouped(n_ids: int, sizes: Sequence[int], dtype: torch.dtype) -> 
 
 
 def groups_ids(n_ids: int, sizes: Sequence[int], dtype: torch.dtype) -> bool:
-    """Whether a forward groups ids by level first, from bytes and products on an H200 (4.8 TB/s).
+    """Whether a forward groups ids by level first; computed for an H200, see the file's docstring.
 
-    Ungrouped, every row is multiplied by the whole operand, K = 99 rows padded to 128: 34 GFLOP per
-    2^20 ids, 156 us at tf32x3 beside 192 us of bytes, and hidden behind them only in part. Grouped,
-    a row meets its own map only: sizes to 8 by FMA, 16 and 64 by products of their own width, a
-    tenth of it with all sizes equally frequent. Grouping costs two launches (5 us) and 36 B per id
-    (8 us per 2^20), so it pays from about 2^17 ids, 24 us of bytes and 20 us of products. With
-    plain ``tf32`` allowed the products take a third, 52 us per 2^20, and stay hidden. One size
+    At 4.3 TB/s and 165 TFLOP/s of tf32x3: ungrouped, every row is multiplied by the whole operand,
+    K = 99 rows padded to 128, 34 GFLOP or 208 us per 2^20 ids beside 192 us of bytes, too much to
+    hide. Grouped, a row meets its own map only: sizes to 8 by FMA, 16 and 64 by products of their
+    own width, a tenth of it with all sizes equally frequent. Grouping costs two launches and 36 B
+    per id (9 us per 2^20), so it pays from about 2^17 ids, 24 us of bytes and 26 us of products.
+    With plain ``tf32`` allowed the products take a third, 69 us per 2^20, and stay hidden. One size
     needs no products at all.
 
     fp64 always groups: the operand's mask comes from int8 levels, and Triton 3.7 then picks a

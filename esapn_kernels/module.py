@@ -240,7 +240,8 @@ class ResizableEmbedding(nn.Module):
             already, or no room was left.
 
         Raises:
-            IndexError, RuntimeError: as for :meth:`forward`; nothing is changed.
+            IndexError, RuntimeError: as for :meth:`forward`; nothing is changed. On a GPU an id out
+                of range is passed over, and False in what is returned.
             ValueError: a mask of another shape or dtype.
         """
         check_ids(ids, self.num_embeddings)
