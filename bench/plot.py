@@ -82,7 +82,10 @@ def plot(result: dict[str, Any], path: Path) -> None:
     used = [name for name in STYLES if any(r["provider"] == name for r in rows)]
     handles = [_handle(Line2D, name) for name in used]
     traffic = [t for t in _TRAFFIC if any(r["traffic"] == t for r in rows)]
-    handles += [Line2D([], [], color="0.2", linestyle=_TRAFFIC[t], label=t) for t in traffic]
+    for t in traffic:
+        face = "0.2" if t == "uniform" else "white"
+        style = {"linestyle": _TRAFFIC[t], "marker": "o", "markersize": 5, "markerfacecolor": face}
+        handles.append(Line2D([], [], color="0.2", label=t, **style))
     many = min(len(handles), 2 * columns)
     figure.legend(handles=handles, loc="outside upper center", ncols=many, frameon=False)
     figure.supxlabel(_caption(result, 52 * columns), fontsize=8, color="0.3")
@@ -101,6 +104,8 @@ def _draw(axis: Any, rows: Sequence[dict[str, Any]]) -> None:
                 marker=marker,
                 linestyle=style,
                 markersize=5,
+                # Hollow for Zipf: with one batch size there is no line to tell them apart.
+                markerfacecolor=color if traffic == "uniform" else "white",
                 linewidth=2.0 if provider == "ours" else 1.3,
                 zorder=3 if provider == "ours" else 2,
             )
