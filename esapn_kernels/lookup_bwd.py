@@ -16,7 +16,7 @@ Distinct rows first (:mod:`esapn_kernels.runs`). Then three passes over tiles of
                     occurs once has its g in the output's gradient
 
 Fused into one, the passes would read g once less, but hold the gradient of a map in registers while
-they wait for rows: 250 registers a thread, one block a multiprocessor, too few rows in flight.
+they wait for rows: one block a multiprocessor, too few rows in flight.
 There are no atomics and every sum has a fixed order, so equal inputs give equal bits. Bytes per
 distinct row, fp32: 4 d_n (G) + 8 (key, place) + 8 d_k (row read and written), 16 d_k more with
 Adam's state; below the last level 4 d_n + 4 d_k more for the chain, and 8 d_n for the sum of a row
