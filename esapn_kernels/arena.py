@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,7 @@ from .backend import resolve_backend
 from .ledger import Ledger
 from .resize import NOBODY, Places, fill_rows, launch_free, launch_insert, launch_promote
 from .torch_path import gather_rows, promote_rows
+from .update import row_table
 
 if TYPE_CHECKING:
     from .optim import FusedOptimizer
@@ -126,6 +127,7 @@ class Arena(nn.Module):
         free_count: int64 ``[n + 1]``: height of every level's stack, then of the page stack.
         free_base: int64 ``[n + 1]``: where every level's segment begins.
         row_size: int64 ``[n]``: the sizes, so that a checkpoint says what its levels are.
+        is_table: whether ``storage`` is a table of all rows in order (one size, none ever moved).
     """
 
     storage: nn.Parameter
@@ -140,6 +142,10 @@ class Arena(nn.Module):
     _fused: weakref.ref[FusedOptimizer] | None = None
     _owner: Tensor | None
     _room: list[int]
+    _initial_level: Tensor | None
+    is_table: bool
+    loaded_layout: tuple[Tensor, Tensor] | None
+    _located: tuple[Any, ...] | None
 
     def __init__(
         self,
@@ -157,9 +163,11 @@ class Arena(nn.Module):
         self.sizes = tuple(sizes)
         self.page = page_elements(self.sizes, num_rows)
         self.rows_per_page = [self.page // d for d in self.sizes]
-        if not isinstance(level, Tensor):
-            level = torch.full((num_rows,), level, dtype=torch.int8)
-        starts, page_level, free = self._layout(level.cpu())
+        with torch.device("cpu"):
+            if not isinstance(level, Tensor):
+                level = torch.full((num_rows,), level, dtype=torch.int8)
+            level = level.cpu()
+            starts, page_level, free = self._layout(level)
         if max_elements is not None and len(page_level) * self.page > max_elements:
             raise ValueError(
                 f"the rows take {len(page_level) * self.page} elements, "
@@ -168,31 +176,57 @@ class Arena(nn.Module):
         self.storage = nn.Parameter(
             torch.zeros(len(page_level) * self.page, device=device, dtype=dtype)
         )
-        index = self._index_dtype(self.storage.numel())
-        sink = torch.tensor([-1])
-        self._set("row_start", torch.cat([starts, sink]).to(index), device)
-        self._set("page_level", torch.cat([page_level, sink.to(torch.int8)]), device)
-        self._set("free_pages", torch.zeros(1, dtype=torch.int32), device)
-        # A level's stack holds at least a page of rows: the leftover of the page in use.
-        room = [max(len(rows), per) for rows, per in zip(free, self.rows_per_page, strict=True)]
-        base = torch.tensor([0, *torch.tensor(room).cumsum(0).tolist()])
-        stacks = torch.zeros(int(base[-1]) + 1, dtype=index)
-        for rows, begin in zip(free, base.tolist(), strict=False):
-            stacks[begin : begin + len(rows)] = rows
-        self._set("free_rows", stacks, device)
-        self._set("free_base", base, device)
-        self._set("free_count", torch.tensor([*(len(rows) for rows in free), 0]), device)
-        self._set("row_size", torch.tensor(self.sizes), device)
-        rows_per_page = torch.tensor(self.rows_per_page, device=device)
-        self.register_buffer("_rows_per_page", rows_per_page, persistent=False)
+        self._lay_out(starts, page_level, free)
+        # On the meta device there are no locations: to_empty makes them, and needs to know.
+        self._initial_level = level if self.storage.is_meta else None
         self._owner = None
         self._captured = False
-        self._room = room
-        self._ledger = Ledger(self.rows_per_page, [*(len(rows) for rows in free), 0])
+        self._located = None
+        self._was_loaded = False
+        self.loaded_layout = None
         companions.track(self)
 
-    def _set(self, name: str, value: Tensor, device: torch.device | str | None = None) -> None:
-        self.register_buffer(name, value.to(device) if device is not None else value)
+    def _lay_out(self, starts: Tensor, page_level: Tensor, free: Sequence[Tensor]) -> None:
+        """Make every buffer, from a layout on the CPU."""
+        index = self._index_dtype(self.storage.numel())
+        # A level's stack holds at least a page of rows: the leftover of the page in use.
+        room = [max(len(rows), per) for rows, per in zip(free, self.rows_per_page, strict=True)]
+        counts = [*(len(rows) for rows in free), 0]
+        with torch.device("cpu"):
+            sink = torch.tensor([-1])
+            base = torch.tensor([0, *torch.tensor(room).cumsum(0).tolist()])
+            stacks = torch.zeros(int(base[-1]) + 1, dtype=index)
+            for rows, begin in zip(free, base.tolist(), strict=False):
+                stacks[begin : begin + len(rows)] = rows
+            self._set("row_start", torch.cat([starts, sink]).to(index))
+            self._set("page_level", torch.cat([page_level, sink.to(torch.int8)]))
+            self._set("free_pages", torch.zeros(1, dtype=torch.int32))
+            self._set("free_rows", stacks)
+            self._set("free_base", base)
+            self._set("free_count", torch.tensor(counts))
+            self._set("row_size", torch.tensor(self.sizes))
+            self._set("_rows_per_page", torch.tensor(self.rows_per_page), persistent=False)
+        self._room = room
+        self._ledger = Ledger(self.rows_per_page, counts)
+        self.is_table = self._is_table(starts)
+
+    def _set(self, name: str, value: Tensor, persistent: bool = True) -> None:
+        self.register_buffer(name, value.to(self.storage.device), persistent)
+
+    def _is_table(self, starts: Tensor) -> bool:
+        """Whether ``storage`` is a table of all rows in order: one size, and none ever moved."""
+        dim = self.sizes[0]
+        if len(self.sizes) > 1 or self.page % dim:
+            return False
+        return torch.equal(starts.long(), torch.arange(len(starts), device=starts.device) * dim)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Arena:
+        super()._apply(fn, recurse)
+        if self._initial_level is not None and not self.storage.is_meta:
+            with torch.device("cpu"):
+                self._lay_out(*self._layout(self._initial_level))
+            self._initial_level = None
+        return self
 
     @staticmethod
     def _index_dtype(numel: int) -> torch.dtype:
@@ -252,6 +286,8 @@ class Arena(nn.Module):
 
     def _begin(self, rows: int, *, takes: bool = True) -> Places:
         """What a launch that moves up to ``rows`` rows works on."""
+        self.remember_layout()
+        self.is_table = False
         owner = self._owner
         if _capturing(self.free_count):
             # The graph holds the addresses: from here on nothing is replaced unasked.
@@ -314,7 +350,14 @@ class Arena(nn.Module):
     @property
     def locations(self) -> tuple[Tensor, Tensor]:
         """``(row_start [N], page_level [pages])`` as the lookup takes them."""
-        return self.row_start[:-1], self.page_level[:-1]
+        if torch.compiler.is_compiling():
+            return self.row_start[:-1], self.page_level[:-1]
+        # Past nn.Module's own lookup, and sliced once for the tensors of the moment: 5 us.
+        whole: tuple[Any, ...] = self._buffers["row_start"], self._buffers["page_level"]
+        located = self._located
+        if located is None or located[0] is not whole[0] or located[1] is not whole[1]:
+            located = self._located = (*whole, whole[0][:-1], whole[1][:-1])
+        return located[2], located[3]
 
     def level(self, ids: Tensor | None = None) -> Tensor:
         """Level of every row of ``ids`` (of all rows), int64; -1 where there is no row."""
@@ -447,6 +490,7 @@ class Arena(nn.Module):
         companions.reset_ids(self, ids)
 
     @torch.no_grad()
+    @companions.with_dense_gradient
     def insert(self, ids: Tensor, level: int, *, backend: str = "auto") -> Tensor:
         """Give ``ids`` that have no row a zero row of ``level``, with fresh state.
 
@@ -473,6 +517,8 @@ class Arena(nn.Module):
             raise ValueError("insert takes distinct ids")
         if bool((self.row_start[ids] >= 0).any()):
             raise ValueError("insert takes ids that have no row")
+        self.remember_layout()
+        self.is_table = False
         target = torch.full((ids.numel(),), level, device=ids.device)
         self._reserve(target, torch.full_like(target, -1))
         start = self.take(target)
@@ -506,6 +552,8 @@ class Arena(nn.Module):
             raise ValueError("free takes distinct ids")
         if bool((self.row_start[ids] < 0).any()):
             raise ValueError("free takes ids that have a row")
+        self.remember_layout()
+        self.is_table = False
         level = self.level(ids)
         self._reserve(torch.full_like(level, -1), level)
         self.give(self.row_start[ids].long(), level)
@@ -513,6 +561,7 @@ class Arena(nn.Module):
         return torch.ones_like(ids, dtype=torch.bool)
 
     @torch.no_grad()
+    @companions.with_dense_gradient
     def promote(
         self, ids: Tensor, chain: Tensor, mask: Tensor | None = None, *, backend: str = "auto"
     ) -> Tensor:
@@ -555,6 +604,7 @@ class Arena(nn.Module):
 
     def _promote_distinct(self, ids: Tensor, source: Tensor, chain: Tensor) -> None:
         target = source + 1
+        self.remember_layout()
         self._reserve(target, source)
         old_start = self.row_start[ids].long()
         start = self.take(target)
@@ -676,10 +726,12 @@ class Arena(nn.Module):
         return len(found)
 
     @torch.no_grad()
+    @companions.with_dense_gradient
     def compact(self) -> None:
         """Rewrite the arena without holes: the fewest pages that hold the rows in use."""
         # Places saved for a pending backward are no longer where the rows are.
         torch.autograd.graph.increment_version(self.storage)
+        self.remember_layout()
         level = self.level()
         old_start = self.row_start[:-1].long()
         starts, page_level, free = self._layout(level.cpu())
@@ -705,40 +757,102 @@ class Arena(nn.Module):
         self.free_pages = self.free_pages.new_zeros(1)
         self.free_count[-1] = 0
         self._ledger.see([*(len(rows) for rows in free), 0])
+        self.is_table = self._is_table(starts)
 
     # ---- state --------------------------------------------------------------------------------
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Take the saved arena's shapes: rows of a checkpoint may have grown."""
-        rows = state_dict.get(prefix + "row_start")
-        if not self._fits(state_dict, prefix):
-            args[-1].append(f"{prefix[:-1]} was saved with other sizes than {list(self.sizes)}.")
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, *lists: Any
+    ) -> None:
+        """Take the saved arena's shapes: rows of a checkpoint may have grown. All or nothing."""
+        missing, _, errors = lists
+        errors += self._misfits(state_dict, prefix)
+        if not self.fits(state_dict, prefix):
+            missing += [prefix + name for name in self._keys() if prefix + name not in state_dict]
             return
-        if rows is not None and rows.shape == self.row_start.shape:
-            saved = state_dict.get(prefix + "storage")
-            if saved is not None and saved.shape != self.storage.shape:
+        held = prefix + "storage" in state_dict
+        if held:
+            saved = {name: state_dict[prefix + name] for name in self._keys()}
+            if saved["storage"].shape != self.storage.shape:
                 for companion in list(self._everything()):
-                    companion.replace(companion.tensor.new_full(saved.shape, companion.fresh))
+                    fresh = companion.tensor.new_full(saved["storage"].shape, companion.fresh)
+                    companion.replace(fresh)
             for name, buffer in list(self.named_buffers(recurse=False)):
-                saved = state_dict.get(prefix + name)
-                if saved is not None:
-                    setattr(self, name, torch.empty_like(saved, device=buffer.device))
-        super()._load_from_state_dict(state_dict, prefix, *args)
+                if name in saved:
+                    setattr(self, name, torch.empty_like(saved[name], device=buffer.device))
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
         self._forget()
+        if held and not self.storage.is_meta:
+            self.is_table = self._is_table(self.row_start[:-1])
+            self._initial_level = None
+            self._was_loaded, self.loaded_layout = True, None
 
-    def _fits(self, state_dict: dict[str, Any], prefix: str) -> bool:
-        """Whether a saved arena has the same sizes and pages of the same length."""
-        names = ("row_size", "page_level", "storage")
-        if any(prefix + name not in state_dict for name in names):
-            return True  # missing keys are reported as such
-        sizes, level, storage = (state_dict[prefix + name] for name in names)
-        same_page = storage.numel() == (level.numel() - 1) * self.page
-        return sizes.tolist() == list(self.sizes) and same_page
+    def _keys(self) -> list[str]:
+        return ["storage", *(name for name in self._buffers if name != "_rows_per_page")]
+
+    def fits(self, state_dict: dict[str, Any], prefix: str) -> bool:
+        """Whether a saved arena, if ``state_dict`` holds one at ``prefix``, can be loaded."""
+        held = sum(prefix + name in state_dict for name in self._keys())
+        return held in (0, len(self._keys())) and not self._misfits(state_dict, prefix)
+
+    def _misfits(self, state_dict: dict[str, Any], prefix: str) -> list[str]:
+        """Why what is saved does not fit this arena; missing keys aside."""
+        if any(prefix + name not in state_dict for name in self._keys()):
+            return []
+        saved = {name: state_dict[prefix + name] for name in self._keys()}
+        rows, sizes = saved["row_start"].shape, saved["row_size"]
+        numel, pages = saved["storage"].numel(), saved["page_level"].numel() - 1
+        if rows != self.row_start.shape:
+            return [
+                f"size mismatch for {prefix}row_start: copying a param with shape {rows} from "
+                f"checkpoint, the shape in current model is {self.row_start.shape}."
+            ]
+        if sizes.tolist() != list(self.sizes) or numel != pages * self.page:
+            return [f"{prefix[:-1]} was saved with other sizes than {list(self.sizes)}."]
+        if self.max_elements is not None and numel > self.max_elements:
+            return [
+                f"{prefix[:-1]} was saved with {numel} elements, max_elements={self.max_elements} "
+                "allows fewer."
+            ]
+        return []
+
+    def remember_layout(self) -> None:
+        """Before rows move: keep where a checkpoint had them, until an optimizer has stepped.
+
+        The state of an optimizer that is loaded as well lies there, and no step has shown it yet.
+        """
+        if self._was_loaded and self.loaded_layout is None:
+            self.loaded_layout = self.row_start.clone(), self.page_level.clone()
+
+    def forget_layout(self) -> None:
+        """An optimizer has stepped, and its state goes with the rows from now on."""
+        self._was_loaded, self.loaded_layout = False, None
+
+    def relocated(self, state: Tensor, fresh: float) -> Tensor:
+        """``state`` as it lay in the checkpoint's layout, in the present one.
+
+        Rows that were resized since hold ``fresh``, as do those of a tensor of another layout.
+        """
+        assert self.loaded_layout is not None
+        row_start, page_level = self.loaded_layout
+        moved = state.new_full(self.storage.shape, fresh)
+        if state.numel() != (page_level.numel() - 1) * self.page:
+            return moved
+        old_start = row_start[:-1].long()
+        level = page_level[old_start // self.page]
+        stays = level == self.level()
+        for k, dim in enumerate(self.sizes):
+            mine = (stays & (level == k)).nonzero()[:, 0]
+            if len(mine):
+                rows = gather_rows(state, old_start[mine], dim)
+                row_table(moved, dim).index_copy_(0, self.row_start[mine].long(), rows)
+        return moved
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has no fused optimizer, and its own scratch.
         ledger = Ledger(self.rows_per_page, [])
-        return {**self.__dict__, "_fused": None, "_owner": None, "_ledger": ledger}
+        alone = {"_fused": None, "_owner": None, "_ledger": ledger, "_located": None}
+        return {**self.__dict__, **alone, "_was_loaded": False, "loaded_layout": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -6,11 +6,21 @@ imported, and asking for the Triton backend says why it cannot run.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
+from torch import Tensor
 
-__all__ = ["BACKENDS", "INTERPRETED", "TRITON_ERROR", "resolve_backend", "tl", "triton"]
+__all__ = [
+    "BACKENDS",
+    "INTERPRETED",
+    "TRITON_ERROR",
+    "own_precision",
+    "resolve_backend",
+    "tl",
+    "triton",
+]
 
 triton: Any
 tl: Any
@@ -47,6 +57,14 @@ if TRITON_ERROR is not None:
 
 BACKENDS = ("triton", "torch", "reference")
 """Names that ``backend=`` takes besides ``"auto"``."""
+
+
+def own_precision(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
+    """Autocast leaves a lookup alone, as it does ``nn.Embedding``: the rows set the precision."""
+    kind = tensor.device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return contextlib.nullcontext()
 
 
 def resolve_backend(backend: str, device: torch.device) -> str:

@@ -4,9 +4,9 @@ Any ``torch.optim`` optimizer that holds an arena's ``storage`` keeps, per eleme
 same shape (Adam's moments, Adagrad's sum, SGD's momentum). When a row moves, that state must move
 or be reset, and when the arena grows, it must grow. One hook, run before every optimizer step,
 finds the optimizers that hold an arena, so user code does not register anything; rows that move
-before an optimizer's first step find no state to move. Adagrad, which makes its state when it is
-built, is fitted at that step; state *loaded* into a new optimizer is too, but is right only if no
-row moved since: load, and step once, before promoting. The optimizers of ``optim`` are followed
+before an optimizer's first step find no state to move. State that is older than that step,
+Adagrad's, made when it is built, or loaded with a checkpoint, is brought to the rows' places then:
+the arena remembers the layout that its own checkpoint had. The optimizers of ``optim`` are followed
 from construction on, and say themselves which of their state goes with rows
 (``state_per_element``) and which with ids (``state_per_id``).
 
@@ -17,6 +17,7 @@ untouched wherever the row moves. The shared step counter of Adam goes on.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -29,7 +30,17 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 if TYPE_CHECKING:
     from .arena import Arena
 
-__all__ = ["Companion", "follow", "of", "of_ids", "reset_ids", "state_bytes", "track", "unfollow"]
+__all__ = [
+    "Companion",
+    "follow",
+    "of",
+    "of_ids",
+    "reset_ids",
+    "state_bytes",
+    "track",
+    "unfollow",
+    "with_dense_gradient",
+]
 
 _arenas: weakref.WeakSet[Arena] = weakref.WeakSet()
 _optimizers: weakref.WeakKeyDictionary[Arena, weakref.WeakSet[torch.optim.Optimizer]] = (
@@ -67,8 +78,10 @@ def _find(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for arena in _arenas:
         if id(arena.storage) in held:
-            follow(arena, optimizer)
-            _fit(arena, optimizer)
+            if optimizer not in _optimizers.get(arena, ()):
+                follow(arena, optimizer)
+                _fit(arena, optimizer)
+            arena.forget_layout()
 
 
 def _fresh(group: dict[str, Any], name: str) -> float:
@@ -77,12 +90,17 @@ def _fresh(group: dict[str, Any], name: str) -> float:
 
 
 def _fit(arena: Arena, optimizer: torch.optim.Optimizer) -> None:
-    """Bring state that is older than the arena's last growth to its length."""
+    """Bring state that was made, or loaded, before rows moved to where they are now."""
     storage = arena.storage
     for name, value in optimizer.state.get(storage, {}).items():
         whole = isinstance(value, Tensor) and value.dim() == 1 and value.numel() % arena.page == 0
-        if whole and value.shape != storage.shape:
-            fitted = value.new_full(storage.shape, _fresh(_group(optimizer, storage), name))
+        if not whole or not value.numel():
+            continue
+        fresh = _fresh(_group(optimizer, storage), name)
+        if arena.loaded_layout is not None:
+            optimizer.state[storage][name] = arena.relocated(value, fresh)
+        elif value.shape != storage.shape:
+            fitted = value.new_full(storage.shape, fresh)
             if value.numel() < storage.numel():
                 fitted[: value.numel()] = value  # growth moves no row
             optimizer.state[storage][name] = fitted
@@ -106,12 +124,37 @@ def of(arena: Arena) -> Iterator[Companion]:
             yield from _companions(state, _per_element(optimizer, storage))
 
 
+def with_dense_gradient(move: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate a method that moves an arena's rows: a sparse gradient is dense meanwhile."""
+
+    @functools.wraps(move)
+    def moving(arena: Arena, *args: Any, **kwargs: Any) -> Any:
+        storage = arena.storage
+        if storage.grad is None or not storage.grad.is_sparse:
+            return move(arena, *args, **kwargs)
+        sparse = storage.grad
+        storage.grad = sparse.to_dense()
+        try:
+            result = move(arena, *args, **kwargs)
+        except BaseException:
+            storage.grad = sparse
+            raise
+        storage.grad = storage.grad.to_sparse()
+        return result
+
+    return moving
+
+
 def _per_element(optimizer: torch.optim.Optimizer, storage: Tensor) -> dict[str, float]:
     """Names of the state in the arena's layout, and what an element of it starts as."""
     declared = getattr(optimizer, "state_per_element", None)
     if declared is not None:
         return declared
     group = _group(optimizer, storage)
+    for name, value in list(optimizer.state[storage].items()):
+        if isinstance(value, Tensor) and value.is_sparse:
+            # SGD's momentum begins as the first gradient; dense, it takes sparse ones as well.
+            optimizer.state[storage][name] = value.to_dense()
     return {
         name: _fresh(group, name)
         for name, value in optimizer.state[storage].items()

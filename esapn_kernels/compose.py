@@ -28,6 +28,7 @@ sizes), against 18,768 FLOP per row of size 2 for the chain itself.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,9 +36,16 @@ import torch
 from torch import Tensor
 
 from . import launch
-from .backend import tl, triton
+from .backend import own_precision, tl, triton
 
-__all__ = ["chain_numel", "compose", "compose_bwd", "compute_dtype", "operand_offsets"]
+__all__ = [
+    "ComposedCache",
+    "chain_numel",
+    "compose",
+    "compose_bwd",
+    "compute_dtype",
+    "operand_offsets",
+]
 
 
 def operand_offsets(sizes: Sequence[int]) -> list[int]:
@@ -338,15 +346,39 @@ def compose(chain: Tensor, sizes: Sequence[int], *, backend: str = "torch") -> T
         return run(chain.detach().contiguous(), sizes)
     chain = chain.detach().to(compute_dtype(chain.dtype))
     hops = _blocks(chain, sizes)
-    composed = chain.new_empty(operand_offsets(sizes)[-1], sizes[-1])
-    levels = composed.split([d + 1 for d in sizes[:-1]])
-    for k in range(len(hops) - 1, -1, -1):
-        if k == len(hops) - 1:
-            levels[k].copy_(hops[k])
-        else:
-            torch.mm(hops[k], levels[k + 1][:-1], out=levels[k])
-            levels[k][-1].add_(levels[k + 1][-1])
-    return composed
+    # Out of place: torch.func cannot write into memory of its own outside.
+    levels = hops[-1:]
+    with own_precision(chain):
+        for hop in hops[-2::-1]:
+            level = torch.mm(hop, levels[0][:-1])
+            level[-1] += levels[0][-1]
+            levels.insert(0, level)
+    return torch.cat(levels) if levels else chain.new_empty(0, sizes[-1])
+
+
+class ComposedCache:
+    """:func:`compose` of the chain last seen, kept where a look at the chain is cheap: on a CPU.
+
+    The chain's numbers are compared, 3 us for 9,604 of them against 80 us to compose: its version
+    counter would miss what is written through ``chain.data``. A copy of the cache is empty.
+    """
+
+    def __init__(self) -> None:
+        self._seen: bytes | None = None
+        self._composed: Tensor | None = None
+
+    def __call__(self, chain: Tensor, sizes: Sequence[int]) -> Tensor:
+        """``compose(chain, sizes)``, not to be written to; chain on a CPU, in plain eager code."""
+        address, length = ctypes.c_void_p(chain.data_ptr()), chain.nbytes
+        if self._composed is None or self._seen != ctypes.string_at(address, length):
+            # What inference mode made could not be saved for a backward outside of it.
+            with torch.inference_mode(False):
+                self._composed = compose(chain, sizes)
+            self._seen = ctypes.string_at(address, length)
+        return self._composed
+
+    def __reduce__(self) -> tuple[type[ComposedCache], tuple[()]]:
+        return ComposedCache, ()
 
 
 def compose_bwd(
@@ -386,11 +418,12 @@ def compose_bwd(
     levels, grads = composed.split(rows), grad_composed.split(rows)
     grad_chain = torch.empty_like(chain)
     grad_hops = _blocks(grad_chain, sizes)
-    for k in range(len(hops)):
-        if k == len(hops) - 1:
-            grad_hops[k].copy_(grads[k])
-        else:
-            torch.mm(grads[k], levels[k + 1][:-1].t(), out=grad_hops[k])
-            grads[k + 1][:-1].addmm_(hops[k].t(), grads[k])
-            grads[k + 1][-1].add_(grads[k][-1])
+    with own_precision(chain):
+        for k in range(len(hops)):
+            if k == len(hops) - 1:
+                grad_hops[k].copy_(grads[k])
+            else:
+                torch.mm(grads[k], levels[k + 1][:-1].t(), out=grad_hops[k])
+                grads[k + 1][:-1].addmm_(hops[k].t(), grads[k])
+                grads[k + 1][-1].add_(grads[k][-1])
     return grad_chain.to(dtype)

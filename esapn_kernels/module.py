@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import companions
 from .arena import Arena
-from .compose import chain_numel
-from .lookup import check_ids, lookup
+from .compose import ComposedCache, chain_numel
+from .lookup import check_ids, is_eager, lookup
 from .reference import split_chain
+from .update import row_table
 
 __all__ = ["MemoryReport", "ResizableEmbedding"]
 
@@ -65,6 +67,30 @@ class MemoryReport:
         return "\n".join([f"rows by size  {rows}", *lines, f"serving / fixed = {self.ratio:.2%}"])
 
 
+class _ReadOnly(Tensor):
+    """What ``weight`` gives: reads like any tensor, refuses to be written to."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = func.__name__
+        writes = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+        if writes or isinstance(kwargs.get("out"), cls) or func == Tensor.data.__get__:  # type: ignore[attr-defined]
+            raise RuntimeError(_READ_ONLY)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+
+
+_OPERATORS = "add and div floordiv lshift mod mul or pow rshift sub truediv xor"
+_IN_PLACE = {"__setitem__", "__set__", *(f"__i{name}__" for name in _OPERATORS.split())}
+_READ_ONLY = (
+    "weight of rows of several sizes is a dense copy, read-only: build the module by "
+    "from_pretrained, or write to arena.storage and chain"
+)
+
+
 class ResizableEmbedding(nn.Module):
     """Embedding with a size per row; every lookup is carried to the largest size.
 
@@ -74,25 +100,45 @@ class ResizableEmbedding(nn.Module):
     output does not change at that moment. The row values train through ``arena.storage``, one flat
     Parameter whose identity never changes, the hops through ``chain``, their packed Parameter.
 
+    Takes what ``nn.Embedding`` takes, in its order; what is ours is keyword-only. With one size it
+    *is* ``nn.Embedding``, number for number.
+
     Args:
         num_embeddings: number of rows ``N``.
         embedding_dim: output width; the largest of ``sizes``, and may be left out.
-        sizes: strictly increasing candidate sizes ``d_1 < ... < d_n``.
+        padding_idx: this row has no gradient and starts as zeros; negative counts from the end. It
+            is stored at the largest size, so that its output is itself, whatever the hops are.
+        max_norm, norm_type: rows looked up are scaled down, in place, to this p-norm. With one size
+            only: the norm of a shorter row says nothing of that of its output.
+        scale_grad_by_freq: divide the gradient of every occurrence by the count of its id in the
+            batch, for rows and hops alike.
+        sparse: the gradient of ``arena.storage`` is COO, for ``SGD``, ``Adagrad``, ``SparseAdam``.
+            ``esapn_kernels.optim`` is faster and needs no gradient at all.
+        _weight: ``[N, d_n]``, rows to start from, all at the largest size; copied.
+        _freeze: no gradient, neither for rows nor for hops.
+        device, dtype: of the parameters; fp32, bf16, fp16 or fp64.
+        sizes: strictly increasing candidate sizes ``d_1 < ... < d_n``; default: 2, 4, 8, 16, 64 and
+            128, or those below ``embedding_dim`` and itself.
         initial_size: size of every row at the start (default: the smallest), or an integer tensor
             ``[N]`` of sizes.
-        init_std: rows start as N(0, init_std^2); 1.0 is ``nn.Embedding``'s own. The hops start as
-            ``nn.Linear`` does, uniform in ``+-1/sqrt(d_k)``.
+        init_std: rows start as N(0, init_std^2); 1.0 is ``nn.Embedding``'s own.
+        init: how hops start. ``linear``: as ``nn.Linear``, uniform in ``+-1/sqrt(d_k)``, like the
+            paper's authors. ``isometric``: orthonormal columns times ``sqrt(d_{k+1} / d_k)``, no
+            bias, so that outputs have the variance ``init_std^2`` at every size.
         backend: ``auto`` | ``triton`` | ``torch`` | ``reference``; ``auto`` takes Triton on a GPU
             and torch elsewhere.
         out_dtype: of the output, rounded once from fp32 sums; default: that of the rows.
         max_elements: the rows never take more than so many numbers (whole pages of them). Then a
             row that cannot grow stays: on a CPU ``promote`` raises before anything moves, on a GPU
             its mask says so. Default: no limit.
-        device, dtype: of the parameters; fp32, bf16, fp16 or fp64.
 
     Raises:
         ValueError: sizes not strictly increasing positive integers, an ``embedding_dim`` that is
-            not the largest size, an unknown initial size or backend.
+            not the largest size, an unknown initial size, init or backend.
+        AssertionError: ``padding_idx`` out of range, ``_weight`` of another shape, as torch.
+        RuntimeError: a dtype that is none of the four, a negative ``num_embeddings``,
+            ``scale_grad_by_freq`` with ``sparse``, as torch.
+        NotImplementedError: ``max_norm`` with several sizes.
 
     State dict: ``arena.storage``, ``chain`` and the arena's location and free-list buffers; tensors
     only. A module whose rows have other sizes loads it and takes its sizes. Optimizer state of
@@ -120,57 +166,114 @@ class ResizableEmbedding(nn.Module):
         self,
         num_embeddings: int,
         embedding_dim: int | None = None,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
+        _weight: Tensor | None = None,
+        _freeze: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         *,
         sizes: Sequence[int] | None = None,
         initial_size: int | Tensor | None = None,
         init_std: float = 1.0,
+        init: str = "linear",
         backend: str = "auto",
         out_dtype: torch.dtype | None = None,
         max_elements: int | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if _weight is not None:
+            if embedding_dim is None and sizes is None and _weight.dim() == 2:
+                embedding_dim = _weight.shape[1]
+            device, dtype = _weight.device, _weight.dtype
         self.sizes = _check_sizes(_default_sizes(embedding_dim) if sizes is None else sizes)
         if embedding_dim not in (None, self.sizes[-1]):
             raise ValueError(
                 f"embedding_dim must be the largest size, {self.sizes[-1]}, got {embedding_dim}"
             )
-        if num_embeddings < 0:
-            raise ValueError(f"num_embeddings must not be negative, got {num_embeddings}")
-        if backend not in ("auto", "triton", "torch", "reference"):
-            raise ValueError(f"backend must be auto, triton, torch or reference, got {backend!r}")
         self.num_embeddings = num_embeddings
         self.embedding_dim = self.sizes[-1]
+        self.padding_idx = _check_padding(padding_idx, num_embeddings)
+        self.max_norm = max_norm
+        self.norm_type = norm_type
+        self.scale_grad_by_freq = scale_grad_by_freq
+        self.sparse = sparse
         self.init_std = init_std
+        self.init = init
         self.backend = backend
         self.out_dtype = out_dtype
+        self._check(dtype)
+        if _weight is not None and list(_weight.shape) != [num_embeddings, self.embedding_dim]:
+            raise AssertionError("Shape of weight does not match num_embeddings and embedding_dim")
+        top = self.embedding_dim
         self.arena = Arena(
             num_embeddings,
             self.sizes,
-            level=self._initial_level(initial_size),
+            level=self._initial_level(initial_size if _weight is None else top),
             max_elements=max_elements,
             device=device,
             dtype=dtype,
         )
         self.chain = nn.Parameter(torch.empty(chain_numel(self.sizes), device=device, dtype=dtype))
+        self._composed = ComposedCache()
         self.reset_parameters()
+        if _weight is not None:
+            self._write_rows(_weight)
+        if _freeze:
+            self.requires_grad_(False)
+
+    def _check(self, dtype: torch.dtype | None) -> None:
+        """Refuse arguments that exclude each other, before anything is allocated."""
+        if self.num_embeddings < 0:
+            raise RuntimeError(
+                f"num_embeddings must not be negative: trying to create a table with negative "
+                f"dimension {self.num_embeddings}"
+            )
+        if self.backend not in ("auto", "triton", "torch", "reference"):
+            raise ValueError(
+                f"backend must be auto, triton, torch or reference, got {self.backend!r}"
+            )
+        if self.init not in ("linear", "isometric"):
+            raise ValueError(f"init must be linear or isometric, got {self.init!r}")
+        floating = (None, torch.float32, torch.bfloat16, torch.float16, torch.float64)
+        if dtype not in floating:
+            raise RuntimeError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype}")
+        if self.max_norm is not None and len(self.sizes) > 1:
+            raise NotImplementedError(
+                "max_norm bounds a stored row, and of a row that is shorter than the output this "
+                f"says nothing: use one size, sizes=({self.sizes[-1]},), or normalise the output"
+            )
+        if self.sparse and self.scale_grad_by_freq:
+            raise RuntimeError("scale_grad_by_freq not supported with sparse gradients")
+        if self.sparse and self.backend == "reference":
+            raise ValueError("backend 'reference' has no sparse gradients: use sparse=False")
 
     def _initial_level(self, size: int | Tensor | None) -> int | Tensor:
+        level: int | Tensor
         if size is None:
-            return 0
-        if not isinstance(size, Tensor):
-            return self._level_of(size)
-        if size.shape != (self.num_embeddings,):
-            raise ValueError(
-                f"initial_size must be one size or [{self.num_embeddings}] sizes, "
-                f"got shape {list(size.shape)}"
-            )
-        known = torch.tensor(self.sizes, device=size.device)
-        level = torch.searchsorted(known, size.contiguous()).clamp(max=len(self.sizes) - 1)
-        if not torch.equal(known[level], size.to(known.dtype)):
-            raise ValueError(f"initial_size holds sizes that are not among {list(self.sizes)}")
-        return level.to(torch.int8)
+            level = 0
+        elif not isinstance(size, Tensor):
+            level = self._level_of(size)
+        else:
+            if size.shape != (self.num_embeddings,):
+                raise ValueError(
+                    f"initial_size must be one size or [{self.num_embeddings}] sizes, "
+                    f"got shape {list(size.shape)}"
+                )
+            size = size.cpu().contiguous()
+            known = torch.tensor(self.sizes, device="cpu")
+            level = torch.searchsorted(known, size).clamp(max=len(self.sizes) - 1)
+            if not torch.equal(known[level], size.to(known.dtype)):
+                raise ValueError(f"initial_size holds sizes that are not among {list(self.sizes)}")
+            level = level.to(torch.int8)
+        if self.padding_idx is not None and len(self.sizes) > 1:
+            if not isinstance(level, Tensor):
+                level = torch.full((self.num_embeddings,), level, dtype=torch.int8, device="cpu")
+            level[self.padding_idx] = len(self.sizes) - 1
+        return level
 
     def _level_of(self, size: int) -> int:
         if size not in self.sizes:
@@ -179,8 +282,15 @@ class ResizableEmbedding(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw rows from N(0, init_std^2) and hops as ``nn.Linear`` does; sizes stay."""
-        storage, level = self.arena.storage, self.arena.level()
+        """Draw rows and hops anew as ``init_std`` and ``init`` say; sizes stay.
+
+        The padding row becomes zeros. After ``to_empty`` of a module on the meta device rows have
+        their initial sizes.
+        """
+        storage = self.arena.storage
+        if storage.is_meta:
+            return
+        level = self.arena.level()
         start = self.arena.locations[0].long()
         storage.zero_()
         for k, dim in enumerate(self.sizes):
@@ -188,11 +298,124 @@ class ResizableEmbedding(nn.Module):
             # Drawn as one table, so that a single size gives nn.Embedding's own numbers.
             rows = torch.empty(len(mine), dim, device=storage.device, dtype=storage.dtype)
             rows.normal_(0.0, self.init_std)
-            storage[mine[:, None] + torch.arange(dim, device=mine.device)] = rows
+            if len(mine):
+                row_table(storage, dim).index_copy_(0, mine, rows)
+        if self.padding_idx is not None:
+            first = int(start[self.padding_idx])
+            storage[first : first + self.sizes[int(level[self.padding_idx])]] = 0
         for weight, bias in split_chain(self.chain, self.sizes):
-            bound = 1 / math.sqrt(weight.shape[1])
-            weight.uniform_(-bound, bound)
-            bias.uniform_(-bound, bound)
+            d_out, d_in = weight.shape
+            if self.init == "isometric":
+                columns = torch.empty(d_out, d_in, device=weight.device)
+                weight.copy_(nn.init.orthogonal_(columns, gain=math.sqrt(d_out / d_in)))
+                bias.zero_()
+            else:
+                bound = 1 / math.sqrt(d_in)
+                weight.uniform_(-bound, bound)
+                bias.uniform_(-bound, bound)
+
+    @torch.no_grad()
+    def _write_rows(self, weight: Tensor) -> None:
+        """Set all rows, which are of the largest size, to those of ``weight``."""
+        if self.num_embeddings and not weight.is_meta:
+            table = row_table(self.arena.storage, self.embedding_dim)
+            table.index_copy_(0, self.arena.locations[0].long(), weight)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        embeddings: Tensor,
+        freeze: bool = True,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
+        *,
+        sizes: Sequence[int] | None = None,
+        **options: Any,
+    ) -> ResizableEmbedding:
+        """A module whose rows are those of ``embeddings``, ``[N, d_n]``, all at the largest size.
+
+        Unlike ``nn.Embedding``'s, it holds a copy: rows of ours lie in an arena.
+
+        Args:
+            embeddings: ``[N, d_n]``, fp32, bf16, fp16 or fp64.
+            freeze: no gradient.
+            sizes: candidate sizes; default: ``d_n`` alone, because rows only grow.
+            options: the constructor's other keywords.
+
+        Raises:
+            AssertionError: ``embeddings`` is not 2-dimensional, as torch.
+
+        Example:
+            >>> emb = ResizableEmbedding.from_pretrained(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+            >>> emb(torch.tensor([1]))
+            tensor([[3., 4.]])
+        """
+        if embeddings.dim() != 2:
+            raise AssertionError("Embeddings parameter is expected to be 2-dimensional")
+        rows, dim = embeddings.shape
+        return cls(
+            rows,
+            dim,
+            padding_idx,
+            max_norm,
+            norm_type,
+            scale_grad_by_freq,
+            sparse,
+            embeddings.detach(),
+            freeze,
+            sizes=(dim,) if sizes is None else sizes,
+            **options,
+        )
+
+    @classmethod
+    def from_embedding(
+        cls, embedding: nn.Embedding, *, sizes: Sequence[int] | None = None, **options: Any
+    ) -> ResizableEmbedding:
+        """The same table as an ``nn.Embedding`` with its options: equal outputs and gradients.
+
+        Example:
+            >>> plain = nn.Embedding(10, 4, padding_idx=0)
+            >>> emb = ResizableEmbedding.from_embedding(plain)
+            >>> torch.equal(emb(torch.tensor([3])), plain(torch.tensor([3]))), emb.padding_idx
+            (True, 0)
+        """
+        return cls.from_pretrained(
+            embedding.weight,
+            not embedding.weight.requires_grad,
+            embedding.padding_idx,
+            embedding.max_norm,
+            embedding.norm_type,
+            embedding.scale_grad_by_freq,
+            embedding.sparse,
+            sizes=sizes,
+            **options,
+        )
+
+    @property
+    def weight(self) -> Tensor:
+        """All outputs as one table ``[N, d_n]``, for reading; gradients flow to rows and hops.
+
+        With one size a view of the rows, which can be written to; else a dense copy made at every
+        access, which refuses to be.
+        """
+        if self.arena.is_table:
+            return self._table()
+        ids = torch.arange(self.num_embeddings, device=self.chain.device)
+        dense = self(ids)
+        return dense if torch.compiler.is_compiling() else dense.as_subclass(_ReadOnly)
+
+    def _table(self) -> Tensor:
+        """The rows of a module of one size, ``[N, d]``: a view of the storage."""
+        storage = self.arena.storage
+        return storage.view(storage.numel() // self.embedding_dim, -1)[: self.num_embeddings]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            raise AttributeError(_READ_ONLY)
+        super().__setattr__(name, value)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Look up ``ids`` of any shape; returns ``[*ids.shape, embedding_dim]``.
@@ -201,20 +424,51 @@ class ResizableEmbedding(nn.Module):
             IndexError: an id out of range (on a GPU: an asynchronous device assertion).
             RuntimeError: ids that are neither int32 nor int64.
         """
-        row_start, page_level = self.arena.locations
-        fused = self.arena.fused_optimizer
+        # Past nn.Module's own lookup, which takes 1 us each.
+        arena: Any = self._modules["arena"]
+        storage: Any = arena._parameters["storage"]
+        chain: Any = self._parameters["chain"]
+        fused = arena.fused_optimizer
+        if self.max_norm is not None:
+            check_ids(ids, self.num_embeddings)
+            table = self._table().detach()
+            torch.embedding_renorm_(table, ids.contiguous(), self.max_norm, self.norm_type)
+        is_plain = arena.is_table and fused is None and not self.sparse
+        if is_plain and self.backend in ("auto", "torch") and self.out_dtype is None:
+            return self._look_up_plain(ids, storage)
+        composed = None
+        if chain.device.type == "cpu" and self.backend in ("auto", "torch") and is_eager():
+            composed = self._composed(chain, self.sizes)
+        row_start, page_level = arena.locations
         return lookup(
             ids,
-            self.arena.storage,
-            self.chain,
+            storage,
+            chain,
             row_start,
             page_level,
             sizes=self.sizes,
-            page=self.arena.page,
+            page=arena.page,
+            padding_idx=self.padding_idx,
+            scale_grad_by_freq=self.scale_grad_by_freq,
+            sparse=self.sparse,
             backend=self.backend,
             out_dtype=self.out_dtype,
-            begin_step=None if fused is None else partial(fused.begin_step, self.arena),
+            composed=composed,
+            begin_step=None if fused is None else partial(fused.begin_step, arena),
         )
+
+    def _look_up_plain(self, ids: Tensor, storage: Tensor) -> Tensor:
+        """One size, in order: what ``nn.Embedding`` does, by torch's own operator."""
+        if storage.device.type == "cpu" and is_eager():
+            # The ids are looked at so that the spare rows can stay: cutting them off would cost a
+            # copy of the gradient.
+            check_ids(ids, self.num_embeddings)
+            table = storage.view(storage.numel() // self.embedding_dim, -1)
+        else:
+            check_ids(ids, self.num_embeddings, look=False)
+            table = self._table()
+        padding_idx = -1 if self.padding_idx is None else self.padding_idx
+        return torch.embedding(table, ids, padding_idx, self.scale_grad_by_freq)
 
     def sizes_of(self, ids: Tensor | None = None) -> Tensor:
         """Size of every row of ``ids`` (of all rows), int64, shape of ``ids``; 0: no row."""
@@ -277,13 +531,15 @@ class ResizableEmbedding(nn.Module):
             Bool, shape of ``ids``: True where the row is of ``size`` now. False: no room was left.
 
         Raises:
-            ValueError: ``size`` is not a candidate, or a row is larger than ``size`` (rows only
-                grow); nothing is changed.
+            ValueError: ``size`` is not a candidate, or a row other than the padding row is larger
+                than ``size`` (rows only grow); nothing is changed.
             IndexError, RuntimeError: as for :meth:`forward`; nothing is changed.
         """
         target = self._level_of(size)
         check_ids(ids, self.num_embeddings)
         level = self.arena.level(ids)
+        if self.padding_idx is not None:
+            level = level.masked_fill(ids == self.padding_idx, target)
         if bool((level > target).any()):
             largest = self.sizes[int(level.max())]
             raise ValueError(f"rows only grow: cannot resize a row of size {largest} to {size}")
@@ -316,10 +572,40 @@ class ResizableEmbedding(nn.Module):
     def to_embedding(self) -> nn.Embedding:
         """The plain ``nn.Embedding(N, d_n)`` with the same outputs, for serving or export."""
         weight = self(torch.arange(self.num_embeddings, device=self.chain.device))
-        return nn.Embedding.from_pretrained(weight, freeze=not self.chain.requires_grad)
+        return nn.Embedding.from_pretrained(
+            weight,
+            not self.arena.storage.requires_grad,
+            self.padding_idx,
+            self.max_norm,
+            self.norm_type,
+            self.scale_grad_by_freq,
+            self.sparse,
+        )
+
+    def __repr__(self) -> str:
+        # One line, like nn.Embedding: the arena has nothing to add.
+        return f"{self._get_name()}({self.extra_repr()})"
 
     def extra_repr(self) -> str:
-        return f"{self.num_embeddings}, {self.embedding_dim}, sizes={self.sizes}"
+        text = f"{self.num_embeddings}, {self.embedding_dim}"
+        for name, default in _OPTIONS.items():
+            if (value := getattr(self, name)) != default:
+                text += f", {name}={value}"
+        return text if len(self.sizes) == 1 else f"{text}, sizes={self.sizes}"
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        # All or nothing: hops without the rows that they belong to would be another table.
+        if self.arena.fits(state_dict, prefix + "arena."):
+            super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+_OPTIONS = {
+    "padding_idx": None,
+    "max_norm": None,
+    "norm_type": 2.0,
+    "scale_grad_by_freq": False,
+    "sparse": False,
+}
 
 
 def _default_sizes(embedding_dim: int | None) -> Sequence[int]:
@@ -327,6 +613,15 @@ def _default_sizes(embedding_dim: int | None) -> Sequence[int]:
     if embedding_dim is None:
         return _DEFAULT_SIZES
     return [d for d in _DEFAULT_SIZES if d < embedding_dim] + [embedding_dim]
+
+
+def _check_padding(padding_idx: int | None, num_embeddings: int) -> int | None:
+    """``padding_idx`` counted from the front; refused in torch's own words."""
+    if padding_idx is None:
+        return None
+    if not -num_embeddings <= padding_idx < num_embeddings:
+        raise AssertionError("Padding_idx must be within num_embeddings")
+    return padding_idx % num_embeddings
 
 
 def _check_sizes(sizes: Sequence[int]) -> tuple[int, ...]:

@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import mmap
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -27,6 +29,7 @@ __all__ = [
     "fill_rows",
     "gather_rows",
     "lookup_bwd",
+    "lookup_bwd_sparse",
     "lookup_bwd_update",
     "lookup_fwd",
     "promote_rows",
@@ -37,6 +40,11 @@ _TILE = 1 << 22
 
 _SMALL = 1 << 14
 """So few numbers come sooner from the allocator than from scratch."""
+
+_FEW = 1 << 8
+"""Up to so many ids, NumPy takes less time than torch."""
+
+_NUMPY = (torch.float32, torch.float64)
 
 _HUGE = 1 << 24
 """Bytes from which a result asks for huge pages; smaller memory is mostly used again."""
@@ -144,14 +152,67 @@ def lookup_fwd(
 
     ``out``: contiguous memory of that shape, in the dtype of ``storage``, for the result.
     """
+    few = 0 < ids.numel() <= _FEW and storage.device.type == "cpu" and storage.dtype in _NUMPY
     if out is None:
-        out = _with_huge_pages(storage.new_empty(ids.numel(), sizes[-1]))
+        out = storage.new_empty(ids.numel(), sizes[-1])
+        if not few:
+            _with_huge_pages(out)
+    if few:
+        where = row_start, page_level, tuple(sizes), page
+        _lookup_few(ids, storage.detach(), composed, *where, out)
+        return out
     with _scratch() as scratch:
         for _, span in _spans([ids.numel()], _TILE // sizes[-1]):
             start = row_start.index_select(0, ids[span])
             level = page_level.index_select(0, start // page)
             _lookup_tile(start, level, storage.detach(), composed, sizes, out[span], scratch)
     return out
+
+
+def _lookup_few(
+    ids: Tensor,
+    storage: Tensor,
+    composed: Tensor,
+    row_start: Tensor,
+    page_level: Tensor,
+    sizes: tuple[int, ...],
+    page: int,
+    out: Tensor,
+) -> None:
+    """:func:`lookup_fwd` of few ids, where calls cost more than work: by NumPy, whose are short."""
+    start = row_start.index_select(0, ids).numpy()
+    if np.minimum.reduce(start) < 0:
+        raise IndexError("index out of range in self")
+    level = page_level.numpy().take(start // page)
+    order = level.argsort(kind="stable")
+    counts = np.bincount(level, minlength=len(sizes)).tolist()
+    # All rows with their 1, one behind the other by level, in one gather. What lies behind the
+    # storage's last row is never used.
+    width = _widths(sizes).take(level[order])
+    end = width.cumsum()
+    elements = (start[order] - end + width).repeat(width)
+    elements += np.arange(elements.size)
+    entries = storage.numpy().take(elements, mode="clip")
+    entries[end - 1] = 1
+    maps, grouped = composed.numpy(), np.empty(out.shape, entries.dtype)
+    row = entry = base = 0
+    for count, dim in zip(counts, sizes, strict=True):
+        if count:
+            x = entries[entry : entry + count * (dim + 1)].reshape(count, dim + 1)
+            if dim < sizes[-1]:
+                np.dot(x, maps[base : base + dim + 1], out=grouped[row : row + count])
+            else:
+                grouped[row:] = x[:, :-1]
+            row += count
+            entry += count * (dim + 1)
+        base += dim + 1
+    out.numpy()[order] = grouped
+
+
+@functools.cache
+def _widths(sizes: tuple[int, ...]) -> np.ndarray:
+    """Columns of the operand that a row of every level takes, its 1 included."""
+    return np.array(sizes) + 1
 
 
 def _lookup_tile(
@@ -253,6 +314,55 @@ def lookup_bwd(
         table = row_table(grad_storage, grad.shape[1])
         table.index_copy_(0, start, grad.to(storage.dtype))
     return grad_storage, grad_composed
+
+
+def lookup_bwd_sparse(
+    grad_out: Tensor,
+    ids: Tensor,
+    storage: Tensor,
+    composed: Tensor,
+    row_start: Tensor,
+    page_level: Tensor,
+    sizes: Sequence[int],
+    page: int,
+    padding_idx: int | None = None,
+    want_composed: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """:func:`lookup_bwd` whose gradient of the storage is COO, the elements of the rows looked up.
+
+    The row of ``padding_idx`` has no entries. Not coalesced: levels come one after the other, and
+    in a table of one size every occurrence has entries of its own.
+    """
+    storage = storage.detach()
+    grad_composed = torch.zeros_like(composed) if want_composed else None
+    where = row_start, page_level, sizes, page
+    if len(sizes) == 1:
+        # One entry per occurrence, as nn.Embedding has it: SGD applies them one after the other.
+        kept = slice(None) if padding_idx is None else ids != padding_idx
+        start = row_start.index_select(0, ids[kept])
+        index = _elements(start, sizes[0])
+        value = grad_out[kept].to(storage.dtype, copy=True).reshape(-1)
+        return _coo(index, value, storage), grad_composed
+    elements = [ids.new_empty(0, dtype=torch.int64)]
+    values = [storage.new_empty(0)]
+    for at, start, grad in _row_grads(grad_out, ids, storage, composed, *where, grad_composed):
+        if padding_idx is not None:
+            kept = ids.index_select(0, at) != padding_idx
+            start, grad = start[kept], grad[kept]
+        elements.append(_elements(start, grad.shape[1]))
+        values.append(grad.to(storage.dtype, copy=True).reshape(-1))
+    return _coo(torch.cat(elements), torch.cat(values), storage), grad_composed
+
+
+def _elements(start: Tensor, dim: int) -> Tensor:
+    """Elements of the rows of one size that begin at ``start``, int64 ``[len(start) * dim]``."""
+    return (start[:, None] + torch.arange(dim, device=start.device)).reshape(-1)
+
+
+def _coo(elements: Tensor, values: Tensor, storage: Tensor) -> Tensor:
+    return torch.sparse_coo_tensor(
+        elements[None], values, storage.shape, check_invariants=False, is_coalesced=False
+    )
 
 
 def lookup_bwd_update(

@@ -21,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from esapn_kernels import chain_grad, compose, group, launch, lookup, lookup_bwd, resize, runs
+from esapn_kernels import chain_grad, compose, group, launch, lookup_bwd, lookup_fwd, resize, runs
 from esapn_kernels.update import RULES
 
 PAPER, AWKWARD, WIDE = (2, 4, 8, 16, 64, 128), (1, 3, 5, 33), (7, 128, 512)
@@ -98,13 +98,13 @@ def _forward_cases(label, sizes, dtype, row, n_ids, index):
     asserting = {"debug": True, "sanitize_overflow": False}
     small = launch.block_constants(launch.choose_fwd(n_ids, sizes[-1], dtype)) | asserting
     if not launch.groups_ids(1, sizes, dtype):
-        yield _case(lookup._lookup_fwd_kernel, label, small, shared, types)
+        yield _case(lookup_fwd._lookup_fwd_kernel, label, small, shared, types)
     grouped = launch.choose_fwd_grouped(n_ids, sizes, dtype).constants(sizes, PAGE, dtype)
-    yield _case(lookup._lookup_grouped_kernel, label, grouped, shared, types)
+    yield _case(lookup_fwd._lookup_grouped_kernel, label, grouped, shared, types)
     if dtype == torch.float32:
         halved = types | {"out_ptr": "*bf16"}
-        yield _case(lookup._lookup_fwd_kernel, f"{label}-bf16", small, shared, halved)
-        yield _case(lookup._lookup_grouped_kernel, f"{label}-bf16", grouped, shared, halved)
+        yield _case(lookup_fwd._lookup_fwd_kernel, f"{label}-bf16", small, shared, halved)
+        yield _case(lookup_fwd._lookup_grouped_kernel, f"{label}-bf16", grouped, shared, halved)
     sort = grouping.constants()
     yield _case(group._group_count_kernel, label, sort | asserting, shared, types)
     yield _case(group._group_place_kernel, label, sort, shared, types)

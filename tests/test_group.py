@@ -8,7 +8,7 @@ import torch
 
 from esapn_kernels import group as group_file
 from esapn_kernels import launch
-from esapn_kernels import lookup as lookup_file
+from esapn_kernels import lookup_fwd as lookup_file
 from esapn_kernels.compose import chain_numel, compose
 from esapn_kernels.group import group_by_level
 from esapn_kernels.reference import lookup_reference
@@ -130,7 +130,7 @@ def test_unused_levels_and_index_widths(mix, index, run, device, nan_empty):
 def test_more_tiles_than_programs(device, monkeypatch, nan_empty):
     """Programs go on across levels and miss no tile, whatever their number."""
     case = make_case((2, 5, 16, 24), 60, 500, device=device, mix=(5, 1, 0, 3))
-    expected = looked_up(case, lookup_file._launch_fwd)
+    expected = looked_up(case, lookup_file.launch_fwd)
     for programs in (1, 2, 3, 7, 19, 64):
         choice = launch.GroupedConfig(16, 16, 32, 4, programs)
         monkeypatch.setattr(launch, "choose_fwd_grouped", lambda *_, choice=choice: choice)
@@ -152,10 +152,10 @@ def test_output_into_given_memory(device):
     storage, chain, *where = (t.detach() for t in case.operands())
     operands = (case.ids, storage, compose(chain, (2, 5, 16)), *where, *case.layout.values())
     buffer = torch.full((32, 16), float("nan"), dtype=torch.float16, device=device)
-    out = lookup_file._launch_fwd(*operands, out=buffer[1:-1])
+    out = lookup_file.launch_fwd(*operands, out=buffer[1:-1])
     assert out.data_ptr() == buffer[1].data_ptr()
     assert buffer[0].isnan().all() and buffer[-1].isnan().all()
-    expected = lookup_file._launch_fwd(*operands, out_dtype=torch.float16)
+    expected = lookup_file.launch_fwd(*operands, out_dtype=torch.float16)
     assert expected.dtype == torch.float16 and torch.equal(out, expected)
 
 
@@ -192,14 +192,14 @@ def test_ids_out_of_range_fail_an_assertion(grouped):
     script = f"""
 import torch
 from esapn_kernels import launch
-from esapn_kernels.lookup import _launch_fwd
+from esapn_kernels.lookup_fwd import launch_fwd
 launch.groups_ids = lambda *_: {grouped}
 where = torch.tensor([0, 2], device="cuda"), torch.zeros(1, dtype=torch.int8, device="cuda")
 operands = torch.zeros(4, device="cuda"), torch.zeros(3, 4, device="cuda"), *where, (2, 4), 4
-_launch_fwd(torch.tensor([0, 1], device="cuda"), *operands)
+launch_fwd(torch.tensor([0, 1], device="cuda"), *operands)
 torch.cuda.synchronize()
 print("in range", flush=True)
-_launch_fwd(torch.tensor([0, 2], device="cuda"), *operands)
+launch_fwd(torch.tensor([0, 2], device="cuda"), *operands)
 torch.cuda.synchronize()
 """
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
@@ -211,8 +211,8 @@ def test_ids_with_a_stride(device):
     case = make_case((2, 5, 16), 20, 30, device=device)
     strided = case.ids.repeat_interleave(2)[::2]
     assert not strided.is_contiguous()
-    expected = looked_up(case, lookup_file._launch_fwd)
-    assert torch.equal(looked_up(with_ids(case, strided), lookup_file._launch_fwd), expected)
+    expected = looked_up(case, lookup_file.launch_fwd)
+    assert torch.equal(looked_up(with_ids(case, strided), lookup_file.launch_fwd), expected)
 
 
 def test_large_batches_group(backend, device, monkeypatch):

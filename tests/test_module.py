@@ -199,7 +199,6 @@ BAD_ARGUMENTS = {
     "initial-sizes": {"sizes": (2, 4), "initial_size": torch.tensor([2, 4, 3])},
     "initial-sizes-above": {"sizes": (2, 4), "initial_size": torch.tensor([2, 4, 8])},
     "initial-sizes-short": {"sizes": (2, 4), "initial_size": torch.tensor([2, 4])},
-    "num-embeddings": {"num_embeddings": -1, "sizes": (2, 4)},
 }
 
 

@@ -26,6 +26,7 @@ def small_blocks(monkeypatch):
     """Several blocks per level, and everything in scratch that nobody has used before."""
     monkeypatch.setattr(torch_path, "_TILE", 300)
     monkeypatch.setattr(torch_path, "_SMALL", 0)
+    monkeypatch.setattr(torch_path, "_FEW", 0)
     monkeypatch.setattr(torch_path, "_idle", [])
 
 
@@ -164,7 +165,7 @@ def test_an_error_leaves_no_scratch_behind(small_blocks):
 
 def test_huge_pages_change_nothing(monkeypatch, nan_empty):
     monkeypatch.setattr(torch_path, "_HUGE", 1 << 14)
-    case = make_case(PAPER, 300, 200)
+    case = make_case(PAPER, 300, 300)
     asked = []
     original = torch_path._with_huge_pages
     monkeypatch.setattr(
