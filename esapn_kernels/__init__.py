@@ -1,7 +1,8 @@
 """Ragged embeddings that grow: lookup, gradient and promotion of rows stored at their own size."""
 
+from .bag import ResizableEmbeddingBag
 from .module import MemoryReport, ResizableEmbedding
 
-__all__ = ["MemoryReport", "ResizableEmbedding", "__version__"]
+__all__ = ["MemoryReport", "ResizableEmbedding", "ResizableEmbeddingBag", "__version__"]
 
 __version__ = "0.1.0"

@@ -162,6 +162,8 @@ class ResizableEmbedding(nn.Module):
         True
     """
 
+    _shown = ("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
+
     def __init__(
         self,
         num_embeddings: int,
@@ -403,9 +405,12 @@ class ResizableEmbedding(nn.Module):
         """
         if self.arena.is_table:
             return self._table()
-        ids = torch.arange(self.num_embeddings, device=self.chain.device)
-        dense = self(ids)
+        dense = self._dense()
         return dense if torch.compiler.is_compiling() else dense.as_subclass(_ReadOnly)
+
+    def _dense(self) -> Tensor:
+        ids = torch.arange(self.num_embeddings, device=self.chain.device)
+        return ResizableEmbedding.forward(self, ids)
 
     def _table(self) -> Tensor:
         """The rows of a module of one size, ``[N, d]``: a view of the storage."""
@@ -571,9 +576,8 @@ class ResizableEmbedding(nn.Module):
     @torch.no_grad()
     def to_embedding(self) -> nn.Embedding:
         """The plain ``nn.Embedding(N, d_n)`` with the same outputs, for serving or export."""
-        weight = self(torch.arange(self.num_embeddings, device=self.chain.device))
         return nn.Embedding.from_pretrained(
-            weight,
+            self._dense(),
             not self.arena.storage.requires_grad,
             self.padding_idx,
             self.max_norm,
@@ -588,9 +592,9 @@ class ResizableEmbedding(nn.Module):
 
     def extra_repr(self) -> str:
         text = f"{self.num_embeddings}, {self.embedding_dim}"
-        for name, default in _OPTIONS.items():
-            if (value := getattr(self, name)) != default:
-                text += f", {name}={value}"
+        for name in self._shown:
+            if (value := getattr(self, name)) != _DEFAULTS.get(name):
+                text += f", {name}={value!r}"
         return text if len(self.sizes) == 1 else f"{text}, sizes={self.sizes}"
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
@@ -599,13 +603,7 @@ class ResizableEmbedding(nn.Module):
             super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-_OPTIONS = {
-    "padding_idx": None,
-    "max_norm": None,
-    "norm_type": 2.0,
-    "scale_grad_by_freq": False,
-    "sparse": False,
-}
+_DEFAULTS = {"norm_type": 2.0, "scale_grad_by_freq": False, "sparse": False}
 
 
 def _default_sizes(embedding_dim: int | None) -> Sequence[int]:

@@ -159,7 +159,8 @@ def lookup_fwd(
             _with_huge_pages(out)
     if few:
         where = row_start, page_level, tuple(sizes), page
-        _lookup_few(ids, storage.detach(), composed, *where, out)
+        with np.errstate(all="ignore"):  # torch does not warn of an overflow either
+            _lookup_few(ids, storage.detach(), composed, *where, out)
         return out
     with _scratch() as scratch:
         for _, span in _spans([ids.numel()], _TILE // sizes[-1]):

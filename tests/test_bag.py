@@ -1,0 +1,194 @@
+"""bag.py: ResizableEmbeddingBag beside nn.EmbeddingBag, asked of torch at run time."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from esapn_kernels import ResizableEmbeddingBag
+from esapn_kernels.reference import lookup_reference
+
+N, D = 12, 4
+SIZES = (2, 3, D)
+MIXED = torch.tensor([2, 3, 4] * (N // 3))
+ONE = partial(ResizableEmbeddingBag, sizes=(D,))
+RAGGED = partial(ResizableEmbeddingBag, sizes=SIZES, initial_size=MIXED)
+our_classes = pytest.mark.parametrize("make", [ONE, RAGGED], ids=["one", "ragged"])
+
+IDS = torch.tensor([3, 3, 0, 11, 3, 7, 5])
+INPUTS = {
+    "2-d": (IDS[:6].view(2, 3), None),
+    "offsets": (IDS, torch.tensor([0, 3, 4])),
+    "empty-bags": (IDS, torch.tensor([0, 0, 4, 7, 7])),
+    "int32": (IDS.int(), torch.tensor([0, 3], dtype=torch.int32)),
+    "no-ids": (IDS[:0], torch.tensor([0, 0])),
+    "no-bags": (torch.zeros(0, 3, dtype=torch.long), None),
+}
+
+
+def seeded(make, **options):
+    torch.manual_seed(1)
+    return make(N, D, **options)
+
+
+def plain_of(module):
+    """nn.EmbeddingBag with the same table: of one size its twin, else of the dense outputs."""
+    return module.to_embedding().requires_grad_()
+
+
+def leaf_gradient(module):
+    if isinstance(module, nn.EmbeddingBag):
+        return module.weight.grad
+    return module.arena.storage.grad[: N * D].view(N, D)
+
+
+@our_classes
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+@pytest.mark.parametrize("padding_idx", [None, 3, -1])
+@pytest.mark.parametrize("bags", INPUTS.values(), ids=INPUTS.keys())
+def test_bags(make, mode, padding_idx, bags):
+    ours = seeded(make, mode=mode, padding_idx=padding_idx, dtype=torch.float64)
+    theirs = plain_of(ours)
+    out, expected = ours(*bags), theirs(*bags)
+    torch.testing.assert_close(out, expected)
+    upstream = torch.randn_like(expected)
+    out.backward(upstream)
+    expected.backward(upstream)
+    if make is ONE:
+        torch.testing.assert_close(leaf_gradient(ours), theirs.weight.grad)
+        return
+    # The gradient of the dense table, carried on through the definition of the lookup.
+    arena = ours.arena
+    storage, chain = (p.detach().clone().requires_grad_() for p in (arena.storage, ours.chain))
+    rows = lookup_reference(torch.arange(N), storage, chain, *arena.locations, SIZES, arena.page)
+    rows.backward(theirs.weight.grad)
+    torch.testing.assert_close(arena.storage.grad, storage.grad)
+    torch.testing.assert_close(ours.chain.grad, chain.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_one_size_sums_the_same_bits(dtype):
+    ours = seeded(ONE, mode="sum", dtype=dtype)
+    theirs = seeded(nn.EmbeddingBag, mode="sum", dtype=dtype)
+    assert torch.equal(ours.weight, theirs.weight)
+    bags = INPUTS["offsets"]
+    if dtype == torch.bfloat16:  # torch sums rounded rows here as there, in another order
+        torch.testing.assert_close(ours(*bags), theirs(*bags))
+    else:
+        assert torch.equal(ours(*bags), theirs(*bags))
+
+
+@our_classes
+@pytest.mark.parametrize("include_last_offset", [False, True])
+def test_weights_of_samples(make, include_last_offset):
+    options = {"include_last_offset": include_last_offset, "padding_idx": 0}
+    ours = seeded(make, mode="sum", dtype=torch.float64, **options)
+    theirs = plain_of(ours)
+    offsets = torch.tensor([0, 3, 4, 7] if include_last_offset else [0, 3, 4])
+    grads = []
+    for module in (ours, theirs):
+        weights = torch.linspace(-1, 1, 7, dtype=torch.float64, requires_grad=True)
+        out = module(IDS, offsets, weights)
+        out.square().sum().backward()
+        grads.append((out, weights.grad))
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean"])
+@pytest.mark.parametrize("options", [{"scale_grad_by_freq": True}, {"sparse": True}], ids=str)
+def test_options(mode, options):
+    """Against nn.Embedding with the option, its rows reduced by torch."""
+    ids, offsets = INPUTS["offsets"]
+    ours, theirs = seeded(ONE, mode=mode, **options), seeded(nn.Embedding, **options)
+    ours(ids, offsets).square().sum().backward()
+    pooled = F.embedding_bag(torch.arange(7), theirs(ids), offsets, mode=mode)
+    pooled.square().sum().backward()
+    found, expected = ours.arena.storage.grad, theirs.weight.grad
+    assert found.is_sparse == expected.is_sparse == ("sparse" in options)
+    if found.is_sparse:
+        found, expected = found.to_dense(), expected.to_dense()
+    torch.testing.assert_close(found[: N * D].view(N, D), expected)
+
+
+def test_max_norm():
+    ours, theirs = seeded(ONE, max_norm=0.5), seeded(nn.EmbeddingBag, max_norm=0.5)
+    torch.testing.assert_close(ours(*INPUTS["2-d"]), theirs(*INPUTS["2-d"]))
+    torch.testing.assert_close(ours.weight, theirs.weight)
+
+
+def test_growing_and_saving():
+    module = seeded(RAGGED, mode="mean")
+    before = module(*INPUTS["offsets"]).detach()
+    assert module.promote(torch.tensor([3, 0])).all()
+    torch.testing.assert_close(module(*INPUTS["offsets"]).detach(), before, atol=1e-6, rtol=1e-5)
+    fresh = ResizableEmbeddingBag(N, D, sizes=SIZES)
+    fresh.load_state_dict(module.state_dict())
+    assert torch.equal(fresh(*INPUTS["offsets"]), module(*INPUTS["offsets"]))
+    assert torch.equal(copy.deepcopy(module)(*INPUTS["2-d"]), module(*INPUTS["2-d"]))
+
+
+def test_from_and_to():
+    theirs = nn.EmbeddingBag(N, D, mode="sum", padding_idx=2, include_last_offset=True)
+    ours = ResizableEmbeddingBag.from_embedding(theirs)
+    assert repr(ours) == repr(theirs).replace("EmbeddingBag(", "ResizableEmbeddingBag(")
+    assert repr(ours.to_embedding()) == repr(theirs) and ours.arena.storage.requires_grad
+    offsets = torch.tensor([0, 2, 7])
+    assert torch.equal(ours(IDS, offsets), theirs(IDS, offsets))
+    assert torch.equal(ours.to_embedding()(IDS, offsets), theirs(IDS, offsets))
+    with pytest.raises(AssertionError, match="2-dimensional"):
+        ResizableEmbeddingBag.from_pretrained(torch.zeros(3))
+    assert not any(
+        p.requires_grad for p in ResizableEmbeddingBag.from_pretrained(theirs.weight).parameters()
+    )
+
+
+ZERO = torch.tensor([0])
+MISUSES = {
+    "above": ("mean", lambda m: m(torch.tensor([1, N]), ZERO)),
+    "negative": ("mean", lambda m: m(torch.tensor([[1, -1]]))),
+    "no-offsets": ("mean", lambda m: m(IDS)),
+    "first-offset": ("mean", lambda m: m(IDS, torch.tensor([1]))),
+    "last-offset": ("mean", lambda m: m(IDS, torch.tensor([0, 9]))),
+    "2-d-offsets": ("mean", lambda m: m(IDS[:6].view(2, 3), ZERO)),
+    "offsets-2-d": ("mean", lambda m: m(IDS, torch.tensor([[0]]))),
+    "0-d": ("mean", lambda m: m(torch.tensor(1))),
+    "float": ("mean", lambda m: m(torch.tensor([1.0]), ZERO)),
+    "list": ("mean", lambda m: m([1], ZERO)),
+    "weights-of-mean": ("mean", lambda m: m(IDS, ZERO, torch.ones(7))),
+    "weights-short": ("sum", lambda m: m(IDS, ZERO, torch.ones(1))),
+    "weights-dtype": ("sum", lambda m: m(IDS, ZERO, torch.ones(7, dtype=torch.float64))),
+}
+
+
+@our_classes
+@pytest.mark.parametrize("misuse", MISUSES)
+def test_misuse(make, misuse):
+    mode, call = MISUSES[misuse]
+    raised = []
+    for kind in (nn.EmbeddingBag, make):
+        module = seeded(kind, mode=mode)
+        before = {key: value.clone() for key, value in module.state_dict().items()}
+        with pytest.raises(Exception) as caught:  # noqa: B017 - the types are compared below
+            call(module)
+        raised.append(caught.value)
+        assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
+    assert type(raised[1]) is type(raised[0])
+    if misuse in ("above", "negative", "first-offset"):
+        assert str(raised[1]) == str(raised[0])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"mode": "avg"}, {"mode": "max", "sparse": True}, {"mode": "max", "scale_grad_by_freq": True}],
+    ids=str,
+)
+def test_refused_at_construction(options):
+    """torch refuses them in forward, with the same exception."""
+    with pytest.raises(ValueError, match="mode"):
+        nn.EmbeddingBag(N, D, **options)(IDS, ZERO)
+    with pytest.raises(ValueError, match="mode"):
+        ONE(N, D, **options)
