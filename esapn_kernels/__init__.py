@@ -1,8 +1,15 @@
 """Ragged embeddings that grow: lookup, gradient and promotion of rows stored at their own size."""
 
 from .bag import ResizableEmbeddingBag
+from .collection import ResizableEmbeddingCollection
 from .module import MemoryReport, ResizableEmbedding
 
-__all__ = ["MemoryReport", "ResizableEmbedding", "ResizableEmbeddingBag", "__version__"]
+__all__ = [
+    "MemoryReport",
+    "ResizableEmbedding",
+    "ResizableEmbeddingBag",
+    "ResizableEmbeddingCollection",
+    "__version__",
+]
 
 __version__ = "0.1.0"
