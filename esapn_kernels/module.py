@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -162,6 +163,8 @@ class ResizableEmbedding(nn.Module):
         True
     """
 
+    # Of a replica (see distributed): the ids that all ranks promote together.
+    _agree: Callable[..., Tensor] | None = None
     _shown = ("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
 
     def __init__(
@@ -496,27 +499,39 @@ class ResizableEmbedding(nn.Module):
         Returns:
             Bool, shape of ``ids``: True where the row was enlarged by this call, for every
             occurrence of its id that ``mask`` admits. False: masked out, of the largest size
-            already, or no room was left.
+            already, or no room was left. Of replicas (see ``distributed``) every rank promotes what
+            any of them asks for, and the mask says so for masked ids too.
 
         Raises:
             IndexError, RuntimeError: as for :meth:`forward`; nothing is changed. On a GPU an id out
                 of range is passed over, and False in what is returned.
             ValueError: a mask of another shape or dtype.
         """
-        check_ids(ids, self.num_embeddings)
-        if mask is not None:
-            if not isinstance(mask, Tensor):
-                raise TypeError(f"mask must be a bool tensor, got {type(mask).__name__}")
-            if mask.shape != ids.shape or mask.dtype != torch.bool:
-                raise ValueError(
-                    f"mask must be bool of shape {list(ids.shape)}, "
-                    f"got {mask.dtype} of shape {list(mask.shape)}"
-                )
-            mask = mask.reshape(-1)
+        with self._refusing():
+            check_ids(ids, self.num_embeddings)
+            if mask is not None:
+                _check_mask(mask, ids)
+                mask = mask.reshape(-1)
         backend = "torch" if self.backend == "reference" else self.backend
-        return self.arena.promote(ids.reshape(-1), self.chain, mask, backend=backend).view(
-            ids.shape
-        )
+        flat = ids.reshape(-1)
+        if self._agree is None:
+            moved = self.arena.promote(flat, self.chain, mask, backend=backend)
+        else:
+            everyones = self._agree(flat if mask is None else flat[mask])
+            enlarged = self.arena.promote(everyones, self.chain, backend=backend)
+            moved = torch.isin(flat, everyones[enlarged])
+        return moved.view(ids.shape)
+
+    @contextlib.contextmanager
+    def _refusing(self) -> Iterator[None]:
+        """Checks of arguments: what one replica refuses, the others must not wait for."""
+        try:
+            yield
+        except Exception:
+            if self._agree is not None:
+                with contextlib.suppress(RuntimeError):
+                    self._agree(torch.empty(0, device=self.chain.device), refused=True)
+            raise
 
     def reserve(self, rows: int) -> None:
         """Make room so that ``rows`` more rows can be enlarged, in any number of calls.
@@ -540,14 +555,15 @@ class ResizableEmbedding(nn.Module):
                 than ``size`` (rows only grow); nothing is changed.
             IndexError, RuntimeError: as for :meth:`forward`; nothing is changed.
         """
-        target = self._level_of(size)
-        check_ids(ids, self.num_embeddings)
-        level = self.arena.level(ids)
-        if self.padding_idx is not None:
-            level = level.masked_fill(ids == self.padding_idx, target)
-        if bool((level > target).any()):
-            largest = self.sizes[int(level.max())]
-            raise ValueError(f"rows only grow: cannot resize a row of size {largest} to {size}")
+        with self._refusing():
+            target = self._level_of(size)
+            check_ids(ids, self.num_embeddings)
+            level = self.arena.level(ids)
+            if self.padding_idx is not None:
+                level = level.masked_fill(ids == self.padding_idx, target)
+            if bool((level > target).any()):
+                largest = self.sizes[int(level.max())]
+                raise ValueError(f"rows only grow: cannot resize a row of size {largest} to {size}")
         for _ in range(target):
             self.promote(ids, self.arena.level(ids) < target)
         return self.arena.level(ids) == target
@@ -620,6 +636,16 @@ def _check_padding(padding_idx: int | None, num_embeddings: int) -> int | None:
     if not -num_embeddings <= padding_idx < num_embeddings:
         raise AssertionError("Padding_idx must be within num_embeddings")
     return padding_idx % num_embeddings
+
+
+def _check_mask(mask: Tensor, ids: Tensor) -> None:
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a bool tensor, got {type(mask).__name__}")
+    if mask.shape != ids.shape or mask.dtype != torch.bool:
+        raise ValueError(
+            f"mask must be bool of shape {list(ids.shape)}, "
+            f"got {mask.dtype} of shape {list(mask.shape)}"
+        )
 
 
 def _check_sizes(sizes: Sequence[int]) -> tuple[int, ...]:

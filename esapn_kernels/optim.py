@@ -424,6 +424,11 @@ def _check_modules(
             raise ValueError("optimizer got a ResizableEmbedding without rows")
         if any(module.arena is other.arena for other in found[:i]):
             raise ValueError("optimizer got the same ResizableEmbedding twice")
+        if module._agree is not None:
+            raise ValueError(
+                "the module is a replica, whose gradients are averaged, and a fused optimizer "
+                "leaves none: use an optimizer of torch.optim"
+            )
         if (attached := module.arena.fused_optimizer) is not None:
             raise ValueError(
                 f"the module already has a fused optimizer, {type(attached).__name__}: "

@@ -1,0 +1,156 @@
+"""Data parallelism: tables that stay the same on every rank while their rows grow.
+
+``DistributedDataParallel`` lays out its buckets once and broadcasts rank 0's buffers, and FSDP2
+shards a Parameter by its shape; storage that grows, and locations that say where rows are, suit
+neither. So the tables are left out of both and kept equal here: their gradients are averaged, and
+every promotion is one that all ranks make together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .module import ResizableEmbedding
+
+__all__ = ["replicate"]
+
+
+def replicate(
+    model: nn.Module, process_group: dist.ProcessGroup | None = None
+) -> set[nn.Parameter]:
+    """Keep the :class:`~esapn_kernels.ResizableEmbedding` tables of ``model`` equal on all ranks.
+
+    Call it on every rank, before the model is wrapped:
+
+        replicate(model);  model = DistributedDataParallel(model)
+        fully_shard(model, ignored_params=replicate(model))
+
+    It sends rank 0's tables, sizes included, to all ranks, and from then on
+
+    - averages the gradients of rows and hops over the ranks, in backward;
+    - makes ``promote`` and ``resize`` collective: every rank calls them equally often, each with
+      ids of its own (or none), and all ranks enlarge the rows that any of them asks for;
+    - has DDP pass over the tables' parameters and buffers.
+
+    Args:
+        model: holds the tables, also in bags and collections.
+        process_group: of the ranks; default: all.
+
+    Returns:
+        The tables' parameters, for ``fully_shard(..., ignored_params=...)``.
+
+    Raises:
+        RuntimeError: ``torch.distributed`` is not initialised; a table steps its rows in backward
+            (``optim``) or has a sparse gradient; a table is replicated already; the ranks' tables
+            differ in number of rows or candidate sizes.
+        ValueError: ``model`` has no table.
+
+    Notes:
+        As in DDP without ``find_unused_parameters``, every rank must look up every table in every
+        backward. If one rank refuses its arguments to ``promote``, all raise and nothing changes.
+        A copy of a replica is none. Gathering the ids of a promotion waits for the device.
+
+    Example:
+        >>> replicate(ResizableEmbedding(10, sizes=(2, 4)))
+        Traceback (most recent call last):
+        ...
+        RuntimeError: replicate needs torch.distributed: call init_process_group first
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        raise RuntimeError("replicate needs torch.distributed: call init_process_group first")
+    tables = {n: m for n, m in model.named_modules() if isinstance(m, ResizableEmbedding)}
+    if not tables:
+        raise ValueError("the model holds no ResizableEmbedding")
+    for name, table in tables.items():
+        _refuse(name or type(table).__name__, table)
+    kinds: list[object] = [None] * dist.get_world_size(process_group)
+    mine = [(name, table.num_embeddings, table.sizes) for name, table in tables.items()]
+    dist.all_gather_object(kinds, mine, group=process_group)
+    if any(kind != mine for kind in kinds):
+        raise RuntimeError("the ranks' tables differ in number of rows or candidate sizes")
+
+    parameters: set[nn.Parameter] = set()
+    for table in tables.values():
+        _send(table, process_group)
+        table._agree = _Agreement(process_group)
+        for parameter in table.parameters():
+            parameter.register_post_accumulate_grad_hook(_Averaging(process_group))
+            parameters.add(parameter)
+    ignored = [*getattr(model, "_ddp_params_and_buffers_to_ignore", []), *_names(tables)]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
+    return parameters
+
+
+def _refuse(name: str, table: ResizableEmbedding) -> None:
+    if table._agree is not None:
+        raise RuntimeError(f"{name} is replicated already")
+    if table.arena.fused_optimizer is not None:
+        raise RuntimeError(
+            f"{name} steps its rows in backward, where there is no gradient to average: use an "
+            "optimizer of torch.optim"
+        )
+    if table.sparse:
+        raise RuntimeError(f"{name} has sparse gradients, which are not averaged: use sparse=False")
+
+
+def _names(tables: dict[str, ResizableEmbedding]) -> Iterator[str]:
+    for name, table in tables.items():
+        for key, _ in [*table.named_parameters(), *table.named_buffers()]:
+            yield f"{name}.{key}" if name else key
+
+
+def _send(table: ResizableEmbedding, group: dist.ProcessGroup | None) -> None:
+    """Rank 0's table becomes everybody's; its shapes may be others."""
+    source = 0 if group is None else dist.get_global_rank(group, 0)
+    state = table.state_dict()
+    shapes = [{key: (tuple(value.shape), value.dtype) for key, value in state.items()}]
+    dist.broadcast_object_list(shapes, src=source, group=group)
+    for key, (shape, dtype) in shapes[0].items():
+        if dist.get_rank() != source:
+            state[key] = torch.empty(shape, dtype=dtype, device=state[key].device)
+        dist.broadcast(state[key], src=source, group=group)
+    if dist.get_rank() != source:
+        table.load_state_dict(state)
+
+
+class _Averaging:
+    """Hook: the mean of a gradient over the ranks. What is a mean already stays as it is."""
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self.group = group
+
+    def __call__(self, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        dist.all_reduce(parameter.grad, group=self.group)
+        parameter.grad /= dist.get_world_size(self.group)
+
+
+class _Agreement:
+    """The ids that any rank wants to promote, in the order of the ranks, on every rank."""
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self.group = group
+
+    def __call__(self, ids: Tensor, refused: bool = False) -> Tensor:
+        """``ids`` ``[n]``, any ``n``; ``refused``: this rank raises, and so must all of them."""
+        count = torch.tensor([-1 if refused else ids.numel()], device=ids.device)
+        numbers = torch.cat(self._gathered(count)).tolist()
+        if min(numbers) < 0:
+            raise RuntimeError("another rank refused what it was to promote: nothing was changed")
+        padded = ids.new_zeros(max(numbers), dtype=torch.int64)
+        padded[: ids.numel()] = ids
+        parts = zip(self._gathered(padded), numbers, strict=True)
+        return torch.cat([part[:number] for part, number in parts])
+
+    def _gathered(self, mine: Tensor) -> list[Tensor]:
+        parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(self.group))]
+        dist.all_gather(parts, mine, group=self.group)
+        return parts
+
+    def __reduce__(self) -> tuple[object, tuple[()]]:
+        return type(None), ()  # a copy of a replica is none

@@ -1,0 +1,147 @@
+"""distributed.py: two gloo processes that stay one table while its rows grow."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from esapn_kernels.distributed import replicate
+
+WORKER = Path(__file__).with_name("distributed_worker.py")
+pytestmark = pytest.mark.skipif(
+    not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
+    reason="torch was built without gloo",
+)
+
+
+def run(case, folder, world=2):
+    """Results of every rank of a case."""
+    environment = {**os.environ, "PYTHONPATH": str(WORKER.parent.parent), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(WORKER), case]
+    ranks = [
+        subprocess.Popen(
+            [*command, str(rank), str(world), str(folder)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(world)
+    ]
+    try:
+        said = [rank.communicate(timeout=90)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    for rank, text in zip(ranks, said, strict=True):
+        assert rank.returncode == 0, text
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world)]
+
+
+@pytest.fixture(scope="module")
+def worker():
+    specification = importlib.util.spec_from_file_location("distributed_worker", WORKER)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def assert_same(one, other, close=False):
+    assert one.keys() == other.keys()
+    for key, value in one.items():
+        if close:
+            torch.testing.assert_close(value, other[key], rtol=1e-9, atol=1e-9, msg=key)
+        else:
+            assert torch.equal(value, other[key]), key
+
+
+@pytest.mark.parametrize("case, accumulate", [("ddp", 1), ("ddp_accumulate", 2)])
+def test_two_ranks_train_as_one(case, accumulate, worker, tmp_path):
+    """DDP, ids and promotions of each rank's own: the same bits, and those of one process."""
+    first, second = run(case, tmp_path)
+    assert first["lengths"][-1] > first["lengths"][0], "the arena did not grow"
+    for part in ("state", "adam"):
+        assert_same(first[part], second[part])
+    expected = worker.alone(2, accumulate)
+    assert_same(first["state"], expected["state"], close=True)
+    assert_same(first["adam"], expected["adam"], close=True)
+
+
+def test_ddp_leaves_locations_alone(tmp_path):
+    """Where ranks differ, DDP's broadcast would say that rank 0's rows are everybody's."""
+    (tmp_path / "ours").mkdir()
+    (tmp_path / "theirs").mkdir()
+    ours = run("buffers", tmp_path / "ours")[1]
+    assert ours["before"].sum() > 40 * 2 and torch.equal(ours["after"], ours["before"])
+    assert float(ours["seen"]) == 0, "the model's other buffers are DDP's as ever"
+    theirs = run("buffers_of_ddp", tmp_path / "theirs")[1]
+    assert not torch.equal(theirs["after"], theirs["before"])
+
+
+def test_fully_shard(tmp_path):
+    first, second = run("fsdp", tmp_path)
+    assert_same(first["state"], second["state"])
+    assert torch.equal(first["head"], second["head"])
+    assert first["local"] != first["head"].shape, "the rest of the model is sharded"
+    assert set(first["state"]["arena.page_level"].tolist()) > {0, -1}
+
+
+def test_the_first_rank_is_adopted(tmp_path):
+    first, second = run("adopt", tmp_path)
+    assert_same(first["state"], second["state"])
+
+
+def test_masks_of_promotions(tmp_path):
+    """Each rank hears of its own ids what became of them, whoever asked."""
+    first, second = run("masks", tmp_path)
+    # Rank 0 asks for 1, rank 1 for 3, 7 and 9; rank 0 also holds 3, masked.
+    assert first["moved"].tolist() == [[True, False], [True, True]]
+    assert second["moved"].tolist() == [True, True, True]
+    assert first["nothing"].shape == second["nothing"].shape == (0,)
+    assert first["resized"].tolist() == [[True, True]] and second["resized"].shape == (0,)
+    assert torch.equal(first["sizes"], second["sizes"])
+    assert first["sizes"][:10].tolist() == [2, 8, 8, 3, 2, 2, 2, 3, 2, 3]
+
+
+def test_a_refusal_is_everybodys(tmp_path):
+    first, second = run("refusal", tmp_path)
+    assert [text.split(":")[0] for text in first["said"]] == [
+        "RuntimeError",
+        "ValueError",
+        "ValueError",
+    ]
+    assert [text.split(":")[0] for text in second["said"]] == [
+        "IndexError",
+        "RuntimeError",
+        "RuntimeError",
+    ]
+    assert "another rank refused" in first["said"][0] and "another rank" in second["said"][2]
+    for rank in (first, second):
+        assert rank["same"] and rank["moved"].tolist() == [True]
+
+
+def test_refused(tmp_path):
+    said = run("refused", tmp_path, world=1)[0]["said"]
+    assert "ValueError" in said["no table"]
+    for name, words in {
+        "sparse": "sparse=False",
+        "fused": "torch.optim",
+        "twice": "already",
+    }.items():
+        assert said[name].startswith("RuntimeError") and words in said[name], name
+    assert said["fused later"].startswith("ValueError") and "replica" in said["fused later"]
+    assert said["copy"] and said["copy replicated"] is None and said["collection"]
+
+
+def test_ranks_with_other_tables_are_refused(tmp_path):
+    assert all("differ" in rank["said"] for rank in run("differing", tmp_path))
+
+
+def test_without_a_process_group():
+    with pytest.raises(RuntimeError, match="init_process_group"):
+        replicate(nn.Linear(2, 2))
