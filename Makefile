@@ -1,12 +1,13 @@
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
+API := esapn_kernels $(addprefix esapn_kernels.,optim distributed lookup compose reference info) esapn
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format clean
+.PHONY: help install demo test docs lint format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 10
@@ -20,6 +21,10 @@ demo: $(STAMP) ## search on synthetic data, then a short lookup benchmark, into 
 
 test: $(STAMP) ## run the tests and doctests; PYTEST_ARGS="-k lookup" narrows them
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+docs: $(STAMP) ## write the API reference to build/api, from the docstrings
+	@rm -rf build/api
+	@$(BIN)/pdoc --no-show-source --docformat google -o build/api $(API)
 
 lint: $(STAMP) ## ruff check, ruff format --check, mypy
 	@$(BIN)/ruff check .
@@ -42,5 +47,5 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(STAMP): setup.py constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,bench,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,bench,serving,docs,dev]'
 	@touch $@

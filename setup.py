@@ -51,6 +51,13 @@ setup(
     ],
     extras_require={
         "train": ["polars>=1.0", "tqdm>=4.66", "torchmetrics>=1.4", "matplotlib>=3.8"],
+        "serving": [
+            "safetensors>=0.4",
+            "onnx>=1.16",
+            "onnxscript>=0.3",
+            "onnxruntime>=1.19",
+        ],
+        "docs": ["pdoc>=15.0"],
         "bench": ["pytest-benchmark>=4.0", "matplotlib>=3.8"],
         "dev": [
             "pytest>=8.2",

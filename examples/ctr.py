@@ -1,0 +1,129 @@
+"""Click prediction from several categorical fields: nn.Embedding, then its name changed.
+
+Fields of very different cardinality, ids as skewed as real ones, labels from a hidden model. With
+--embedding resizable a row goes to the next size whenever its count passes a power of four. Which
+of the two predicts better depends on --init-std: try 1 and 0.05.
+
+python examples/ctr.py --embedding plain
+python examples/ctr.py --embedding resizable
+"""
+
+import argparse
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torchmetrics.functional.classification import binary_auroc
+
+from esapn_kernels import ResizableEmbedding
+
+FIELDS = {
+    "user": 20_000,
+    "item": 5_000,
+    "seller": 800,
+    "city": 300,
+    "category": 60,
+    "device": 12,
+    "weekday": 7,
+    "is_new": 2,
+}
+
+
+def events(n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Ids ``[n, fields]`` and clicks ``[n]``: a factorisation machine over hidden vectors."""
+    rng = np.random.default_rng(seed)
+    columns, vectors, biases = [], [], []
+    for rows in FIELDS.values():
+        rank = np.minimum((rows + 1) ** rng.random(n) - 1, rows - 1).astype(np.int64)
+        column = rng.permutation(rows)[rank]  # Zipf over shuffled ids
+        columns.append(column)
+        vectors.append(rng.normal(0, 0.3, (rows, 8))[column])
+        biases.append(rng.normal(0, 0.4, rows)[column])
+    total, squares = np.sum(vectors, axis=0), np.sum(np.square(vectors), axis=0)
+    logit = np.sum(biases, axis=0) + 0.5 * (np.square(total) - squares).sum(1) - 1.0
+    clicks = rng.random(n) < 1 / (1 + np.exp(-logit))
+    return torch.from_numpy(np.stack(columns, axis=1)), torch.from_numpy(clicks).float()
+
+
+def embedding(kind: str, rows: int, dim: int, init_std: float) -> nn.Module:
+    """The swap: one constructor for the other."""
+    if kind == "resizable":
+        return ResizableEmbedding(rows, dim, init_std=init_std)
+    plain = nn.Embedding(rows, dim)
+    nn.init.normal_(plain.weight, std=init_std)
+    return plain
+
+
+class ClickModel(nn.Module):
+    """A table per field; their rows side by side into a small MLP."""
+
+    def __init__(self, kind: str, dim: int, init_std: float) -> None:
+        super().__init__()
+        self.tables = nn.ModuleList(embedding(kind, n, dim, init_std) for n in FIELDS.values())
+        self.mlp = nn.Sequential(nn.Linear(len(FIELDS) * dim, 64), nn.ReLU(), nn.Linear(64, 1))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = [table(column) for table, column in zip(self.tables, ids.unbind(1), strict=True)]
+        return self.mlp(torch.cat(rows, dim=1))[:, 0]
+
+
+def grow(table: ResizableEmbedding, ids: Tensor, count: Tensor) -> None:
+    """Sizes 2, 4, 8, 16 at 4, 16 and 64 events."""
+    count += torch.bincount(ids, minlength=len(count))
+    step = table.sizes_of(ids).log2()
+    table.promote(ids, count[ids] >= 4**step)
+
+
+def main(arguments: list[str] | None = None) -> dict[str, float]:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--embedding", choices=("plain", "resizable"), default="resizable")
+    parser.add_argument("--init-std", type=float, default=1.0, help="rows start as N(0, std^2)")
+    parser.add_argument("--events", type=int, default=200_000, help="events of the stream")
+    parser.add_argument("--dim", type=int, default=16, help="width of the embeddings")
+    parser.add_argument("--batch", type=int, default=500, help="events in a batch")
+    options = parser.parse_args(arguments)
+    if min(options.events, options.dim, options.batch) < 1:
+        parser.error("--events, --dim and --batch must be at least 1")
+    if not 0 < options.init_std < float("inf"):
+        parser.error("--init-std must be a positive number")
+
+    torch.manual_seed(0)
+    model = ClickModel(options.embedding, options.dim, options.init_std)
+    counts = [torch.zeros(rows) for rows in FIELDS.values()]
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    ids, clicks = events(options.events)
+    logits = []
+    for batch, target in zip(ids.split(options.batch), clicks.split(options.batch), strict=True):
+        logit = model(batch)  # predicted before it is learnt
+        logits.append(logit.detach())
+        loss = nn.functional.binary_cross_entropy_with_logits(logit, target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        for table, column, count in zip(model.tables, batch.unbind(1), counts, strict=True):
+            if isinstance(table, ResizableEmbedding):
+                grow(table, column, count)
+
+    half = options.events // 2
+    logit, target = torch.cat(logits)[half:], clicks[half:]
+    found = {
+        "log_loss": float(nn.functional.binary_cross_entropy_with_logits(logit, target)),
+        "auc": float(binary_auroc(logit.sigmoid(), target.long())),
+        "bytes": float(sum(_bytes(table) for table in model.tables)),
+    }
+    print(
+        f"{options.embedding}: second half of {options.events:,} events, predicted before learnt: "
+        f"log loss {found['log_loss']:.4f}, AUC {found['auc']:.4f}; "
+        f"tables take {found['bytes']:,.0f} bytes"
+    )
+    return found
+
+
+def _bytes(table: nn.Module) -> int:
+    if isinstance(table, ResizableEmbedding):
+        return table.memory_report().serving
+    return sum(p.numel() * p.element_size() for p in table.parameters())
+
+
+if __name__ == "__main__":
+    main()

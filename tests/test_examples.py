@@ -1,0 +1,69 @@
+"""examples/: each runs, small, and says what it should."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parent.parent / "examples"
+
+
+def load(name):
+    specification = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def test_ctr(capsys):
+    ctr = load("ctr")
+    small = ["--events", "60000", "--dim", "8"]
+    plain = ctr.main([*small, "--embedding", "plain", "--init-std", "0.05"])
+    ours = ctr.main([*small, "--embedding", "resizable", "--init-std", "0.05"])
+    said = capsys.readouterr().out
+    assert "plain" in said and "resizable" in said
+    assert ours["bytes"] < plain["bytes"]
+    for found in (plain, ours):
+        assert 0.3 < found["log_loss"] < 0.69 and found["auc"] > 0.55
+
+
+def test_own_rule(capsys):
+    found = load("own_rule").main(["--rows", "300", "--steps", "200", "--batch", "128"])
+    assert "rows by size" in capsys.readouterr().out
+    losses = {name: loss for name, (loss, _) in found.items()}
+    sizes = {name: size for name, (_, size) in found.items()}
+    assert sizes["never"] < sizes["own rule"] <= sizes["always"] == sizes["all large"]
+    assert losses["own rule"] < losses["never"]
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's exporters, of parts of their own
+def test_serving(tmp_path, capsys):
+    onnx = all(importlib.util.find_spec(name) for name in ("onnxscript", "onnxruntime"))
+    errors = load("serving").main(
+        ["--rows", "2000", "--out", str(tmp_path), *([] if onnx else ["--no-onnx"])]
+    )
+    assert len(errors) == 3 + onnx and max(errors.values()) < 1e-5
+    size = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
+    assert size["ragged.safetensors"] < size["dense.pt2"] / 4
+    assert "serving / fixed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["ctr.py", "--events", "0"],
+        ["ctr.py", "--init-std", "-1"],
+        ["ctr.py", "--embedding", "other"],
+        ["own_rule.py", "--steps", "-1"],
+        ["serving.py", "--rows", "0"],
+    ],
+    ids=" ".join,
+)
+def test_bad_arguments(command):
+    done = subprocess.run(
+        [sys.executable, str(FOLDER / command[0]), *command[1:]], capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith(command[0])
