@@ -67,6 +67,10 @@ def seeded() -> Iterator[None]:
 def nan_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     """``empty``, ``empty_like`` and ``new_empty`` give NaN: what is never written shows."""
 
+    # Device contexts note, once, which functions allocate: the true ones.
+    with torch.device("cpu"):
+        torch.empty(0)
+
     def poisoned(allocate):
         def wrapper(*args, **kwargs):
             tensor = allocate(*args, **kwargs)

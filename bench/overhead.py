@@ -125,9 +125,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     generator = torch.Generator().manual_seed(args.seed)
     ids = torch.randint(ROWS, (args.ids,), generator=generator)
     rows = measure(ids, args.turns, args.seed)
-    print(
-        f"{args.ids} ids of {ROWS} rows, {DIM} wide, fp32, CPU, {torch.get_num_threads()} threads"
-    )
+    threads = torch.get_num_threads()
+    print(f"{args.ids} ids of {ROWS} rows, {DIM} wide, fp32, CPU, {threads} threads")
     print("\n".join(lines(rows)))
     if args.out is not None:
         result = {

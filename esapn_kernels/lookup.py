@@ -25,7 +25,7 @@ from .lookup_fwd import launch_fwd
 from .reference import lookup_reference, split_chain
 from .update import Update
 
-__all__ = ["check_ids", "lookup"]
+__all__ = ["check_ids", "is_eager", "lookup", "lookup_eager"]
 
 
 def is_eager() -> bool:
@@ -59,11 +59,10 @@ def _lookup_fwd(
     where = (ids, storage, composed, row_start, page_level, sizes, page)
     if backend == "triton":
         return launch_fwd(*where, out_dtype, out)
-    with own_precision(storage):
-        if out_dtype in (None, storage.dtype):
-            return torch_path.lookup_fwd(*where, out)
-        wide = torch_path.lookup_fwd(*where)
-        return wide.to(out_dtype) if out is None else out.copy_(wide)
+    if out_dtype is None or out_dtype == storage.dtype:
+        return torch_path.lookup_fwd(*where, out)
+    wide = torch_path.lookup_fwd(*where)
+    return wide.to(out_dtype) if out is None else out.copy_(wide)
 
 
 def _lookup_bwd(
@@ -383,10 +382,29 @@ def _fused(*inputs: Any) -> Tensor:
     return out
 
 
-@torch.compiler.disable
-def _sparse(*inputs: Any) -> Tensor:
-    out: Tensor = _EagerLookup.apply(*inputs)
-    return out
+def lookup_eager(
+    ids: Tensor,
+    storage: Tensor,
+    chain: Tensor,
+    where: tuple[Any, ...],
+    options: tuple[int | None, bool, bool],
+) -> Tensor:
+    """:func:`lookup` in plain eager code, of arguments that are checked.
+
+    Args:
+        where: ``(composed, row_start, page_level, sizes, page, backend, out_dtype)``.
+        options: ``(padding_idx, scale_grad_by_freq, sparse)``.
+    """
+    flat = ids if ids.dim() == 1 else ids.reshape(-1)
+    y: Tensor
+    if torch.is_grad_enabled() and (storage.requires_grad or chain.requires_grad):
+        y = _EagerLookup.apply(flat, storage, chain, where, options)
+    else:
+        y = _lookup_fwd(flat, storage, *where)
+    return y if flat is ids else y.view(*ids.shape, y.shape[1])
+
+
+_sparse = torch.compiler.disable(lookup_eager)
 
 
 def check_ids(ids: Tensor, num_rows: int, *, look: bool = True) -> None:
@@ -447,7 +465,6 @@ def lookup(
     backend: str = "auto",
     out_dtype: torch.dtype | None = None,
     out: Tensor | None = None,
-    composed: Tensor | None = None,
     begin_step: Callable[[], Update] | None = None,
 ) -> Tensor:
     """Look up ragged rows and carry each to the largest size: ``y(x) = M_k e + c_k``.
@@ -468,7 +485,6 @@ def lookup(
         backend: ``auto`` (Triton on a GPU, torch elsewhere), ``triton``, ``torch``, ``reference``.
         out_dtype: of the output, rounded once from the sum in fp32; default: that of ``storage``.
         out: contiguous memory for the output, where no gradient is wanted.
-        composed: what :func:`~esapn_kernels.compose.compose` gives for ``chain``, if at hand.
         begin_step: a fused optimizer's step (see ``optim``). Called in backward, which then steps
             the rows in place; ``storage`` has no gradient.
 
@@ -516,27 +532,18 @@ def lookup(
             )
         return y if out is None else out.copy_(y)
     eager = is_eager()
-    if composed is None:
-        # torch.func hands over tensors that no kernel can read.
-        readable = eager or torch.compiler.is_compiling()
-        composed = compose(chain, sizes, backend=backend if readable else "torch")
+    # torch.func hands over tensors that no kernel can read.
+    readable = eager or torch.compiler.is_compiling()
+    composed = compose(chain, sizes, backend=backend if readable else "torch")
     where = (row_start, page_level, sizes, page, backend, dtype)
     if out is not None:
         _lookup_fwd(flat, storage.detach(), composed, *where, out.view(-1, sizes[-1]))
         return out
-    operands = (flat, storage, chain, composed, row_start, page_level)
-    layout = (sizes, page, backend, dtype)
+    operands = (flat, storage, chain, composed, *where, *weights)
     if begin_step is not None and storage.requires_grad:
-        return _fused(*operands, *layout, *weights, begin_step).view(shape)
-    wants_grad = torch.is_grad_enabled() and (storage.requires_grad or chain.requires_grad)
+        return _fused(*operands, begin_step).view(shape)
     if eager and not storage.is_meta:
-        if wants_grad:
-            options = (padding_idx, scale_grad_by_freq, sparse)
-            y = _EagerLookup.apply(flat, storage, chain, (composed, *where), options)
-        else:
-            y = _lookup_fwd(flat, storage, composed, *where)
-        return y if flat is ids else y.view(shape)
-    if sparse and wants_grad and torch.compiler.is_dynamo_compiling():
-        options = (padding_idx, scale_grad_by_freq, True)
-        return _sparse(flat, storage, chain, (composed, *where), options).view(shape)
-    return _Lookup.apply(*operands, *layout, *weights).view(shape)
+        return lookup_eager(ids, storage, chain, (composed, *where), (*weights, sparse))
+    if sparse and torch.is_grad_enabled() and torch.compiler.is_dynamo_compiling():
+        return _sparse(ids, storage, chain, (composed, *where), (*weights, True))
+    return _Lookup.apply(*operands).view(shape)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from . import companions
 from .arena import Arena
 from .compose import ComposedCache, chain_numel
-from .lookup import check_ids, is_eager, lookup
+from .lookup import check_ids, is_eager, lookup, lookup_eager
 from .reference import split_chain
 from .update import row_table
 
@@ -444,10 +444,16 @@ class ResizableEmbedding(nn.Module):
         is_plain = arena.is_table and fused is None and not self.sparse
         if is_plain and self.backend in ("auto", "torch") and self.out_dtype is None:
             return self._look_up_plain(ids, storage)
-        composed = None
-        if chain.device.type == "cpu" and self.backend in ("auto", "torch") and is_eager():
-            composed = self._composed(chain, self.sizes)
         row_start, page_level = arena.locations
+        on_cpu = storage.device.type == "cpu" and self.backend in ("auto", "torch")
+        if on_cpu and fused is None and is_eager():
+            # Past the public function's checks: of few ids, calls are the cost.
+            check_ids(ids, self.num_embeddings, look=False)
+            composed = self._composed(chain, self.sizes)
+            layout = (self.sizes, arena.page, "torch", self.out_dtype)
+            options = (self.padding_idx, self.scale_grad_by_freq, self.sparse)
+            where = (composed, row_start, page_level, *layout)
+            return lookup_eager(ids, storage, chain, where, options)
         return lookup(
             ids,
             storage,
@@ -461,7 +467,6 @@ class ResizableEmbedding(nn.Module):
             sparse=self.sparse,
             backend=self.backend,
             out_dtype=self.out_dtype,
-            composed=composed,
             begin_step=None if fused is None else partial(fused.begin_step, arena),
         )
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .backend import own_precision
 from .compose import compute_dtype, operand_offsets
 from .update import Update, row_table, update_rows
 
@@ -162,7 +163,7 @@ def lookup_fwd(
         with np.errstate(all="ignore"):  # torch does not warn of an overflow either
             _lookup_few(ids, storage.detach(), composed, *where, out)
         return out
-    with _scratch() as scratch:
+    with own_precision(storage), _scratch() as scratch:
         for _, span in _spans([ids.numel()], _TILE // sizes[-1]):
             start = row_start.index_select(0, ids[span])
             level = page_level.index_select(0, start // page)
@@ -189,10 +190,11 @@ def _lookup_few(
     counts = np.bincount(level, minlength=len(sizes)).tolist()
     # All rows with their 1, one behind the other by level, in one gather. What lies behind the
     # storage's last row is never used.
-    width = _widths(sizes).take(level[order])
+    widths, steps = _widths(sizes)
+    width = widths.take(level[order])
     end = width.cumsum()
     elements = (start[order] - end + width).repeat(width)
-    elements += np.arange(elements.size)
+    elements += steps[: elements.size]
     entries = storage.numpy().take(elements, mode="clip")
     entries[end - 1] = 1
     maps, grouped = composed.numpy(), np.empty(out.shape, entries.dtype)
@@ -211,9 +213,9 @@ def _lookup_few(
 
 
 @functools.cache
-def _widths(sizes: tuple[int, ...]) -> np.ndarray:
-    """Columns of the operand that a row of every level takes, its 1 included."""
-    return np.array(sizes) + 1
+def _widths(sizes: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Columns of the operand that a row of every level takes, its 1 included; and 0, 1, 2, ..."""
+    return np.array(sizes) + 1, np.arange(_FEW * (sizes[-1] + 1))
 
 
 def _lookup_tile(
