@@ -42,7 +42,7 @@ _TILE = 1 << 22
 _SMALL = 1 << 14
 """So few numbers come sooner from the allocator than from scratch."""
 
-_FEW = 1 << 8
+_FEW = 1 << 10
 """Up to so many ids, NumPy takes less time than torch."""
 
 _NUMPY = (torch.float32, torch.float64)

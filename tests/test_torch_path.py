@@ -165,7 +165,7 @@ def test_an_error_leaves_no_scratch_behind(small_blocks):
 
 def test_huge_pages_change_nothing(monkeypatch, nan_empty):
     monkeypatch.setattr(torch_path, "_HUGE", 1 << 14)
-    case = make_case(PAPER, 300, 300)
+    case = make_case(PAPER, 300, 1200)
     asked = []
     original = torch_path._with_huge_pages
     monkeypatch.setattr(
