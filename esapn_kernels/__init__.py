@@ -2,7 +2,8 @@
 
 from .bag import ResizableEmbeddingBag
 from .collection import ResizableEmbeddingCollection
-from .module import MemoryReport, ResizableEmbedding
+from .memory import MemoryReport
+from .module import ResizableEmbedding
 
 __all__ = [
     "MemoryReport",

@@ -35,7 +35,6 @@ from .backend import resolve_backend
 from .ledger import Ledger
 from .resize import NOBODY, Places, fill_rows, launch_free, launch_insert, launch_promote
 from .torch_path import gather_rows, promote_rows
-from .update import row_table
 
 if TYPE_CHECKING:
     from .optim import FusedOptimizer
@@ -352,7 +351,7 @@ class Arena(nn.Module):
         """``(row_start [N], page_level [pages])`` as the lookup takes them."""
         if torch.compiler.is_compiling():
             return self.row_start[:-1], self.page_level[:-1]
-        # Past nn.Module's own lookup, and sliced once for the tensors of the moment: 5 us.
+        # Sliced once for the tensors of the moment, for the sake of small batches.
         whole: tuple[Any, ...] = self._buffers["row_start"], self._buffers["page_level"]
         located = self._located
         if located is None or located[0] is not whole[0] or located[1] is not whole[1]:
@@ -827,26 +826,6 @@ class Arena(nn.Module):
     def forget_layout(self) -> None:
         """An optimizer has stepped, and its state goes with the rows from now on."""
         self._was_loaded, self.loaded_layout = False, None
-
-    def relocated(self, state: Tensor, fresh: float) -> Tensor:
-        """``state`` as it lay in the checkpoint's layout, in the present one.
-
-        Rows that were resized since hold ``fresh``, as do those of a tensor of another layout.
-        """
-        assert self.loaded_layout is not None
-        row_start, page_level = self.loaded_layout
-        moved = state.new_full(self.storage.shape, fresh)
-        if state.numel() != (page_level.numel() - 1) * self.page:
-            return moved
-        old_start = row_start[:-1].long()
-        level = page_level[old_start // self.page]
-        stays = level == self.level()
-        for k, dim in enumerate(self.sizes):
-            mine = (stays & (level == k)).nonzero()[:, 0]
-            if len(mine):
-                rows = gather_rows(state, old_start[mine], dim)
-                row_table(moved, dim).index_copy_(0, self.row_start[mine].long(), rows)
-        return moved
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has no fused optimizer, and its own scratch.

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from .lookup import check_ids
-from .module import MemoryReport, ResizableEmbedding
+from .memory import MemoryReport
+from .module import ResizableEmbedding
 
 __all__ = ["Jagged", "ResizableEmbeddingCollection"]
 

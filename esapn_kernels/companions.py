@@ -27,6 +27,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from .update import row_table
+
 if TYPE_CHECKING:
     from .arena import Arena
 
@@ -73,12 +75,14 @@ def unfollow(arena: Arena, optimizer: torch.optim.Optimizer) -> None:
 
 
 def _find(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    if not _arenas or hasattr(optimizer, "state_per_element"):
-        return  # the optimizers of optim say themselves when to follow
+    if not _arenas:
+        return
+    # The optimizers of optim say themselves when to follow.
+    followed = hasattr(optimizer, "state_per_element")
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for arena in _arenas:
         if id(arena.storage) in held:
-            if optimizer not in _optimizers.get(arena, ()):
+            if not followed and optimizer not in _optimizers.get(arena, ()):
                 follow(arena, optimizer)
                 _fit(arena, optimizer)
             arena.forget_layout()
@@ -98,12 +102,32 @@ def _fit(arena: Arena, optimizer: torch.optim.Optimizer) -> None:
             continue
         fresh = _fresh(_group(optimizer, storage), name)
         if arena.loaded_layout is not None:
-            optimizer.state[storage][name] = arena.relocated(value, fresh)
+            optimizer.state[storage][name] = _relocated(arena, value, fresh)
         elif value.shape != storage.shape:
             fitted = value.new_full(storage.shape, fresh)
             if value.numel() < storage.numel():
                 fitted[: value.numel()] = value  # growth moves no row
             optimizer.state[storage][name] = fitted
+
+
+def _relocated(arena: Arena, state: Tensor, fresh: float) -> Tensor:
+    """``state`` as it lay in the layout that the arena was loaded with, in the present one.
+
+    Rows that were resized since hold ``fresh``, as does a tensor of another layout.
+    """
+    assert arena.loaded_layout is not None
+    row_start, page_level = arena.loaded_layout
+    moved = state.new_full(arena.storage.shape, fresh)
+    if state.numel() != (page_level.numel() - 1) * arena.page:
+        return moved
+    old_start, new_start = row_start[:-1].long(), arena.row_start[:-1].long()
+    level = page_level[old_start // arena.page]
+    stays = level == arena.level()
+    for k, dim in enumerate(arena.sizes):
+        mine = stays & (level == k)
+        rows = row_table(state, dim).index_select(0, old_start[mine])
+        row_table(moved, dim).index_copy_(0, new_start[mine], rows)
+    return moved
 
 
 def _group(optimizer: torch.optim.Optimizer, storage: Tensor) -> dict[str, Any]:

@@ -359,8 +359,9 @@ def compose(chain: Tensor, sizes: Sequence[int], *, backend: str = "torch") -> T
 class ComposedCache:
     """:func:`compose` of the chain last seen, kept where a look at the chain is cheap: on a CPU.
 
-    The chain's numbers are compared, 3 us for 9,604 of them against 80 us to compose: its version
-    counter would miss what is written through ``chain.data``. A copy of the cache is empty.
+    The chain's numbers are compared, which takes far less than to compose them (see
+    ``bench/overhead.py``): its version counter would miss what is written through ``chain.data``.
+    A copy of the cache is empty.
     """
 
     def __init__(self) -> None:

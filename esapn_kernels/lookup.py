@@ -251,7 +251,7 @@ class _Lookup(torch.autograd.Function):
         padding_idx: int | None,
         scale_grad_by_freq: bool,
     ) -> Tensor:
-        # The operator's boundary costs 20 us: only for those who need it.
+        # The operator's boundary costs as much as a small lookup: only for those who need it.
         run = lookup_fwd_op if _is_opaque(storage) else _lookup_fwd
         return run(ids, storage, composed, row_start, page_level, sizes, page, backend, out_dtype)
 
@@ -286,7 +286,7 @@ class _Lookup(torch.autograd.Function):
 
 
 class _EagerLookup(torch.autograd.Function):
-    """:class:`_Lookup` in plain eager code: 17 us less a call, and no gradient nobody asked for.
+    """:class:`_Lookup` in plain eager code: less overhead, and no gradient that nobody asked for.
 
     With ``sparse`` the gradient of the storage is a COO tensor.
     """

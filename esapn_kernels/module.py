@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,56 +15,13 @@ from . import companions
 from .arena import Arena
 from .compose import ComposedCache, chain_numel
 from .lookup import check_ids, is_eager, lookup, lookup_eager
+from .memory import MemoryReport
 from .reference import split_chain
 from .update import row_table
 
-__all__ = ["MemoryReport", "ResizableEmbedding"]
+__all__ = ["ResizableEmbedding"]
 
 _DEFAULT_SIZES = (2, 4, 8, 16, 64, 128)
-
-
-@dataclass(frozen=True)
-class MemoryReport:
-    """Bytes really allocated, and what a table of one size would take.
-
-    ``serving`` (what inference needs) = ``payload`` + ``slack`` + ``locations`` + ``chain``;
-    ``fixed`` = ``num_embeddings * d_n * itemsize``, the plain ``nn.Embedding``. Only training takes
-    ``optimizer`` (state that follows the rows) and ``scratch`` (4 bytes per row once rows have
-    moved on a GPU).
-    """
-
-    payload: int
-    slack: int
-    locations: int
-    chain: int
-    optimizer: int
-    scratch: int
-    fixed: int
-    rows_per_size: dict[int, int]
-
-    @property
-    def serving(self) -> int:
-        return self.payload + self.slack + self.locations + self.chain
-
-    @property
-    def ratio(self) -> float:
-        """``serving / fixed``."""
-        return self.serving / self.fixed if self.fixed else 0.0
-
-    def __str__(self) -> str:
-        rows = "  ".join(f"{size}: {count:,}" for size, count in self.rows_per_size.items())
-        parts = [
-            "payload",
-            "slack",
-            "locations",
-            "chain",
-            "serving",
-            "fixed",
-            "optimizer",
-            "scratch",
-        ]
-        lines = [f"{name:<10}{getattr(self, name):>15,} B" for name in parts]
-        return "\n".join([f"rows by size  {rows}", *lines, f"serving / fixed = {self.ratio:.2%}"])
 
 
 class _ReadOnly(Tensor):
@@ -426,13 +382,17 @@ class ResizableEmbedding(nn.Module):
         super().__setattr__(name, value)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Look up ``ids`` of any shape; returns ``[*ids.shape, embedding_dim]``.
+        """Look up ``ids`` of any shape, jagged too; returns ``[*ids.shape, embedding_dim]``.
 
         Raises:
             IndexError: an id out of range (on a GPU: an asynchronous device assertion).
             RuntimeError: ids that are neither int32 nor int64.
         """
-        # Past nn.Module's own lookup, which takes 1 us each.
+        if isinstance(ids, Tensor) and ids.is_nested:
+            jagged: Any = ids
+            rows = ResizableEmbedding.forward(self, jagged.values())
+            return torch.nested.nested_tensor_from_jagged(rows, jagged.offsets(), jagged.lengths())
+        # Past nn.Module's own lookup of attributes, for the sake of small batches.
         arena: Any = self._modules["arena"]
         storage: Any = arena._parameters["storage"]
         chain: Any = self._parameters["chain"]

@@ -203,6 +203,18 @@ def test_indices(make, ids):
     out.sum().backward()
 
 
+@every_class
+def test_jagged_indices(make):
+    module = make(N, D)
+    lines = [torch.tensor([1, 2]), torch.tensor([], dtype=torch.long), torch.tensor([3, 3, 1])]
+    out = module(torch.nested.nested_tensor(lines, layout=torch.jagged))
+    assert out.is_nested and out.layout == torch.jagged and len(out.unbind()) == 3
+    for line, rows in zip(lines, out.unbind(), strict=True):
+        torch.testing.assert_close(rows, module(line))
+    out.values().sum().backward()
+    assert any(p.grad is not None and p.grad.any() for p in module.parameters())
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("ids", INDICES.values(), ids=INDICES.keys())
 def test_one_size_gives_the_same_numbers(ids, dtype):
@@ -522,6 +534,14 @@ def test_bad_construction(make, options):
             kind(**{"num_embeddings": N, "embedding_dim": D, **options})
         raised.append(caught.type)
     assert raised[0] is raised[1]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_script_is_refused():
+    """TorchScript is deprecated; torch.export takes its place."""
+    torch.jit.script(nn.Embedding(N, D))
+    with pytest.raises(ValueError):
+        torch.jit.script(RAGGED(N, D))
 
 
 def test_refusals_of_our_own():

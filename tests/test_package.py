@@ -122,7 +122,7 @@ def test_extras(setup_arguments):
         extra: {re.split(r"[>;]", requirement)[0] for requirement in requirements}
         for extra, requirements in setup_arguments["extras_require"].items()
     }
-    assert set(names) == {"train", "bench", "dev"}
+    assert set(names) == {"train", "bench", "serving", "docs", "dev"}
     assert names["train"] == set(TRAIN_EXTRAS)
 
 

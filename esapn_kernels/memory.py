@@ -1,0 +1,51 @@
+"""``MemoryReport``: what a table really takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["MemoryReport"]
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """Bytes really allocated, and what a table of one size would take.
+
+    ``serving`` (what inference needs) = ``payload`` + ``slack`` + ``locations`` + ``chain``;
+    ``fixed`` = ``num_embeddings * d_n * itemsize``, the plain ``nn.Embedding``. Only training takes
+    ``optimizer`` (state that follows the rows) and ``scratch`` (4 bytes per row once rows have
+    moved on a GPU).
+    """
+
+    payload: int
+    slack: int
+    locations: int
+    chain: int
+    optimizer: int
+    scratch: int
+    fixed: int
+    rows_per_size: dict[int, int]
+
+    @property
+    def serving(self) -> int:
+        return self.payload + self.slack + self.locations + self.chain
+
+    @property
+    def ratio(self) -> float:
+        """``serving / fixed``."""
+        return self.serving / self.fixed if self.fixed else 0.0
+
+    def __str__(self) -> str:
+        rows = "  ".join(f"{size}: {count:,}" for size, count in self.rows_per_size.items())
+        parts = [
+            "payload",
+            "slack",
+            "locations",
+            "chain",
+            "serving",
+            "fixed",
+            "optimizer",
+            "scratch",
+        ]
+        lines = [f"{name:<10}{getattr(self, name):>15,} B" for name in parts]
+        return "\n".join([f"rows by size  {rows}", *lines, f"serving / fixed = {self.ratio:.2%}"])
