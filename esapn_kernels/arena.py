@@ -286,7 +286,6 @@ class Arena(nn.Module):
     def _begin(self, rows: int, *, takes: bool = True) -> Places:
         """What a launch that moves up to ``rows`` rows works on."""
         self.remember_layout()
-        self.is_table = False
         owner = self._owner
         if _capturing(self.free_count):
             # The graph holds the addresses: from here on nothing is replaced unasked.
@@ -332,6 +331,7 @@ class Arena(nn.Module):
         """
         if _capturing(self.free_count):
             raise RuntimeError("reserve before capturing a graph, not while it is captured")
+        self.remember_layout()  # a graph would record the copying
         if self._captured:
             self._ledger.see(self.free_count.tolist())
         self._make_room(rows, strict=True)
@@ -508,6 +508,7 @@ class Arena(nn.Module):
         """
         if resolve_backend(backend, ids.device) == "triton":
             places = self._begin(ids.numel())
+            self.is_table = False
             rows = ids, level, self.storage.detach(), places
             moved = launch_insert(*rows, *self._state(), sizes=self.sizes, page=self.page)
             self._end()
@@ -543,6 +544,7 @@ class Arena(nn.Module):
         """
         if resolve_backend(backend, ids.device) == "triton":
             places = self._begin(ids.numel(), takes=False)
+            self.is_table = False
             rows = ids, self.storage.detach(), places
             moved = launch_free(*rows, sizes=self.sizes, page=self.page)
             self._end()

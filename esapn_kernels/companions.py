@@ -11,8 +11,8 @@ from construction on, and say themselves which of their state goes with rows
 (``state_per_element``) and which with ids (``state_per_id``).
 
 Documented behaviour: the state of a *resized* row starts afresh (zero; Adagrad's configured
-``initial_accumulator_value``), as that of a row never seen; the state of every other row is
-untouched wherever the row moves. The shared step counter of Adam goes on.
+``initial_accumulator_value``, Rprop's ``lr``), as that of a row never seen; the state of every
+other row is untouched wherever the row moves. The shared step counter of Adam goes on.
 """
 
 from __future__ import annotations
@@ -90,7 +90,9 @@ def _find(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
 
 def _fresh(group: dict[str, Any], name: str) -> float:
     """What an element of the state ``name`` starts as."""
-    return group.get("initial_accumulator_value", 0.0) if name == "sum" else 0.0
+    if name == "sum":
+        return group.get("initial_accumulator_value", 0.0)
+    return float(group["lr"]) if name == "step_size" else 0.0  # Rprop's
 
 
 def _fit(arena: Arena, optimizer: torch.optim.Optimizer) -> None:

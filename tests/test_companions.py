@@ -314,3 +314,20 @@ def test_a_deleted_module_and_optimizer_are_forgotten():
     del optimizer
     gc.collect()
     assert len(list(companions.of(arena))) == 1  # the gradient
+
+
+def test_rprop_steps_of_a_moved_row_begin_at_the_learning_rate():
+    """A step size of zero would keep the row where it is for ever."""
+    module = make()
+    optimizer = torch.optim.Rprop(module.parameters(), lr=0.01)
+    everything = torch.arange(N_ROWS)
+    for _ in range(3):
+        train(module, optimizer, everything)
+    moving = everything[: N_ROWS // 2]
+    module.promote(moving)
+    state = states(optimizer, module)
+    rows = row_elements(module, moving)
+    assert (state["step_size"][rows] == 0.01).all() and not state["prev"][rows].any()
+    before = module.arena.storage.detach()[rows].clone()
+    train(module, optimizer, everything)
+    assert (module.arena.storage.detach()[rows] != before).all()
