@@ -46,14 +46,16 @@ def replicate(
 
     Raises:
         RuntimeError: ``torch.distributed`` is not initialised; a table steps its rows in backward
-            (``optim``) or has a sparse gradient; a table is replicated already; the ranks' tables
-            differ in number of rows or candidate sizes.
+            (``optim``), has a sparse gradient or ``max_norm``; a table is replicated already, or
+            wrapped in DDP; the ranks' tables differ in more than their numbers and present sizes.
         ValueError: ``model`` has no table.
 
     Notes:
         As in DDP without ``find_unused_parameters``, every rank must look up every table in every
         backward. If one rank refuses its arguments to ``promote``, all raise and nothing changes.
-        A copy of a replica is none. Gathering the ids of a promotion waits for the device.
+        ``resize`` takes the same size on all ranks; ``compact``, ``reserve``, ``reset_parameters``
+        and ``load_state_dict`` are called alike on all. A copy of a replica is none. Gathering the
+        ids of a promotion waits for the device.
 
     Example:
         >>> replicate(ResizableEmbedding(10, sizes=(2, 4)))
@@ -68,18 +70,30 @@ def replicate(
         raise ValueError("the model holds no ResizableEmbedding")
     for name, table in tables.items():
         _refuse(name or type(table).__name__, table)
+    for module in model.modules():
+        if isinstance(module, DistributedDataParallel) and set(tables.values()) & set(
+            module.modules()
+        ):
+            raise RuntimeError("replicate the model before DistributedDataParallel wraps it")
     kinds: list[object] = [None] * dist.get_world_size(process_group)
-    mine = [(name, table.num_embeddings, table.sizes) for name, table in tables.items()]
+    mine = [(name, *_kind(table)) for name, table in tables.items()]
     dist.all_gather_object(kinds, mine, group=process_group)
     if any(kind != mine for kind in kinds):
-        raise RuntimeError("the ranks' tables differ in number of rows or candidate sizes")
+        raise RuntimeError(
+            "the ranks' tables differ in number of rows, candidate sizes, dtype, max_elements or "
+            "in what is frozen"
+        )
 
     parameters: set[nn.Parameter] = set()
     for table in tables.values():
         _send(table, process_group)
         table._agree = _Agreement(process_group)
         for parameter in table.parameters():
+            # A frozen one takes no hook, and may be thawed later.
+            wanted = parameter.requires_grad
+            parameter.requires_grad_(True)
             parameter.register_post_accumulate_grad_hook(_Averaging(process_group))
+            parameter.requires_grad_(wanted)
             parameters.add(parameter)
     ignored = [*getattr(model, "_ddp_params_and_buffers_to_ignore", []), *_names(tables)]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
@@ -96,6 +110,17 @@ def _refuse(name: str, table: ResizableEmbedding) -> None:
         )
     if table.sparse:
         raise RuntimeError(f"{name} has sparse gradients, which are not averaged: use sparse=False")
+    if table.max_norm is not None:
+        raise RuntimeError(
+            f"{name} has max_norm, by which every rank writes to rows of its own ids"
+        )
+
+
+def _kind(table: ResizableEmbedding) -> tuple[object, ...]:
+    """What must be equal on all ranks before rank 0's numbers are sent."""
+    flags = [parameter.requires_grad for parameter in table.parameters()]
+    dtype = str(table.arena.storage.dtype)
+    return table.num_embeddings, table.sizes, dtype, table.arena.max_elements, flags
 
 
 def _names(tables: dict[str, ResizableEmbedding]) -> Iterator[str]:
@@ -116,6 +141,8 @@ def _send(table: ResizableEmbedding, group: dist.ProcessGroup | None) -> None:
         dist.broadcast(state[key], src=source, group=group)
     if dist.get_rank() != source:
         table.load_state_dict(state)
+    # What the host knew of its own free rows would have the arenas grow apart.
+    table.arena._forget()
 
 
 class _Averaging:

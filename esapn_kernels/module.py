@@ -484,6 +484,8 @@ class ResizableEmbedding(nn.Module):
         else:
             everyones = self._agree(flat if mask is None else flat[mask])
             enlarged = self.arena.promote(everyones, self.chain, backend=backend)
+            # What the host has heard of a device differs between ranks; growth must not.
+            self.arena._forget()
             moved = torch.isin(flat, everyones[enlarged])
         return moved.view(ids.shape)
 
@@ -529,7 +531,8 @@ class ResizableEmbedding(nn.Module):
             if bool((level > target).any()):
                 largest = self.sizes[int(level.max())]
                 raise ValueError(f"rows only grow: cannot resize a row of size {largest} to {size}")
-        for _ in range(target):
+        # At least once, for the replicas whose rows are to be asked.
+        for _ in range(max(target, 1)):
             self.promote(ids, self.arena.level(ids) < target)
         return self.arena.level(ids) == target
 

@@ -193,6 +193,9 @@ def refused(rank):
     rows = optim.SGD(fused.table, lr=0.1)
     note("fused", lambda: replicate(fused))
     rows.detach()
+    normed = ResizableEmbedding(5, sizes=(8,), max_norm=1.0)
+    note("max_norm", lambda: replicate(normed))
+    note("wrapped", lambda: replicate(DistributedDataParallel(fused)))
     model = Model()
     replicate(model)
     note("twice", lambda: replicate(model))
@@ -207,11 +210,44 @@ def refused(rank):
 
 
 def differing(rank):
+    said = []
+    for options in (
+        {"num_embeddings": 10 + rank},
+        {"dtype": [torch.float32, torch.float64][rank]},
+        {"max_elements": [None, 10_000][rank]},
+        {"_freeze": bool(rank)},
+    ):
+        try:
+            replicate(ResizableEmbedding(**{"num_embeddings": 10, "sizes": SIZES, **options}))
+            said.append(None)
+        except RuntimeError as error:
+            said.append(str(error))
+    return {"said": said}
+
+
+def thawed(rank):
+    """Frozen when it is replicated, trained later: averaged from then on."""
+    torch.manual_seed(0)
+    table = ResizableEmbedding(10, sizes=(2, 8), dtype=torch.float64, _freeze=True)
+    replicate(table)
+    frozen = not any(p.requires_grad for p in table.parameters())
+    table.requires_grad_(True)
+    table(torch.tensor([rank, 2])).sum().backward()
+    return {"frozen": frozen, "grads": {k: p.grad for k, p in table.named_parameters()}}
+
+
+def smallest(rank):
+    """To the smallest size, which nothing has to grow to: refused by one rank, then together."""
+    torch.manual_seed(0)
+    model = Model()
+    replicate(model)
+    said = None
     try:
-        replicate(ResizableEmbedding(10 + rank, sizes=SIZES))
-    except RuntimeError as error:
-        return {"said": str(error)}
-    return {"said": None}
+        model.table.resize(torch.tensor([ROWS if rank else 0]), 2)
+    except Exception as error:
+        said = type(error).__name__
+    moved = model.table.promote(torch.tensor([rank]))
+    return {"said": said, "moved": moved, "sizes": model.table.sizes_of()}
 
 
 def main():

@@ -132,6 +132,8 @@ def test_refused(tmp_path):
         "sparse": "sparse=False",
         "fused": "torch.optim",
         "twice": "already",
+        "max_norm": "max_norm",
+        "wrapped": "before",
     }.items():
         assert said[name].startswith("RuntimeError") and words in said[name], name
     assert said["fused later"].startswith("ValueError") and "replica" in said["fused later"]
@@ -139,7 +141,22 @@ def test_refused(tmp_path):
 
 
 def test_ranks_with_other_tables_are_refused(tmp_path):
-    assert all("differ" in rank["said"] for rank in run("differing", tmp_path))
+    for rank in run("differing", tmp_path):
+        assert len(rank["said"]) == 4 and all("differ" in text for text in rank["said"])
+
+
+def test_a_frozen_table_is_averaged_once_it_trains(tmp_path):
+    first, second = run("thawed", tmp_path)
+    assert first["frozen"] and second["frozen"]
+    assert_same(first["grads"], second["grads"])
+    assert first["grads"]["arena.storage"].any()
+
+
+def test_resizing_to_the_smallest_size_keeps_the_ranks_together(tmp_path):
+    first, second = run("smallest", tmp_path)
+    assert (first["said"], second["said"]) == ("RuntimeError", "IndexError")
+    assert first["moved"].tolist() == second["moved"].tolist() == [True]
+    assert torch.equal(first["sizes"], second["sizes"])
 
 
 def test_without_a_process_group():
