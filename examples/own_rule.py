@@ -23,7 +23,7 @@ def stream(rows: int, steps: int, batch: int):
     for _ in range(steps):
         ids = (rows * torch.rand(batch, generator=generator) ** 3).long()
         noise = torch.randn(batch, SIZES[-1], generator=generator)
-        yield ids, hidden[ids] + 2.0 * noise
+        yield ids, hidden[ids] + noise
 
 
 class OftenAndLearning:

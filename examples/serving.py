@@ -86,6 +86,8 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     options = parser.parse_args(arguments)
     if options.rows < 1:
         parser.error("--rows must be at least 1")
+    if options.out.exists() and not options.out.is_dir():
+        parser.error(f"--out must be a folder, {options.out} is a file")
     options.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     emb = train(options.rows)

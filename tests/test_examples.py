@@ -58,6 +58,7 @@ def test_serving(tmp_path, capsys):
         ["ctr.py", "--embedding", "other"],
         ["own_rule.py", "--steps", "-1"],
         ["serving.py", "--rows", "0"],
+        ["serving.py", "--out", __file__],
     ],
     ids=" ".join,
 )
