@@ -41,7 +41,7 @@ setup(
     ],
     python_requires=">=3.10",
     packages=["esapn_kernels", "esapn"],
-    package_data={"esapn_kernels": ["py.typed"], "esapn": ["py.typed"]},
+    package_data={"esapn_kernels": ["py.typed"], "esapn": ["py.typed", "page.html"]},
     # Floors only: torch itself pins the Triton it was built with.
     install_requires=[
         "torch>=2.11",
@@ -50,7 +50,15 @@ setup(
         'and (platform_machine == "x86_64" or platform_machine == "aarch64")',
     ],
     extras_require={
-        "train": ["polars>=1.0", "tqdm>=4.66", "torchmetrics>=1.4", "matplotlib>=3.8"],
+        "train": [
+            "polars>=1.0",
+            "pooch>=1.8",
+            "tqdm>=4.66",
+            "torchmetrics>=1.4",
+            "matplotlib>=3.8",
+            "scipy>=1.11",
+            "jinja2>=3.1",
+        ],
         "serving": [
             "safetensors>=0.4",
             "onnx>=1.16",

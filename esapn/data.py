@@ -13,258 +13,218 @@ ring slots `(freq - 1) % history` are all different: a scatter has no write conf
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import os
-from collections.abc import Iterable
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import NamedTuple, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    import polars as pl
+from .cache import cache_folder, load_file, report_skipped
+from .datasets import MOVIELENS, load_movielens
+from .reading import KINDS, MALFORMED, RATING_MAX, RATING_MIN, DataError, event_counts, fail
 
-RATING_MIN, RATING_MAX = 0.5, 5.0
 NUM_CLASSES = 5
 MAX_RANK = 32
 
 # Looked for in this order when `data` is a directory.
 _KNOWN_FILES = ("u.data", "ratings.dat", "ratings.csv", "ratings.parquet")
-_SEPARATORS = {".data": "\t", ".dat": "::"}
-_ALIASES = {
-    "user": ("user", "userid", "user_id"),
-    "item": ("item", "itemid", "item_id", "movieid", "movie_id"),
-    "rating": ("rating",),
-    "timestamp": ("timestamp",),
-}
-_FIELDS = tuple(_ALIASES)
 # Fixed: the random draws come chunk by chunk, so this size is part of what a seed means.
 _CHUNK = 1 << 18
 
 
-class DataError(ValueError):
-    """A mistake in the data or in how it was asked for; the message is one line."""
-
-
 @dataclass(frozen=True)
 class Ratings:
-    """One event a row, in file order."""
+    """One event a row, in file order; arrays may be read-only maps of cached files."""
 
-    user: np.ndarray  # int64 [E], codes 0..n_users-1 in sorted order of the raw IDs
-    item: np.ndarray  # int64 [E], codes 0..n_items-1, likewise
+    user: np.ndarray  # [E], codes 0..n_users-1 in sorted order of the raw IDs; int32 if they fit
+    item: np.ndarray  # [E], codes 0..n_items-1, likewise
     rating: np.ndarray  # float32 [E], within 0.5..5
     timestamp: np.ndarray | None  # int64 [E]
     n_users: int
     n_items: int
-    name: str  # "synthetic" or the file name
+    name: str  # "synthetic", a set's name or the file name
     checksum: str  # sha256 (hex) of the file; of the generated arrays for synthetic data
+    # rows; duplicates, whose user and item came before; unsorted, earlier than the row before;
+    # skipped, malformed and left out, and of these each reason's share. All but skipped are kept.
+    counts: dict[str, int] = field(default_factory=dict)
 
 
 class Batch(NamedTuple):
-    """Views of one batch of a `Stream`; fields, dtypes and meaning as there, shape [B]."""
+    """One batch of a `Stream`, in the dtypes that models take; shape [B] each."""
 
-    user: Tensor
-    item: Tensor
-    target: Tensor
-    user_freq: Tensor
-    item_freq: Tensor
-    user_last: Tensor
-    item_last: Tensor
-    user_keep: Tensor
-    item_keep: Tensor
+    user: Tensor  # int64
+    item: Tensor  # int64
+    target: Tensor  # float32 of 0 and 1 (binary), int64 of 0..4 (multiclass)
+    user_freq: Tensor  # int32
+    item_freq: Tensor  # int32
+    user_last: Tensor  # bool
+    item_last: Tensor  # bool
+    user_keep: Tensor  # bool
+    item_keep: Tensor  # bool
+
+
+@dataclass(frozen=True)
+class Bounds(Sequence[tuple[int, int]]):
+    """Start and end of every batch, computed when asked for; covers all events.
+
+    Batches have `batch_size` events; the last may have fewer, or one more, never one alone.
+
+    Example:
+        >>> list(Bounds(n_events=9, batch_size=4))
+        [(0, 4), (4, 9)]
+    """
+
+    n_events: int
+    batch_size: int
+
+    def __len__(self) -> int:
+        return max(self.n_events - 2, 0) // self.batch_size + 1
+
+    @overload
+    def __getitem__(self, index: int) -> tuple[int, int]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[tuple[int, int]]: ...
+    def __getitem__(self, index: int | slice) -> tuple[int, int] | list[tuple[int, int]]:
+        places = range(len(self))[index]  # negative ones, and IndexError
+        if isinstance(places, range):
+            return [self[place] for place in places]
+        end = self.n_events if places == len(self) - 1 else (places + 1) * self.batch_size
+        return places * self.batch_size, end
 
 
 @dataclass(frozen=True)
 class Stream:
-    """Ordered events with their counters, resident on one device; formulas at the file's top."""
+    """Ordered events with their counters, resident on one device: 21 bytes an event.
 
-    user: Tensor  # int64 [E], codes
-    item: Tensor  # int64 [E]
-    target: Tensor  # float32 [E] of 0 and 1 (binary), int64 [E] of 0..4 (multiclass)
+    Formulas at the file's top. The dtypes are compact; `batch` and `labels` give those of `Batch`.
+    """
+
+    user: Tensor  # int32 [E], codes
+    item: Tensor  # int32 [E]
+    target: Tensor  # uint8 [E], 0 or 1 (binary), 0..4 (multiclass)
     user_freq: Tensor  # int32 [E], 1-based, runs on through the test part
     item_freq: Tensor  # int32 [E]
     user_last: Tensor  # bool [E], last event of its ID inside its batch
     item_last: Tensor  # bool [E]
     user_keep: Tensor  # bool [E], among the last `history` events of its ID inside its batch
     item_keep: Tensor  # bool [E]
-    bounds: list[tuple[int, int]]  # (start, end) of every batch, covering all events
+    bounds: Bounds  # (start, end) of every batch
     n_train: int  # events before this index train; always the start of a batch
     n_users: int
     n_items: int
+    task: str  # "binary" or "multiclass"
 
     def batch(self, index: int) -> Batch:
-        """Return batch `index` as views of the stream's tensors (nothing is copied)."""
-        part = slice(*self.bounds[index])
-        return Batch(*(getattr(self, field)[part] for field in Batch._fields))
+        """Return batch `index`; IDs and target are converted, the rest are views. No sync."""
+        start, end = self.bounds[index]
+        part = slice(start, end)
+        rest = (getattr(self, name)[part] for name in Batch._fields[3:])
+        return Batch(self.user[part].long(), self.item[part].long(), self.labels(start, end), *rest)
+
+    def labels(self, start: int, end: int) -> Tensor:
+        """Return the targets of the events `[start, end)` in the dtype of `Batch.target`."""
+        target = self.target[start:end]
+        if target.dtype != torch.uint8:
+            return target  # replaced by the caller, in the dtype that is wanted
+        return target.float() if self.task == "binary" else target.long()
 
 
-def load_ratings(data: str | os.PathLike[str], *, events: int = 200_000, seed: int = 0) -> Ratings:
-    """Read ratings from a file or directory, or generate them.
+def load_ratings(
+    data: str | os.PathLike[str],
+    *,
+    events: int = 200_000,
+    seed: int = 0,
+    archive: str | os.PathLike[str] | None = None,
+    url: str | None = None,
+    cache: str | os.PathLike[str] | None = None,
+    malformed: str = "refuse",
+) -> Ratings:
+    """Read ratings from a file, a directory or a MovieLens set, or generate them.
+
+    What was read is kept in the cache as memory-mapped columns; the same bytes are parsed once.
 
     Args:
-        data: `"synthetic"`; or a directory holding `u.data`, `ratings.dat`, `ratings.csv` or
-            `ratings.parquet` (the first of these that is there is read); or a file. `.data`
-            (tab separated) and `.dat` (`::` separated) have no header and the fields user, item,
+        data: `"synthetic"`; or a set's name, a key of `esapn.datasets.MOVIELENS` (`ml-100k`,
+            `ml-1m`, `ml-10m`, `ml-20m`, `ml-25m`, `ml-32m`, `ml-latest`, `ml-latest-small`),
+            which is downloaded if the cache has it not; or a directory holding `u.data`,
+            `ratings.dat`, `ratings.csv` or `ratings.parquet` (the first of these that is there
+            is read); or a file. A directory with a set's name is `./NAME`. `.data` (tab
+            separated) and `.dat` (`::` separated) have no header and the fields user, item,
             rating, timestamp; `.csv` and `.parquet` have columns user (or userId), item (or
             itemId, movieId), rating and optionally timestamp, in any case and order.
         events, seed: for `"synthetic"` only.
+        archive: for a set only, its zip on this machine, read instead of a download.
+        url: for a set only, another http(s) address of its zip.
+        cache: the cache folder; `$ESAPN_CACHE` or the platform's by default (`~/.cache/esapn`).
+        malformed: `"refuse"` a file with rows that lack a field, have too many, or a rating or
+            timestamp that is none; or `"skip"` such rows, with their number on stderr.
 
     Returns:
-        The ratings in file order. Raw IDs may be integers or strings; codes follow their sorted
-        order, numeric where every ID is an integer written plainly (`7`, not `007`). Blanks
-        around a text value do not count.
+        The ratings in file order, duplicates and rows out of time order included. Raw IDs may be
+        integers or strings; codes follow their sorted order, numeric where every ID is a 64-bit
+        integer written plainly (`7`, not `007`). Blanks around a text value do not count.
 
     Raises:
-        DataError: for anything that cannot be taken as it stands; no row is ever dropped. Rows
-            in messages count from 1 and leave the header out.
+        DataError: for anything that cannot be taken as it stands. No row is dropped but for
+            `malformed="skip"`. Rows in messages count from 1 and leave the header out.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder, "ratings.csv")
+        ...     _ = path.write_text("user,item,rating\\n7,1,4\\n7,1,4.5\\n9,2,\\n")
+        ...     ratings = load_ratings(path, cache=folder, malformed="skip")
+        >>> ratings.user.tolist(), ratings.counts["duplicates"], ratings.counts["skipped"]
+        ([0, 0], 1, 1)
     """
+    if malformed not in MALFORMED:
+        raise DataError(f"malformed must be refuse or skip, got {malformed!r}")
+    is_set = isinstance(data, str) and data in MOVIELENS
+    if not is_set and (archive is not None or url is not None):
+        given = "archive" if archive is not None else "url"
+        raise DataError(f"{given} is for one of {', '.join(MOVIELENS)}, not for {data}")
     if os.fspath(data) == "synthetic":
         return synthetic_ratings(events, seed=seed)
-    path = next((p for name in _KNOWN_FILES if (p := Path(data, name)).is_file()), Path(data))
+    folder = cache_folder(cache)
+    if is_set:
+        name, zipped = str(data), None if archive is None else Path(archive)
+        columns, checksum = load_movielens(
+            name, archive=zipped, url=url, malformed=malformed, folder=folder
+        )
+    else:
+        path, kind = _find_file(data)
+        name = path.name
+        columns, checksum = load_file(path, kind, name=name, malformed=malformed, folder=folder)
+    report_skipped(name, columns.counts)
+    return Ratings(**vars(columns), name=name, checksum=checksum)
+
+
+def _find_file(data: str | os.PathLike[str]) -> tuple[Path, str]:
+    try:
+        path = next((p for name in _KNOWN_FILES if (p := Path(data, name)).is_file()), Path(data))
+    except OSError as error:  # a name that is too long, a folder that may not be looked into
+        fail(f"{os.fspath(data):.100}", error.strerror or str(error))
     if path.is_dir():
-        _fail(str(path), f"directory holds none of {', '.join(_KNOWN_FILES)}")
+        fail(str(path), f"directory holds none of {', '.join(_KNOWN_FILES)}")
     if not path.is_file():
-        _fail(str(path), "no such file or directory")
+        fail(str(path), "no such file or directory")
     kind = path.suffix.lower()
-    if kind not in (*_SEPARATORS, ".csv", ".parquet"):
-        _fail(path.name, f"unknown kind of file '{kind}' (known: .data, .dat, .csv, .parquet)")
-
+    if kind not in KINDS:
+        fail(path.name, f"unknown kind of file '{kind}' (known: {', '.join(KINDS)})")
     if path.stat().st_size == 0:
-        _fail(path.name, "file is empty")
-    frame = _read_frame(path, kind)
-    if frame.height == 0:
-        _fail(path.name, "holds no ratings")
-    user, n_users = _codes(frame["user"])
-    item, n_items = _codes(frame["item"])
-    rating = _rating(path.name, frame["rating"])
-    timestamp = _timestamp(path.name, frame["timestamp"]) if "timestamp" in frame.columns else None
-    checksum = hashlib.sha256(np.memmap(path, np.uint8, "r").data).hexdigest()
-    return Ratings(user, item, rating, timestamp, n_users, n_items, path.name, checksum)
-
-
-def _fail(name: str, what: str) -> NoReturn:
-    # Parser messages and odd file names may hold line breaks; the promise is one line.
-    raise DataError(" ".join(f"{name}: {what}".split()))
+        fail(path.name, "file is empty")
+    return path, kind
 
 
 def _check_least(**bounds: tuple[int, int]) -> None:
     for name, (value, least) in bounds.items():
         if value < least:
             raise DataError(f"{name} must be at least {least}, got {value}")
-
-
-def _read_frame(path: Path, kind: str) -> pl.DataFrame:
-    """Read the columns named in `_FIELDS`, none missing anywhere; text in a file stays text."""
-    try:
-        import polars as pl
-    except ImportError:
-        _fail(path.name, "reading files needs polars: pip install 'esapn-kernels[train]'")
-    try:
-        if kind == ".parquet":
-            wanted = _pick_columns(path.name, pl.read_parquet_schema(path))
-            frame = pl.read_parquet(path, columns=list(wanted.values()))
-        elif kind == ".csv":
-            frame = pl.read_csv(path, infer_schema=False)
-        else:
-            frame = _read_lines(path, _SEPARATORS[kind])
-    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as err:
-        if kind == ".csv":
-            _refuse_long_rows(path)
-        _fail(path.name, f"cannot be read: {str(err).strip().splitlines()[0]}")
-    columns = _pick_columns(path.name, frame.columns)
-    frame = frame.select(pl.col(raw).alias(field) for field, raw in columns.items())
-    frame = frame.with_columns(pl.col(pl.Categorical, pl.Enum).cast(pl.String))
-    frame = frame.with_columns(pl.col(pl.String).str.strip_chars().replace("", None))
-    for column in frame.iter_columns():
-        is_id, dtype = column.name in ("user", "item"), column.dtype
-        if dtype != pl.String and not (dtype.is_integer() if is_id else dtype.is_numeric()):
-            expected = "integers or strings" if is_id else "numbers"
-            _fail(path.name, f"column '{column.name}' is {dtype}, expected {expected}")
-        _refuse(path.name, column, column.is_null(), "is missing")
-    return frame
-
-
-def _read_lines(path: Path, separator: str) -> pl.DataFrame:
-    """Split header-less lines; a column separator that no text holds leaves each line whole."""
-    import polars as pl
-
-    options: dict[str, Any] = {"has_header": False, "infer_schema": False, "quote_char": None}
-    lines = pl.read_csv(path, separator="\x1f", new_columns=["line"], **options)["line"]
-    lines = lines.fill_null("")
-    count = lines.str.count_matches(separator, literal=True) + 1
-    if (bad := (count != len(_FIELDS)).arg_true()).len():
-        found = f"{count[bad[0]]} fields separated by {separator!r}"
-        _fail(path.name, f"row {bad[0] + 1}: {found}, expected 4 ({', '.join(_FIELDS)})")
-    fields = lines.str.split_exact(separator, len(_FIELDS) - 1).struct.unnest()
-    return fields.rename(dict(zip(fields.columns, _FIELDS, strict=True)))
-
-
-def _refuse_long_rows(path: Path) -> None:
-    """Name the first CSV row with too many fields: the parser gives no row number."""
-    with suppress(UnicodeDecodeError, csv.Error), path.open(newline="", encoding="utf-8") as file:
-        rows = csv.reader(file)
-        width = len(next(rows, []))
-        for number, row in enumerate(rows, start=1):
-            if len(row) > width:
-                _fail(path.name, f"row {number}: {len(row)} fields, the header has {width}")
-
-
-def _pick_columns(name: str, columns: Iterable[str]) -> dict[str, str]:
-    raw = list(columns)
-    picked = {}
-    for field, aliases in _ALIASES.items():
-        matches = [column for column in raw if column.strip().lower() in aliases]
-        if len(matches) > 1:
-            _fail(name, f"more than one column for '{field}' ({', '.join(matches)})")
-        if matches:
-            picked[field] = matches[0]
-        elif field != "timestamp":
-            _fail(name, f"column '{field}' not found (columns: {', '.join(raw)})")
-    return picked
-
-
-def _refuse(name: str, column: pl.Series, bad: pl.Series, what: str) -> None:
-    """Raise for the first row flagged in `bad`; `{}` in `what` becomes the value found there."""
-    rows = bad.fill_null(True).arg_true()
-    if rows.len():
-        value = what.replace("{}", repr(column[rows[0]])[:60])
-        _fail(name, f"row {rows[0] + 1}: {column.name} {value}")
-
-
-def _codes(column: pl.Series) -> tuple[np.ndarray, int]:
-    if not column.dtype.is_integer():
-        unique = column.unique()
-        # "007" and "7" are two IDs: the column counts as integers only if nothing would merge.
-        if (unique.cast(int, strict=False).cast(str) == unique).fill_null(False).all():
-            column = column.cast(int)
-    codes: np.ndarray = column.rank("dense").to_numpy().astype(np.int64) - 1
-    return codes, int(codes.max()) + 1
-
-
-def _rating(name: str, column: pl.Series) -> np.ndarray:
-    number = _finite(name, column)
-    outside = (number < RATING_MIN) | (number > RATING_MAX)
-    _refuse(name, column, outside, f"{{}} is outside {RATING_MIN:g}..{RATING_MAX:g}")
-    return number.to_numpy().astype(np.float32)
-
-
-def _timestamp(name: str, column: pl.Series) -> np.ndarray:
-    number = _finite(name, column)
-    # Whole numbers beyond 2**53 lose digits as floats, so integers are taken as they stand.
-    whole = column.cast(int, strict=False).fill_null(number.cast(int, strict=False))
-    _refuse(name, column, whole.cast(float) != number, "{} is not a whole number")
-    return whole.to_numpy().astype(np.int64)
-
-
-def _finite(name: str, column: pl.Series) -> pl.Series:
-    number = column.cast(float, strict=False)
-    _refuse(name, column, ~number.is_finite(), "{} is not a finite number")
-    return number
 
 
 def synthetic_ratings(
@@ -292,7 +252,7 @@ def synthetic_ratings(
         seed: equal arguments give equal arrays.
 
     Returns:
-        The ratings, 28 bytes an event; IDs that were never drawn keep their code.
+        The ratings, 20 bytes an event; IDs that were never drawn keep their code.
 
     Raises:
         DataError: if a count is below 1 or the seed is negative.
@@ -304,9 +264,10 @@ def synthetic_ratings(
     rng = np.random.default_rng(seed)
     u_ids, u_cdf, u_bias, u_factors = _plant(rng, n_users, events, exponent=0.8, bias_std=0.3)
     i_ids, i_cdf, i_bias, i_factors = _plant(rng, n_items, events, exponent=1.05, bias_std=0.4)
-    integers: np.ndarray = np.empty((3, events), np.int64)
+    user: np.ndarray = np.empty(events, np.int32)
+    item: np.ndarray = np.empty(events, np.int32)
     rating: np.ndarray = np.empty(events, np.float32)
-    user, item, timestamp = integers
+    timestamp: np.ndarray = np.empty(events, np.int64)
     now = 1_000_000_000
     for start in range(0, events, _CHUNK):
         part = slice(start, min(start + _CHUNK, events))
@@ -320,9 +281,12 @@ def synthetic_ratings(
         timestamp[part] = now + np.cumsum(rng.integers(1, 121, size))
         now = int(timestamp[part.stop - 1])
     digest = hashlib.sha256()
-    for array in (user, item, rating, timestamp):
-        digest.update(array.data)
-    return Ratings(user, item, rating, timestamp, n_users, n_items, "synthetic", digest.hexdigest())
+    for array, dtype in ((user, np.int64), (item, np.int64), (rating, None), (timestamp, None)):
+        for start in range(0, events, _CHUNK):
+            digest.update(np.ascontiguousarray(array[start : start + _CHUNK], dtype).data)
+    checksum = digest.hexdigest()
+    counts = event_counts(user, item, timestamp, n_items) | {"skipped": 0}
+    return Ratings(user, item, rating, timestamp, n_users, n_items, "synthetic", checksum, counts)
 
 
 def _plant(
@@ -365,7 +329,7 @@ def build_stream(
         train_fraction: `n_train` is `floor(train_fraction * E)` rounded down to the start of a
             batch, with at least one batch on each side.
         history: ring-buffer slots an ID has (the paper's T), at least 1.
-        device: where the tensors live, 32 bytes an event (28 for the binary task).
+        device: where the tensors live, 21 bytes an event.
 
     Raises:
         DataError: for an argument out of range, fewer events than two batches, or `order="time"`
@@ -378,6 +342,8 @@ def build_stream(
         >>> batch = stream.batch(0)
         >>> batch.user.shape, batch.target.dtype, int(batch.user_freq.min())
         (torch.Size([100]), torch.float32, 1)
+        >>> stream.target.dtype, stream.labels(0, stream.n_train).dtype
+        (torch.uint8, torch.float32)
         >>> int(batch.user_last.sum()) == batch.user.unique().numel()
         True
     """
@@ -386,35 +352,31 @@ def build_stream(
     if not 0 < train_fraction < 1:
         raise DataError(f"train_fraction must be between 0 and 1, got {train_fraction}")
     if n_events < 2 * batch_size:
-        _fail(ratings.name, f"{n_events} events are fewer than two batches of {batch_size}")
-    permutation = _permutation(ratings, order, seed)
+        fail(ratings.name, f"{n_events} events are fewer than two batches of {batch_size}")
+    if task not in ("binary", "multiclass"):
+        raise DataError(f"task must be binary or multiclass, got {task!r}")
+    arrays = _ordered(ratings, task, _permutation(ratings, order, seed))
 
-    starts = np.arange(0, n_events - 1, batch_size)  # - 1: no batch starts at the last event
+    bounds = Bounds(n_events, batch_size)
     # The tiny term: 0.29 * 100 is 28.999999999999996 in floats.
     n_train = int(train_fraction * n_events + 1e-9) // batch_size * batch_size
-    n_train = min(max(n_train, batch_size), int(starts[-1]))
+    n_train = min(max(n_train, batch_size), bounds[-1][0])
 
-    arrays: dict[str, Any] = {"target": _target(ratings.rating, task)[permutation]}
-    for side, codes in (("user", ratings.user), ("item", ratings.item)):
-        arrays[side] = codes[permutation]
-        arrays[f"{side}_freq"], left = _count(arrays[side], starts)
-        arrays[f"{side}_last"] = left == 0
-        arrays[f"{side}_keep"] = left < history
+    tensors = {}
+    for side in ("user", "item"):
+        counted = _count(arrays[side], bounds, history)
+        for name, array in zip(("freq", "last", "keep"), counted, strict=True):
+            tensors[f"{side}_{name}"] = torch.from_numpy(array).to(device)
+    for name in list(arrays):
+        tensors[name] = torch.from_numpy(arrays.pop(name)).to(device)
     return Stream(
-        **{name: torch.from_numpy(array).to(device) for name, array in arrays.items()},
-        bounds=list(zip(starts.tolist(), [*starts[1:].tolist(), n_events], strict=True)),
+        **tensors,
+        bounds=bounds,
         n_train=n_train,
         n_users=ratings.n_users,
         n_items=ratings.n_items,
+        task=task,
     )
-
-
-def _target(rating: np.ndarray, task: str) -> np.ndarray:
-    if task == "binary":
-        return (rating > 3.5).astype(np.float32)
-    if task == "multiclass":
-        return np.clip(np.floor(rating - 0.5), 0, NUM_CLASSES - 1).astype(np.int64)
-    raise DataError(f"task must be binary or multiclass, got {task!r}")
 
 
 def _permutation(ratings: Ratings, order: str, seed: int) -> np.ndarray:
@@ -423,27 +385,77 @@ def _permutation(ratings: Ratings, order: str, seed: int) -> np.ndarray:
     if order != "time":
         raise DataError(f"order must be shuffle or time, got {order!r}")
     if ratings.timestamp is None:
-        _fail(ratings.name, "order=time needs timestamps and there are none; order=shuffle works")
+        fail(ratings.name, "order=time needs timestamps and there are none; order=shuffle works")
     return np.argsort(ratings.timestamp, kind="stable")
 
 
-def _count(ids: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return `freq` and `left`, int32 [E], as defined at the file's top.
+def _ordered(ratings: Ratings, task: str, permutation: np.ndarray) -> dict[str, np.ndarray]:
+    """Return user, item (int32 [E]) and target (uint8 [E]) in the order of the stream."""
+    n_events = len(permutation)
+    out: dict[str, np.ndarray] = {
+        "user": np.empty(n_events, np.int32),
+        "item": np.empty(n_events, np.int32),
+        "target": np.empty(n_events, np.uint8),
+    }
+    for part in _chunks(n_events):
+        rows = permutation[part]
+        out["user"][part] = ratings.user[rows]
+        out["item"][part] = ratings.item[rows]
+        out["target"][part] = _target(ratings.rating[rows], task)
+    return out
 
-    A stable sort of `ids` (int64 [E]) puts the events of an (ID, batch) pair side by side in
-    stream order, so both counts are distances to the edge of a run. `starts` are the batches'.
+
+def _target(rating: np.ndarray, task: str) -> np.ndarray:
+    if task == "binary":
+        return rating > 3.5
+    return np.clip(np.floor(rating - 0.5), 0, NUM_CLASSES - 1)
+
+
+def _chunks(n: int) -> Iterator[slice]:
+    """Cut `range(n)`, so that what is computed on the way is small beside the arrays."""
+    return (slice(start, min(start + _CHUNK, n)) for start in range(0, n, _CHUNK))
+
+
+def _count(
+    ids: np.ndarray, bounds: Bounds, history: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return `freq` (int32 [E]), `last` and `keep` (bool [E]), as defined at the file's top.
+
+    A stable sort of `ids` (int32 [E]) puts the events of an (ID, batch) pair side by side in
+    stream order: `freq` is the distance to the first event of the ID, and at least k events of
+    the pair follow if the event k places on is still of the pair.
     """
-    position = np.arange(len(ids))
+    n_events, bits = len(ids), len(ids).bit_length()
     # Sorting ID and position as one integer is stable and several times faster than argsort.
-    bits = len(ids).bit_length()
-    key = np.sort(ids << bits | position)
-    by_id = key & ((1 << bits) - 1)
-    new_id = np.diff(key >> bits, prepend=-1) != 0
-    batch = np.minimum(by_id // starts[1], len(starts) - 1)
-    new_run = new_id | (np.diff(batch, prepend=-1) != 0)
-    freq: np.ndarray = np.empty(len(ids), np.int32)
-    left: np.ndarray = np.empty(len(ids), np.int32)
-    freq[by_id] = position - np.maximum.accumulate(np.where(new_id, position, 0)) + 1
-    run_ends: np.ndarray = np.append(np.flatnonzero(new_run)[1:], len(ids))
-    left[by_id] = np.repeat(run_ends, np.diff(run_ends, prepend=0)) - 1 - position
-    return freq, left
+    key: np.ndarray = np.empty(n_events, np.int64)
+    for part in _chunks(n_events):
+        key[part] = ids[part].astype(np.int64) << bits | np.arange(part.start, part.stop)
+    key.sort()
+
+    def split(begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        """ID and position of the sorted events [begin, end)."""
+        return key[begin:end] >> bits, key[begin:end] & ((1 << bits) - 1)
+
+    def of_batch(position: np.ndarray) -> np.ndarray:
+        return np.minimum(position // bounds.batch_size, len(bounds) - 1)
+
+    freq: np.ndarray = np.empty(n_events, np.int32)
+    last: np.ndarray = np.empty(n_events, np.bool_)
+    keep: np.ndarray = np.empty(n_events, np.bool_)
+    current, first = -1, 0  # the ID at the end of the chunk before, and where its events begin
+    for part in _chunks(n_events):
+        begin, end = part.start, part.stop
+        id_, position = split(begin, end)
+        batch = of_batch(position)
+        place = np.arange(begin, end)
+        firsts = np.where(np.diff(id_, prepend=current) != 0, place, first)
+        firsts = np.maximum.accumulate(firsts)
+        freq[position] = place - firsts + 1
+        current, first = int(id_[-1]), int(firsts[-1])
+        for flag, ahead in ((last, 1), (keep, history)):
+            other_id, other_position = split(begin + ahead, end + ahead)
+            n = len(other_id)  # fewer at the end, where nothing follows
+            follows = (other_id == id_[:n]) & (of_batch(other_position) == batch[:n])
+            flag[position[:n]] = ~follows
+            flag[position[n:]] = True
+    return freq, last, keep
