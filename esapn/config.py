@@ -6,15 +6,45 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-__all__ = ["CHOICES", "ConfigError", "SearchConfig"]
+__all__ = ["CHOICES", "MODES", "ConfigError", "SearchConfig"]
 
 CHOICES = {
     "task": ("binary", "multiclass"),
-    "method": ("esapn", "fixed"),
-    "mode": ("paper",),
+    "method": (
+        "esapn",
+        "fixed",
+        "darts",
+        "autoemb",
+        "always",
+        "never",
+        "random",
+        "thresholds",
+        "power",
+        "biases",
+    ),
+    "mode": ("paper", "tuned"),
     "order": ("shuffle", "time"),
-    "tower": ("norm", "plain"),
     "device": ("auto", "cpu", "cuda"),
+    "tower": ("norm", "plain"),
+    "head": ("norm", "plain"),
+    "row_optimizer": ("adam", "adagrad"),
+    "hops": ("linear", "padded"),
+    "state": ("paper", "rich"),
+    "reward": ("paper", "lookahead"),
+    "advantage": ("raw", "normalised"),
+}
+
+# What a mode changes of the defaults. `paper` is the published algorithm and setting.
+MODES: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "tuned": {
+        "init_std": 0.01,
+        "tower": "plain",
+        "head": "plain",
+        "row_optimizer": "adagrad",
+        "row_lr": 0.05,
+        "hops": "padded",
+    },
 }
 
 
@@ -32,6 +62,8 @@ def _setting(default: Any, text: str) -> Any:
 class SearchConfig:
     """One run: data, method, algorithm (paper sections 3 and 4), and where it runs.
 
+    The defaults are mode ``paper``; :meth:`of_mode` gives another mode's.
+
     Raises:
         ConfigError: a value outside its range, named by its flag.
 
@@ -39,14 +71,17 @@ class SearchConfig:
         >>> SearchConfig(batch_size=1)
         Traceback (most recent call last):
         esapn.config.ConfigError: --batch-size must be at least 2, got 1
+        >>> SearchConfig.of_mode("tuned").row_optimizer
+        'adagrad'
     """
 
-    data: str = _setting("synthetic", "'synthetic', or a file or folder of ratings")
+    data: str = _setting("synthetic", "'synthetic', a MovieLens name, or a file or folder")
     task: str = _setting("binary", "rating > 3.5 (MSE), or five classes (cross-entropy)")
-    method: str = _setting("esapn", "size search, or one fixed size")
-    mode: str = _setting("paper", "the published algorithm")
+    method: str = _setting("esapn", "size search, one fixed size, soft sizes, or a control")
+    mode: str = _setting("paper", "defaults: the published setting, or the tuned one")
     order: str = _setting("shuffle", "of the stream: a seeded permutation, or by timestamp")
-    seed: int = _setting(0, "of the order, the initialisation and the sampled actions")
+    order_seed: int = _setting(0, "of the shuffle; one split for all seeds, as published")
+    seed: int = _setting(0, "of the initialisation, the sampled actions and synthetic data")
     device: str = _setting("auto", "auto takes a GPU where there is one")
     events: int = _setting(200_000, "length of the synthetic stream")
     train_fraction: float = _setting(0.75, "of the events; the rest is the test part")
@@ -55,14 +90,28 @@ class SearchConfig:
     fixed_size: int = _setting(128, "the size of every row with --method fixed")
     init_std: float = _setting(1.0, "rows start as N(0, std^2)")
     tower: str = _setting("norm", "BatchNorm and tanh on a tower's output, or the output as it is")
+    head: str = _setting("norm", "inference layer: BatchNorm and tanh, or one ReLU layer")
     hidden: int = _setting(512, "width of the recommender's inference layer")
     lr: float = _setting(1e-3, "Adam, recommender")
+    row_optimizer: str = _setting("adam", "of the embedding rows")
+    row_lr: float = _setting(1e-3, "of the row optimizer")
+    hops: str = _setting("linear", "trained W e + b; or zero-padding, optimizer state carried over")
     history: int = _setting(5, "T: losses of an ID that form its reward's baseline")
+    state: str = _setting("paper", "frequency and size; or statistics of losses and gradients too")
+    reward: str = _setting("paper", "mean of the last T losses - loss; or L(keep) - L(enlarge)")
+    advantage: str = _setting("raw", "the reward as it is, or by its running mean and spread")
+    entropy: float = _setting(0.0, "weight of the policy's entropy in its loss")
+    byte_price: float = _setting(0.0, "price of a row's added numbers, with --reward lookahead")
     policy_hidden: int = _setting(512, "width of a policy's hidden layer")
-    policy_lr: float = _setting(1e-4, "Adam, policies")
+    policy_lr: float = _setting(1e-4, "Adam, policies and soft sizes")
     frequency_dim: int = _setting(32, "width of the frequency embedding in a policy's state")
     max_frequency: int = _setting(4096, "frequencies from here on share one embedding row")
+    promote_probability: float = _setting(0.5, "--method random: of enlarging, at every decision")
+    threshold: float = _setting(16.0, "--method thresholds: events for the 2nd size, then x 4")
+    power: float = _setting(0.5, "--method power: size ~ popularity^power")
+    power_scale: float = _setting(1.0, "--method power: the size of an ID seen once")
     log_every: int = _setting(20, "batches between two lines of the run's log")
+    patience: int = _setting(0, "stop after so many log lines without a better loss; 0: never")
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
@@ -71,26 +120,36 @@ class SearchConfig:
         least = dict.fromkeys(
             ("hidden", "history", "policy_hidden", "frequency_dim", "max_frequency", "log_every"), 1
         )
-        for name, low in {**least, "batch_size": 2, "events": 1, "fixed_size": 1}.items():
+        more = {"batch_size": 2, "events": 1, "fixed_size": 1, "patience": 0}
+        for name, low in {**least, **more}.items():
             if getattr(self, name) < low:
                 _refuse(name, f"must be at least {low}", getattr(self, name))
-        for name in ("lr", "policy_lr"):
+        for name in ("lr", "row_lr", "policy_lr", "threshold", "power", "power_scale"):
             if not 0 < getattr(self, name) < math.inf:
                 _refuse(name, "must be positive and finite", getattr(self, name))
-        if not 0 <= self.init_std < math.inf:
-            _refuse("init_std", "must be finite and not negative", self.init_std)
+        for name in ("init_std", "entropy", "byte_price"):
+            if not 0 <= getattr(self, name) < math.inf:
+                _refuse(name, "must be finite and not negative", getattr(self, name))
         if not 0 < self.train_fraction < 1:
             _refuse("train_fraction", "must lie between 0 and 1", self.train_fraction)
-        if not 0 <= self.seed < 2**63:
-            _refuse("seed", "must lie between 0 and 2^63 - 1", self.seed)
+        if not 0 <= self.promote_probability <= 1:
+            _refuse("promote_probability", "must lie between 0 and 1", self.promote_probability)
+        for name, bits in (("seed", 63), ("order_seed", 32)):
+            if not 0 <= getattr(self, name) < 2**bits:
+                _refuse(name, f"must lie between 0 and 2^{bits} - 1", getattr(self, name))
         increasing = all(a < b for a, b in zip(self.sizes, self.sizes[1:], strict=False))
         if not self.sizes or self.sizes[0] < 1 or not increasing:
             _refuse("sizes", "must be positive and strictly increasing", list(self.sizes))
 
+    @classmethod
+    def of_mode(cls, mode: str, **settings: Any) -> SearchConfig:
+        """The mode's defaults, with ``settings`` over them."""
+        return cls(**{**MODES.get(mode, {}), **settings, "mode": mode})
+
     @property
     def row_sizes(self) -> tuple[int, ...]:
         """Sizes that a row can have under the method."""
-        return self.sizes if self.method == "esapn" else (self.fixed_size,)
+        return (self.fixed_size,) if self.method == "fixed" else self.sizes
 
     def to_json(self) -> dict[str, Any]:
         """The settings as JSON values."""

@@ -323,7 +323,7 @@ def build_stream(
         ratings: the E events.
         task: `"binary"`, target `rating > 3.5`; or `"multiclass"`, 5 classes, target
             `clip(floor(rating - 0.5), 0, 4)`.
-        order: `"shuffle"`, a permutation from `seed`; or `"time"`, a stable sort by timestamp.
+        order: `"shuffle"`, NumPy's `RandomState(seed).permutation`; or `"time"`, a stable sort by timestamp.
         batch_size: events a batch, at least 2. A last batch of a single event joins the one
             before it, since BatchNorm needs two rows.
         train_fraction: `n_train` is `floor(train_fraction * E)` rounded down to the start of a
@@ -381,7 +381,8 @@ def build_stream(
 
 def _permutation(ratings: Ratings, order: str, seed: int) -> np.ndarray:
     if order == "shuffle":
-        return np.random.default_rng(seed).permutation(len(ratings.user))
+        # NumPy's legacy generator: its seed 0 is the shuffle that earlier results were taken on.
+        return np.random.RandomState(seed).permutation(len(ratings.user))
     if order != "time":
         raise DataError(f"order must be shuffle or time, got {order!r}")
     if ratings.timestamp is None:

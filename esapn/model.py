@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,9 @@ from torch import Tensor, nn
 
 from esapn_kernels import ResizableEmbedding
 
-__all__ = ["TwoTower", "event_losses", "predictions"]
+from .soft import SoftEmbedding
+
+__all__ = ["SoftTwoTower", "TwoTower", "event_losses", "inference_layer", "predictions"]
 
 
 class TwoTower(nn.Module):
@@ -19,6 +22,7 @@ class TwoTower(nn.Module):
         v_side = tanh(BN(y_side(x)))           y: the row carried to d_n (``ResizableEmbedding``)
         v_side = y_side(x)                     with plain towers
         logits = W_2 tanh(BN(W_1 BN([v_user; v_item]) + b_1)) + b_2
+        logits = W_2 relu(W_1 [v_user; v_item] + b_1) + b_2            with a plain head
 
     BatchNorm sees the selected rows only: each event's row at its own size.
 
@@ -29,6 +33,8 @@ class TwoTower(nn.Module):
         hidden: width of the inference layer.
         init_std: rows start as N(0, init_std^2), at the smallest size.
         plain: no BatchNorm and tanh on the towers.
+        plain_head: no BatchNorm in the inference layer, and ReLU in place of tanh.
+        hops: ``linear``: trained, as published; ``padded``: fixed, a grown row appends zeros.
 
     Example:
         >>> model = TwoTower(10, 20, sizes=(2, 4), n_outputs=1, hidden=8)
@@ -46,26 +52,69 @@ class TwoTower(nn.Module):
         hidden: int = 512,
         init_std: float = 1.0,
         plain: bool = False,
+        plain_head: bool = False,
+        hops: str = "linear",
     ) -> None:
         super().__init__()
-        self.user = ResizableEmbedding(n_users, sizes=sizes, init_std=init_std)
-        self.item = ResizableEmbedding(n_items, sizes=sizes, init_std=init_std)
+        options: dict[str, Any] = {"sizes": sizes, "init_std": init_std, "init": hops}
+        self.user = ResizableEmbedding(n_users, **options)
+        self.item = ResizableEmbedding(n_items, **options)
+        if hops == "padded":
+            self.user.chain.requires_grad_(False)
+            self.item.chain.requires_grad_(False)
         dim = self.user.embedding_dim
         self.user_norm = _tower(dim, plain)
         self.item_norm = _tower(dim, plain)
-        self.inference = nn.Sequential(
-            nn.BatchNorm1d(2 * dim),
-            nn.Linear(2 * dim, hidden),
-            nn.BatchNorm1d(hidden),
-            nn.Tanh(),
-            nn.Linear(hidden, n_outputs),
-        )
+        self.inference = inference_layer(dim, hidden, n_outputs, plain_head)
 
     def forward(self, user: Tensor, item: Tensor) -> Tensor:
         """Logits ``[B, n_outputs]`` of ids ``[B]``."""
         towers = [self.user_norm(self.user(user)), self.item_norm(self.item(item))]
         logits: Tensor = self.inference(torch.cat(towers, dim=1))
         return logits
+
+
+class SoftTwoTower(nn.Module):
+    """The same recommender over soft sizes: see ``soft``.
+
+    Args:
+        user, item: tables of equal width.
+        n_outputs, hidden, plain_head: as for :class:`TwoTower`.
+    """
+
+    def __init__(
+        self,
+        user: SoftEmbedding,
+        item: SoftEmbedding,
+        *,
+        n_outputs: int,
+        hidden: int = 512,
+        plain_head: bool = False,
+    ) -> None:
+        super().__init__()
+        self.user = user
+        self.item = item
+        self.inference = inference_layer(user.embedding_dim, hidden, n_outputs, plain_head)
+
+    def forward(self, user: tuple[Tensor, ...], item: tuple[Tensor, ...]) -> Tensor:
+        """Logits ``[B, n_outputs]`` of ``(ids, frequency, last)`` of both sides."""
+        logits: Tensor = self.inference(torch.cat([self.user(*user), self.item(*item)], dim=1))
+        return logits
+
+
+def inference_layer(dim: int, hidden: int, n_outputs: int, plain: bool) -> nn.Sequential:
+    """From both towers ``[B, 2 dim]`` to logits ``[B, n_outputs]``."""
+    if plain:
+        return nn.Sequential(
+            nn.Linear(2 * dim, hidden), nn.ReLU(), nn.Linear(hidden, n_outputs)
+        )
+    return nn.Sequential(
+        nn.BatchNorm1d(2 * dim),
+        nn.Linear(2 * dim, hidden),
+        nn.BatchNorm1d(hidden),
+        nn.Tanh(),
+        nn.Linear(hidden, n_outputs),
+    )
 
 
 def _tower(dim: int, plain: bool) -> nn.Module:

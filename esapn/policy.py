@@ -6,7 +6,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["LossHistory", "Policy", "policy_loss", "reward", "sample_actions"]
+from .idstate import num_features
+
+__all__ = [
+    "LossHistory",
+    "Policy",
+    "RunningScale",
+    "entropy",
+    "expected_loss",
+    "policy_loss",
+    "reward",
+    "sample_actions",
+]
 
 KEEP, ENLARGE = 0, 1
 
@@ -40,8 +51,11 @@ class Policy(nn.Module):
 
         s = [BN(E_f); onehot(level)],   pi(a | s) = softmax(W_2 tanh(BN(W_1 s + b_1)) + b_2)
 
+    With statistics ``z`` of the IDs (see ``idstate``), ``s = [BN(z); onehot(level)]``.
+
     Args:
         n_levels: number of candidate sizes.
+        rich: the state is made of statistics rather than of an embedding of the frequency.
         max_frequency: frequencies from here on share the last row of ``E``.
         frequency_dim, hidden: widths.
 
@@ -58,25 +72,38 @@ class Policy(nn.Module):
         max_frequency: int = 4096,
         frequency_dim: int = 32,
         hidden: int = 512,
+        rich: bool = False,
     ) -> None:
         super().__init__()
         self.n_levels = n_levels
         self.max_frequency = max_frequency
-        self.frequency = nn.Embedding(max_frequency + 1, frequency_dim)
-        self.frequency_norm = MaskedBatchNorm(frequency_dim)
-        self.linear1 = nn.Linear(frequency_dim + n_levels, hidden)
+        self.rich = rich
+        width = num_features() if rich else frequency_dim
+        if not rich:
+            self.frequency = nn.Embedding(max_frequency + 1, frequency_dim)
+        self.frequency_norm = MaskedBatchNorm(width)
+        self.linear1 = nn.Linear(width + n_levels, hidden)
         self.norm = MaskedBatchNorm(hidden)
         self.linear2 = nn.Linear(hidden, 2)
 
-    def forward(self, frequency: Tensor, level: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        frequency: Tensor,
+        level: Tensor,
+        mask: Tensor | None = None,
+        statistics: Tensor | None = None,
+    ) -> Tensor:
         """Logits ``[B, 2]`` of keep and enlarge.
 
         Args:
             frequency: int ``[B]``, events of the ID so far, at least 1.
             level: int ``[B]``, index of its size.
             mask: bool ``[B]``, the IDs that decide; ``None``: all of them.
+            statistics: ``[B, num_features()]``, of a rich state.
         """
-        seen = self.frequency(frequency.clamp(max=self.max_frequency))
+        seen = statistics
+        if seen is None:
+            seen = self.frequency(frequency.clamp(max=self.max_frequency))
         size = F.one_hot(level.long(), self.n_levels).to(seen.dtype)
         state = torch.cat([self.frequency_norm(seen, mask), size], dim=1)
         logits: Tensor = self.linear2(torch.tanh(self.norm(self.linear1(state), mask)))
@@ -107,7 +134,67 @@ def policy_loss(logits: Tensor, action: Tensor, reward: Tensor, mask: Tensor | N
     return weighted.sum() if mask is None else torch.where(mask, weighted, 0.0).sum()
 
 
-class LossHistory:
+def expected_loss(logits: Tensor, advantage: Tensor, mask: Tensor | None) -> Tensor:
+    """``-sum_x pi(enlarge | s_x) A_x``: what REINFORCE estimates, where both actions are known.
+
+    >>> expected_loss(torch.zeros(1, 2), torch.tensor([0.5]), None)
+    tensor(-0.2500)
+    """
+    weighted = -torch.softmax(logits, dim=1)[:, ENLARGE] * advantage
+    return weighted.sum() if mask is None else torch.where(mask, weighted, 0.0).sum()
+
+
+def entropy(logits: Tensor, mask: Tensor | None) -> Tensor:
+    """``-sum_x sum_a pi(a | s_x) log pi(a | s_x)`` over the IDs that decide.
+
+    >>> round(entropy(torch.zeros(1, 2), None).item(), 4)
+    0.6931
+    """
+    log_pi = torch.log_softmax(logits, dim=1)
+    each = -(log_pi.exp() * log_pi).sum(1)
+    return each.sum() if mask is None else torch.where(mask, each, 0.0).sum()
+
+
+class RunningScale(nn.Module):
+    """Running mean and root mean square of rewards, to tell a good one from a usual one.
+
+        m <- b m + (1 - b) mean(x),   q <- b q + (1 - b) mean(x^2),   b = 0.99, bias-corrected
+
+    Example:
+        >>> scale = RunningScale()
+        >>> scale.update(torch.tensor([1.0, 3.0]), None)
+        >>> mean, spread = scale.moments()
+        >>> mean.item(), round(spread.item(), 4)
+        (2.0, 2.2361)
+    """
+
+    sums: Tensor
+
+    def __init__(self, decay: float = 0.99) -> None:
+        super().__init__()
+        self.decay = decay
+        self.register_buffer("sums", torch.zeros(3))
+
+    @torch.no_grad()
+    def update(self, x: Tensor, mask: Tensor | None) -> None:
+        """Take in the rewards ``x`` (where ``mask``); none at all change nothing."""
+        weight = torch.ones_like(x) if mask is None else mask.to(x.dtype)
+        n = weight.sum()
+        x = torch.where(weight > 0, x, 0.0)
+        batch = torch.stack([x.sum(), x.square().sum(), n]) / n.clamp(min=1)
+        new = self.decay * self.sums + (1 - self.decay) * batch
+        self.sums.copy_(torch.where(n > 0, new, self.sums))
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Mean and root mean square so far; 0 and 1 before there is any."""
+        mean, square, weight = self.sums
+        known = weight > 0
+        mean = torch.where(known, mean / weight.clamp(min=1e-12), 0.0)
+        square = torch.where(known, square / weight.clamp(min=1e-12), 1.0)
+        return mean, square.sqrt().clamp(min=1e-12)
+
+
+class LossHistory(nn.Module):
     """The last ``T`` losses of every ID of one side, as a ring per ID.
 
     An event with running frequency ``f`` (1-based) writes slot ``(f - 1) mod T``, so the ring needs
@@ -123,14 +210,19 @@ class LossHistory:
         (0.2, True)
     """
 
+    losses: Tensor
+    count: Tensor
+
     def __init__(
         self, num_rows: int, length: int, device: torch.device | str | None = None
     ) -> None:
+        super().__init__()
         self.num_rows = num_rows
         self.length = length
         # One more row takes the writes of events that are not kept.
-        self.losses = torch.zeros(num_rows + 1, length, device=device)
-        self.count = torch.zeros(num_rows + 1, dtype=torch.int32, device=device)
+        self.register_buffer("losses", torch.zeros(num_rows + 1, length, device=device))
+        count = torch.zeros(num_rows + 1, dtype=torch.int32, device=device)
+        self.register_buffer("count", count)
 
     def mean(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Mean of the losses kept for each ID ``[B]``, and whether there are any."""

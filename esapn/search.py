@@ -1,55 +1,100 @@
-"""The streaming size search, step by step as published (ESAPN, SIGIR 2020).
+"""The streaming size search, step by step as published (ESAPN, SIGIR 2020), for any model.
 
 For every batch of the stream:
 
-1. The policies sample keep or enlarge for every ID that can grow; rows grow, ``e' = W e + b``.
+1. *grow*: the policies sample keep or enlarge for every ID that can grow; rows grow,
+   ``e' = W e + b``.
 2. The batch is predicted and recorded, before anything is learnt from it.
-3. *The policies learn.* For them the batch is validation data, which the recommender has not yet
-   learnt: REINFORCE with ``R = mean of the ID's last T losses - loss``.
-4. *The recommender learns*: one Adam step on the same losses.
+3. *learn*: the policies learn. For them the batch is validation data, which the recommender has not
+   yet learnt: REINFORCE with ``R = mean of the ID's last T losses - loss``.
+4. The recommender learns: one optimizer step on the same losses.
+
+    search = SizeSearch({"user": model.user, "item": model.item}, SearchConfig())
+    for user, item, target in batches:
+        search.grow({"user": user, "item": item})                     # 1
+        loss = criterion(model(user, item), target)                   # 2, one loss an example
+        loss.sum().backward()
+        search.learn(loss)                                            # 3
+        optimizer.step(), optimizer.zero_grad()                       # 4
 
 The published alternation predicts twice, once for step 3 under sampled sizes and once for step 4.
 One prediction serves both, because a promotion leaves ``y(x)`` as it is: the loss under the
 would-be sizes *is* the loss under the present ones (a test holds that). The same fact means that
-this reward does not depend on the action: see ``docs/deviations.md``.
+this reward does not depend on the action: see ``docs/deviations.md``. ``reward="lookahead"`` is one
+that does:
 
-Nothing here reads a value from the device inside a step; the stream, the histories and the measures
-live there. ``deciding`` is the one place that looks: on a CPU, where looking is free, IDs that
-cannot grow are dropped, on a GPU they are masked. Both give the same numbers.
+    A_x = g_t^T (P_{k+1} - P_k) g_s,     P_k = (d_k / d_n) M_k M_k^T
+
+``g_t`` is the gradient of the loss to the ID's output now and ``g_s`` that at its event before: to
+first order, and up to the learning rate, the loss now of a row that was kept at size d_k at event s
+less that of one enlarged and taught there. An ID's numbers are paid once and used at each of its
+``f`` events, so with a price the policy learns from ``A_x / rms(A) - price (d_{k+1} - d_k) / f``.
+
+Nothing here reads a value from the device inside a step; the histories live there. ``deciding`` is
+the one place that looks: on a CPU, where looking is free, IDs that cannot grow are dropped, on a GPU
+they are masked. Both give the same numbers.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from esapn_kernels import ResizableEmbedding
+from esapn_kernels.compose import compose, operand_offsets
 
 from .config import SearchConfig
-from .data import NUM_CLASSES, Batch, Stream
-from .metrics import Prequential
-from .model import TwoTower, event_losses
-from .policy import LossHistory, Policy, policy_loss, reward, sample_actions
+from .growth import promote_keeping
+from .idstate import IdStatistics
+from .policy import (
+    LossHistory,
+    Policy,
+    RunningScale,
+    entropy,
+    expected_loss,
+    policy_loss,
+    reward,
+    sample_actions,
+)
+from .rules import Rule, rule_of
 
-__all__ = ["Search", "SearchResult", "build_model", "run_search"]
+__all__ = ["Counters", "Decision", "SizeSearch", "count_ids", "deciding"]
 
 
-def build_model(config: SearchConfig, stream: Stream) -> TwoTower:
-    """The recommender of a run; every row starts at the smallest size (FIXED: its only one)."""
-    return TwoTower(
-        stream.n_users,
-        stream.n_items,
-        sizes=config.row_sizes,
-        n_outputs=1 if config.task == "binary" else NUM_CLASSES,
-        hidden=config.hidden,
-        init_std=config.init_std,
-        plain=config.tower == "plain",
-    )
+class Counters(NamedTuple):
+    """What the search needs of the IDs of a batch beyond themselves; ``[B]`` each."""
+
+    frequency: Tensor  # int, events of the ID so far, this one included
+    last: Tensor  # bool, the ID's last event in the batch: it decides here
+    keep: Tensor  # bool, among the last T of them: its ring slot is written here
+
+
+def count_ids(ids: Tensor, seen: Tensor, history: int) -> Counters:
+    """:class:`Counters` of a batch, from the events of every ID before it.
+
+    Args:
+        ids: int64 ``[B]``.
+        seen: int ``[N]``, events before the batch; not changed.
+        history: T.
+
+    >>> counters = count_ids(torch.tensor([5, 2, 5]), torch.tensor([0, 0, 7, 0, 0, 1]), history=1)
+    >>> counters.frequency.tolist(), counters.last.tolist()
+    ([2, 8, 3], [False, True, True])
+    """
+    order = torch.argsort(ids, stable=True)
+    ordered = ids[order]
+    position = torch.arange(len(ids), device=ids.device)
+    # Rank inside the run of equal IDs, and how many of it are still to come.
+    first = torch.searchsorted(ordered, ordered)
+    after = torch.searchsorted(ordered, ordered, right=True)
+    rank, left = torch.empty_like(position), torch.empty_like(position)
+    rank[order] = position - first
+    left[order] = after - 1 - position
+    return Counters(seen[ids] + rank + 1, left == 0, left < history)
 
 
 @dataclass
@@ -80,189 +125,279 @@ class Choice(NamedTuple):
     mask: Tensor | None
     logits: Tensor
     action: Tensor
+    level: Tensor  # before the action
 
 
-@dataclass
-class Side:
-    """What the search keeps for users, and again for items."""
+class Field(nn.Module):
+    """What the search keeps for one table: its policy or rule, and histories of its IDs."""
 
-    name: str
-    embedding: ResizableEmbedding
-    policy: Policy
-    history: LossHistory
+    gradients: Tensor
 
-    def of(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """``(ids, frequency, last, keep)`` of this side."""
-        return tuple(getattr(batch, self.name + part) for part in ("", "_freq", "_last", "_keep"))
+    def __init__(self, name: str, embedding: ResizableEmbedding, config: SearchConfig) -> None:
+        super().__init__()
+        device = embedding.arena.storage.device
+        rows, n_levels = embedding.num_embeddings, len(embedding.sizes)
+        self.name = name
+        # In a tuple: the table belongs to the model, not to the search.
+        self._embedding = (embedding,)
+        self.rule: Rule | None = rule_of(config, device)
+        self.rich = config.state == "rich"
+        self.looks_ahead = config.reward == "lookahead"
+        self.history = LossHistory(rows, config.history, device)
+        self.register_buffer("seen", torch.zeros(rows, dtype=torch.int32, device=device))
+        if self.rule is None:
+            self.policy = Policy(
+                n_levels,
+                max_frequency=config.max_frequency,
+                frequency_dim=config.frequency_dim,
+                hidden=config.policy_hidden,
+                rich=self.rich,
+            ).to(device)
+            self.scale = RunningScale().to(device)
+            if self.rich:
+                self.statistics = IdStatistics(rows).to(device)
+            if self.looks_ahead:
+                # One more row takes the writes of events that are not an ID's last.
+                shape = rows + 1, embedding.embedding_dim
+                self.register_buffer("gradients", torch.zeros(shape, device=device))
+            if self.rich or self.looks_ahead:
+                embedding.register_forward_hook(self._catch)
+        # Of the batch in hand.
+        self.examples = 0
+        self.ids = self.event = torch.empty(0, dtype=torch.int64, device=device)
+        self.counters = Counters(self.ids, self.ids, self.ids)
+        self.choice: Choice | None = None
+        self.caught: list[Tensor] = []
+
+    @property
+    def embedding(self) -> ResizableEmbedding:
+        """The table."""
+        return self._embedding[0]
+
+    def _catch(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(self.caught.append)
+
+    def gradient(self) -> Tensor:
+        """dL/dy of every event of the batch ``[B, d_n]``, from the backward pass just done."""
+        caught, self.caught = self.caught, []
+        found = sum(g.reshape(-1, g.shape[-1]) for g in caught)
+        if not isinstance(found, Tensor) or len(found) != len(self.ids):
+            raise RuntimeError(
+                f"the rich state and the look-ahead reward of '{self.name}' need one lookup of all "
+                "ids given to grow, and backward, before learn"
+            )
+        return found
 
 
-class Search:
-    """The recommender, its two policies, and one method per step of the algorithm.
+def lookahead(now: Tensor, before: Tensor, level: Tensor, embedding: ResizableEmbedding) -> Tensor:
+    """``A = g_t^T (P_{k+1} - P_k) g_s`` for every event ``[B]``; 0 at the last level.
 
     Args:
-        config: the run's settings.
-        stream: events with their counters, on the device where the search runs.
+        now, before: gradients to the output ``[B, d_n]``.
+        level: int64 ``[B]``, k.
+        embedding: its sizes and hops give ``P_k = (d_k / d_n) M_k M_k^T``, and the identity at n.
+    """
+    sizes, width = embedding.sizes, embedding.embedding_dim
+    offsets = operand_offsets(sizes)
+    maps = compose(embedding.chain, sizes).to(now.dtype)
+    products = []
+    for k, dim in enumerate(sizes[:-1]):
+        block = maps[offsets[k] : offsets[k] + dim].T * (dim / width) ** 0.5
+        products.append(((now @ block) * (before @ block)).sum(1))
+    last = (now * before).sum(1)
+    stacked = torch.stack([*products, last, last], dim=1)
+    return (stacked[:, 1:] - stacked[:, :-1]).gather(1, level[:, None])[:, 0]
+
+
+class SizeSearch(nn.Module):
+    """Searches the row sizes of any number of tables of a model, on a stream.
+
+    Args:
+        tables: :class:`ResizableEmbedding` by name; every name has a policy of its own.
+        config: ``method`` (``esapn`` or a rule), the settings of state, reward and policies, and
+            the ``seed`` of the sampled actions.
+
+    Raises:
+        TypeError: a table that is no ResizableEmbedding.
+        ValueError: no table at all, or a method without growth.
+
+    Notes:
+        Call :meth:`grow` before the forward pass and :meth:`learn` after backward, once a batch
+        each. The policies have an Adam optimizer of their own. ``state_dict`` holds everything
+        that the future depends on: see also :meth:`extra_state`.
 
     Example:
-        >>> from esapn.data import build_stream, load_ratings
-        >>> stream = build_stream(load_ratings("synthetic", events=2000), batch_size=100)
-        >>> search = Search(SearchConfig(batch_size=100), stream)
-        >>> losses = search.step(0).shape
-        >>> losses
-        torch.Size([100])
+        >>> table = ResizableEmbedding(100, sizes=(2, 4))
+        >>> search = SizeSearch({"word": table}, SearchConfig(sizes=(2, 4)))
+        >>> ids = torch.tensor([3, 7, 3])
+        >>> search.grow({"word": ids})
+        >>> loss = table(ids).square().mean(1)
+        >>> loss.sum().backward()
+        >>> search.learn(loss)
+
+    Source: Liu et al., SIGIR 2020, section 3.
     """
 
-    def __init__(self, config: SearchConfig, stream: Stream) -> None:
+    def __init__(self, tables: Mapping[str, ResizableEmbedding], config: SearchConfig) -> None:
+        super().__init__()
+        if not tables:
+            raise ValueError("SizeSearch needs at least one table")
+        for name, table in tables.items():
+            if not isinstance(table, ResizableEmbedding):
+                raise TypeError(f"'{name}' is a {type(table).__name__}, not a ResizableEmbedding")
         self.config = config
-        self.stream = stream
-        device = stream.user.device
-        torch.manual_seed(config.seed)
-        self.model = build_model(config, stream).to(device)
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr, fused=True)
+        self.fields = nn.ModuleList(Field(name, t, config) for name, t in tables.items())
+        self.step = 0
+        device = self.fields[0].embedding.arena.storage.device
         self.generator = torch.Generator(device).manual_seed(config.seed)
-        self.measures = Prequential(len(stream.user), device)
-        self.sides = []
-        if config.method == "esapn":
-            self.sides = [self._side("user", device), self._side("item", device)]
-            parameters = [p for side in self.sides for p in side.policy.parameters()]
-            self.policy_optimizer = torch.optim.Adam(parameters, lr=config.policy_lr, fused=True)
+        parameters = list(self.parameters())
+        self.optimizer: torch.optim.Optimizer | None = None
+        if parameters:
+            self.optimizer = torch.optim.Adam(parameters, lr=config.policy_lr, fused=True)
 
-    def _side(self, name: str, device: torch.device) -> Side:
-        embedding: ResizableEmbedding = getattr(self.model, name)
-        policy = Policy(
-            len(embedding.sizes),
-            max_frequency=self.config.max_frequency,
-            frequency_dim=self.config.frequency_dim,
-            hidden=self.config.policy_hidden,
-        ).to(device)
-        history = LossHistory(embedding.num_embeddings, self.config.history, device)
-        return Side(name, embedding, policy, history)
+    def grow(
+        self, ids: Mapping[str, Tensor], counters: Mapping[str, Counters] | None = None
+    ) -> None:
+        """Step 1: sample an action for every ID that can grow, and grow its row.
 
-    def step(self, index: int) -> Tensor:
-        """The four steps for batch ``index``; returns the loss of every event, before learning."""
-        batch = self.stream.batch(index)
-        choices = [self.grow(side, batch) for side in self.sides]
-        logits = self.model(batch.user, batch.item)
-        loss = event_losses(logits, batch.target)
-        self.measures.record(logits.detach(), batch.target, loss.detach())
-        if self.sides:
-            self.update_policies(choices, batch, loss.detach())
-        loss.sum().backward()
-        self.optimizer.step()
-        # Now rather than before backward: a row that grows in between has no gradient to reset.
-        self.optimizer.zero_grad()
-        return loss.detach()
+        Args:
+            ids: of every table, int64 ``[B]`` or ``[B, ...]``; each example's first index is its
+                place in the loss.
+            counters: of the flattened ids, where somebody has counted already; else the search
+                counts.
 
-    def grow(self, side: Side, batch: Batch) -> Choice | None:
-        """Step 1: sample an action for every ID that can grow, and grow its row."""
-        ids, frequency, last, _ = side.of(batch)
-        level = side.embedding.arena.level(ids)
-        decision = deciding(level, last, side.policy.n_levels)
+        Raises:
+            KeyError: ids of a table are missing, or belong to none.
+        """
+        names = [field.name for field in self.fields]
+        if set(ids) != set(names):
+            raise KeyError(f"grow takes ids of {names}, got {sorted(ids)}")
+        for field in self.fields:
+            self._grow(field, ids[field.name], None if counters is None else counters[field.name])
+
+    def _grow(self, field: Field, ids: Tensor, counters: Counters | None) -> None:
+        field.examples, each = len(ids), ids[:1].numel()
+        field.event = torch.arange(len(ids), device=ids.device).repeat_interleave(each)
+        field.ids = ids = ids.reshape(-1).long()
+        if counters is None:
+            counters = count_ids(ids, field.seen, self.config.history)
+            field.seen.index_add_(0, ids, torch.ones_like(ids, dtype=torch.int32))
+        field.counters = counters
+        field.choice = None
+        field.caught.clear()
+        level = field.embedding.arena.level(ids)
+        decision = deciding(level, counters.last, len(field.embedding.sizes))
         # Drawn whether or not anybody decides: the same numbers on every path.
         uniform = torch.rand(len(ids), generator=self.generator, device=ids.device)
         if decision.none:
-            return None
+            return
         rows, mask = decision.rows, decision.mask
-        logits = side.policy(frequency[rows], level[rows], mask)
-        action = sample_actions(logits.detach(), uniform[rows])
-        enlarge = action.bool() if mask is None else action.bool() & mask
-        side.embedding.promote(ids[rows], enlarge)
-        return Choice(rows, mask, logits, action)
+        frequency, level, uniform = counters.frequency[rows], level[rows], uniform[rows]
+        if field.rule is not None:
+            enlarge = field.rule(frequency, level, uniform)
+        else:
+            statistics = None
+            if field.rich:
+                statistics = field.statistics.features(ids[rows], frequency, self.step)
+            logits = field.policy(frequency, level, mask, statistics)
+            action = sample_actions(logits.detach(), uniform)
+            field.choice = Choice(rows, mask, logits, action, level)
+            enlarge = action.bool()
+        self._promote(field, ids[rows], enlarge if mask is None else enlarge & mask)
 
-    def update_policies(self, choices: Sequence[Choice | None], batch: Batch, loss: Tensor) -> None:
-        """Step 3: one REINFORCE step, then the batch joins the loss history."""
+    def _promote(self, field: Field, ids: Tensor, enlarge: Tensor) -> None:
+        table = field.embedding
+        fused = table.arena.fused_optimizer
+        if self.config.hops == "padded" and fused is not None and "sum" in fused.state_per_element:
+            promote_keeping(table, ids, enlarge, "sum")
+        else:
+            table.promote(ids, enlarge)
+
+    def learn(self, loss: Tensor) -> None:
+        """Step 3: one policy step on the losses of the batch, which then join the histories.
+
+        Args:
+            loss: ``[B]``, of every example, from the forward pass since :meth:`grow`.
+
+        Raises:
+            ValueError: another number of losses than examples.
+        """
+        loss = loss.detach()
+        for field in self.fields:
+            if loss.shape != (field.examples,):
+                raise ValueError(
+                    f"learn takes one loss for each of the {field.examples} examples given to grow, "
+                    f"got shape {list(loss.shape)}"
+                )
         total = loss.new_zeros(())
-        for side, choice in zip(self.sides, choices, strict=True):
-            ids, frequency, _, keep = side.of(batch)
-            if choice is not None:
-                baseline, seen = side.history.mean(ids[choice.rows])
-                gain = reward(baseline, loss[choice.rows], seen)
-                total = total + policy_loss(choice.logits, choice.action, gain, choice.mask)
-            side.history.record(ids, frequency, loss, keep)
+        for field in self.fields:
+            total = total + self._learn(field, loss[field.event])
+        self.step += 1
+        if self.optimizer is None:
+            return
         # Zeros, not None: where nobody decides Adam steps all the same, as it does with a mask.
-        self.policy_optimizer.zero_grad(set_to_none=False)
+        self.optimizer.zero_grad(set_to_none=False)
         if total.requires_grad:
             total.backward()
-        self.policy_optimizer.step()
+        self.optimizer.step()
 
+    def _learn(self, field: Field, loss: Tensor) -> Tensor:
+        """The policy loss of a table; its histories take the batch in."""
+        ids, (frequency, last, keep), choice = field.ids, field.counters, field.choice
+        total = loss.new_zeros(())
+        if field.rule is not None:
+            return total
+        gradient = field.gradient() if field.rich or field.looks_ahead else None
+        if choice is not None:
+            total = self._policy_loss(field, choice, loss, gradient)
+        field.history.record(ids, frequency, loss, keep)
+        if field.rich and gradient is not None:
+            norm = gradient.norm(dim=1)
+            field.statistics.update(ids, loss, norm, self.step, last)
+        if field.looks_ahead and gradient is not None:
+            field.gradients[torch.where(last, ids, len(field.gradients) - 1)] = gradient
+        return total
 
-@dataclass
-class SearchResult:
-    """What a run gives: measures of both parts, memory, the log and the times."""
+    def _policy_loss(
+        self, field: Field, choice: Choice, loss: Tensor, gradient: Tensor | None
+    ) -> Tensor:
+        config, rows, mask, logits = self.config, choice.rows, choice.mask, choice.logits
+        ids = field.ids[rows]
+        if field.looks_ahead and gradient is not None:
+            sizes = torch.tensor(field.embedding.sizes, device=ids.device)
+            before = field.gradients[ids]
+            gain = lookahead(gradient[rows], before, choice.level, field.embedding)
+            known = field.history.count[ids] > 0
+            field.scale.update(gain, known if mask is None else known & mask)
+            added = sizes[(choice.level + 1).clamp(max=len(sizes) - 1)] - sizes[choice.level]
+            price = config.byte_price * added / field.counters.frequency[rows]
+            advantage = torch.where(known, gain / field.scale.moments()[1] - price, 0.0)
+            total = expected_loss(logits, advantage, mask)
+        else:
+            baseline, seen = field.history.mean(ids)
+            gain = reward(baseline, loss[rows], seen)
+            if config.advantage == "normalised":
+                field.scale.update(gain, seen if mask is None else seen & mask)
+                mean, spread = field.scale.moments()
+                deviation = (spread.square() - mean.square()).clamp(min=1e-12).sqrt()
+                gain = torch.where(seen, (gain - mean) / deviation, 0.0)
+            total = policy_loss(logits, choice.action, gain, mask)
+        if config.entropy:
+            total = total - config.entropy * entropy(logits, mask)
+        return total
 
-    train: dict[str, float]
-    test: dict[str, float]
-    memory: dict[str, dict[str, Any]]
-    log: list[dict[str, float]]
-    cpu_seconds: float
-    wall_seconds: float
-    search: Search
+    def get_extra_state(self) -> dict[str, Any]:
+        """Sampler, step and the policies' Adam, so that a resumed search goes on bit for bit."""
+        return {
+            "step": self.step,
+            "generator": self.generator.get_state(),
+            "optimizer": None if self.optimizer is None else self.optimizer.state_dict(),
+        }
 
-
-def run_search(
-    config: SearchConfig,
-    stream: Stream,
-    progress: Callable[[int, dict[str, float]], None] | None = None,
-) -> SearchResult:
-    """Walk the whole stream once; the test part goes on learning, prequentially.
-
-    Args:
-        config: settings; ``method`` is ``esapn`` or ``fixed``.
-        stream: from ``build_stream``; its device is where everything runs.
-        progress: called every ``config.log_every`` batches with the number of batches done and the
-            running loss, accuracy, mean sizes and serving bytes of the batches since the last call.
-    """
-    search = Search(config, stream)
-    model = search.model
-    log: list[dict[str, float]] = []
-    logged = 0
-    cpu, wall = time.process_time(), time.perf_counter()
-    for index, (_, stop) in enumerate(stream.bounds):
-        search.step(index)
-        done = index + 1
-        if done % config.log_every == 0 or done == len(stream.bounds):
-            loss, accuracy = search.measures.window(stop - logged)
-            logged = stop
-            line = {"events": stop, "loss": loss, "accuracy": accuracy, **_sizes(model)}
-            log.append(line)
-            if progress is not None:
-                progress(done, line)
-    cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
-    # What would be served: rows without the holes that growth leaves.
-    model.user.compact()
-    model.item.compact()
-    end, cut = len(stream.user), stream.n_train
-    return SearchResult(
-        train=search.measures.summary(0, cut, stream.target[:cut]),
-        test=search.measures.summary(cut, end, stream.target[cut:]),
-        memory={name: _memory(getattr(model, name)) for name in ("user", "item")},
-        log=log,
-        cpu_seconds=cpu,
-        wall_seconds=wall,
-        search=search,
-    )
-
-
-def _sizes(model: TwoTower) -> dict[str, float]:
-    line: dict[str, float] = {"serving_bytes": 0}
-    for name in ("user", "item"):
-        report = getattr(model, name).memory_report()
-        rows = sum(report.rows_per_size.values())
-        total = sum(size * count for size, count in report.rows_per_size.items())
-        line[f"mean_{name}_size"] = total / rows
-        line["serving_bytes"] += report.serving
-    return line
-
-
-def _memory(embedding: ResizableEmbedding) -> dict[str, Any]:
-    report = embedding.memory_report()
-    return {
-        "rows_per_size": {str(size): n for size, n in report.rows_per_size.items()},
-        "payload": report.payload,
-        "slack": report.slack,
-        "locations": report.locations,
-        "chain": report.chain,
-        "optimizer": report.optimizer,
-        "serving": report.serving,
-        "fixed": report.fixed,
-    }
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Load what :meth:`get_extra_state` gave."""
+        self.step = state["step"]
+        self.generator.set_state(state["generator"].cpu())
+        if self.optimizer is not None and state["optimizer"] is not None:
+            self.optimizer.load_state_dict(state["optimizer"])

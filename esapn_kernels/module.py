@@ -81,7 +81,8 @@ class ResizableEmbedding(nn.Module):
         init_std: rows start as N(0, init_std^2); 1.0 is ``nn.Embedding``'s own.
         init: how hops start. ``linear``: as ``nn.Linear``, uniform in ``+-1/sqrt(d_k)``, like the
             paper's authors. ``isometric``: orthonormal columns times ``sqrt(d_{k+1} / d_k)``, no
-            bias, so that outputs have the variance ``init_std^2`` at every size.
+            bias, so that outputs have the variance ``init_std^2`` at every size. ``padded``: the
+            same with the columns of the identity, so that growing a row appends zeros to it.
         backend: ``auto`` | ``triton`` | ``torch`` | ``reference``; ``auto`` takes Triton on a GPU
             and torch elsewhere.
         out_dtype: of the output, rounded once from fp32 sums; default: that of the rows.
@@ -197,8 +198,8 @@ class ResizableEmbedding(nn.Module):
             raise ValueError(
                 f"backend must be auto, triton, torch or reference, got {self.backend!r}"
             )
-        if self.init not in ("linear", "isometric"):
-            raise ValueError(f"init must be linear or isometric, got {self.init!r}")
+        if self.init not in ("linear", "isometric", "padded"):
+            raise ValueError(f"init must be linear, isometric or padded, got {self.init!r}")
         floating = (None, torch.float32, torch.bfloat16, torch.float16, torch.float64)
         if dtype not in floating:
             raise RuntimeError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype}")
@@ -266,9 +267,13 @@ class ResizableEmbedding(nn.Module):
             storage[first : first + self.sizes[int(level[self.padding_idx])]] = 0
         for weight, bias in split_chain(self.chain, self.sizes):
             d_out, d_in = weight.shape
+            gain = math.sqrt(d_out / d_in)
             if self.init == "isometric":
                 columns = torch.empty(d_out, d_in, device=weight.device)
-                weight.copy_(nn.init.orthogonal_(columns, gain=math.sqrt(d_out / d_in)))
+                weight.copy_(nn.init.orthogonal_(columns, gain=gain))
+                bias.zero_()
+            elif self.init == "padded":
+                weight.copy_(gain * torch.eye(d_out, d_in, device=weight.device))
                 bias.zero_()
             else:
                 bound = 1 / math.sqrt(d_in)
