@@ -1,8 +1,9 @@
-"""Command line: ``python -m esapn search --data NAME|PATH --out DIR``."""
+"""Command line: ``python -m esapn search | compare | report``."""
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from dataclasses import fields
 from importlib.util import find_spec
@@ -11,8 +12,13 @@ from typing import Any, NoReturn
 
 import torch
 
-from .config import CHOICES, ConfigError, SearchConfig
+from .checkpoint import CheckpointError
+from .config import CHOICES, MODES, ConfigError, SearchConfig
 from .data import DataError, Ratings, Stream, build_stream, load_ratings
+from .datasets import MOVIELENS
+
+FORMATTER = argparse.ArgumentDefaultsHelpFormatter
+CHECKPOINT_SECONDS = 60.0
 
 
 class _Parser(argparse.ArgumentParser):
@@ -22,37 +28,121 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def _add_settings(parser: argparse.ArgumentParser) -> None:
-    """One flag per field of ``SearchConfig``: its name, type, default and help are the field's."""
+def _add_setting(parser: argparse.ArgumentParser, name: str, default: Any, text: str) -> None:
+    options: dict[str, Any] = {"default": default, "help": text}
+    if name in CHOICES:
+        options["choices"] = CHOICES[name]
+    if isinstance(default, tuple):
+        options |= {"type": int, "nargs": "+", "metavar": "D"}
+    else:
+        options["type"] = type(default)
+        if name not in CHOICES:
+            options["metavar"] = "X"
+    parser.add_argument(f"--{name.replace('_', '-')}", **options)
+
+
+def _add_settings(parser: argparse.ArgumentParser, only: tuple[str, ...] = ()) -> None:
+    """A flag per field of ``SearchConfig``: its name, type, default and help are the field's."""
     defaults = SearchConfig()
     for setting in fields(SearchConfig):
-        default: Any = getattr(defaults, setting.name)
-        options: dict[str, Any] = {"default": default, "help": setting.metadata["help"]}
-        if setting.name in CHOICES:
-            options["choices"] = CHOICES[setting.name]
-        if isinstance(default, tuple):
-            options |= {"type": int, "nargs": "+", "metavar": "D"}
-        else:
-            options["type"] = type(default)
-            if setting.name not in CHOICES:
-                options["metavar"] = "X"
-        parser.add_argument(f"--{setting.name.replace('_', '-')}", **options)
+        if not only or setting.name in only:
+            text = setting.metadata["help"]
+            _add_setting(parser, setting.name, getattr(defaults, setting.name), text)
 
 
-def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = _Parser(prog="python -m esapn", description="Embedding sizes searched on a stream.")
+def _add_data_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--archive", metavar="FILE", help="a MovieLens zip instead of a download")
+    parser.add_argument("--url", help="where to download the named set from")
+    parser.add_argument("--cache", metavar="DIR", help="of downloads and parsed columns")
+    parser.add_argument(
+        "--malformed",
+        choices=("refuse", "skip"),
+        default="refuse",
+        help="rows that cannot be read: stop at the first, or leave them out and count them",
+    )
+    parser.add_argument(
+        "--checkpoint-seconds",
+        type=float,
+        default=CHECKPOINT_SECONDS,
+        metavar="X",
+        help="between two checkpoints of a run",
+    )
+
+
+def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
+    """The whole command line, and its ``search``."""
+    names = ", ".join(MOVIELENS)
+    parser = _Parser(
+        prog="python -m esapn",
+        description="Embedding sizes searched on a stream.",
+        epilog=f"--data takes synthetic, a MovieLens name ({names}), a file or a folder.",
+    )
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
+
     search = commands.add_parser(
         "search",
-        help="walk a stream once, searching sizes (or at one fixed size)",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        help="walk a stream once, searching sizes (or with a baseline)",
+        formatter_class=FORMATTER,
     )
     _add_settings(search)
+    _add_data_options(search)
     search.add_argument("--out", type=Path, required=True, help="folder for result.json, run.png")
     search.add_argument(
         "--threads", type=int, default=1, help="CPU threads; 500 events gain little from more"
     )
-    return parser.parse_args(argv)
+    search.add_argument(
+        "--resume", action="store_true", help="go on from the newest good checkpoint in --out"
+    )
+    search.add_argument(
+        "--keep-best", action="store_true", help="keep the model of the best window in OUT/best"
+    )
+    search.add_argument(
+        "--tensorboard", action="store_true", help="write the log for TensorBoard to OUT as well"
+    )
+
+    compare = commands.add_parser(
+        "compare",
+        help="many methods and seeds on one stream; the same command resumes",
+        formatter_class=FORMATTER,
+    )
+    common = ("data", "order", "device", "train_fraction", "events", "sizes", "batch_size")
+    _add_settings(compare, (*common, "log_every"))
+    _add_data_options(compare)
+    tasks = CHOICES["task"]
+    compare.add_argument("--tasks", nargs="+", choices=tasks, default=list(tasks))
+    compare.add_argument("--modes", nargs="+", choices=tuple(MODES), default=["paper"])
+    compare.add_argument(
+        "--methods", nargs="+", metavar="M", help="presets, such as esapn fixed-16 thresholds-8"
+    )
+    compare.add_argument("--seeds", type=int, default=5, help="runs of every method")
+    compare.add_argument("--workers", type=int, default=0, help="processes at once; 0: the cores")
+    compare.add_argument("--out", type=Path, required=True, help="folder for runs and report")
+
+    report = commands.add_parser("report", help="write report.html and figures of a comparison")
+    report.add_argument("folder", type=Path, metavar="DIR", help="--out of a comparison")
+    return parser, search
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    """Arguments; the mode's defaults stand where nothing is said."""
+    parser, search = _parsers()
+    args = parser.parse_args(argv)
+    if args.command == "search":
+        search.set_defaults(**MODES[args.mode])
+        args = parser.parse_args(argv)
+    return args
+
+
+def _load(args: argparse.Namespace, data: str, events: int, seed: int) -> Ratings:
+    return load_ratings(
+        data,
+        events=events,
+        seed=seed,
+        archive=args.archive,
+        url=args.url,
+        cache=args.cache,
+        malformed=args.malformed,
+    )
 
 
 def _prepare(args: argparse.Namespace) -> tuple[SearchConfig, Ratings, Stream]:
@@ -60,90 +150,251 @@ def _prepare(args: argparse.Namespace) -> tuple[SearchConfig, Ratings, Stream]:
     values = {f.name: getattr(args, f.name) for f in fields(SearchConfig)}
     values["sizes"] = tuple(values["sizes"])
     config = SearchConfig(**values)
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: no CUDA device was found")
-    if args.threads < 1:
-        raise ConfigError(f"--threads must be at least 1, got {args.threads}")
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    ratings = load_ratings(config.data, events=config.events, seed=config.seed)
+    device = _device(config.device)
+    _check_least(threads=args.threads)
+    if args.checkpoint_seconds < 0:
+        raise ConfigError(
+            f"--checkpoint-seconds must not be negative, got {args.checkpoint_seconds}"
+        )
+    ratings = _load(args, config.data, config.events, config.seed)
     stream = build_stream(
         ratings,
         task=config.task,
         order=config.order,
-        seed=config.seed,
+        seed=config.order_seed,
         batch_size=config.batch_size,
         train_fraction=config.train_fraction,
         history=config.history,
         device=device,
     )
     # Last: a run that is refused leaves no folder.
+    _make_folder(args.out, "result.json")
+    return config, ratings, stream
+
+
+def _device(device: str) -> str:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: no CUDA device was found")
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return device
+
+
+def _check_least(**values: int) -> None:
+    for name, value in values.items():
+        if value < 1:
+            raise ConfigError(f"--{name} must be at least 1, got {value}")
+
+
+def _make_folder(out: Path, name: str) -> None:
+    """``out``, if a file ``name`` can be written in it."""
     try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        probe = args.out / "result.json"
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / name
         existed = probe.exists()
         probe.open("a").close()
         if not existed:
             probe.unlink()
     except OSError as error:
-        raise ConfigError(f"--out {args.out}: {error.strerror}") from error
-    return config, ratings, stream
+        raise ConfigError(f"--out {out}: {error.strerror}") from error
 
 
-def _check_extras() -> None:
+def _check_extras(*more: str) -> None:
     """What the end of a run needs must not be found missing there."""
-    missing = [n for n in ("tqdm", "torchmetrics", "matplotlib") if find_spec(n) is None]
+    needed = ("tqdm", "torchmetrics", "matplotlib", *more)
+    missing = [n for n in needed if find_spec(n) is None]
     if missing:
         names = ", ".join(missing)
-        raise ConfigError(f"the search needs {names}: pip install 'esapn-kernels[train]'")
+        raise ConfigError(f"this needs {names}: pip install 'esapn-kernels[train]' {names}")
+
+
+def _say_counts(ratings: Ratings) -> None:
+    counts = {k: n for k, n in ratings.counts.items() if n and k != "rows"}
+    if counts:
+        print("rows: " + ", ".join(f"{n:,} {name}" for name, n in counts.items()))
 
 
 def _search(args: argparse.Namespace) -> int:
-    _check_extras()
+    _check_extras(*(["tensorboard"] if args.tensorboard else []))
     config, ratings, stream = _prepare(args)
     torch.set_num_threads(args.threads)
 
     from tqdm import tqdm
 
-    from . import report
-    from .search import run_search
+    from . import checkpoint, report
+    from .compare import Saver, resume_or_start, save_checkpoint
+    from .run import Run
 
+    run = Run(config, stream)
+    folder = args.out / "checkpoints"
+    if args.resume:
+        for line in resume_or_start(run, folder, ratings.checksum):
+            print(line)
+    elif any(folder.glob("step-*.pt")):
+        raise ConfigError(
+            f"{folder} holds an unfinished run: --resume goes on with it, "
+            "another --out or removing the folder starts afresh"
+        )
     print(
         f"{ratings.name}: {len(ratings.rating):,} events, {ratings.n_users:,} users, "
         f"{ratings.n_items:,} items; test part from event {stream.n_train:,} on; "
         f"{stream.user.device}"
     )
-    with tqdm(total=len(stream.bounds), unit="batch", mininterval=0.5) as bar:
+    _say_counts(ratings)
+    saver = Saver(folder, ratings.checksum, args.checkpoint_seconds)
+    writer: Any = None
+    if args.tensorboard:
+        from torch.utils.tensorboard import SummaryWriter
 
-        def progress(done: int, line: dict[str, float]) -> None:
+        writer = SummaryWriter(str(args.out / "tensorboard"))
+    with tqdm(total=len(stream.bounds), initial=run.index, unit="batch", mininterval=0.5) as bar:
+
+        def progress(done: int, line: dict[str, Any]) -> None:
             bar.set_postfix_str(
                 f"loss {line['loss']:.4f} acc {line['accuracy']:.4f} mean size "
                 f"{line['mean_user_size']:.1f} / {line['mean_item_size']:.1f}",
                 refresh=False,
             )
             bar.update(done - bar.n)
+            if writer is not None:
+                for name, value in line.items():
+                    if not isinstance(value, list) and name != "events":
+                        writer.add_scalar(name, value, line["events"])
 
-        result = run_search(config, stream, progress)
+        def pause(run: Run) -> None:
+            if args.keep_best and run.best["line"] == len(run.log) - 1:
+                checkpoint.save(args.out / "best", run.index, run.state_dict(), keep=1)
+            saver(run)
+
+        try:
+            result = run.walk(progress, pause)
+        except KeyboardInterrupt:
+            save_checkpoint(run, folder, ratings.checksum)
+            raise
+    if writer is not None:
+        writer.close()
     print(report.result_lines(config, result))
     print()
     print(report.memory_table(result.memory))
     report.save(args.out, config, ratings, stream, result)
+    shutil.rmtree(folder, ignore_errors=True)
     print(f"\nwrote {args.out / 'result.json'} and {args.out / 'run.png'}")
+    return 0
+
+
+def _compare(args: argparse.Namespace) -> int:
+    _check_extras("scipy", "jinja2")
+
+    from tqdm import tqdm
+
+    from . import page
+    from .compare import compare, plan
+    from .report import write_json
+
+    _device(args.device)
+    _check_least(seeds=args.seeds)
+    common = {
+        "data": args.data,
+        "order": args.order,
+        "device": args.device,
+        "train_fraction": args.train_fraction,
+        "events": args.events,
+        "sizes": tuple(args.sizes),
+        "batch_size": args.batch_size,
+        "log_every": args.log_every,
+    }
+    SearchConfig(**common)
+    ratings = _load(args, args.data, args.events, 0)
+    header, jobs = plan(
+        ratings,
+        common=common,
+        tasks=args.tasks,
+        modes=args.modes,
+        methods=args.methods,
+        seeds=range(args.seeds),
+        folder=args.out,
+    )
+    # Whatever is wrong with order or sizes shows here, before any folder is made.
+    build_stream(ratings, task=args.tasks[0], order=args.order, batch_size=args.batch_size)
+    _make_folder(args.out / "runs", "probe")
+    _keep_header(args.out / "compare.json", header, write_json)
+    _say_counts(ratings)
+    workers = args.workers or _cores()
+    names = ("archive", "url", "cache", "malformed")
+    options = tuple((n, getattr(args, n)) for n in names if getattr(args, n) is not None)
+    print(f"{len(jobs)} runs, {workers} at once, into {args.out}")
+    with tqdm(total=len(jobs), unit="run", bar_format="{l_bar}{bar}| {n}/{total} {postfix}") as bar:
+
+        def progress(done: int, total: int, label: str, left: float | None) -> None:
+            bar.update(done - bar.n)
+            bar.set_postfix_str(f"{label} " + ("" if left is None else _left(left)))
+
+        compare(jobs, options, workers=workers, seconds=args.checkpoint_seconds, progress=progress)
+    written = page.write(args.out)
+    print(f"wrote {written}")
+    return 0
+
+
+def _keep_header(path: Path, header: dict[str, Any], write: Any) -> None:
+    """``compare.json``, unless the folder holds a comparison on other data."""
+    import json
+
+    if path.exists():
+        try:
+            held = json.loads(path.read_text())
+            same = held["data"]["sha256"] == header["data"]["sha256"]
+            same = same and held["order"] == header["order"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise ConfigError(f"{path} cannot be read: use another --out, or remove it") from None
+        if not same:
+            raise ConfigError(f"{path}: is of other data or another order; use another --out")
+    write(path, header)
+
+
+def _cores() -> int:
+    import os
+
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _left(seconds: float) -> str:
+    minutes = seconds / 60
+    if minutes < 1:
+        return "under a minute left"
+    return f"about {minutes:.0f} min left" if minutes < 90 else f"about {minutes / 60:.1f} h left"
+
+
+def _report(args: argparse.Namespace) -> int:
+    _check_extras("scipy", "jinja2")
+
+    from . import page
+
+    print(f"wrote {page.write(args.folder)}")
     return 0
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit status. A user's mistake is one line and status 2."""
     args = _parse(argv)
+    commands = {"search": _search, "compare": _compare, "report": _report}
     try:
-        return _search(args)
-    except (ConfigError, DataError) as error:
+        return commands[args.command](args)
+    except (ConfigError, DataError, CheckpointError) as error:
         print(f"python -m esapn {args.command}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
+        goes_on = {"search": "; --resume goes on", "compare": "; the same command goes on"}
+        print(f"interrupted{goes_on.get(args.command, '')}", file=sys.stderr)
         return 130
+    except OSError as error:
+        where = f" {error.filename}" if error.filename else ""
+        print(
+            f"python -m esapn {args.command}: error:{where} {error.strerror or error}",
+            file=sys.stderr,
+        )
+        return 2
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """The control without any embedding: running, shrunken means of users and items.
 
-    mu = mean of y        b_i = sum (y - mu) / (n_i + s_i)     b_u = sum (y - mu - b_i) / (n_u + s_u)
+    mu = mean of y
+    b_i = sum (y - mu) / (n_i + s_i),     b_u = sum (y - mu - b_i) / (n_u + s_u)
     p(u, i) = mu + b_u + b_i
 
 over the events before the batch; ``y`` is the label, or its one-hot vector. Two numbers a class and
 ID, no gradient. Residuals of users are taken against the item means of their time.
 
-Source: the baseline predictors of Koren, "Factor in the Neighbors", TKDD 2010, kept as running sums.
+Source: the baseline predictors of Koren, "Factor in the Neighbors", TKDD 2010, as running sums.
 """
 
 from __future__ import annotations

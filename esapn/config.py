@@ -32,6 +32,7 @@ CHOICES = {
     "state": ("paper", "rich"),
     "reward": ("paper", "lookahead"),
     "advantage": ("raw", "normalised"),
+    "acting": ("sample", "argmax"),
 }
 
 # What a mode changes of the defaults. `paper` is the published algorithm and setting.
@@ -100,6 +101,9 @@ class SearchConfig:
     state: str = _setting("paper", "frequency and size; or statistics of losses and gradients too")
     reward: str = _setting("paper", "mean of the last T losses - loss; or L(keep) - L(enlarge)")
     advantage: str = _setting("raw", "the reward as it is, or by its running mean and spread")
+    acting: str = _setting(
+        "sample", "rows grow by a sample of the policy, or by its likelier action"
+    )
     entropy: float = _setting(0.0, "weight of the policy's entropy in its loss")
     byte_price: float = _setting(0.0, "price of a row's added numbers, with --reward lookahead")
     policy_hidden: int = _setting(512, "width of a policy's hidden layer")

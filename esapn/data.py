@@ -323,7 +323,8 @@ def build_stream(
         ratings: the E events.
         task: `"binary"`, target `rating > 3.5`; or `"multiclass"`, 5 classes, target
             `clip(floor(rating - 0.5), 0, 4)`.
-        order: `"shuffle"`, NumPy's `RandomState(seed).permutation`; or `"time"`, a stable sort by timestamp.
+        order: `"shuffle"`, NumPy's `RandomState(seed).permutation`; or `"time"`, a stable sort by
+            timestamp.
         batch_size: events a batch, at least 2. A last batch of a single event joins the one
             before it, since BatchNorm needs two rows.
         train_fraction: `n_train` is `floor(train_fraction * E)` rounded down to the start of a

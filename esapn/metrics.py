@@ -5,9 +5,9 @@ Every batch is predicted and recorded before it is learnt from. Over the events 
     accuracy = mean [predicted label == label]         loss = mean of MSE or cross-entropy
     log loss = mean of -log p(label)                    AUC: area under the ROC curve (binary)
 
-and, of the test part, loss and accuracy by how often the event's user, and its item, was seen so far
-(the published cold-start figures). Sums in fp64; of single events only the test part's scores are
-kept, 4 bytes each, for the AUC.
+and, of the test part, loss and accuracy by how often the event's user, and its item, was seen so
+far (the published cold-start figures). Sums in fp64; of single events only the test part's scores
+are kept, 4 bytes each, for the AUC.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Prequential(nn.Module):
         super().__init__()
         self.n_train = n_train
         self.seen = 0
-        double = {"dtype": torch.float64, "device": device}
+        double: dict[str, Any] = {"dtype": torch.float64, "device": device}
         # Columns: events, loss, correct, log loss; rows: train, test.
         self.register_buffer("sums", torch.zeros(2, 4, **double))
         self.register_buffer("recent", torch.zeros(4, **double))

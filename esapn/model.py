@@ -105,9 +105,7 @@ class SoftTwoTower(nn.Module):
 def inference_layer(dim: int, hidden: int, n_outputs: int, plain: bool) -> nn.Sequential:
     """From both towers ``[B, 2 dim]`` to logits ``[B, n_outputs]``."""
     if plain:
-        return nn.Sequential(
-            nn.Linear(2 * dim, hidden), nn.ReLU(), nn.Linear(hidden, n_outputs)
-        )
+        return nn.Sequential(nn.Linear(2 * dim, hidden), nn.ReLU(), nn.Linear(hidden, n_outputs))
     return nn.Sequential(
         nn.BatchNorm1d(2 * dim),
         nn.Linear(2 * dim, hidden),

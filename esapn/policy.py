@@ -56,6 +56,7 @@ class Policy(nn.Module):
     Args:
         n_levels: number of candidate sizes.
         rich: the state is made of statistics rather than of an embedding of the frequency.
+        indifferent: both actions start equally likely in every state.
         max_frequency: frequencies from here on share the last row of ``E``.
         frequency_dim, hidden: widths.
 
@@ -73,6 +74,7 @@ class Policy(nn.Module):
         frequency_dim: int = 32,
         hidden: int = 512,
         rich: bool = False,
+        indifferent: bool = False,
     ) -> None:
         super().__init__()
         self.n_levels = n_levels
@@ -85,6 +87,9 @@ class Policy(nn.Module):
         self.linear1 = nn.Linear(width + n_levels, hidden)
         self.norm = MaskedBatchNorm(hidden)
         self.linear2 = nn.Linear(hidden, 2)
+        if indifferent:
+            nn.init.zeros_(self.linear2.weight)
+            nn.init.zeros_(self.linear2.bias)
 
     def forward(
         self,

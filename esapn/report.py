@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from esapn_kernels import info
 
 from .config import SearchConfig
 from .data import Ratings, Stream
-from .search import SearchResult
+from .run import RunResult
 
-__all__ = ["memory_table", "result_lines", "save"]
+__all__ = ["memory_table", "record", "result_lines", "save", "write_json"]
 
 
-def result_lines(config: SearchConfig, result: SearchResult) -> str:
+def result_lines(config: SearchConfig, result: RunResult) -> str:
     """Test measures of a run in a few lines."""
     test = result.test
     loss = "MSE" if config.task == "binary" else "cross-entropy"
     parts = [f"accuracy {test['accuracy']:.4f}", f"{loss} {test['loss']:.4f}"]
     if config.task == "binary":
         parts += [f"log loss {test['log_loss']:.4f}", f"AUC {test['auc']:.4f}"]
-    name = f"{config.method} ({config.mode})" if config.method == "esapn" else config.method
     return (
-        f"{name}, {config.task}, {config.order} order, seed {config.seed}\n"
+        f"{config.method} ({config.mode}), {config.task}, {config.order} order, "
+        f"seed {config.seed}\n"
         f"test part, prequential, {test['events']:,} events: {', '.join(parts)}\n"
         f"{result.cpu_seconds:.1f} CPU s, {result.wall_seconds:.1f} s"
     )
@@ -38,21 +39,22 @@ def memory_table(memory: Mapping[str, Mapping[str, Any]]) -> str:
 
     ``dims`` is the sum of the rows' sizes, ``of fixed`` its share of IDs x d_n.
     """
-    sizes = list(next(iter(memory.values()))["rows_per_size"])
-    fixed_size = int(sizes[-1])
-    lines = [
-        f"{'IDs at size':<12}"
-        + "".join(f"{size:>9}" for size in sizes)
-        + f"{'dims':>12}{'IDs x ' + sizes[-1]:>14}{'of fixed':>10}"
-    ]
-    for name, side in memory.items():
-        counts = side["rows_per_size"]
-        dims = sum(int(size) * count for size, count in counts.items())
-        fixed = sum(counts.values()) * fixed_size
-        row = "".join(f"{count:>9,}" for count in counts.values())
-        lines.append(f"{name:<12}{row}{dims:>12,}{fixed:>14,}{dims / fixed:>10.2%}")
+    lines = []
+    if sizes := list(next(iter(memory.values()))["rows_per_size"]):
+        lines.append(
+            f"{'IDs at size':<12}"
+            + "".join(f"{size:>9}" for size in sizes)
+            + f"{'dims':>12}{'IDs x d_n':>14}{'of fixed':>10}"
+        )
+        for name, side in memory.items():
+            counts = side["rows_per_size"]
+            dims = sum(int(size) * count for size, count in counts.items())
+            fixed = side["fixed"] // 4
+            row = "".join(f"{count:>9,}" for count in counts.values())
+            lines.append(f"{name:<12}{row}{dims:>12,}{fixed:>14,}{dims / fixed:>10.2%}")
+        lines.append("")
     parts = ("payload", "slack", "locations", "chain", "serving", "fixed")
-    lines += ["", f"{'bytes':<12}" + "".join(f"{part:>13}" for part in parts) + f"{'of fixed':>10}"]
+    lines += [f"{'bytes':<12}" + "".join(f"{part:>13}" for part in parts) + f"{'of fixed':>10}"]
     totals = {part: sum(side[part] for side in memory.values()) for part in parts}
     for name, side in [*memory.items(), ("both", totals)]:
         row = "".join(f"{side[part]:>13,}" for part in parts)
@@ -62,11 +64,12 @@ def memory_table(memory: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def save(
-    out: Path, config: SearchConfig, ratings: Ratings, stream: Stream, result: SearchResult
-) -> None:
-    """Write ``result.json`` (settings, data, versions, measures, memory, log) and ``run.png``."""
-    record = {
+def record(
+    config: SearchConfig, ratings: Ratings, stream: Stream, result: RunResult
+) -> dict[str, Any]:
+    """Everything that is kept of a run, as JSON values: settings, data, versions and measures."""
+    events = result.run.measures.seen
+    return {
         "config": config.to_json(),
         "data": {
             "name": ratings.name,
@@ -75,20 +78,45 @@ def save(
             "users": ratings.n_users,
             "items": ratings.n_items,
             "train_events": stream.n_train,
+            "counts": ratings.counts,
         },
         "test": result.test,
         "train": result.train,
         "memory": result.memory,
+        "bytes": result.bytes,
+        "by_frequency": result.by_frequency,
+        "sizes_by_frequency": result.sizes_by_frequency,
         "cpu_seconds": result.cpu_seconds,
         "wall_seconds": result.wall_seconds,
+        "events_per_second": events / max(result.wall_seconds, 1e-9),
+        # In KiB on Linux, in bytes on macOS.
+        "peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        * (1 if sys.platform == "darwin" else 1024),
+        "stopped_early": result.stopped_early,
         "log": result.log,
         "info": info.collect(),
     }
-    (out / "result.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write all of ``value`` or nothing: a reader never sees half a file."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_text(json.dumps(value, indent=1) + "\n")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save(
+    out: Path, config: SearchConfig, ratings: Ratings, stream: Stream, result: RunResult
+) -> None:
+    """Write ``result.json`` (see :func:`record`) and ``run.png``."""
+    write_json(out / "result.json", record(config, ratings, stream, result))
     _plot(out / "run.png", config, stream, result)
 
 
-def _plot(path: Path, config: SearchConfig, stream: Stream, result: SearchResult) -> None:
+def _plot(path: Path, config: SearchConfig, stream: Stream, result: RunResult) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
@@ -116,36 +144,24 @@ def _plot(path: Path, config: SearchConfig, stream: Stream, result: SearchResult
     size.set(xlabel="events", ylabel="numbers per row", title="Mean size", ylim=(0, None))
     size.legend()
 
-    sizes = config.row_sizes
+    sizes = list(result.memory["user"]["rows_per_size"])
     for k, name in enumerate(("user", "item")):
         counts = list(result.memory[name]["rows_per_size"].values())
         place = [i + 0.4 * k - 0.2 for i in range(len(sizes))]
         histogram.bar(place, counts, width=0.4, color=f"C{k}", label=name)
-    histogram.set_xticks(range(len(sizes)), [str(d) for d in sizes])
+    histogram.set_xticks(range(len(sizes)), sizes)
     histogram.set(xlabel="size", ylabel="IDs", title="IDs that ended at each size")
-    histogram.legend()
 
-    for color, name in enumerate(("user", "item")):
-        x, y = _size_by_frequency(getattr(result.search.model, name), getattr(stream, name))
+    for color, (name, buckets) in enumerate(result.sizes_by_frequency.items()):
+        x, y = [b["from"] for b in buckets], [b["mean_size"] for b in buckets]
         frequency.plot(x, y, marker="o", color=f"C{color}", label=name)
     frequency.set_xscale("log", base=2)
     frequency.set(xlabel="events of the ID", ylabel="mean size", title="Size by frequency")
     frequency.set_ylim(0, None)
-    frequency.legend()
+    if sizes:
+        histogram.legend()
+    if result.sizes_by_frequency:
+        frequency.legend()
     for axes in (quality, size):
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     figure.savefig(path, dpi=110)
-
-
-def _size_by_frequency(embedding: Any, ids: torch.Tensor) -> tuple[list[int], list[float]]:
-    """Mean final size of the IDs seen [1, 2), [2, 4), [4, 8), ... times."""
-    count = torch.bincount(ids, minlength=embedding.num_embeddings).cpu()
-    sizes = embedding.sizes_of().double().cpu()
-    bucket = torch.log2(count.clamp(min=1)).long()
-    x, y = [], []
-    for b in range(int(bucket.max()) + 1):
-        mine = (bucket == b) & (count > 0)
-        if mine.any():
-            x.append(2**b)
-            y.append(sizes[mine].mean().item())
-    return x, y

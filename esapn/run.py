@@ -201,7 +201,11 @@ class Run:
     def _log(self) -> None:
         loss, accuracy = self.measures.window()
         before = self.log[-1]["events"] if self.log else 0
-        line = {"events": self.measures.seen, "loss": loss, "accuracy": accuracy}
+        line: dict[str, Any] = {
+            "events": self.measures.seen,
+            "loss": loss,
+            "accuracy": accuracy,
+        }
         memory = self.memory()
         line["serving_bytes"] = sum(side["serving"] for side in memory.values())
         for name, side in memory.items():

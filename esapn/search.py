@@ -23,16 +23,18 @@ would-be sizes *is* the loss under the present ones (a test holds that). The sam
 this reward does not depend on the action: see ``docs/deviations.md``. ``reward="lookahead"`` is one
 that does:
 
-    A_x = g_t^T (P_{k+1} - P_k) g_s,     P_k = (d_k / d_n) M_k M_k^T
+    A_x = -g^T (P_{k+1} - P_k) z,     P_k = (d_k / d_n) M_k M_k^T
 
-``g_t`` is the gradient of the loss to the ID's output now and ``g_s`` that at its event before: to
-first order, and up to the learning rate, the loss now of a row that was kept at size d_k at event s
-less that of one enlarged and taught there. An ID's numbers are paid once and used at each of its
-``f`` events, so with a price the policy learns from ``A_x / rms(A) - price (d_{k+1} - d_k) / f``.
+``g`` is the gradient of the loss to the ID's output, on an event that nobody has learnt from yet,
+and ``z`` its *shadow*: where Adagrad on all d_n numbers would have taken the output since the ID
+first came. To first order, ``A`` is the loss of a row kept at size d_k less that of one which had
+been enlarged, and taught. An ID's numbers are paid once and used at each of its ``f`` events, so
+the policy learns from ``A_x / rms(A) - price (d_{k+1} - d_k) / f``. The shadow is training memory,
+``8 d_n`` bytes an ID.
 
 Nothing here reads a value from the device inside a step; the histories live there. ``deciding`` is
-the one place that looks: on a CPU, where looking is free, IDs that cannot grow are dropped, on a GPU
-they are masked. Both give the same numbers.
+the one place that looks: on a CPU, where looking is free, IDs that cannot grow are dropped, on a
+GPU they are masked. Both give the same numbers.
 """
 
 from __future__ import annotations
@@ -131,7 +133,9 @@ class Choice(NamedTuple):
 class Field(nn.Module):
     """What the search keeps for one table: its policy or rule, and histories of its IDs."""
 
-    gradients: Tensor
+    seen: Tensor
+    shadow: Tensor
+    squares: Tensor
 
     def __init__(self, name: str, embedding: ResizableEmbedding, config: SearchConfig) -> None:
         super().__init__()
@@ -152,6 +156,7 @@ class Field(nn.Module):
                 frequency_dim=config.frequency_dim,
                 hidden=config.policy_hidden,
                 rich=self.rich,
+                indifferent=config.acting == "argmax",
             ).to(device)
             self.scale = RunningScale().to(device)
             if self.rich:
@@ -159,7 +164,8 @@ class Field(nn.Module):
             if self.looks_ahead:
                 # One more row takes the writes of events that are not an ID's last.
                 shape = rows + 1, embedding.embedding_dim
-                self.register_buffer("gradients", torch.zeros(shape, device=device))
+                self.register_buffer("shadow", torch.zeros(shape, device=device))
+                self.register_buffer("squares", torch.zeros(shape, device=device))
             if self.rich or self.looks_ahead:
                 embedding.register_forward_hook(self._catch)
         # Of the batch in hand.
@@ -190,22 +196,25 @@ class Field(nn.Module):
         return found
 
 
-def lookahead(now: Tensor, before: Tensor, level: Tensor, embedding: ResizableEmbedding) -> Tensor:
-    """``A = g_t^T (P_{k+1} - P_k) g_s`` for every event ``[B]``; 0 at the last level.
+def lookahead(
+    gradient: Tensor, shadow: Tensor, level: Tensor, embedding: ResizableEmbedding
+) -> Tensor:
+    """``A = -g^T (P_{k+1} - P_k) z`` for every event ``[B]``; 0 at the last level.
 
     Args:
-        now, before: gradients to the output ``[B, d_n]``.
+        gradient: of the loss to the output ``[B, d_n]``.
+        shadow: where the output would have gone ``[B, d_n]``.
         level: int64 ``[B]``, k.
         embedding: its sizes and hops give ``P_k = (d_k / d_n) M_k M_k^T``, and the identity at n.
     """
     sizes, width = embedding.sizes, embedding.embedding_dim
     offsets = operand_offsets(sizes)
-    maps = compose(embedding.chain, sizes).to(now.dtype)
+    maps = compose(embedding.chain, sizes).to(gradient.dtype)
     products = []
     for k, dim in enumerate(sizes[:-1]):
         block = maps[offsets[k] : offsets[k] + dim].T * (dim / width) ** 0.5
-        products.append(((now @ block) * (before @ block)).sum(1))
-    last = (now * before).sum(1)
+        products.append(-((gradient @ block) * (shadow @ block)).sum(1))
+    last = -(gradient * shadow).sum(1)
     stacked = torch.stack([*products, last, last], dim=1)
     return (stacked[:, 1:] - stacked[:, :-1]).gather(1, level[:, None])[:, 0]
 
@@ -247,7 +256,9 @@ class SizeSearch(nn.Module):
             if not isinstance(table, ResizableEmbedding):
                 raise TypeError(f"'{name}' is a {type(table).__name__}, not a ResizableEmbedding")
         self.config = config
-        self.fields = nn.ModuleList(Field(name, t, config) for name, t in tables.items())
+        self.fields = [Field(name, table, config) for name, table in tables.items()]
+        # The same ones, as parts of this module.
+        self.parts = nn.ModuleList(self.fields)
         self.step = 0
         device = self.fields[0].embedding.arena.storage.device
         self.generator = torch.Generator(device).manual_seed(config.seed)
@@ -301,7 +312,9 @@ class SizeSearch(nn.Module):
             if field.rich:
                 statistics = field.statistics.features(ids[rows], frequency, self.step)
             logits = field.policy(frequency, level, mask, statistics)
-            action = sample_actions(logits.detach(), uniform)
+            # Likelier by more than rounding: equal chances keep.
+            even = torch.full_like(uniform, 0.5) if self.config.acting == "argmax" else uniform
+            action = sample_actions(logits.detach(), even)
             field.choice = Choice(rows, mask, logits, action, level)
             enlarge = action.bool()
         self._promote(field, ids[rows], enlarge if mask is None else enlarge & mask)
@@ -327,8 +340,8 @@ class SizeSearch(nn.Module):
         for field in self.fields:
             if loss.shape != (field.examples,):
                 raise ValueError(
-                    f"learn takes one loss for each of the {field.examples} examples given to grow, "
-                    f"got shape {list(loss.shape)}"
+                    f"learn takes one loss for each of the {field.examples} examples given to "
+                    f"grow, got shape {list(loss.shape)}"
                 )
         total = loss.new_zeros(())
         for field in self.fields:
@@ -356,7 +369,9 @@ class SizeSearch(nn.Module):
             norm = gradient.norm(dim=1)
             field.statistics.update(ids, loss, norm, self.step, last)
         if field.looks_ahead and gradient is not None:
-            field.gradients[torch.where(last, ids, len(field.gradients) - 1)] = gradient
+            row = torch.where(last, ids, len(field.shadow) - 1)
+            field.squares[row] = squares = field.squares[row] + gradient.square()
+            field.shadow[row] -= gradient / (squares.sqrt() + 1e-10)
         return total
 
     def _policy_loss(
@@ -366,8 +381,8 @@ class SizeSearch(nn.Module):
         ids = field.ids[rows]
         if field.looks_ahead and gradient is not None:
             sizes = torch.tensor(field.embedding.sizes, device=ids.device)
-            before = field.gradients[ids]
-            gain = lookahead(gradient[rows], before, choice.level, field.embedding)
+            shadow = field.shadow[ids]
+            gain = lookahead(gradient[rows], shadow, choice.level, field.embedding)
             known = field.history.count[ids] > 0
             field.scale.update(gain, known if mask is None else known & mask)
             added = sizes[(choice.level + 1).clamp(max=len(sizes) - 1)] - sizes[choice.level]
