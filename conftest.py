@@ -63,6 +63,14 @@ def seeded() -> Iterator[None]:
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cached_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test writes into the user's cache, nor does a process that it starts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ESAPN_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture
 def nan_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     """``empty``, ``empty_like`` and ``new_empty`` give NaN: what is never written shows."""

@@ -1,6 +1,7 @@
 """The search step on ragged rows against an all-sizes implementation of the same step.
 
     python bench/search.py [--data PATH] [--task binary|multiclass] [--seed S] [--out FILE]
+    python bench/search.py --long 20000000 [--task binary|multiclass] [--seed S] [--out FILE]
 
 Both walk the whole stream in one process and one thread, in turns of ``--turn`` batches, on the
 same events, with the same settings, policy network, optimizer (Adam, fused) and initialisation.
@@ -11,6 +12,10 @@ tanh of all of them, a one-hot sum that selects; a prediction under sampled size
 who see every event, and a second one for the recommender; dense Adam on all tables.
 ``--baseline lean`` grants it what ours does beyond storage: one prediction for both steps, and
 selection before BatchNorm and tanh. The figure is the ratio of CPU seconds, turn by turn.
+
+``--long EVENTS`` has no baseline: one whole search on a synthetic stream of so many events. The
+figures are the time per event of the last million over that of the first (medians over the log's
+windows, the first few left out), and the memory of the process when training begins and at the end.
 """
 
 from __future__ import annotations
@@ -32,7 +37,7 @@ from esapn.data import NUM_CLASSES, Batch, DataError, Stream, build_stream, load
 from esapn.metrics import Prequential
 from esapn.model import event_losses
 from esapn.policy import LossHistory, Policy, policy_loss, reward, sample_actions
-from esapn.search import Search
+from esapn.run import Run
 from esapn_kernels import info
 
 
@@ -104,7 +109,8 @@ class AllSizesSearch:
         self.n_levels = len(config.sizes)
         self.model = AllSizesModel(stream, config, lean)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr, fused=True)
-        self.measures = Prequential(len(stream.user))
+        self.measures = Prequential(stream.n_train, len(stream.user))
+        self.index = 0
         self.sides = []
         for name, n in (("user", stream.n_users), ("item", stream.n_items)):
             policy = Policy(self.n_levels, max_frequency=config.max_frequency)
@@ -112,8 +118,9 @@ class AllSizesSearch:
             history = LossHistory(n, config.history)
             self.sides.append((name, getattr(self.model, name), policy, optimizer, history))
 
-    def step(self, index: int) -> None:
-        batch = self.stream.batch(index)
+    def step(self) -> None:
+        batch = self.stream.batch(self.index)
+        self.index += 1
         if not self.lean:
             choices = self._choose(batch)
             with torch.no_grad():
@@ -128,7 +135,8 @@ class AllSizesSearch:
             levels.append(side.level[ids])
         logits = self.model(batch, levels)
         loss = event_losses(logits, batch.target)
-        self.measures.record(logits.detach(), batch.target, loss.detach())
+        frequency = torch.stack([batch.user_freq, batch.item_freq])
+        self.measures.record(logits.detach(), batch.target, loss.detach(), frequency)
         if self.lean:
             self._update_policies(batch, choices, loss.detach())
         for name, _, _, _, history in self.sides:
@@ -167,7 +175,7 @@ class AllSizesSearch:
 def compare(config: SearchConfig, stream: Stream, lean: bool, turn: int) -> dict[str, Any]:
     """Walk the stream with both, in turns; CPU seconds of every turn, and both qualities."""
     runs: dict[str, Any] = {
-        "ragged": Search(config, stream),
+        "ragged": Run(config, stream),
         "all-sizes": AllSizesSearch(config, stream, lean),
     }
     seconds: dict[str, list[float]] = {name: [] for name in runs}
@@ -176,11 +184,11 @@ def compare(config: SearchConfig, stream: Stream, lean: bool, turn: int) -> dict
         order = list(runs) if begin // turn % 2 else list(reversed(runs))
         for name in order:
             start = time.process_time()
-            for index in range(begin, min(begin + turn, steps)):
-                runs[name].step(index)
+            for _ in range(begin, min(begin + turn, steps)):
+                runs[name].step()
             seconds[name].append(time.process_time() - start)
-    end, cut = len(stream.user), stream.n_train
-    quality = {n: r.measures.summary(cut, end, stream.target[cut:]) for n, r in runs.items()}
+    labels = stream.labels(stream.n_train, len(stream.user))
+    quality = {n: r.measures.summary("test", labels) for n, r in runs.items()}
     ratios = sorted(a / r for a, r in zip(seconds["all-sizes"], seconds["ragged"], strict=True))
     return {
         "steps": steps,
@@ -195,37 +203,60 @@ def compare(config: SearchConfig, stream: Stream, lean: bool, turn: int) -> dict
     }
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python bench/search.py", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--data", default="synthetic", help="as for python -m esapn search")
-    parser.add_argument("--events", type=int, default=50_000, help="of the synthetic stream")
-    parser.add_argument("--task", choices=("binary", "multiclass"), default="binary")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--turn", type=int, default=20, help="batches per turn")
-    parser.add_argument("--baseline", choices=("full", "lean"), default="full")
-    parser.add_argument("--out", type=Path, help="write the result as JSON")
-    args = parser.parse_args(argv)
-    torch.set_num_threads(1)
+def memory() -> dict[str, int]:
+    """MiB of the process: the most it ever took, and what it takes now (where ``/proc`` says)."""
+    import resource  # not on Windows, where the comparison runs all the same
+
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    found = {"peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // unit}
     try:
-        if args.turn < 1:
-            raise ConfigError(f"--turn must be at least 1, got {args.turn}")
-        config = SearchConfig(data=args.data, task=args.task, seed=args.seed, events=args.events)
-        ratings = load_ratings(args.data, events=args.events, seed=args.seed)
-        stream = build_stream(ratings, task=args.task, seed=args.seed)
-        if args.out is not None:
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.touch()
-    except (DataError, ValueError, OSError) as error:
-        print(f"bench/search.py: error: {error}", file=sys.stderr)
-        return 2
-    result = compare(config, stream, args.baseline == "lean", args.turn)
-    result |= {
-        "baseline": args.baseline,
-        "config": config.to_json() | {"data": ratings.name},
-        "sha256": ratings.checksum,
-        "info": info.collect(),
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return found
+    return {**found, "rss_mib": pages * resource.getpagesize() // 2**20}
+
+
+def walk_long(config: SearchConfig, stream: Stream) -> dict[str, Any]:
+    """Walk the stream once, as ``python -m esapn search`` does; time of every window of the log."""
+    run = Run(config, stream)
+    start = memory()
+    clocks = [(0, time.process_time(), time.perf_counter())]
+
+    def progress(done: int, line: dict[str, Any]) -> None:
+        clocks.append((line["events"], time.process_time(), time.perf_counter()))
+
+    result = run.walk(progress)
+    windows = [
+        {"events": b[0] - a[0], "us_cpu": (b[1] - a[1]) * 1e6, "us": (b[2] - a[2]) * 1e6}
+        for a, b in zip(clocks, clocks[1:], strict=False)
+    ]
+    part = min(1_000_000, len(stream.user) // 4)
+    n = max(part // (config.log_every * config.batch_size), 1)
+    warm_up = min(max(n // 10, 1), len(windows) - 1)
+    # The last window may be a few batches only.
+    parts = {"first": windows[warm_up : warm_up + n], "last": windows[-n - 1 : -1] or windows[-1:]}
+    us = {
+        name: {
+            key: statistics.median(w[key] / w["events"] for w in part) for key in ("us", "us_cpu")
+        }
+        for name, part in parts.items()
     }
+    return {
+        "events": len(stream.user),
+        "part": part,
+        "events_per_second": len(stream.user) / result.wall_seconds,
+        "cpu_seconds": result.cpu_seconds,
+        "wall_seconds": result.wall_seconds,
+        "us_per_event": us,
+        "ratio": us["last"]["us"] / us["first"]["us"],
+        "ratio_cpu": us["last"]["us_cpu"] / us["first"]["us_cpu"],
+        "memory": {"start": start, "end": memory()},
+        "bytes": result.bytes,
+        "quality": result.test,
+    }
+
+
+def print_comparison(result: dict[str, Any], turn: int) -> None:
     for name in ("all-sizes", "ragged"):
         quality, cpu = result["quality"][name], result["cpu_seconds"][name]
         print(
@@ -235,9 +266,76 @@ def main(argv: list[str] | None = None) -> int:
     low, high = result["ratio_p20_p80"]
     print(
         f"all-sizes / ragged: {result['ratio']:.2f} in total, median {result['ratio_median']:.2f} "
-        f"[{low:.2f}, {high:.2f}] over turns of {args.turn} batches\n"
-        f"{ratings.name}, {args.task}, {result['steps']} steps, {args.baseline} baseline, 1 thread"
+        f"[{low:.2f}, {high:.2f}] over turns of {turn} batches\n"
+        f"{result['config']['data']}, {result['config']['task']}, {result['steps']} steps, "
+        f"{result['baseline']} baseline, 1 thread"
     )
+
+
+def print_long(result: dict[str, Any]) -> None:
+    for name, us in result["us_per_event"].items():
+        print(
+            f"{name:<5} {result['part']} events: {us['us']:.2f} us an event, "
+            f"{us['us_cpu']:.2f} CPU us"
+        )
+    start, end = result["memory"]["start"], result["memory"]["end"]
+    print(
+        f"last / first: {result['ratio']:.3f}, {result['ratio_cpu']:.3f} of CPU time\n"
+        f"peak RSS {start['peak_rss_mib']} MiB when training began, "
+        f"{end['peak_rss_mib']} at the end"
+    )
+    if "rss_mib" in start:
+        print(f"RSS {start['rss_mib']} MiB when training began, {end['rss_mib']} at the end")
+    quality = result["quality"]
+    print(
+        f"{result['events_per_second']:.0f} events/s   accuracy {quality['accuracy']:.4f}   "
+        f"loss {quality['loss']:.4f}\n"
+        f"synthetic, {result['config']['task']}, {result['events']} events, 1 thread"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python bench/search.py", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--data", default="synthetic", help="as for python -m esapn search")
+    parser.add_argument("--events", type=int, default=50_000, help="of the synthetic stream")
+    parser.add_argument("--task", choices=("binary", "multiclass"), default="binary")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--turn", type=int, default=20, help="batches per turn")
+    parser.add_argument("--baseline", choices=("full", "lean"), default="full")
+    parser.add_argument("--long", type=int, metavar="EVENTS", help="one search, so many events")
+    parser.add_argument("--out", type=Path, help="write the result as JSON")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    try:
+        if args.turn < 1:
+            raise ConfigError(f"--turn must be at least 1, got {args.turn}")
+        if args.long is not None and args.data != "synthetic":
+            raise ConfigError(f"--long walks the synthetic stream, not {args.data}")
+        events = args.events if args.long is None else args.long
+        config = SearchConfig(data=args.data, task=args.task, seed=args.seed, events=events)
+        ratings = load_ratings(args.data, events=events, seed=args.seed)
+        stream = build_stream(ratings, task=args.task, seed=args.seed)
+        if args.out is not None:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            args.out.touch()
+    except (DataError, ValueError, OSError) as error:
+        print(f"bench/search.py: error: {error}", file=sys.stderr)
+        return 2
+    about = {
+        "config": config.to_json() | {"data": ratings.name},
+        "sha256": ratings.checksum,
+        "info": info.collect(),
+    }
+    # The stream has the events: training does not hold them twice.
+    del ratings
+    if args.long is None:
+        result = compare(config, stream, args.baseline == "lean", args.turn)
+        result |= {"baseline": args.baseline, **about}
+        print_comparison(result, args.turn)
+    else:
+        result = walk_long(config, stream) | about
+        print_long(result)
     if args.out is not None:
         args.out.write_text(json.dumps(result, indent=1) + "\n")
     return 0

@@ -222,7 +222,7 @@ def _search(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from . import checkpoint, report
-    from .compare import Saver, resume_or_start, save_checkpoint
+    from .compare import Saver, resume_or_start
     from .run import Run
 
     run = Run(config, stream)
@@ -266,11 +266,7 @@ def _search(args: argparse.Namespace) -> int:
                 checkpoint.save(args.out / "best", run.index, run.state_dict(), keep=1)
             saver(run)
 
-        try:
-            result = run.walk(progress, pause)
-        except KeyboardInterrupt:
-            save_checkpoint(run, folder, ratings.checksum)
-            raise
+        result = run.walk(progress, pause)
     if writer is not None:
         writer.close()
     print(report.result_lines(config, result))
@@ -287,7 +283,6 @@ def _compare(args: argparse.Namespace) -> int:
 
     from tqdm import tqdm
 
-    from . import page
     from .compare import compare, plan
     from .report import write_json
 
@@ -330,9 +325,18 @@ def _compare(args: argparse.Namespace) -> int:
             bar.set_postfix_str(f"{label} " + ("" if left is None else _left(left)))
 
         compare(jobs, options, workers=workers, seconds=args.checkpoint_seconds, progress=progress)
-    written = page.write(args.out)
-    print(f"wrote {written}")
+    _write_page(args.out)
     return 0
+
+
+def _write_page(folder: Path) -> None:
+    from . import page
+    from .statistics import ReportError
+
+    try:
+        print(f"wrote {page.write(folder)}")
+    except ReportError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _keep_header(path: Path, header: dict[str, Any], write: Any) -> None:
@@ -369,9 +373,7 @@ def _left(seconds: float) -> str:
 def _report(args: argparse.Namespace) -> int:
     _check_extras("scipy", "jinja2")
 
-    from . import page
-
-    print(f"wrote {page.write(args.folder)}")
+    _write_page(args.folder)
     return 0
 
 

@@ -73,13 +73,14 @@ class IdStatistics(nn.Module):
         idle = torch.where(known, step - self.latest[ids], 0).float()
         decayed = self.decayed[ids] * torch.exp2(-idle / _HALF_LIFE)
         variance = (self.square[ids] - self.loss[ids].square()).clamp(min=0)
+        # Of the order of 1 without a look at the rest of the batch.
         numbers = [
-            log_frequency,
-            torch.log2(1 + decayed),
-            torch.log2(1 + age),
+            log_frequency / 8,
+            torch.log2(1 + decayed) / 8,
+            torch.log2(1 + age) / 8,
             self.loss[ids],
             variance.sqrt(),
-            torch.log2(self.norm[ids] + 1e-4),
+            torch.log2(self.norm[ids] + 1e-4) / 8,
         ]
         onehot = nn.functional.one_hot(bucket, NUM_BUCKETS).float()
         return torch.cat([onehot, torch.stack(numbers, dim=1)], dim=1)

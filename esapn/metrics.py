@@ -105,7 +105,7 @@ class Prequential(nn.Module):
             "loss": loss / n,
             "log_loss": log_loss / n,
         }
-        if labels is not None and labels.is_floating_point():
+        if labels is not None and len(labels) and labels.is_floating_point():
             from torchmetrics.functional.classification import binary_auroc
 
             score = torch.sigmoid(self.score[: len(labels)].double())

@@ -51,7 +51,8 @@ class Policy(nn.Module):
 
         s = [BN(E_f); onehot(level)],   pi(a | s) = softmax(W_2 tanh(BN(W_1 s + b_1)) + b_2)
 
-    With statistics ``z`` of the IDs (see ``idstate``), ``s = [BN(z); onehot(level)]``.
+    With statistics ``z`` of the IDs (see ``idstate``), ``s = [z; onehot(level)]`` and a LayerNorm in
+    place of the second BN: what one ID does then depends on no other ID of the batch.
 
     Args:
         n_levels: number of candidate sizes.
@@ -83,9 +84,9 @@ class Policy(nn.Module):
         width = num_features() if rich else frequency_dim
         if not rich:
             self.frequency = nn.Embedding(max_frequency + 1, frequency_dim)
-        self.frequency_norm = MaskedBatchNorm(width)
+            self.frequency_norm = MaskedBatchNorm(width)
         self.linear1 = nn.Linear(width + n_levels, hidden)
-        self.norm = MaskedBatchNorm(hidden)
+        self.norm = nn.LayerNorm(hidden) if rich else MaskedBatchNorm(hidden)
         self.linear2 = nn.Linear(hidden, 2)
         if indifferent:
             nn.init.zeros_(self.linear2.weight)
@@ -106,12 +107,15 @@ class Policy(nn.Module):
             mask: bool ``[B]``, the IDs that decide; ``None``: all of them.
             statistics: ``[B, num_features()]``, of a rich state.
         """
-        seen = statistics
-        if seen is None:
+        if statistics is None:
             seen = self.frequency(frequency.clamp(max=self.max_frequency))
+            seen = self.frequency_norm(seen, mask)
+        else:
+            seen = statistics
         size = F.one_hot(level.long(), self.n_levels).to(seen.dtype)
-        state = torch.cat([self.frequency_norm(seen, mask), size], dim=1)
-        logits: Tensor = self.linear2(torch.tanh(self.norm(self.linear1(state), mask)))
+        hidden = self.linear1(torch.cat([seen, size], dim=1))
+        hidden = self.norm(hidden) if self.rich else self.norm(hidden, mask)
+        logits: Tensor = self.linear2(torch.tanh(hidden))
         return logits
 
 

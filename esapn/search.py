@@ -23,14 +23,15 @@ would-be sizes *is* the loss under the present ones (a test holds that). The sam
 this reward does not depend on the action: see ``docs/deviations.md``. ``reward="lookahead"`` is one
 that does:
 
-    A_x = -g^T (P_{k+1} - P_k) z,     P_k = (d_k / d_n) M_k M_k^T
+    A_x = L(y) - L(y + z),     z in the columns of M_{k+1} that M_k does not have
 
-``g`` is the gradient of the loss to the ID's output, on an event that nobody has learnt from yet,
-and ``z`` its *shadow*: where Adagrad on all d_n numbers would have taken the output since the ID
-first came. To first order, ``A`` is the loss of a row kept at size d_k less that of one which had
-been enlarged, and taught. An ID's numbers are paid once and used at each of its ``f`` events, so
-the policy learns from ``A_x / rms(A) - price (d_{k+1} - d_k) / f``. The shadow is training memory,
-``8 d_n`` bytes an ID.
+``z`` is the ID's *shadow*: what the numbers that it would gain have learnt, by Adagrad on the
+gradient of L(y + z), since it has its present size. So A is the loss of the row as it was kept less
+that of the row had it been enlarged and taught, on an event that nobody has learnt from yet. Both
+are known, and the policy follows the gradient of ``pi(enlarge) A`` itself rather than an estimate
+of it by samples. An ID's numbers are paid once and used at each of its ``f`` events, hence
+``A_x / rms(A) - price (d_{k+1} - d_k) / f``. It takes one more prediction a table, by
+``search.look_ahead`` between 2 and 3, and in training ``8 d_n`` bytes an ID.
 
 Nothing here reads a value from the device inside a step; the histories live there. ``deciding`` is
 the one place that looks: on a CPU, where looking is free, IDs that cannot grow are dropped, on a
@@ -39,7 +40,7 @@ GPU they are masked. Both give the same numbers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -170,19 +171,24 @@ class Field(nn.Module):
                 embedding.register_forward_hook(self._catch)
         # Of the batch in hand.
         self.examples = 0
-        self.ids = self.event = torch.empty(0, dtype=torch.int64, device=device)
+        self.ids = self.event = self.level = torch.empty(0, dtype=torch.int64, device=device)
         self.counters = Counters(self.ids, self.ids, self.ids)
         self.choice: Choice | None = None
+        self.gain: Tensor | None = None
         self.caught: list[Tensor] = []
+        self.trial: Tensor | None = None
 
     @property
     def embedding(self) -> ResizableEmbedding:
         """The table."""
         return self._embedding[0]
 
-    def _catch(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
+    def _catch(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
+        if self.trial is not None:
+            return output + self.trial.view(output.shape)
         if output.requires_grad:
             output.register_hook(self.caught.append)
+        return None
 
     def gradient(self) -> Tensor:
         """dL/dy of every event of the batch ``[B, d_n]``, from the backward pass just done."""
@@ -196,27 +202,44 @@ class Field(nn.Module):
         return found
 
 
-def lookahead(
-    gradient: Tensor, shadow: Tensor, level: Tensor, embedding: ResizableEmbedding
+def added_columns(
+    embedding: ResizableEmbedding, level: Tensor, values: Tensor, rows: Tensor
 ) -> Tensor:
-    """``A = -g^T (P_{k+1} - P_k) z`` for every event ``[B]``; 0 at the last level.
+    """``z`` of every row: ``values`` in the directions that the next size adds, ``[B, d_n]``.
+
+    Orthonormal directions: of padded hops the columns ``d_k .. d_{k+1}`` of the identity, of others
+    an orthonormal basis of what the columns of ``M_{k+1}`` span beyond those of ``M_k``.
 
     Args:
-        gradient: of the loss to the output ``[B, d_n]``.
-        shadow: where the output would have gone ``[B, d_n]``.
-        level: int64 ``[B]``, k.
-        embedding: its sizes and hops give ``P_k = (d_k / d_n) M_k M_k^T``, and the identity at n.
+        embedding: its sizes and hops.
+        level: int64 ``[B]``, k; at the last level nothing is added.
+        values: ``[B, d_n]``, of which the numbers ``d_k .. d_{k+1}`` count.
+        rows: bool ``[B]``, the rows meant; 0 for others.
     """
-    sizes, width = embedding.sizes, embedding.embedding_dim
-    offsets = operand_offsets(sizes)
-    maps = compose(embedding.chain, sizes).to(gradient.dtype)
-    products = []
-    for k, dim in enumerate(sizes[:-1]):
-        block = maps[offsets[k] : offsets[k] + dim].T * (dim / width) ** 0.5
-        products.append(-((gradient @ block) * (shadow @ block)).sum(1))
-    last = -(gradient * shadow).sum(1)
-    stacked = torch.stack([*products, last, last], dim=1)
-    return (stacked[:, 1:] - stacked[:, :-1]).gather(1, level[:, None])[:, 0]
+    sizes = torch.tensor([*embedding.sizes, embedding.embedding_dim], device=level.device)
+    column = torch.arange(embedding.embedding_dim, device=level.device)
+    inside = (column >= sizes[level][:, None]) & (column < sizes[level + 1][:, None])
+    values = torch.where(inside & rows[:, None], values, 0.0)
+    return values if embedding.init == "padded" else values @ basis(embedding).T.to(values.dtype)
+
+
+def basis(embedding: ResizableEmbedding) -> Tensor:
+    """Orthonormal ``[d_n, d_n]``, fp64; its first d_k columns span those of ``M_k``, all k."""
+    sizes, offsets = embedding.sizes, operand_offsets(embedding.sizes)
+    # In double precision: columns of hops as they start are nearly dependent.
+    maps = compose(embedding.chain.double(), sizes)
+    found = maps.new_zeros(sizes[-1], 0)
+    for k, dim in enumerate(sizes):
+        if k + 1 < len(sizes):
+            block = maps[offsets[k] : offsets[k] + dim].T
+        else:
+            block = torch.eye(dim, device=maps.device, dtype=maps.dtype)
+        rest = (block - found @ (found.T @ block))[:, found.shape[1] :]
+        # The polar factor: singular vectors alone would turn at every step of the hops, most of all
+        # at the last size, where all singular values are 1.
+        left, _, right = torch.linalg.svd(rest, full_matrices=False)
+        found = torch.cat([found, left @ right], dim=1)
+    return found
 
 
 class SizeSearch(nn.Module):
@@ -255,6 +278,8 @@ class SizeSearch(nn.Module):
         for name, table in tables.items():
             if not isinstance(table, ResizableEmbedding):
                 raise TypeError(f"'{name}' is a {type(table).__name__}, not a ResizableEmbedding")
+        if config.method != "esapn" and rule_of(config, torch.device("cpu")) is None:
+            raise ValueError(f"method '{config.method}' does not grow rows")
         self.config = config
         self.fields = [Field(name, table, config) for name, table in tables.items()]
         # The same ones, as parts of this module.
@@ -295,9 +320,9 @@ class SizeSearch(nn.Module):
             counters = count_ids(ids, field.seen, self.config.history)
             field.seen.index_add_(0, ids, torch.ones_like(ids, dtype=torch.int32))
         field.counters = counters
-        field.choice = None
+        field.choice = field.gain = None
         field.caught.clear()
-        level = field.embedding.arena.level(ids)
+        field.level = level = field.embedding.arena.level(ids)
         decision = deciding(level, counters.last, len(field.embedding.sizes))
         # Drawn whether or not anybody decides: the same numbers on every path.
         uniform = torch.rand(len(ids), generator=self.generator, device=ids.device)
@@ -327,6 +352,21 @@ class SizeSearch(nn.Module):
         else:
             table.promote(ids, enlarge)
 
+    def look_ahead(self, loss: Tensor, again: Callable[[], Tensor]) -> None:
+        """For ``reward="lookahead"``, after the forward pass: what larger rows would have lost.
+
+        Before backward, in which a fused optimizer teaches the rows: both losses are of rows that
+        know nothing of the batch.
+
+        Args:
+            loss: ``[B]``, of every example, from the forward pass since :meth:`grow`.
+            again: that forward pass once more: gives the losses of the batch, with gradients
+                enabled, the tables' outputs being changed under its hands.
+        """
+        for field in self.fields:
+            if field.looks_ahead and field.rule is None:
+                field.gain = self._lookahead(field, loss.detach(), again)
+
     def learn(self, loss: Tensor) -> None:
         """Step 3: one policy step on the losses of the batch, which then join the histories.
 
@@ -334,9 +374,12 @@ class SizeSearch(nn.Module):
             loss: ``[B]``, of every example, from the forward pass since :meth:`grow`.
 
         Raises:
-            ValueError: another number of losses than examples.
+            ValueError: another number of losses than examples, or a look-ahead reward without
+                :meth:`look_ahead`.
         """
         loss = loss.detach()
+        if any(f.looks_ahead and f.rule is None and f.gain is None for f in self.fields):
+            raise ValueError("the look-ahead reward needs look_ahead(loss, again) before backward")
         for field in self.fields:
             if loss.shape != (field.examples,):
                 raise ValueError(
@@ -361,46 +404,61 @@ class SizeSearch(nn.Module):
         total = loss.new_zeros(())
         if field.rule is not None:
             return total
-        gradient = field.gradient() if field.rich or field.looks_ahead else None
-        if choice is not None:
-            total = self._policy_loss(field, choice, loss, gradient)
+        if choice is not None and field.gain is not None:
+            total = self._expected(field, choice, field.gain[choice.rows])
+        elif choice is not None:
+            total = self._sampled(field, choice, loss[choice.rows])
+        if choice is not None and self.config.entropy:
+            total = total - self.config.entropy * entropy(choice.logits, choice.mask)
         field.history.record(ids, frequency, loss, keep)
-        if field.rich and gradient is not None:
-            norm = gradient.norm(dim=1)
-            field.statistics.update(ids, loss, norm, self.step, last)
-        if field.looks_ahead and gradient is not None:
-            row = torch.where(last, ids, len(field.shadow) - 1)
-            field.squares[row] = squares = field.squares[row] + gradient.square()
-            field.shadow[row] -= gradient / (squares.sqrt() + 1e-10)
+        if field.rich:
+            field.statistics.update(ids, loss, field.gradient().norm(dim=1), self.step, last)
         return total
 
-    def _policy_loss(
-        self, field: Field, choice: Choice, loss: Tensor, gradient: Tensor | None
-    ) -> Tensor:
-        config, rows, mask, logits = self.config, choice.rows, choice.mask, choice.logits
-        ids = field.ids[rows]
-        if field.looks_ahead and gradient is not None:
-            sizes = torch.tensor(field.embedding.sizes, device=ids.device)
-            shadow = field.shadow[ids]
-            gain = lookahead(gradient[rows], shadow, choice.level, field.embedding)
-            known = field.history.count[ids] > 0
-            field.scale.update(gain, known if mask is None else known & mask)
-            added = sizes[(choice.level + 1).clamp(max=len(sizes) - 1)] - sizes[choice.level]
-            price = config.byte_price * added / field.counters.frequency[rows]
-            advantage = torch.where(known, gain / field.scale.moments()[1] - price, 0.0)
-            total = expected_loss(logits, advantage, mask)
-        else:
-            baseline, seen = field.history.mean(ids)
-            gain = reward(baseline, loss[rows], seen)
-            if config.advantage == "normalised":
-                field.scale.update(gain, seen if mask is None else seen & mask)
-                mean, spread = field.scale.moments()
-                deviation = (spread.square() - mean.square()).clamp(min=1e-12).sqrt()
-                gain = torch.where(seen, (gain - mean) / deviation, 0.0)
-            total = policy_loss(logits, choice.action, gain, mask)
-        if config.entropy:
-            total = total - config.entropy * entropy(logits, mask)
-        return total
+    def _lookahead(self, field: Field, losses: Tensor, again: Callable[[], Tensor]) -> Tensor:
+        """``A`` of every id of the batch; teaches the shadows of IDs at their last event."""
+        table, ids, last = field.embedding, field.ids, field.counters.last
+        # As it was when the row was chosen: a row enlarged just now has another shadow to come.
+        level = field.level
+        grows = level < len(table.sizes) - 1
+        values = field.shadow[ids].requires_grad_()
+        sizes = torch.tensor([*table.sizes, table.embedding_dim], device=ids.device)
+        # Adagrad's step in numbers of the row, as they show in the output.
+        scale = self.config.row_lr * (table.embedding_dim / sizes[level + 1]).sqrt()
+        with torch.enable_grad():
+            field.trial = added_columns(table, level, values * scale[:, None], grows)
+            try:
+                other = again()
+            finally:
+                field.trial = None
+            (gradient,) = torch.autograd.grad(other.sum(), values)
+        gradient = gradient / scale[:, None]
+        row = torch.where(last & grows, ids, len(field.shadow) - 1)
+        field.squares[row] = squares = field.squares[row] + gradient.square()
+        field.shadow[row] -= gradient / (squares.sqrt() + 1e-10)
+        return (losses - other.detach())[field.event]
+
+    def _expected(self, field: Field, choice: Choice, gain: Tensor) -> Tensor:
+        """The policy follows its expected advantage, less the price of the numbers added."""
+        ids = field.ids[choice.rows]
+        sizes = torch.tensor(field.embedding.sizes, device=ids.device)
+        known = field.history.count[ids] > 0
+        field.scale.update(gain, known if choice.mask is None else known & choice.mask)
+        added = sizes[(choice.level + 1).clamp(max=len(sizes) - 1)] - sizes[choice.level]
+        price = self.config.byte_price * added / field.counters.frequency[choice.rows]
+        advantage = torch.where(known, gain / field.scale.moments()[1] - price, 0.0)
+        return expected_loss(choice.logits, advantage, choice.mask)
+
+    def _sampled(self, field: Field, choice: Choice, loss: Tensor) -> Tensor:
+        """REINFORCE on the published reward, as it is or normalised."""
+        baseline, seen = field.history.mean(field.ids[choice.rows])
+        gain = reward(baseline, loss, seen)
+        if self.config.advantage == "normalised":
+            field.scale.update(gain, seen if choice.mask is None else seen & choice.mask)
+            mean, spread = field.scale.moments()
+            deviation = (spread.square() - mean.square()).clamp(min=1e-12).sqrt()
+            gain = torch.where(seen, (gain - mean) / deviation, 0.0)
+        return policy_loss(choice.logits, choice.action, gain, choice.mask)
 
     def get_extra_state(self) -> dict[str, Any]:
         """Sampler, step and the policies' Adam, so that a resumed search goes on bit for bit."""

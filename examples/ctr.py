@@ -1,11 +1,13 @@
 """Click prediction from several categorical fields: nn.Embedding, then its name changed.
 
 Fields of very different cardinality, ids as skewed as real ones, labels from a hidden model. With
---embedding resizable a row goes to the next size whenever its count passes a power of four. Which
-of the two predicts better depends on --init-std: try 1 and 0.05.
+--embedding resizable a row goes to the next size whenever its count passes a power of four; with
+--embedding searched a policy per field decides (ESAPN): three lines of the loop. Which predicts
+better depends on --init-std: try 1 and 0.05.
 
 python examples/ctr.py --embedding plain
 python examples/ctr.py --embedding resizable
+python examples/ctr.py --embedding searched
 """
 
 import argparse
@@ -15,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.functional.classification import binary_auroc
 
+from esapn.config import SearchConfig
+from esapn.search import SizeSearch
 from esapn_kernels import ResizableEmbedding
 
 FIELDS = {
@@ -27,6 +31,7 @@ FIELDS = {
     "weekday": 7,
     "is_new": 2,
 }
+KINDS = ("plain", "resizable", "searched")
 
 
 def events(n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -47,7 +52,7 @@ def events(n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 def embedding(kind: str, rows: int, dim: int, init_std: float) -> nn.Module:
     """The swap: one constructor for the other."""
-    if kind == "resizable":
+    if kind != "plain":
         return ResizableEmbedding(rows, dim, init_std=init_std)
     plain = nn.Embedding(rows, dim)
     nn.init.normal_(plain.weight, std=init_std)
@@ -76,7 +81,7 @@ def grow(table: ResizableEmbedding, ids: Tensor, count: Tensor) -> None:
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--embedding", choices=("plain", "resizable"), default="resizable")
+    parser.add_argument("--embedding", choices=KINDS, default="resizable")
     parser.add_argument("--init-std", type=float, default=1.0, help="rows start as N(0, std^2)")
     parser.add_argument("--events", type=int, default=200_000, help="events of the stream")
     parser.add_argument("--dim", type=int, default=16, help="width of the embeddings")
@@ -91,18 +96,26 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     model = ClickModel(options.embedding, options.dim, options.init_std)
     counts = [torch.zeros(rows) for rows in FIELDS.values()]
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    search = None
+    if options.embedding == "searched":
+        search = SizeSearch(dict(zip(FIELDS, model.tables, strict=True)), SearchConfig())
     ids, clicks = events(options.events)
     logits = []
     for batch, target in zip(ids.split(options.batch), clicks.split(options.batch), strict=True):
+        if search is not None:
+            search.grow(dict(zip(FIELDS, batch.unbind(1), strict=True)))
         logit = model(batch)  # predicted before it is learnt
         logits.append(logit.detach())
-        loss = nn.functional.binary_cross_entropy_with_logits(logit, target)
+        loss = nn.functional.binary_cross_entropy_with_logits(logit, target, reduction="none")
         optimizer.zero_grad()
-        loss.backward()
+        loss.mean().backward()
+        if search is not None:
+            search.learn(loss)
         optimizer.step()
+        if options.embedding != "resizable":
+            continue
         for table, column, count in zip(model.tables, batch.unbind(1), counts, strict=True):
-            if isinstance(table, ResizableEmbedding):
-                grow(table, column, count)
+            grow(table, column, count)
 
     half = options.events // 2
     logit, target = torch.cat(logits)[half:], clicks[half:]

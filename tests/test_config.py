@@ -8,7 +8,7 @@ from dataclasses import fields
 
 import pytest
 
-from esapn.config import CHOICES, ConfigError, SearchConfig
+from esapn.config import CHOICES, MODES, ConfigError, SearchConfig
 
 PUBLISHED = {
     "sizes": (2, 4, 8, 16, 64, 128),
@@ -26,6 +26,16 @@ PUBLISHED = {
     "method": "esapn",
     "mode": "paper",
     "tower": "norm",
+    "head": "norm",
+    "row_optimizer": "adam",
+    "row_lr": 1e-3,
+    "hops": "linear",
+    "state": "paper",
+    "reward": "paper",
+    "advantage": "raw",
+    "acting": "sample",
+    "entropy": 0.0,
+    "patience": 0,
     "task": "binary",
 }
 
@@ -34,10 +44,21 @@ REFUSED = [
     *((name, 0) for name in ("hidden", "history", "policy_hidden", "frequency_dim")),
     *((name, 0) for name in ("max_frequency", "log_every", "events", "fixed_size")),
     ("batch_size", 1),
-    *((name, value) for name in ("lr", "policy_lr") for value in (0.0, -1e-3, math.nan, math.inf)),
-    *(("init_std", value) for value in (-0.1, math.nan, math.inf)),
+    ("patience", -1),
+    *(
+        (name, value)
+        for name in ("lr", "row_lr", "policy_lr", "threshold", "power", "power_scale")
+        for value in (0.0, -1e-3, math.nan, math.inf)
+    ),
+    *(
+        (name, value)
+        for name in ("init_std", "entropy", "byte_price")
+        for value in (-0.1, math.nan, math.inf)
+    ),
+    *(("promote_probability", value) for value in (-0.1, 1.1, math.nan)),
     *(("train_fraction", value) for value in (0.0, 1.0, -0.5, math.nan)),
     *(("seed", value) for value in (-1, 2**63)),
+    *(("order_seed", value) for value in (-1, 2**32)),
     *(("sizes", value) for value in ((), (0, 2), (-1, 2), (2, 2), (4, 2), (1, 5, 3))),
 ]
 
@@ -45,6 +66,21 @@ REFUSED = [
 def test_defaults_are_the_published_settings():
     config = SearchConfig()
     assert {name: getattr(config, name) for name in PUBLISHED} == PUBLISHED
+    assert SearchConfig.of_mode("paper") == config and MODES["paper"] == {}
+
+
+def test_modes_change_defaults_and_nothing_else():
+    assert set(MODES) == set(CHOICES["mode"])
+    for mode, changes in MODES.items():
+        plain, config = SearchConfig(mode=mode).to_json(), SearchConfig.of_mode(mode).to_json()
+        changed = {name for name, value in config.items() if value != plain[name]}
+        assert changed == set(changes)
+        assert {name: config[name] for name in changes} == changes
+    assert SearchConfig.of_mode("tuned", row_lr=0.5, seed=3) == SearchConfig(
+        **{**MODES["tuned"], "row_lr": 0.5, "seed": 3, "mode": "tuned"}
+    )
+    with pytest.raises(ConfigError, match="--mode must be one of paper, tuned, got fast"):
+        SearchConfig.of_mode("fast")
 
 
 @pytest.mark.parametrize(("name", "value"), REFUSED)
@@ -70,6 +106,10 @@ def test_every_setting_with_a_range_is_refused_somewhere():
         ("hidden", 1),
         ("init_std", 0.0),
         ("seed", 2**63 - 1),
+        ("order_seed", 2**32 - 1),
+        ("promote_probability", 0.0),
+        ("promote_probability", 1.0),
+        ("entropy", 0.0),
         ("sizes", (7,)),
         ("train_fraction", 0.01),
         *((name, choice) for name, choices in CHOICES.items() for choice in choices),
@@ -79,7 +119,9 @@ def test_edges_of_the_ranges_are_taken(name, value):
     assert getattr(SearchConfig(**{name: value}), name) == value
 
 
-@pytest.mark.parametrize(("method", "sizes"), [("esapn", (1, 3)), ("fixed", (6,))])
+@pytest.mark.parametrize(
+    ("method", "sizes"), [("esapn", (1, 3)), ("darts", (1, 3)), ("fixed", (6,))]
+)
 def test_row_sizes(method, sizes):
     assert SearchConfig(method=method, sizes=(1, 3), fixed_size=6).row_sizes == sizes
 

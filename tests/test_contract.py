@@ -130,7 +130,7 @@ def test_initialisations():
     for size, (weight, bias) in zip(sizes, split_chain(linear.chain, sizes), strict=False):
         for values in (weight, bias):
             assert 0.8 * size**-0.5 < values.abs().max() <= size**-0.5
-    with pytest.raises(ValueError, match="linear or isometric"):
+    with pytest.raises(ValueError, match="linear, isometric or padded"):
         ResizableEmbedding(3, init="xavier")
 
 

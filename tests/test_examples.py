@@ -22,10 +22,11 @@ def test_ctr(capsys):
     small = ["--events", "60000", "--dim", "8"]
     plain = ctr.main([*small, "--embedding", "plain", "--init-std", "0.05"])
     ours = ctr.main([*small, "--embedding", "resizable", "--init-std", "0.05"])
+    searched = ctr.main([*small, "--embedding", "searched", "--init-std", "0.05"])
     said = capsys.readouterr().out
-    assert "plain" in said and "resizable" in said
+    assert "plain" in said and "resizable" in said and "searched" in said
     assert ours["bytes"] < plain["bytes"]
-    for found in (plain, ours):
+    for found in (plain, ours, searched):
         assert 0.3 < found["log_loss"] < 0.69 and found["auc"] > 0.55
 
 

@@ -203,7 +203,7 @@ def test_no_cuda_device(tmp_path, capsys, monkeypatch):
 # Ctrl-C
 
 
-@pytest.mark.parametrize("place", ["esapn.__main__.load_ratings", "esapn.search.Search.step"])
+@pytest.mark.parametrize("place", ["esapn.__main__.load_ratings", "esapn.run.Run.step"])
 def test_an_interrupt_is_one_line(place, tmp_path, capsys, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
@@ -212,7 +212,7 @@ def test_an_interrupt_is_one_line(place, tmp_path, capsys, monkeypatch):
     assert search(*SMALL, "--out", tmp_path) == 130
     # The progress bar, where there is one, draws over its own line.
     *bar, line = capsys.readouterr().err.splitlines()
-    assert line == "interrupted; nothing was written"
+    assert line == "interrupted; --resume goes on"
     assert all(not text or "batch" in text for text in bar)
     assert list(tmp_path.iterdir()) == []
 

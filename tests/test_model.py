@@ -97,6 +97,32 @@ def test_plain_towers_pass_the_carried_rows_on():
     torch.testing.assert_close(model(user, item), model.inference(rows))
 
 
+@pytest.mark.parametrize("n_outputs", [1, 5])
+def test_a_plain_head_is_one_relu_layer(n_outputs):
+    options = {"sizes": (1, 3, 4), "n_outputs": n_outputs, "hidden": 6}
+    model = TwoTower(12, 9, **options, plain=True, plain_head=True).double()
+    model.user.promote(torch.arange(4))
+    user, item = torch.tensor([0, 3, 11, 6]), torch.tensor([8, 1, 0, 2])
+    rows = torch.cat([carried(model.user, user), carried(model.item, item)], dim=1)
+    linear1, _, linear2 = model.inference
+    hidden = (rows @ linear1.weight.T + linear1.bias).clamp(min=0)
+    expected = hidden @ linear2.weight.T + linear2.bias
+    assert expected.shape == (4, n_outputs)
+    torch.testing.assert_close(model(user, item), expected)
+    # Without norms an event does not depend on the others of its batch.
+    torch.testing.assert_close(model(user[:1], item[:1]), expected[:1])
+
+
+def test_padded_hops_stay_as_they_were_made():
+    model = TwoTower(12, 9, sizes=(1, 3, 4), n_outputs=1, hidden=6, hops="padded")
+    for embedding in (model.user, model.item):
+        assert embedding.init == "padded" and not embedding.chain.requires_grad
+    model(torch.tensor([0, 3]), torch.tensor([8, 1])).sum().backward()
+    assert model.user.chain.grad is None and model.user.arena.storage.grad is not None
+    linear = TwoTower(12, 9, sizes=(1, 3, 4), n_outputs=1, hidden=6)
+    assert linear.user.init == "linear" and linear.user.chain.requires_grad
+
+
 def test_batch_statistics_are_those_of_the_selected_rows():
     model = mixed_model(1)
     user, item = torch.tensor([0, 3, 11, 6]), torch.tensor([8, 1, 0, 2])

@@ -12,10 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from esapn.data import Ratings, build_stream, load_ratings
+from esapn.idstate import num_features
 from esapn.policy import (
     LossHistory,
     MaskedBatchNorm,
     Policy,
+    RunningScale,
+    entropy,
+    expected_loss,
     policy_loss,
     reward,
     sample_actions,
@@ -88,6 +92,71 @@ def test_masked_rewards_that_are_not_finite_do_not_leak():
     mask = torch.tensor([True, False, False])
     loss = policy_loss(logits, torch.tensor([0, 1, 0]), gain, mask)
     assert loss.isfinite()
+
+
+def test_expected_loss_by_hand():
+    logits = torch.tensor([[0.0, math.log(3)], [math.log(4), 0.0]])  # pi: (1/4, 3/4), (4/5, 1/5)
+    advantage = torch.tensor([2.0, -1.0])
+    assert expected_loss(logits, advantage, None).item() == pytest.approx(-3 / 4 * 2 + 1 / 5)
+    mask = torch.tensor([False, True])
+    assert expected_loss(logits, advantage, mask).item() == pytest.approx(1 / 5)
+
+
+def test_expected_loss_is_the_mean_of_what_is_sampled():
+    """Its gradient is that of REINFORCE over both actions, with the reward of each."""
+    logits = torch.randn(5, 2, dtype=torch.float64, requires_grad=True)
+    advantage = torch.randn(5, dtype=torch.float64)
+    (exact,) = torch.autograd.grad(expected_loss(logits, advantage, None), logits)
+    pi = torch.softmax(logits.detach(), dim=1)
+    mean = torch.zeros_like(exact)
+    for action in (0, 1):
+        gain = advantage * pi[:, action] * action  # keep is worth 0
+        loss = policy_loss(logits, torch.full((5,), action), gain, None)
+        mean += torch.autograd.grad(loss, logits)[0]
+    torch.testing.assert_close(exact, mean)
+
+
+def test_entropy_by_hand():
+    logits = torch.tensor([[0.0, math.log(3)], [5.0, 5.0]])
+    first = -(1 / 4 * math.log(1 / 4) + 3 / 4 * math.log(3 / 4))
+    assert entropy(logits, None).item() == pytest.approx(first + math.log(2))
+    assert entropy(logits, torch.tensor([True, False])).item() == pytest.approx(first)
+    certain = torch.tensor([[0.0, 900.0]], requires_grad=True)
+    entropy(certain, None).backward()
+    assert entropy(certain, None).item() == 0.0 and certain.grad.eq(0).all()
+
+
+@pytest.mark.parametrize("function", [expected_loss, lambda logits, _, mask: entropy(logits, mask)])
+def test_masked_ids_reach_neither(function):
+    logits = torch.randn(6, 2, requires_grad=True)
+    mask = torch.tensor(MASKS["some"])
+    advantage = torch.randn(6)
+    loss = function(logits, advantage, mask)
+    loss.backward()
+    compressed = function(logits[mask].detach(), advantage[mask], None)
+    torch.testing.assert_close(loss.detach(), compressed)
+    assert logits.grad[~mask].eq(0).all() and logits.grad[mask].ne(0).all()
+
+
+def test_running_scale_by_hand():
+    scale = RunningScale(decay=0.9)
+    assert [value.item() for value in scale.moments()] == [0.0, 1.0]  # nothing known
+    scale.update(torch.tensor([1.0, 3.0]), None)  # means 2 and 5
+    scale.update(torch.tensor([-1.0, 5.0, 2.0]), torch.tensor([True, False, True]))  # 1/2, 5/2
+    mean, spread = scale.moments()
+    assert mean.item() == pytest.approx((0.9 * 2 + 0.5) / 1.9)
+    assert spread.item() == pytest.approx(math.sqrt((0.9 * 5 + 2.5) / 1.9))
+
+
+def test_running_scale_without_rewards_stays():
+    scale = RunningScale()
+    scale.update(torch.tensor([1.0, 3.0]), None)
+    before = scale.sums.clone()
+    scale.update(torch.empty(0), None)
+    scale.update(torch.tensor([math.nan, math.inf]), torch.tensor([False, False]))
+    assert torch.equal(scale.sums, before)
+    scale.update(torch.tensor([2.0, math.inf]), torch.tensor([True, False]))
+    assert scale.sums.isfinite().all()
 
 
 def test_sample_actions_by_hand():
@@ -172,6 +241,35 @@ def test_policy_sees_frequency_and_level():
     logits = policy(torch.tensor([1, 1, 2, 1]), torch.tensor([0, 1, 0, 0]))
     assert torch.equal(logits[0], logits[3])
     assert not torch.equal(logits[0], logits[1]) and not torch.equal(logits[0], logits[2])
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_rich_policy_sees_statistics_and_level_of_the_id_only(name):
+    policy = Policy(4, rich=True, hidden=7).double()
+    for parameter in policy.norm.parameters():
+        torch.nn.init.normal_(parameter)
+    statistics = torch.randn(6, num_features()).double()
+    level, mask = torch.tensor([0, 2, 1, 0, 3, 1]), torch.tensor(MASKS[name])
+    frequency = torch.arange(1, 7)
+    logits = policy(frequency, level, mask, statistics)
+    for row in range(6):  # whoever else decides
+        one = slice(row, row + 1)
+        alone = policy(frequency[one] + 50, level[one], None, statistics[one])
+        torch.testing.assert_close(alone, logits[one])
+    state = torch.cat([statistics, torch.eye(4).double()[level]], dim=1)
+    hidden = state @ policy.linear1.weight.T + policy.linear1.bias
+    hidden = hidden - hidden.mean(1, keepdim=True)
+    hidden = hidden / (hidden.square().mean(1, keepdim=True) + 1e-5).sqrt()
+    hidden = torch.tanh(hidden * policy.norm.weight + policy.norm.bias)
+    torch.testing.assert_close(hidden @ policy.linear2.weight.T + policy.linear2.bias, logits)
+
+
+def test_an_indifferent_policy_starts_even():
+    policy = Policy(3, frequency_dim=4, hidden=5, indifferent=True)
+    logits = policy(torch.arange(1, 9), torch.arange(8) % 3)
+    assert logits.eq(0).all()
+    policy_loss(logits, torch.ones(8, dtype=torch.int64), torch.randn(8), None).backward()
+    assert policy.linear2.weight.grad.ne(0).any()
 
 
 # Histories

@@ -15,7 +15,8 @@ import esapn.search
 from esapn.config import SearchConfig
 from esapn.data import build_stream, load_ratings, synthetic_ratings
 from esapn.model import event_losses
-from esapn.search import Decision, Search, run_search
+from esapn.run import Run
+from esapn.search import Decision
 from esapn_kernels.arena import Arena
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "ml-100k"
@@ -28,6 +29,7 @@ TINY = {
     "batch_size": 50,
     "policy_lr": 1e-2,
     "lr": 1e-2,
+    "row_lr": 1e-2,
 }
 
 
@@ -44,16 +46,16 @@ def double():
     torch.set_default_dtype(torch.float32)
 
 
-def tiny(stream, **settings) -> Search:
-    return Search(SearchConfig(**{**TINY, **settings}), stream)
+def tiny(stream, **settings) -> Run:
+    return Run(SearchConfig(**{**TINY, **settings}), stream)
 
 
-def levels(search: Search) -> dict[str, torch.Tensor]:
-    return {side.name: side.embedding.arena.level().clone() for side in search.sides}
+def levels(run: Run) -> dict[str, torch.Tensor]:
+    return {field.name: field.embedding.arena.level().clone() for field in run.search.fields}
 
 
-def walk(search: Search, begin: int, end: int) -> torch.Tensor:
-    return torch.cat([search.step(index) for index in range(begin, end)])
+def walk(run: Run, steps: int) -> torch.Tensor:
+    return torch.cat([run.step() for _ in range(steps)])
 
 
 # Rewards
@@ -63,10 +65,10 @@ def walk(search: Search, begin: int, end: int) -> torch.Tensor:
 @pytest.mark.parametrize("share", [0.3, 1.0])
 def test_loss_under_sampled_sizes_is_the_loss_under_present_sizes(task, share):
     stream = tiny_stream(task=task, n_users=200, n_items=200)
-    search = tiny(stream, task=task, sizes=(1, 2, 3, 4, 6, 8))
-    walk(search, 0, 5)
+    run = tiny(stream, task=task, sizes=(1, 2, 3, 4, 6, 8))
+    walk(run, 5)
     batch = stream.batch(4)
-    promoted = deepcopy(search.model)
+    promoted = deepcopy(run.model)
     for name in ("user", "item"):
         ids = getattr(batch, name).unique()
         embedding = getattr(promoted, name)
@@ -74,7 +76,7 @@ def test_loss_under_sampled_sizes_is_the_loss_under_present_sizes(task, share):
         embedding.promote(ids, torch.rand(len(ids)) < share)
         assert (embedding.sizes_of(ids) > before).any()
     with torch.no_grad():
-        present = event_losses(search.model(batch.user, batch.item), batch.target)
+        present = event_losses(run.model(batch.user, batch.item), batch.target)
         sampled = event_losses(promoted(batch.user, batch.item), batch.target)
     torch.testing.assert_close(sampled, present, atol=1e-5, rtol=1e-5)
 
@@ -82,20 +84,20 @@ def test_loss_under_sampled_sizes_is_the_loss_under_present_sizes(task, share):
 def test_rewards_use_what_was_known_before_the_batch(monkeypatch):
     """Baselines, seen flags, frequencies and losses of every policy step, against deques."""
     stream = tiny_stream(history=3)
-    search = tiny(stream, history=3, sizes=(1, 2, 3, 4, 5, 6))
+    run = tiny(stream, history=3, sizes=(1, 2, 3, 4, 5, 6))
     rewards, frequencies, real_reward = [], [], esapn.search.reward
     monkeypatch.setattr(
         esapn.search, "reward", lambda *args: rewards.append(args) or real_reward(*args)
     )
-    for side in search.sides:
-        side.policy.register_forward_pre_hook(lambda _, args: frequencies.append(args[0]))
+    for field in run.search.fields:
+        field.policy.register_forward_pre_hook(lambda _, args: frequencies.append(args[0]))
     names = ("user", "item")
     history = {name: {} for name in names}  # before the batch that is rewarded
     count = {name: {} for name in names}
     for index in range(12):
         rewards.clear(), frequencies.clear()
-        batch, sizes = stream.batch(index), levels(search)
-        losses = search.step(index)
+        batch, sizes = stream.batch(index), levels(run)
+        losses = run.step()
         assert len(rewards) == 2
         for (baseline, loss, seen), frequency, name in zip(
             rewards, frequencies, names, strict=True
@@ -130,12 +132,12 @@ def test_a_prediction_does_not_depend_on_labels_to_come(task):
     other[cut:] = 1 - other[cut:] if task == "binary" else 4 - other[cut:]
     logits = []
     for target in (stream.target, other):
-        search = tiny(replace(stream, target=target), task=task)
+        run = tiny(replace(stream, target=target), task=task)
         logits.append([])
-        search.model.register_forward_hook(lambda _, __, out: logits[-1].append(out.detach()))
-        walk(search, 0, seen + 1)
+        run.model.register_forward_hook(lambda _, __, out: logits[-1].append(out.detach()))
+        walk(run, seen + 1)
         assert len(logits[-1]) == seen + 1
-        search.step(seen + 1)
+        run.step()
     before = seen + 1
     for one, two in zip(logits[0][:before], logits[1][:before], strict=True):
         assert torch.equal(one, two)
@@ -149,57 +151,57 @@ def test_an_id_decides_once_and_moves_one_size(always, monkeypatch):
             esapn.search, "sample_actions", lambda logits, _: torch.ones(len(logits)).long()
         )
     stream = tiny_stream()
-    search = tiny(stream)
+    run = tiny(stream)
     assert any(stream.batch(0).user.bincount() > 2)  # IDs come more than once
     asked = []
-    for side in search.sides:
-        promote = side.embedding.promote
+    for field in run.search.fields:
+        promote = field.embedding.promote
         monkeypatch.setattr(
-            side.embedding,
+            field.embedding,
             "promote",
             lambda ids, mask, p=promote: asked.append(ids) or p(ids, mask),
         )
     for index in range(len(stream.bounds)):
-        before, _ = levels(search), asked.clear()
-        search.step(index)
-        after = levels(search)
+        before, _ = levels(run), asked.clear()
+        run.step()
+        after = levels(run)
         for ids in asked:
             assert len(ids) == len(ids.unique())
-        for side in search.sides:
-            ids = getattr(stream.batch(index), side.name).unique()
-            grown = after[side.name] - before[side.name]
+        for field in run.search.fields:
+            ids = getattr(stream.batch(index), field.name).unique()
+            grown = after[field.name] - before[field.name]
             present = torch.zeros_like(grown, dtype=torch.bool)
             present[ids] = True
             assert grown[~present].eq(0).all()
             assert ((grown == 0) | (grown == 1)).all()
-            assert grown[before[side.name] == 2].eq(0).all()
+            assert grown[before[field.name] == 2].eq(0).all()
             if always:
-                assert grown[present & (before[side.name] < 2)].eq(1).all()
+                assert grown[present & (before[field.name] < 2)].eq(1).all()
     assert max(level.max() for level in after.values()) == 2
 
 
 def test_ids_at_the_last_size_are_not_asked():
     stream = tiny_stream()
-    search = tiny(stream)
-    for side in search.sides:
-        everyone = torch.arange(side.embedding.num_embeddings)
-        side.embedding.promote(everyone)
-        side.embedding.promote(everyone)
-        side.policy.register_forward_hook(lambda *_: pytest.fail("a policy was asked"))
-    losses = walk(search, 0, 3)
+    run = tiny(stream)
+    for field in run.search.fields:
+        everyone = torch.arange(field.embedding.num_embeddings)
+        field.embedding.promote(everyone)
+        field.embedding.promote(everyone)
+        field.policy.register_forward_hook(lambda *_: pytest.fail("a policy was asked"))
+    losses = walk(run, 3)
     assert losses.isfinite().all()
-    assert all(level.eq(2).all() for level in levels(search).values())
+    assert all(level.eq(2).all() for level in levels(run).values())
 
 
 # Reproducibility and agreement of the paths
 
 
 def trace(stream, steps=20, **settings) -> list[torch.Tensor]:
-    search = tiny(stream, **settings)
+    run = tiny(stream, **settings)
     out = []
-    for index in range(steps):
-        out += [search.step(index), *levels(search).values()]
-    return out + [p.detach() for side in search.sides for p in side.policy.parameters()]
+    for _ in range(steps):
+        out += [run.step(), *levels(run).values()]
+    return out + [p.detach() for p in run.search.parameters()]
 
 
 def test_equal_seeds_give_equal_runs_and_others_do_not():
@@ -227,22 +229,45 @@ def test_masked_and_compressed_decisions_agree(task, n, sizes, double, monkeypat
         torch.testing.assert_close(one, two, atol=1e-7, rtol=1e-7)
 
 
+VARIANTS = {
+    "normalised": {"advantage": "normalised", "entropy": 0.1},
+    "rich": {"state": "rich"},
+    "lookahead": {"reward": "lookahead", "byte_price": 0.1},
+    "argmax": {"reward": "lookahead", "acting": "argmax"},
+    "tuned": {"row_optimizer": "adagrad", "hops": "padded", "tower": "plain", "head": "plain"},
+    "random": {"method": "random"},
+    "thresholds": {"method": "thresholds", "threshold": 2.0},
+    "power": {"method": "power"},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("n", [200, 20])
+def test_masked_and_compressed_decisions_agree_in_every_variant(variant, n, double, monkeypatch):
+    stream = tiny_stream(n_users=n, n_items=n)
+    stream = replace(stream, target=stream.target.double())
+    compressed = trace(stream, **VARIANTS[variant])
+    monkeypatch.setattr(esapn.search, "deciding", masked)
+    for one, two in zip(compressed, trace(stream, **VARIANTS[variant]), strict=True):
+        torch.testing.assert_close(one, two, atol=1e-7, rtol=1e-7)
+
+
 def test_draws_go_on_where_nobody_decides(monkeypatch):
     stream = tiny_stream()
     drawn = []
     for form in (esapn.search.deciding, masked):
         monkeypatch.setattr(esapn.search, "deciding", form)
-        search = tiny(stream, sizes=(4,))
-        walk(search, 0, 3)
-        drawn.append(torch.rand(8, generator=search.generator))
+        run = tiny(stream, sizes=(4,))
+        walk(run, 3)
+        drawn.append(torch.rand(8, generator=run.search.generator))
     assert torch.equal(*drawn)
 
 
 @pytest.mark.cuda
 def test_a_step_does_not_wait_for_the_device(device, monkeypatch):
     stream = tiny_stream(device=device)
-    search = tiny(stream)
-    walk(search, 0, 3)
+    run = tiny(stream)
+    walk(run, 3)
     reserve = Arena.reserve
 
     def looking(self, *args):  # the one place that may: when the arena runs out of room
@@ -253,7 +278,7 @@ def test_a_step_does_not_wait_for_the_device(device, monkeypatch):
     monkeypatch.setattr(Arena, "reserve", looking)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        losses = [search.step(index) for index in range(3, 12)]
+        losses = [run.step() for _ in range(3, 12)]
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.cat(losses).isfinite().all()
@@ -281,20 +306,20 @@ class PlainTower(torch.nn.Module):
 @pytest.mark.parametrize(("task", "tower"), [("binary", "norm"), ("multiclass", "plain")])
 def test_fixed_is_a_plain_embedding_model(task, tower):
     stream = tiny_stream(task=task)
-    search = tiny(stream, task=task, method="fixed", tower=tower, fixed_size=4, seed=5)
-    assert search.sides == []
-    plain = PlainTower(search.model)
+    run = tiny(stream, task=task, method="fixed", tower=tower, fixed_size=4, seed=5)
+    assert run.search is None
+    plain = PlainTower(run.model)
     assert plain.user.weight.shape == (stream.n_users, 4)
     optimizer = torch.optim.Adam(plain.parameters(), lr=TINY["lr"])
     for index in range(6):
         batch = stream.batch(index)
         losses = event_losses(plain(batch.user, batch.item), batch.target)
-        torch.testing.assert_close(search.step(index), losses.detach(), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(run.step(), losses.detach(), atol=1e-4, rtol=1e-4)
         optimizer.zero_grad()
         losses.sum().backward()
         optimizer.step()
     for name in ("user", "item"):
-        rows = getattr(search.model, name).to_embedding().weight
+        rows = getattr(run.model, name).to_embedding().weight
         expected = getattr(plain, name).weight.detach()
         torch.testing.assert_close(rows, expected, atol=1e-3, rtol=1e-3)
 
@@ -307,10 +332,10 @@ def test_fixed_is_a_plain_embedding_model(task, tower):
 def test_it_learns(task, method):
     settings = {"task": task, "method": method, "batch_size": 500, "sizes": (2, 4, 8)}
     settings |= {"fixed_size": 8, "hidden": 32, "policy_hidden": 32, "max_frequency": 64}
-    config = SearchConfig(**settings, init_std=0.1, lr=2e-2)
+    config = SearchConfig(**settings, init_std=0.1, lr=2e-2, row_lr=2e-2)
     stream = build_stream(load_ratings("synthetic", events=20_000), task=task)
-    result = run_search(config, stream)
-    label = stream.target[stream.n_train :].double()
+    result = Run(config, stream).walk()
+    label = stream.labels(stream.n_train, len(stream.user)).double()
     if task == "binary":
         base_rate = label.var(correction=0).item()
     else:
@@ -326,13 +351,13 @@ def test_real_data(order):
     if not REAL.is_dir():
         pytest.skip("MovieLens may not be redistributed and ml-100k is not beside this checkout")
     stream = build_stream(load_ratings(REAL), order=order)
-    search = Search(SearchConfig(hidden=32, policy_hidden=32, sizes=(2, 4, 8, 16)), stream)
-    losses = walk(search, 0, 20)
+    run = Run(SearchConfig(hidden=32, policy_hidden=32, sizes=(2, 4, 8, 16)), stream)
+    losses = walk(run, 20)
     assert losses.shape == (10_000,) and losses.isfinite().all()
     assert 0.15 < losses.mean() < 0.35
-    for side in search.sides:
-        seen = getattr(stream, side.name)[:10_000].unique()
-        sizes = side.embedding.sizes_of()
+    for field in run.search.fields:
+        seen = getattr(stream, field.name)[:10_000].unique()
+        sizes = field.embedding.sizes_of()
         untouched = torch.ones_like(sizes, dtype=torch.bool)
         untouched[seen] = False
         assert sizes[seen].double().mean() > 4 and sizes[untouched].eq(2).all()
