@@ -19,6 +19,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Small tensors: a second thread costs more than it brings, and far more on a busy machine.
+    torch.set_num_threads(1)
     # Triton reads the variable when @triton.jit decorates: before any test imports the package.
     if config.getoption("--device") == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"

@@ -63,7 +63,7 @@ def promote_keeping_all(
     """The same without a look at the device."""
     arena = embedding.arena
     sums = arena.fused_optimizer.state[arena.storage]  # type: ignore[union-attr]
-    sizes = torch.tensor(arena.sizes, device=ids.device)
+    sizes = arena.row_size
     level = arena.level(ids)
     old = sums[state][_elements(arena.row_start[ids], embedding.embedding_dim, sums[state])]
     moved = embedding.promote(ids, mask)
@@ -72,8 +72,9 @@ def promote_keeping_all(
     grown = sizes[(level + 1).clamp(max=len(arena.sizes) - 1)]
     column = torch.arange(embedding.embedding_dim, device=ids.device)
     carried = moved[:, None] & (column < width[:, None])
-    # Fresh state is zero, so adding is setting, and the rest of the tile adds nothing.
-    value = torch.where(carried, old * (width / grown)[:, None].to(old.dtype), 0.0)
+    # Beyond what a fresh row has, so that adding is setting; the rest of the tile adds nothing.
+    fresh = arena.fused_optimizer.state_per_element[state]  # type: ignore[union-attr]
+    value = torch.where(carried, old * (width / grown)[:, None].to(old.dtype) - fresh, 0.0)
     sums[state].index_put_((into,), value, accumulate=True)
     return moved
 

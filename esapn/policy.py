@@ -51,7 +51,7 @@ class Policy(nn.Module):
 
         s = [BN(E_f); onehot(level)],   pi(a | s) = softmax(W_2 tanh(BN(W_1 s + b_1)) + b_2)
 
-    With statistics ``z`` of the IDs (see ``idstate``), ``s = [z; onehot(level)]`` and a LayerNorm in
+    With statistics ``z`` of the IDs (``idstate``), ``s = [z; onehot(level)]`` and a LayerNorm in
     place of the second BN: what one ID does then depends on no other ID of the batch.
 
     Args:

@@ -23,15 +23,16 @@ would-be sizes *is* the loss under the present ones (a test holds that). The sam
 this reward does not depend on the action: see ``docs/deviations.md``. ``reward="lookahead"`` is one
 that does:
 
-    A_x = L(y) - L(y + z),     z in the columns of M_{k+1} that M_k does not have
+    A = L(y) - L(y + z),     z in the columns of M_{k+1} that M_k does not have
 
-``z`` is the ID's *shadow*: what the numbers that it would gain have learnt, by Adagrad on the
-gradient of L(y + z), since it has its present size. So A is the loss of the row as it was kept less
-that of the row had it been enlarged and taught, on an event that nobody has learnt from yet. Both
-are known, and the policy follows the gradient of ``pi(enlarge) A`` itself rather than an estimate
-of it by samples. An ID's numbers are paid once and used at each of its ``f`` events, hence
-``A_x / rms(A) - price (d_{k+1} - d_k) / f``. It takes one more prediction a table, by
-``search.look_ahead`` between 2 and 3, and in training ``8 d_n`` bytes an ID.
+``z`` is the *shadow* of the event's IDs: what the numbers that they would gain have learnt, by
+Adagrad on the gradient of L(y + z), since each has its present size. So A is the loss of the rows
+as they were kept less that of the rows had they been enlarged and taught, on an event that nobody
+has learnt from yet. Both are known, and the policy follows the gradient of ``pi(enlarge) A`` itself
+rather than an estimate of it by samples. An ID's numbers are paid once and used at each of its
+``f`` events, hence ``A / rms(A) - price (d_{k+1} - d_k) / f``. It takes one more prediction, by
+``search.look_ahead`` between 2 and 3, and in training ``8 d_n`` bytes an ID. With trained hops its
+basis is a singular value decomposition a step, for which a GPU is waited for.
 
 Nothing here reads a value from the device inside a step; the histories live there. ``deciding`` is
 the one place that looks: on a CPU, where looking is free, IDs that cannot grow are dropped, on a
@@ -131,6 +132,15 @@ class Choice(NamedTuple):
     level: Tensor  # before the action
 
 
+class Trial(NamedTuple):
+    """A table's outputs had its rows been enlarged and taught, and what that depends on."""
+
+    values: Tensor  # [B, d_n], the shadows; a leaf
+    output: Tensor  # [B, d_n], added to the table's output
+    scale: Tensor  # [B, 1], of a number of the row in the output
+    taught: Tensor  # bool [B], an ID's last event, below the last level
+
+
 class Field(nn.Module):
     """What the search keeps for one table: its policy or rule, and histories of its IDs."""
 
@@ -216,7 +226,7 @@ def added_columns(
         values: ``[B, d_n]``, of which the numbers ``d_k .. d_{k+1}`` count.
         rows: bool ``[B]``, the rows meant; 0 for others.
     """
-    sizes = torch.tensor([*embedding.sizes, embedding.embedding_dim], device=level.device)
+    sizes = torch.cat([embedding.arena.row_size, embedding.arena.row_size[-1:]])
     column = torch.arange(embedding.embedding_dim, device=level.device)
     inside = (column >= sizes[level][:, None]) & (column < sizes[level + 1][:, None])
     values = torch.where(inside & rows[:, None], values, 0.0)
@@ -347,7 +357,9 @@ class SizeSearch(nn.Module):
     def _promote(self, field: Field, ids: Tensor, enlarge: Tensor) -> None:
         table = field.embedding
         fused = table.arena.fused_optimizer
-        if self.config.hops == "padded" and fused is not None and "sum" in fused.state_per_element:
+        # Hops that nobody trains: Adagrad's sums can go along.
+        padded = table.init == "padded" and not table.chain.requires_grad
+        if padded and fused is not None and "sum" in fused.state_per_element:
             promote_keeping(table, ids, enlarge, "sum")
         else:
             table.promote(ids, enlarge)
@@ -363,9 +375,26 @@ class SizeSearch(nn.Module):
             again: that forward pass once more: gives the losses of the batch, with gradients
                 enabled, the tables' outputs being changed under its hands.
         """
-        for field in self.fields:
-            if field.looks_ahead and field.rule is None:
-                field.gain = self._lookahead(field, loss.detach(), again)
+        fields = [field for field in self.fields if field.looks_ahead and field.rule is None]
+        tried = [self._try(field) for field in fields]
+        try:
+            # All tables at once: what new numbers of a user are worth depends on whether the items
+            # have some to meet them.
+            for field, trial in zip(fields, tried, strict=True):
+                field.trial = trial.output
+            with torch.enable_grad():
+                other = again()
+        finally:
+            for field in fields:
+                field.trial = None
+        gain = loss.detach() - other.detach()
+        gradients = torch.autograd.grad(other.sum(), [trial.values for trial in tried])
+        for field, trial, gradient in zip(fields, tried, gradients, strict=True):
+            gradient = gradient / trial.scale
+            row = torch.where(trial.taught, field.ids, len(field.shadow) - 1)
+            field.squares[row] = squares = field.squares[row] + gradient.square()
+            field.shadow[row] -= gradient / (squares.sqrt() + 1e-10)
+            field.gain = gain[field.event]
 
     def learn(self, loss: Tensor) -> None:
         """Step 3: one policy step on the losses of the batch, which then join the histories.
@@ -415,33 +444,23 @@ class SizeSearch(nn.Module):
             field.statistics.update(ids, loss, field.gradient().norm(dim=1), self.step, last)
         return total
 
-    def _lookahead(self, field: Field, losses: Tensor, again: Callable[[], Tensor]) -> Tensor:
-        """``A`` of every id of the batch; teaches the shadows of IDs at their last event."""
-        table, ids, last = field.embedding, field.ids, field.counters.last
-        # As it was when the row was chosen: a row enlarged just now has another shadow to come.
-        level = field.level
+    def _try(self, field: Field) -> Trial:
+        """What the output of every id of the batch would gain with its shadow."""
+        # The level is that before a choice: a row enlarged just now has another shadow to come.
+        table, level = field.embedding, field.level
         grows = level < len(table.sizes) - 1
-        values = field.shadow[ids].requires_grad_()
-        sizes = torch.tensor([*table.sizes, table.embedding_dim], device=ids.device)
+        sizes = torch.cat([table.arena.row_size, table.arena.row_size[-1:]])
         # Adagrad's step in numbers of the row, as they show in the output.
-        scale = self.config.row_lr * (table.embedding_dim / sizes[level + 1]).sqrt()
+        scale = self.config.row_lr * (table.embedding_dim / sizes[level + 1]).sqrt()[:, None]
+        values = field.shadow[field.ids].requires_grad_()
         with torch.enable_grad():
-            field.trial = added_columns(table, level, values * scale[:, None], grows)
-            try:
-                other = again()
-            finally:
-                field.trial = None
-            (gradient,) = torch.autograd.grad(other.sum(), values)
-        gradient = gradient / scale[:, None]
-        row = torch.where(last & grows, ids, len(field.shadow) - 1)
-        field.squares[row] = squares = field.squares[row] + gradient.square()
-        field.shadow[row] -= gradient / (squares.sqrt() + 1e-10)
-        return (losses - other.detach())[field.event]
+            output = added_columns(table, level, values * scale, grows)
+        return Trial(values, output, scale, field.counters.last & grows)
 
     def _expected(self, field: Field, choice: Choice, gain: Tensor) -> Tensor:
         """The policy follows its expected advantage, less the price of the numbers added."""
         ids = field.ids[choice.rows]
-        sizes = torch.tensor(field.embedding.sizes, device=ids.device)
+        sizes = field.embedding.arena.row_size
         known = field.history.count[ids] > 0
         field.scale.update(gain, known if choice.mask is None else known & choice.mask)
         added = sizes[(choice.level + 1).clamp(max=len(sizes) - 1)] - sizes[choice.level]

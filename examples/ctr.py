@@ -11,6 +11,7 @@ python examples/ctr.py --embedding searched
 """
 
 import argparse
+from typing import Any
 
 import numpy as np
 import torch
@@ -98,7 +99,8 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     search = None
     if options.embedding == "searched":
-        search = SizeSearch(dict(zip(FIELDS, model.tables, strict=True)), SearchConfig())
+        tables: Any = zip(FIELDS, model.tables, strict=True)
+        search = SizeSearch(dict(tables), SearchConfig())
     ids, clicks = events(options.events)
     logits = []
     for batch, target in zip(ids.split(options.batch), clicks.split(options.batch), strict=True):
@@ -115,6 +117,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         if options.embedding != "resizable":
             continue
         for table, column, count in zip(model.tables, batch.unbind(1), counts, strict=True):
+            assert isinstance(table, ResizableEmbedding)
             grow(table, column, count)
 
     half = options.events // 2

@@ -95,6 +95,17 @@ def test_sums_are_carried_exactly(ids):
     torch.testing.assert_close(table(everyone).detach(), outputs)
 
 
+def test_sums_that_do_not_start_at_zero():
+    table = ResizableEmbedding(3, sizes=(2, 4), init="padded")
+    optimizer = optim.Adagrad(table, lr=LR, initial_accumulator_value=0.5)
+    table(torch.tensor([1])).sum().backward()
+    old = sums_of(table, optimizer, 1)
+    assert old.gt(0.5).all()
+    promote_keeping(table, torch.tensor([1]), torch.tensor([True]), "sum")
+    expected = torch.cat([old / 2, torch.full((2,), 0.5)])
+    torch.testing.assert_close(sums_of(table, optimizer, 1), expected)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_mask_and_chosen_rows_agree(seed):
     """``promote_keeping`` looks on a CPU; the form for a GPU takes all rows and the mask."""

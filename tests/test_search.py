@@ -263,10 +263,24 @@ def test_draws_go_on_where_nobody_decides(monkeypatch):
     assert torch.equal(*drawn)
 
 
+# With trained hops the look-ahead waits for a decomposition.
 @pytest.mark.cuda
-def test_a_step_does_not_wait_for_the_device(device, monkeypatch):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"advantage": "normalised", "entropy": 0.1},
+        {"state": "rich"},
+        {"row_optimizer": "adagrad", "hops": "padded", "tower": "plain", "head": "plain"},
+        {"reward": "lookahead", "hops": "padded", "byte_price": 0.1},
+        {"method": "thresholds", "threshold": 2.0},
+        {"method": "random"},
+    ],
+    ids=str,
+)
+def test_a_step_does_not_wait_for_the_device(settings, device, monkeypatch):
     stream = tiny_stream(device=device)
-    run = tiny(stream)
+    run = tiny(stream, **settings)
     walk(run, 3)
     reserve = Arena.reserve
 

@@ -272,9 +272,9 @@ class SlowSearch:
         chosen = [self.grow(side, ids[side.name]) for side in self.sides]
         losses = self.losses(ids, target)
         to_outputs = gradients_of(losses.sum(), {side.name: side.y for side in self.sides})
+        other = self.look_ahead(ids, target)
         for side, choices in zip(self.sides, chosen, strict=True):
             mine, g = ids[side.name], to_outputs[side.name]
-            other = self.look_ahead(side, ids, target)
             self.learn_policy(side, mine, choices, losses.detach(), other)
             side.remember(mine, losses.tolist(), g, self.index)
         self.learn(losses)
@@ -302,24 +302,30 @@ class SlowSearch:
                 self.row_optimizer.grown((side.name, mine[p]), row, side.rows[mine[p]])
         return choices
 
-    def look_ahead(self, side: SlowSide, ids: dict, target: torch.Tensor) -> torch.Tensor:
-        """Losses under larger rows of a side, which then learn in the directions they add."""
-        mine, basis, width = ids[side.name], side.basis(), side.sizes[-1]
-        grows = [side.before[i] < width for i in mine]
-        values = [leaf(side.shadow[i]) for i in mine]
-        steps, rows = [], []
-        for i, value, can in zip(mine, values, grows, strict=True):
-            begin, end = side.before[i], side.larger(side.before[i]) if can else width
-            steps.append(self.config.row_lr * math.sqrt(width / end))
-            rows.append(steps[-1] * basis[:, begin:end] @ value[begin:end])
-        other = self.losses(ids, target, {side.name: torch.stack(rows)})
-        found = torch.autograd.grad(other.sum(), values, allow_unused=True)
-        last = {i: position for position, i in enumerate(mine)}
-        for i, p in last.items():
-            if grows[p]:
-                g = found[p] / steps[p]
-                side.squares[i] = side.squares[i] + g**2
-                side.shadow[i] = side.shadow[i] - g / (side.squares[i].sqrt() + 1e-10)
+    def look_ahead(self, ids: dict, target: torch.Tensor) -> torch.Tensor:
+        """Losses under larger rows of all sides, which then learn in the directions they add."""
+        values: dict = {}
+        steps: dict = {}
+        trial = {}
+        for side in self.sides:
+            basis, width, rows = side.basis(), side.sizes[-1], []
+            for p, i in enumerate(ids[side.name]):
+                begin = side.before[i]
+                end = side.larger(begin) if begin < width else width
+                value = values[side.name, p] = leaf(side.shadow[i])
+                step = steps[side.name, p] = self.config.row_lr * math.sqrt(width / end)
+                rows.append(step * basis[:, begin:end] @ value[begin:end])
+            trial[side.name] = torch.stack(rows)
+        other = self.losses(ids, target, trial)
+        found = torch.autograd.grad(other.sum(), list(values.values()), allow_unused=True)
+        gradient = dict(zip(values, found, strict=True))
+        for side in self.sides:
+            last = {i: position for position, i in enumerate(ids[side.name])}
+            for i, p in last.items():
+                if side.before[i] < side.sizes[-1]:
+                    g = gradient[side.name, p] / steps[side.name, p]
+                    side.squares[i] = side.squares[i] + g**2
+                    side.shadow[i] = side.shadow[i] - g / (side.squares[i].sqrt() + 1e-10)
         return other.detach()
 
     def learn_policy(
