@@ -156,7 +156,7 @@ def _prepare(args: argparse.Namespace) -> tuple[SearchConfig, Ratings, Stream]:
         raise ConfigError(
             f"--checkpoint-seconds must not be negative, got {args.checkpoint_seconds}"
         )
-    ratings = _load(args, config.data, config.events, config.seed)
+    ratings = _load(args, config.data, config.events, config.order_seed)
     stream = build_stream(
         ratings,
         task=config.task,
@@ -283,7 +283,7 @@ def _compare(args: argparse.Namespace) -> int:
 
     from tqdm import tqdm
 
-    from .compare import compare, plan
+    from .compare import compare, is_finished, plan
     from .report import write_json
 
     _device(args.device)
@@ -311,6 +311,7 @@ def _compare(args: argparse.Namespace) -> int:
     )
     # Whatever is wrong with order or sizes shows here, before any folder is made.
     build_stream(ratings, task=args.tasks[0], order=args.order, batch_size=args.batch_size)
+    unfinished = [job for job in jobs if not is_finished(job)]
     _make_folder(args.out / "runs", "probe")
     _keep_header(args.out / "compare.json", header, write_json)
     _say_counts(ratings)
@@ -324,7 +325,14 @@ def _compare(args: argparse.Namespace) -> int:
             bar.update(done - bar.n)
             bar.set_postfix_str(f"{label} " + ("" if left is None else _left(left)))
 
-        compare(jobs, options, workers=workers, seconds=args.checkpoint_seconds, progress=progress)
+        compare(
+            unfinished,
+            options,
+            done=len(jobs) - len(unfinished),
+            workers=workers,
+            seconds=args.checkpoint_seconds,
+            progress=progress,
+        )
     _write_page(args.out)
     return 0
 

@@ -44,7 +44,7 @@ LOOKAHEAD = {
     "state": "rich",
     "reward": "lookahead",
     "acting": "argmax",
-    "byte_price": 1.0,
+    "policy_lr": 1e-3,
 }
 
 # label -> settings; a number behind a family's name is its knob.
@@ -54,7 +54,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "esapn-normalised": {"method": "esapn", "advantage": "normalised"},
     "esapn-entropy": {"method": "esapn", "entropy": 0.01},
     "esapn-argmax": {"method": "esapn", "acting": "argmax"},
-    "esapn-lookahead": LOOKAHEAD,
+    "esapn-lookahead": {"method": "esapn", "reward": "lookahead"},
     "darts": {"method": "darts"},
     "autoemb": {"method": "autoemb"},
     "always": {"method": "always"},
@@ -63,11 +63,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     # The authors' FIXED: as wide as all sizes together, no BatchNorm and tanh on the towers.
     "fixed-222-plain": {"method": "fixed", "fixed_size": 222, "tower": "plain"},
 }
-KNOBS = {
-    "fixed": ("fixed_size", int),
-    "random": ("promote_probability", float),
-    "thresholds": ("threshold", float),
-    "power": ("power_scale", float),
+# Families with a knob: the setting that the number is, its kind, and what else they set.
+KNOBS: dict[str, tuple[str, type, dict[str, Any]]] = {
+    "esapn-price": ("byte_price", float, LOOKAHEAD),
+    "fixed": ("fixed_size", int, {"method": "fixed"}),
+    "random": ("promote_probability", float, {"method": "random"}),
+    "thresholds": ("threshold", float, {"method": "thresholds"}),
+    "power": ("power_scale", float, {"method": "power"}),
 }
 DEFAULT_METHODS = {
     "paper": (
@@ -84,7 +86,9 @@ DEFAULT_METHODS = {
         "biases",
     ),
     "tuned": (
-        "esapn-lookahead",
+        "esapn-price-0.1",
+        "esapn-price-0.03",
+        "esapn-price-0.01",
         "esapn",
         "fixed-4",
         "fixed-8",
@@ -107,7 +111,7 @@ DEFAULT_METHODS = {
         "biases",
     ),
 }
-REFERENCES = {"paper": "esapn", "tuned": "esapn-lookahead"}
+REFERENCES = {"paper": "esapn", "tuned": "esapn-price-0.03"}
 # What a comparison sets for all its runs: no method may change it.
 COMMON = ("data", "task", "mode", "order", "seed", "device", "train_fraction", "events", "sizes")
 
@@ -146,12 +150,14 @@ def method_settings(spec: str) -> tuple[str, dict[str, Any]]:
     {'method': 'esapn', 'history': 3}
     """
     name, *own = spec.split(",")
-    family, _, knob = name.partition("-")
+    family, _, knob = name.rpartition("-")
     if name in PRESETS:
         settings = dict(PRESETS[name])
+        family = str(settings["method"])
     elif family in KNOBS and knob:
-        setting, kind = KNOBS[family]
-        settings = {"method": family, setting: _number(spec, knob, kind)}
+        setting, kind, others = KNOBS[family]
+        settings = {**others, setting: _number(spec, knob, kind)}
+        family = str(settings["method"])
     else:
         known = ", ".join([*PRESETS, *(f"{k}-N" for k in KNOBS)])
         raise ConfigError(f"--methods: unknown method '{name}' (known: {known})")
@@ -243,8 +249,8 @@ def _ratings(data: str, events: int, seed: int, options: tuple[tuple[str, str], 
 def _stream(
     data: str, options: tuple[tuple[str, str], ...], settings: tuple[Any, ...], device: str
 ) -> tuple[Ratings, Stream]:
-    events, seed, task, order, order_seed, batch_size, train_fraction, history = settings
-    ratings = _ratings(data, events, seed, options)
+    events, task, order, order_seed, batch_size, train_fraction, history = settings
+    ratings = _ratings(data, events, order_seed, options)
     stream = build_stream(
         ratings,
         task=task,
@@ -263,10 +269,8 @@ def run_job(job: Job, options: tuple[tuple[str, str], ...], seconds: float) -> t
     torch.set_num_threads(1)
     started = time.monotonic()
     c = job.config
-    # Synthetic data depend on the seed; files do not, and are read once a process.
-    seed = c.seed if c.data == "synthetic" else 0
     order = (c.task, c.order, c.order_seed)
-    settings = (c.events, seed, *order, c.batch_size, c.train_fraction, c.history)
+    settings = (c.events, *order, c.batch_size, c.train_fraction, c.history)
     ratings, stream = _stream(c.data, options, settings, _device(c))
     run = Run(c, stream)
     folder = job.folder / "checkpoints" / job.name
@@ -362,7 +366,7 @@ def is_finished(job: Job) -> bool:
     for key in ("data", "device"):
         config.pop(key, None)
         now.pop(key)
-    if checksum != job.checksum and job.config.data != "synthetic":
+    if checksum != job.checksum:
         raise ConfigError(f"{job.path}: was made on other data (sha256 {checksum[:12]}...)")
     if config != now:
         raise ConfigError(f"{job.path}: {_changes(config, now)}")
@@ -400,14 +404,16 @@ def compare(
     jobs: Sequence[Job],
     options: tuple[tuple[str, str], ...],
     *,
+    done: int,
     workers: int,
     seconds: float,
     progress: Callable[[int, int, str, float | None], None],
 ) -> None:
-    """Make every run that has no record yet.
+    """Make runs that have no record yet.
 
     Args:
-        jobs: from :func:`plan`.
+        jobs: of :func:`plan`, those that are not finished.
+        done: how many are.
         options: of ``load_ratings``, as pairs.
         workers: processes at once.
         seconds: between the checkpoints of a run.
@@ -416,24 +422,23 @@ def compare(
     Raises:
         ConfigError: a process was killed; what had finished stays, and so do checkpoints.
     """
-    open_jobs = [job for job in jobs if not is_finished(job)]
-    done = len(jobs) - len(open_jobs)
-    progress(done, len(jobs), "", None)
-    if not open_jobs:
+    total = done + len(jobs)
+    progress(done, total, "", None)
+    if not jobs:
         return
     clock = Clock(workers)
-    waiting = [job.label for job in open_jobs]
+    waiting = [job.label for job in jobs]
     os.environ["OMP_NUM_THREADS"] = "1"
     # spawn: a process forked after torch has made threads can hang.
     pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
     try:
-        futures = [pool.submit(run_job, job, options, seconds) for job in open_jobs]
+        futures = [pool.submit(run_job, job, options, seconds) for job in jobs]
         for future in as_completed(futures):
             label, took = future.result()
             clock.took(label, took)
             waiting.remove(label)
             done += 1
-            progress(done, len(jobs), label, clock.left(waiting))
+            progress(done, total, label, clock.left(waiting))
     except BrokenProcessPool:
         raise ConfigError(
             "a run's process was killed (out of memory?); finished runs and checkpoints stay: "

@@ -81,8 +81,8 @@ class SearchConfig:
     method: str = _setting("esapn", "size search, one fixed size, soft sizes, or a control")
     mode: str = _setting("paper", "defaults: the published setting, or the tuned one")
     order: str = _setting("shuffle", "of the stream: a seeded permutation, or by timestamp")
-    order_seed: int = _setting(0, "of the shuffle; one split for all seeds, as published")
-    seed: int = _setting(0, "of the initialisation, the sampled actions and synthetic data")
+    order_seed: int = _setting(0, "of the shuffle and of synthetic data: one for all seeds")
+    seed: int = _setting(0, "of the initialisation and the sampled actions")
     device: str = _setting("auto", "auto takes a GPU where there is one")
     events: int = _setting(200_000, "length of the synthetic stream")
     train_fraction: float = _setting(0.75, "of the events; the rest is the test part")
@@ -104,6 +104,7 @@ class SearchConfig:
     acting: str = _setting(
         "sample", "rows grow by a sample of the policy, or by its likelier action"
     )
+    dwell: float = _setting(0.0, "an ID may grow to size d once it was seen so many times d")
     entropy: float = _setting(0.0, "weight of the policy's entropy in its loss")
     byte_price: float = _setting(0.0, "price of a row's added numbers, with --reward lookahead")
     policy_hidden: int = _setting(512, "width of a policy's hidden layer")
@@ -131,7 +132,7 @@ class SearchConfig:
         for name in ("lr", "row_lr", "policy_lr", "threshold", "power", "power_scale"):
             if not 0 < getattr(self, name) < math.inf:
                 _refuse(name, "must be positive and finite", getattr(self, name))
-        for name in ("init_std", "entropy", "byte_price"):
+        for name in ("init_std", "entropy", "byte_price", "dwell"):
             if not 0 <= getattr(self, name) < math.inf:
                 _refuse(name, "must be finite and not negative", getattr(self, name))
         if not 0 < self.train_fraction < 1:

@@ -23,16 +23,17 @@ would-be sizes *is* the loss under the present ones (a test holds that). The sam
 this reward does not depend on the action: see ``docs/deviations.md``. ``reward="lookahead"`` is one
 that does:
 
-    A = L(y) - L(y + z),     z in the columns of M_{k+1} that M_k does not have
+    A = L(y) - L(y'),     y' in the columns of M_{k+1}
 
-``z`` is the *shadow* of the event's IDs: what the numbers that they would gain have learnt, by
-Adagrad on the gradient of L(y + z), since each has its present size. So A is the loss of the rows
-as they were kept less that of the rows had they been enlarged and taught, on an event that nobody
-has learnt from yet. Both are known, and the policy follows the gradient of ``pi(enlarge) A`` itself
-rather than an estimate of it by samples. An ID's numbers are paid once and used at each of its
-``f`` events, hence ``A / rms(A) - price (d_{k+1} - d_k) / f``. It takes one more prediction, by
-``search.look_ahead`` between 2 and 3, and in training ``8 d_n`` bytes an ID. With trained hops its
-basis is a singular value decomposition a step, for which a GPU is waited for.
+``y'`` is the *shadow* of the event's IDs: where the output would be had each been enlarged when it
+came to its present size. It begins at y and learns apart from it, by Adagrad on the gradient of
+L(y'). So A is the loss of the rows as they were kept less that of the rows had they been enlarged
+and taught, on an event that nobody has learnt from yet. Both are known, and the policy follows the
+gradient of ``pi(enlarge) A`` itself rather than an estimate of it by samples. An ID's numbers are
+paid once and used at each of its ``f`` events, hence ``A / rms(A) - price (d_{k+1} - d_k) / f``. It
+takes one more prediction, by ``search.look_ahead`` between 2 and 3, and in training ``8 d_n`` bytes
+an ID. With trained hops its basis is a singular value decomposition a step, for which a GPU is
+waited for.
 
 Nothing here reads a value from the device inside a step; the histories live there. ``deciding`` is
 the one place that looks: on a CPU, where looking is free, IDs that cannot grow are dropped, on a
@@ -133,12 +134,10 @@ class Choice(NamedTuple):
 
 
 class Trial(NamedTuple):
-    """A table's outputs had its rows been enlarged and taught, and what that depends on."""
+    """A table's outputs had its rows been enlarged and taught."""
 
     values: Tensor  # [B, d_n], the shadows; a leaf
-    output: Tensor  # [B, d_n], added to the table's output
-    scale: Tensor  # [B, 1], of a number of the row in the output
-    taught: Tensor  # bool [B], an ID's last event, below the last level
+    grows: Tensor  # bool [B], below the last level: elsewhere the output was left as it is
 
 
 class Field(nn.Module):
@@ -147,6 +146,7 @@ class Field(nn.Module):
     seen: Tensor
     shadow: Tensor
     squares: Tensor
+    shadow_level: Tensor
 
     def __init__(self, name: str, embedding: ResizableEmbedding, config: SearchConfig) -> None:
         super().__init__()
@@ -177,6 +177,8 @@ class Field(nn.Module):
                 shape = rows + 1, embedding.embedding_dim
                 self.register_buffer("shadow", torch.zeros(shape, device=device))
                 self.register_buffer("squares", torch.zeros(shape, device=device))
+                none = torch.full((rows + 1,), -1, dtype=torch.int8, device=device)
+                self.register_buffer("shadow_level", none)
             if self.rich or self.looks_ahead:
                 embedding.register_forward_hook(self._catch)
         # Of the batch in hand.
@@ -186,7 +188,9 @@ class Field(nn.Module):
         self.choice: Choice | None = None
         self.gain: Tensor | None = None
         self.caught: list[Tensor] = []
-        self.trial: Tensor | None = None
+        self.tries = False
+        none = torch.empty(0, device=device)
+        self.trial = Trial(none, none)
 
     @property
     def embedding(self) -> ResizableEmbedding:
@@ -194,8 +198,14 @@ class Field(nn.Module):
         return self._embedding[0]
 
     def _catch(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
-        if self.trial is not None:
-            return output + self.trial.view(output.shape)
+        if self.tries:
+            flat = output.detach().reshape(-1, output.shape[-1])
+            # A row that has another size than when its shadow began gets another shadow.
+            begins = self.shadow_level[self.ids] != self.level
+            values = torch.where(begins[:, None], flat, self.shadow[self.ids]).requires_grad_()
+            grows = self.level < len(self.embedding.sizes) - 1
+            self.trial = Trial(values, grows)
+            return torch.where(grows[:, None], values, flat).view(output.shape)
         if output.requires_grad:
             output.register_hook(self.caught.append)
         return None
@@ -210,27 +220,6 @@ class Field(nn.Module):
                 "ids given to grow, and backward, before learn"
             )
         return found
-
-
-def added_columns(
-    embedding: ResizableEmbedding, level: Tensor, values: Tensor, rows: Tensor
-) -> Tensor:
-    """``z`` of every row: ``values`` in the directions that the next size adds, ``[B, d_n]``.
-
-    Orthonormal directions: of padded hops the columns ``d_k .. d_{k+1}`` of the identity, of others
-    an orthonormal basis of what the columns of ``M_{k+1}`` span beyond those of ``M_k``.
-
-    Args:
-        embedding: its sizes and hops.
-        level: int64 ``[B]``, k; at the last level nothing is added.
-        values: ``[B, d_n]``, of which the numbers ``d_k .. d_{k+1}`` count.
-        rows: bool ``[B]``, the rows meant; 0 for others.
-    """
-    sizes = torch.cat([embedding.arena.row_size, embedding.arena.row_size[-1:]])
-    column = torch.arange(embedding.embedding_dim, device=level.device)
-    inside = (column >= sizes[level][:, None]) & (column < sizes[level + 1][:, None])
-    values = torch.where(inside & rows[:, None], values, 0.0)
-    return values if embedding.init == "padded" else values @ basis(embedding).T.to(values.dtype)
 
 
 def basis(embedding: ResizableEmbedding) -> Tensor:
@@ -333,7 +322,12 @@ class SizeSearch(nn.Module):
         field.choice = field.gain = None
         field.caught.clear()
         field.level = level = field.embedding.arena.level(ids)
-        decision = deciding(level, counters.last, len(field.embedding.sizes))
+        allowed = counters.last
+        if self.config.dwell:
+            sizes = field.embedding.arena.row_size
+            larger = sizes[(level + 1).clamp(max=len(sizes) - 1)]
+            allowed = allowed & (counters.frequency >= self.config.dwell * larger)
+        decision = deciding(level, allowed, len(field.embedding.sizes))
         # Drawn whether or not anybody decides: the same numbers on every path.
         uniform = torch.rand(len(ids), generator=self.generator, device=ids.device)
         if decision.none:
@@ -376,24 +370,21 @@ class SizeSearch(nn.Module):
                 enabled, the tables' outputs being changed under its hands.
         """
         fields = [field for field in self.fields if field.looks_ahead and field.rule is None]
-        tried = [self._try(field) for field in fields]
         try:
             # All tables at once: what new numbers of a user are worth depends on whether the items
             # have some to meet them.
-            for field, trial in zip(fields, tried, strict=True):
-                field.trial = trial.output
+            for field in fields:
+                field.tries = True
             with torch.enable_grad():
                 other = again()
         finally:
             for field in fields:
-                field.trial = None
+                field.tries = False
         gain = loss.detach() - other.detach()
-        gradients = torch.autograd.grad(other.sum(), [trial.values for trial in tried])
-        for field, trial, gradient in zip(fields, tried, gradients, strict=True):
-            gradient = gradient / trial.scale
-            row = torch.where(trial.taught, field.ids, len(field.shadow) - 1)
-            field.squares[row] = squares = field.squares[row] + gradient.square()
-            field.shadow[row] -= gradient / (squares.sqrt() + 1e-10)
+        trials = [field.trial for field in fields]
+        gradients = torch.autograd.grad(other.sum(), [trial.values for trial in trials])
+        for field, trial, gradient in zip(fields, trials, gradients, strict=True):
+            self._teach(field, trial, gradient)
             field.gain = gain[field.event]
 
     def learn(self, loss: Tensor) -> None:
@@ -444,18 +435,26 @@ class SizeSearch(nn.Module):
             field.statistics.update(ids, loss, field.gradient().norm(dim=1), self.step, last)
         return total
 
-    def _try(self, field: Field) -> Trial:
-        """What the output of every id of the batch would gain with its shadow."""
-        # The level is that before a choice: a row enlarged just now has another shadow to come.
+    def _teach(self, field: Field, trial: Trial, gradient: Tensor) -> None:
+        """One Adagrad step of the shadows of IDs at their last event, in their d_{k+1} numbers.
+
+        In the output, whose numbers are those of a row times sqrt(d_n / d_{k+1}).
+        """
         table, level = field.embedding, field.level
-        grows = level < len(table.sizes) - 1
-        sizes = torch.cat([table.arena.row_size, table.arena.row_size[-1:]])
-        # Adagrad's step in numbers of the row, as they show in the output.
-        scale = self.config.row_lr * (table.embedding_dim / sizes[level + 1]).sqrt()[:, None]
-        values = field.shadow[field.ids].requires_grad_()
-        with torch.enable_grad():
-            output = added_columns(table, level, values * scale, grows)
-        return Trial(values, output, scale, field.counters.last & grows)
+        size = torch.cat([table.arena.row_size, table.arena.row_size[-1:]])[level + 1][:, None]
+        turned = table.init != "padded"
+        if turned:
+            turn = basis(table).to(gradient.dtype)
+            gradient = gradient @ turn
+        inside = torch.arange(table.embedding_dim, device=level.device) < size
+        gradient = torch.where(inside, gradient, 0.0)
+        row = torch.where(field.counters.last & trial.grows, field.ids, len(field.shadow) - 1)
+        squares = field.squares[row] + gradient.square()
+        step = self.config.row_lr * (table.embedding_dim / size).sqrt()
+        step = step * gradient / (squares.sqrt() + 1e-10)
+        field.squares[row] = squares
+        field.shadow[row] = trial.values.detach() - (step @ turn.T if turned else step)
+        field.shadow_level[row] = level.to(torch.int8)
 
     def _expected(self, field: Field, choice: Choice, gain: Tensor) -> Tensor:
         """The policy follows its expected advantage, less the price of the numbers added."""

@@ -35,6 +35,7 @@ PUBLISHED = {
     "advantage": "raw",
     "acting": "sample",
     "entropy": 0.0,
+    "dwell": 0.0,
     "patience": 0,
     "task": "binary",
 }
@@ -52,7 +53,7 @@ REFUSED = [
     ),
     *(
         (name, value)
-        for name in ("init_std", "entropy", "byte_price")
+        for name in ("init_std", "entropy", "byte_price", "dwell")
         for value in (-0.1, math.nan, math.inf)
     ),
     *(("promote_probability", value) for value in (-0.1, 1.1, math.nan)),

@@ -18,7 +18,7 @@ from esapn.config import CHOICES, MODES, SearchConfig
 from esapn.data import build_stream, load_ratings, synthetic_ratings
 from esapn.model import TwoTower
 from esapn.run import Run
-from esapn.search import SizeSearch, added_columns, basis, count_ids
+from esapn.search import SizeSearch, basis, count_ids
 from esapn_kernels import ResizableEmbedding, optim
 from esapn_kernels.reference import split_chain
 
@@ -591,7 +591,7 @@ def test_a_shadow_of_nothing_gains_nothing(mode):
 
 
 @pytest.mark.parametrize("init", ["linear", "isometric", "padded"])
-def test_added_columns_are_those_that_the_next_size_has_more(init):
+def test_the_basis_spans_what_every_size_reaches(init):
     sizes = (1, 3, 4, 7)
     table = ResizableEmbedding(9, sizes=sizes, init=init).double()
     columns = basis(table)
@@ -605,18 +605,11 @@ def test_added_columns_are_those_that_the_next_size_has_more(init):
     for size, span in zip(sizes, spans, strict=True):
         inside = columns[:, :size]
         torch.testing.assert_close(inside @ inside.T @ span, span)
-    level, values = torch.tensor([0, 1, 2, 3, 1]), torch.randn(5, 7).double()
-    rows = torch.tensor([True, True, True, True, False])
-    added = added_columns(table, level, values, rows)
-    assert added[3:].eq(0).all()  # at the last size, and not meant
-    for k in range(3):
-        expected = columns[:, sizes[k] : sizes[k + 1]] @ values[k, sizes[k] : sizes[k + 1]]
-        torch.testing.assert_close(added[k], expected)
     if init == "padded":
         torch.testing.assert_close(columns, torch.eye(7).double())
 
 
-def test_added_columns_turn_no_more_than_the_hops():
+def test_the_basis_turns_no_more_than_the_hops():
     """Numbers of a shadow keep their meaning while the hops learn."""
     table = ResizableEmbedding(9, sizes=(1, 3, 4, 8))
     before = basis(table)
@@ -644,7 +637,7 @@ def test_the_look_ahead_of_a_library():
     assert any(not torch.equal(p, q) for p, q in zip(before, search.parameters(), strict=True))
     for field in search.fields:
         assert field.shadow[:-1].isfinite().all() and field.shadow[:-1].ne(0).any()
-        assert field.trial is None
+        assert not field.tries
 
 
 def test_a_look_ahead_that_fails_leaves_the_tables_as_they_were():

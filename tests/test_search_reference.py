@@ -125,7 +125,8 @@ class SlowSide:
         self.count: dict = defaultdict(int)  # events of an ID
         self.seen: dict = {}
         width = self.sizes[-1]
-        self.shadow: dict = defaultdict(lambda: torch.zeros(width))
+        self.shadow: dict = {}
+        self.shadow_size: dict = {}
         self.squares: dict = defaultdict(lambda: torch.zeros(width))
         self.rewards: list = []  # moments of every batch that has any
         self.y = torch.empty(0)
@@ -236,11 +237,11 @@ class SlowSearch:
         self.index = 0
 
     def losses(self, ids: dict, target: torch.Tensor, trial: dict | None = None) -> torch.Tensor:
-        """Loss of every event; ``trial``: added to the outputs of a side."""
+        """Loss of every event; ``trial``: in place of the outputs of the sides."""
         h, towers = self.head, []
         for side in self.sides:
             side.y = torch.stack([side.carried(i) for i in ids[side.name]])
-            y = side.y + (trial or {}).get(side.name, 0)
+            y = side.y if trial is None else trial[side.name]
             prefix = f"{side.name}_norm.0"
             if self.config.tower == "plain":
                 towers.append(y)
@@ -303,29 +304,36 @@ class SlowSearch:
         return choices
 
     def look_ahead(self, ids: dict, target: torch.Tensor) -> torch.Tensor:
-        """Losses under larger rows of all sides, which then learn in the directions they add."""
+        """Losses of outputs as larger rows would have had them, which then learn on their own."""
         values: dict = {}
-        steps: dict = {}
-        trial = {}
+        outputs = {}
         for side in self.sides:
-            basis, width, rows = side.basis(), side.sizes[-1], []
             for p, i in enumerate(ids[side.name]):
-                begin = side.before[i]
-                end = side.larger(begin) if begin < width else width
-                value = values[side.name, p] = leaf(side.shadow[i])
-                step = steps[side.name, p] = self.config.row_lr * math.sqrt(width / end)
-                rows.append(step * basis[:, begin:end] @ value[begin:end])
-            trial[side.name] = torch.stack(rows)
-        other = self.losses(ids, target, trial)
+                known = side.shadow_size.get(i) == side.before[i]
+                values[side.name, p] = leaf(side.shadow[i] if known else side.y[p].detach())
+            outputs[side.name] = torch.stack(
+                [
+                    values[side.name, p] if side.before[i] < side.sizes[-1] else side.y[p].detach()
+                    for p, i in enumerate(ids[side.name])
+                ]
+            )
+        other = self.losses(ids, target, outputs)
         found = torch.autograd.grad(other.sum(), list(values.values()), allow_unused=True)
         gradient = dict(zip(values, found, strict=True))
         for side in self.sides:
+            basis, width = side.basis(), side.sizes[-1]
             last = {i: position for position, i in enumerate(ids[side.name])}
             for i, p in last.items():
-                if side.before[i] < side.sizes[-1]:
-                    g = gradient[side.name, p] / steps[side.name, p]
-                    side.squares[i] = side.squares[i] + g**2
-                    side.shadow[i] = side.shadow[i] - g / (side.squares[i].sqrt() + 1e-10)
+                if side.before[i] == width:
+                    continue
+                end = side.larger(side.before[i])
+                g = basis.T @ gradient[side.name, p]
+                g[end:] = 0
+                side.squares[i] = side.squares[i] + g**2
+                step = self.config.row_lr * math.sqrt(width / end)
+                step = step * g / (side.squares[i].sqrt() + 1e-10)
+                side.shadow[i] = values[side.name, p].detach() - basis @ step
+                side.shadow_size[i] = side.before[i]
         return other.detach()
 
     def learn_policy(
