@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shutil
 import sys
 from dataclasses import fields
@@ -17,8 +18,18 @@ from .config import CHOICES, MODES, ConfigError, SearchConfig
 from .data import DataError, Ratings, Stream, build_stream, load_ratings
 from .datasets import MOVIELENS
 
-FORMATTER = argparse.ArgumentDefaultsHelpFormatter
 CHECKPOINT_SECONDS = 60.0
+# What torch says on a GPU and on a CPU.
+OUT_OF_MEMORY = "out of memory|allocate memory"
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Defaults in the help, where there is one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False:
+            return action.help
+        return super()._get_help_string(action)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -82,7 +93,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     search = commands.add_parser(
         "search",
         help="walk a stream once, searching sizes (or with a baseline)",
-        formatter_class=FORMATTER,
+        formatter_class=_Formatter,
     )
     _add_settings(search)
     _add_data_options(search)
@@ -103,14 +114,18 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     compare = commands.add_parser(
         "compare",
         help="many methods and seeds on one stream; the same command resumes",
-        formatter_class=FORMATTER,
+        formatter_class=_Formatter,
     )
     common = ("data", "order", "device", "train_fraction", "events", "sizes", "batch_size")
     _add_settings(compare, (*common, "log_every"))
     _add_data_options(compare)
     tasks = CHOICES["task"]
-    compare.add_argument("--tasks", nargs="+", choices=tasks, default=list(tasks))
-    compare.add_argument("--modes", nargs="+", choices=tuple(MODES), default=["paper"])
+    compare.add_argument(
+        "--tasks", nargs="+", choices=tasks, default=list(tasks), help="what is predicted"
+    )
+    compare.add_argument(
+        "--modes", nargs="+", choices=tuple(MODES), default=["paper"], help="defaults of the runs"
+    )
     compare.add_argument(
         "--methods", nargs="+", metavar="M", help="presets, such as esapn fixed-16 thresholds-8"
     )
@@ -151,11 +166,8 @@ def _prepare(args: argparse.Namespace) -> tuple[SearchConfig, Ratings, Stream]:
     values["sizes"] = tuple(values["sizes"])
     config = SearchConfig(**values)
     device = _device(config.device)
-    _check_least(threads=args.threads)
-    if args.checkpoint_seconds < 0:
-        raise ConfigError(
-            f"--checkpoint-seconds must not be negative, got {args.checkpoint_seconds}"
-        )
+    _check_least(1, threads=args.threads)
+    _check_least(0, checkpoint_seconds=args.checkpoint_seconds)
     ratings = _load(args, config.data, config.events, config.order_seed)
     stream = build_stream(
         ratings,
@@ -180,10 +192,11 @@ def _device(device: str) -> str:
     return device
 
 
-def _check_least(**values: int) -> None:
+def _check_least(least: int, **values: float) -> None:
     for name, value in values.items():
-        if value < 1:
-            raise ConfigError(f"--{name} must be at least 1, got {value}")
+        if not value >= least:
+            flag = name.replace("_", "-")
+            raise ConfigError(f"--{flag} must be at least {least}, got {value}")
 
 
 def _make_folder(out: Path, name: str) -> None:
@@ -263,7 +276,10 @@ def _search(args: argparse.Namespace) -> int:
 
         def pause(run: Run) -> None:
             if args.keep_best and run.best["line"] == len(run.log) - 1:
-                checkpoint.save(args.out / "best", run.index, run.state_dict(), keep=1)
+                best = checkpoint.save(args.out / "best", run.index, run.state_dict(), keep=1)
+                # Of an earlier run: a later step would be taken for the better one.
+                for stale in set(best.parent.glob("step-*.pt")) - {best}:
+                    stale.unlink()
             saver(run)
 
         result = run.walk(progress, pause)
@@ -287,7 +303,8 @@ def _compare(args: argparse.Namespace) -> int:
     from .report import write_json
 
     _device(args.device)
-    _check_least(seeds=args.seeds)
+    _check_least(1, seeds=args.seeds)
+    _check_least(0, workers=args.workers, checkpoint_seconds=args.checkpoint_seconds)
     common = {
         "data": args.data,
         "order": args.order,
@@ -309,8 +326,6 @@ def _compare(args: argparse.Namespace) -> int:
         seeds=range(args.seeds),
         folder=args.out,
     )
-    # Whatever is wrong with order or sizes shows here, before any folder is made.
-    build_stream(ratings, task=args.tasks[0], order=args.order, batch_size=args.batch_size)
     unfinished = [job for job in jobs if not is_finished(job)]
     _make_folder(args.out / "runs", "probe")
     _keep_header(args.out / "compare.json", header, write_json)
@@ -339,10 +354,11 @@ def _compare(args: argparse.Namespace) -> int:
 
 def _write_page(folder: Path) -> None:
     from . import page
+    from .report import write_csv
     from .statistics import ReportError
 
     try:
-        print(f"wrote {page.write(folder)}")
+        print(f"wrote {page.write(folder)} and {write_csv(folder)}")
     except ReportError as error:
         raise ConfigError(str(error)) from error
 
@@ -360,6 +376,7 @@ def _keep_header(path: Path, header: dict[str, Any], write: Any) -> None:
             raise ConfigError(f"{path} cannot be read: use another --out, or remove it") from None
         if not same:
             raise ConfigError(f"{path}: is of other data or another order; use another --out")
+        header["started"] = held.get("started", header["started"])
     write(path, header)
 
 
@@ -393,6 +410,12 @@ def main(argv: list[str] | None = None) -> int:
         return commands[args.command](args)
     except (ConfigError, DataError, CheckpointError) as error:
         print(f"python -m esapn {args.command}: error: {error}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search(OUT_OF_MEMORY, str(error)):
+            raise
+        less = "; --workers 1 needs least" if args.command == "compare" else ""
+        print(f"python -m esapn {args.command}: error: out of memory{less}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         goes_on = {"search": "; --resume goes on", "compare": "; the same command goes on"}

@@ -5,7 +5,7 @@
     DIR/checkpoints/                             runs under way
 
 Every run is one process and one thread; as many run at once as there are cores. A method is a
-preset, or a preset with settings of its own: ``thresholds-16,order_seed=1``.
+preset, or a preset with settings of its own: ``esapn,history=3``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import json
 import os
 import re
 import shutil
+import signal
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -22,7 +24,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, fields
 from datetime import datetime, timezone
 from functools import lru_cache
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,7 @@ from esapn_kernels import info
 from . import checkpoint
 from .config import MODES, ConfigError, SearchConfig
 from .data import Ratings, Stream, build_stream, load_ratings
-from .report import record, write_json
+from .report import forget_peak, record, write_json
 from .run import Run
 
 __all__ = ["DEFAULT_METHODS", "Job", "compare", "method_settings", "resume_or_start"]
@@ -116,7 +118,10 @@ DEFAULT_METHODS = {
 }
 REFERENCES = {"paper": "esapn", "tuned": "esapn-dwell-8"}
 # What a comparison sets for all its runs: no method may change it.
-COMMON = ("data", "task", "mode", "order", "seed", "device", "train_fraction", "events", "sizes")
+COMMON = (
+    *("data", "events", "task", "mode", "method", "order", "order_seed", "seed", "device"),
+    *("train_fraction", "batch_size", "sizes", "log_every", "patience"),
+)
 
 
 @dataclass(frozen=True)
@@ -131,9 +136,7 @@ class Job:
     @property
     def name(self) -> str:
         """File name without its ending."""
-        c = self.config
-        label = re.sub(r"[^\w.-]+", "_", self.label)
-        return f"{c.task}-{c.mode}-{label}-s{c.seed}"
+        return f"{self.config.task}-{self.config.mode}-{self.label}-s{self.config.seed}"
 
     @property
     def path(self) -> Path:
@@ -152,6 +155,9 @@ def method_settings(spec: str) -> tuple[str, dict[str, Any]]:
     >>> method_settings("esapn,history=3")[1]
     {'method': 'esapn', 'history': 3}
     """
+    if not re.fullmatch(r"[\w.,=+-]+", spec, re.ASCII):
+        # It becomes part of a file's name.
+        raise ConfigError(f"--methods: {spec!r} has other signs than letters, digits and _.,=+-")
     name, *own = spec.split(",")
     family, _, knob = name.rpartition("-")
     if name in PRESETS:
@@ -194,6 +200,8 @@ def resume_or_start(run: Run, folder: Path, checksum: str) -> list[str]:
     if found is None:
         return []
     held = found.state
+    if not held.keys() >= {"checksum", "config", "run", "rng"}:
+        raise ConfigError(f"{found.path}: is no checkpoint to go on from")
     if held["checksum"] != checksum:
         raise ConfigError(
             f"{found.path}: was made on other data (sha256 {held['checksum'][:12]}...)"
@@ -275,6 +283,7 @@ def run_job(job: Job, options: tuple[tuple[str, str], ...], seconds: float) -> t
     order = (c.task, c.order, c.order_seed)
     settings = (c.events, *order, c.batch_size, c.train_fraction, c.history)
     ratings, stream = _stream(c.data, options, settings, _device(c))
+    forget_peak()
     run = Run(c, stream)
     folder = job.folder / "checkpoints" / job.name
     resume_or_start(run, folder, ratings.checksum)
@@ -306,7 +315,9 @@ def plan(
 
     Raises:
         ConfigError: an unknown method, or a setting out of range.
+        DataError: the ratings cannot be ordered or cut in batches as ``common`` says.
     """
+    tasks, modes = list(dict.fromkeys(tasks)), list(dict.fromkeys(modes))
     jobs: list[Job] = []
     listed: list[dict[str, Any]] = []
     references: dict[str, str] = {}
@@ -329,7 +340,8 @@ def plan(
                 )
                 jobs.append(Job(method["label"], config, folder, ratings.checksum))
     # The longest first within a seed would end better; seeds that complete one by one read better.
-    train = int(common["train_fraction"] * len(ratings.rating))
+    cut = {name: common[name] for name in ("order", "batch_size", "train_fraction")}
+    stream = build_stream(ratings, task=tasks[0], **cut)
     header = {
         "data": {
             "name": ratings.name,
@@ -337,12 +349,12 @@ def plan(
             "events": len(ratings.rating),
             "users": ratings.n_users,
             "items": ratings.n_items,
-            "train_events": train // common["batch_size"] * common["batch_size"],
+            "train_events": stream.n_train,
             "counts": ratings.counts,
         },
         "order": common["order"],
-        "tasks": list(tasks),
-        "settings": list(modes),
+        "tasks": tasks,
+        "settings": modes,
         "seeds": list(seeds),
         "methods": listed,
         "reference": references,
@@ -403,6 +415,21 @@ class Clock:
         return sum(known.get(label, usual) for label in labels) / self.workers
 
 
+def _follow_parent() -> None:
+    """Begin a worker that leaves Ctrl-C to its parent and ends with it.
+
+    Left alone it would go on with the runs that the same command, given again, makes as well.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def follow() -> None:
+        if (parent := parent_process()) is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
 def compare(
     jobs: Sequence[Job],
     options: tuple[tuple[str, str], ...],
@@ -433,7 +460,8 @@ def compare(
     waiting = [job.label for job in jobs]
     os.environ["OMP_NUM_THREADS"] = "1"
     # spawn: a process forked after torch has made threads can hang.
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+    others = set(active_children())
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_follow_parent)
     try:
         futures = [pool.submit(run_job, job, options, seconds) for job in jobs]
         for future in as_completed(futures):
@@ -447,5 +475,10 @@ def compare(
             "a run's process was killed (out of memory?); finished runs and checkpoints stay: "
             "the same command goes on"
         ) from None
+    except BaseException:
+        # Runs under way, and the next ones that are handed out already, would be ended first.
+        for worker in set(active_children()) - others:
+            worker.terminate()
+        raise
     finally:
         pool.shutdown(wait=False, cancel_futures=True)

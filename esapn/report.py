@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import csv
 import json
 import os
-import resource
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+try:
+    import resource
+except ImportError:  # not on Windows
+    resource = None  # type: ignore[assignment]
 
 from esapn_kernels import info
 
@@ -16,7 +22,15 @@ from .config import SearchConfig
 from .data import Ratings, Stream
 from .run import RunResult
 
-__all__ = ["memory_table", "record", "result_lines", "save", "write_json"]
+__all__ = [
+    "forget_peak",
+    "memory_table",
+    "record",
+    "result_lines",
+    "save",
+    "write_csv",
+    "write_json",
+]
 
 
 def result_lines(config: SearchConfig, result: RunResult) -> str:
@@ -25,11 +39,15 @@ def result_lines(config: SearchConfig, result: RunResult) -> str:
     loss = "MSE" if config.task == "binary" else "cross-entropy"
     parts = [f"accuracy {test['accuracy']:.4f}", f"{loss} {test['loss']:.4f}"]
     if config.task == "binary":
-        parts += [f"log loss {test['log_loss']:.4f}", f"AUC {test['auc']:.4f}"]
+        parts += [f"log loss {test['log_loss']:.4f}"]
+    if "auc" in test:
+        parts += [f"AUC {test['auc']:.4f}"]
+    early = f"stopped early, after {result.run.measures.seen:,} events; "
     return (
         f"{config.method} ({config.mode}), {config.task}, {config.order} order, "
         f"seed {config.seed}\n"
-        f"test part, prequential, {test['events']:,} events: {', '.join(parts)}\n"
+        f"{early if result.stopped_early else ''}test part, prequential, "
+        f"{test['events']:,} events: {', '.join(parts) if test['events'] else 'none'}\n"
         f"{result.cpu_seconds:.1f} CPU s, {result.wall_seconds:.1f} s"
     )
 
@@ -89,13 +107,29 @@ def record(
         "cpu_seconds": result.cpu_seconds,
         "wall_seconds": result.wall_seconds,
         "events_per_second": events / max(result.wall_seconds, 1e-9),
-        # In KiB on Linux, in bytes on macOS.
-        "peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        * (1 if sys.platform == "darwin" else 1024),
+        "peak_rss": _peak_rss(),
         "stopped_early": result.stopped_early,
         "log": result.log,
         "info": info.collect(),
     }
+
+
+def forget_peak() -> None:
+    """Let ``peak_rss`` begin anew, where Linux allows it: a process may make many runs."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak_rss() -> int | None:
+    with contextlib.suppress(OSError, StopIteration):
+        # Of this process alone; getrusage's is at least that of the process which started it.
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) * 1024
+    if resource is None:
+        return None
+    # In bytes on macOS, in KiB elsewhere.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -106,6 +140,28 @@ def write_json(path: Path, value: Any) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_csv(folder: Path) -> Path:
+    """``results.csv`` of a comparison: a line a finished run, for whoever computes on from here."""
+    columns = ("task", "setting", "label", "family", "seed")
+    measures = ("accuracy", "loss", "log_loss", "auc")
+    sizes = ("serving", "serving_peak", "serving_mean", "training", "fixed128")
+    path = folder / "results.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow([*columns, *measures, *(f"{s}_bytes" for s in sizes), "cpu_seconds"])
+        for run in sorted((folder / "runs").glob("*.json")):
+            held = json.loads(run.read_text())
+            row = [held[name] for name in columns]
+            row += [_short(held["test"].get(name)) for name in measures]
+            row += [round(held["bytes"][name]) for name in sizes]
+            writer.writerow([*row, round(held["cpu_seconds"], 1)])
+    return path
+
+
+def _short(value: float | None) -> str:
+    return "" if value is None else f"{value:.6f}"
 
 
 def save(

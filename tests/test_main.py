@@ -6,12 +6,18 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
+from esapn import checkpoint
 from esapn.__main__ import main
+from esapn.config import CHOICES, MODES, SearchConfig
+from esapn.data import build_stream, load_ratings
+from esapn.run import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["--events", "600", "--batch-size", "50", "--hidden", "8"]
@@ -36,6 +42,10 @@ def search(*arguments: object) -> int:
         return int(leave.code or 0)
 
 
+def result(out: Path) -> dict:
+    return json.loads((out / "result.json").read_text())
+
+
 # Runs
 
 
@@ -46,6 +56,7 @@ def search(*arguments: object) -> int:
         ("binary", "fixed", "time"),
         ("multiclass", "esapn", "time"),
         ("multiclass", "fixed", "shuffle"),
+        *(("binary", m, "shuffle") for m in CHOICES["method"] if m not in ("esapn", "fixed")),
     ],
 )
 def test_runs(task, method, order, tmp_path, capsys):
@@ -56,16 +67,16 @@ def test_runs(task, method, order, tmp_path, capsys):
     saved = json.loads((out / "result.json").read_text())
     given = {"task": task, "method": method, "order": order, "seed": 2, "sizes": [1, 3, 5]}
     assert given.items() <= saved["config"].items()
-    sizes = ["1", "3", "5"] if method == "esapn" else ["6"]
+    sizes = {"fixed": ["6"], "darts": ["9"], "autoemb": ["9"], "biases": []}
     for side in saved["memory"].values():
-        assert list(side["rows_per_size"]) == sizes
+        assert list(side["rows_per_size"]) == sizes.get(method, ["1", "3", "5"])
     assert saved["test"]["events"] + saved["train"]["events"] == 600
     printed = capsys.readouterr().out
-    name = "esapn (paper)" if method == "esapn" else "fixed"
-    assert f"{name}, {task}, {order} order, seed 2" in printed
+    assert f"{method} (paper), {task}, {order} order, seed 2" in printed
     assert "600 events, 50 users, 50 items; test part from event 450 on; cpu" in printed
     assert f"accuracy {saved['test']['accuracy']:.4f}" in printed
     assert f"wrote {out / 'result.json'} and {out / 'run.png'}" in printed
+    assert f"rows: {saved['data']['counts']['duplicates']} duplicates\n" in printed
 
 
 def test_a_file_of_ratings(tmp_path):
@@ -88,12 +99,169 @@ def test_equal_runs_give_equal_results_and_replace_earlier_ones(tmp_path):
         assert saved[0][key] == saved[1][key]
 
 
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_mode_changes_defaults_and_a_flag_wins(resumed, tmp_path):
+    flags = ["--row-lr", "0.02", "--mode", "tuned", "--hops", "linear"]
+    more = ["--resume"] if resumed else []
+    assert search(*SMALL, *flags, *more, "--out", tmp_path) == 0
+    config = result(tmp_path)["config"]
+    expected = {"mode": "tuned", **MODES["tuned"], "row_lr": 0.02, "hops": "linear"}
+    assert expected.items() <= config.items()
+    paper = SearchConfig().to_json()
+    given = {"events", "batch_size", "hidden", "policy_hidden", "max_frequency"}
+    assert {k for k in config if config[k] != paper[k]} - given == expected.keys() - {"hops"}
+
+
+@pytest.mark.parametrize(
+    ("user", "item"),
+    [
+        (lambda t: f"user-{t % 7}", lambda t: f"item {t % 5}"),
+        (lambda t: 2**31 + t % 7, lambda t: 2**62 - t % 5),
+    ],
+    ids=["strings", "large"],
+)
+def test_ids_of_any_kind(user, item, tmp_path):
+    data, out = tmp_path / "ratings.csv", tmp_path / "out"
+    rows = [f"{user(t)},{item(t)},{t % 10 / 2 + 0.5},{t}\n" for t in range(300)]
+    data.write_text(CSV + "".join(rows))
+    assert search(*SMALL, "--data", data, "--out", out) == 0
+    plain = tmp_path / "plain.csv"
+    plain.write_text(CSV + ROWS)
+    assert search(*SMALL, "--data", plain, "--out", tmp_path / "plain") == 0
+    mine, other = result(out), result(tmp_path / "plain")
+    assert [mine["data"][key] for key in ("events", "users", "items")] == [300, 7, 5]
+    assert mine["data"]["counts"] == other["data"]["counts"]
+    if isinstance(user(0), str):  # of the same order, so the codes are the same
+        assert mine["test"] == other["test"]
+
+
+def test_malformed_rows_are_skipped_and_counted(tmp_path, capsys):
+    data, out = tmp_path / "ratings.csv", tmp_path / "out"
+    data.write_text(CSV + "1,2,9,3\n" + ROWS + "1,,4,3\n" + "1,2,NaN,3\n")
+    assert search(*SMALL, "--data", data, "--malformed", "skip", "--out", out) == 0
+    captured = capsys.readouterr()
+    (counted,) = [x for x in captured.out.splitlines() if x.startswith("rows: ")]
+    assert "265 duplicates" in counted and "3 skipped" in counted
+    assert "1 item is missing" in counted
+    assert "ratings.csv: skipped 3 of 303 rows" in captured.err
+    counts = result(out)["data"]["counts"]
+    assert (counts["rows"], counts["skipped"], counts["duplicates"]) == (300, 3, 265)
+
+
+def test_patience_stops_early_and_says_so(tmp_path, capsys):
+    late = ["--lr", "0.5", "--log-every", "1", "--patience", "3"]
+    assert search(*SMALL, *late, "--out", tmp_path) == 0
+    saved = result(tmp_path)
+    assert saved["stopped_early"] is True
+    loss = [line["loss"] for line in saved["log"]]
+    assert len(loss) < 12 and loss.index(min(loss)) == len(loss) - 1 - 3
+    printed = capsys.readouterr().out
+    assert f"stopped early, after {saved['log'][-1]['events']:,} events; test part" in printed
+
+
+def test_the_best_model_is_kept(tmp_path):
+    best = tmp_path / "best"
+    # Of an earlier, longer run.
+    checkpoint.save(best, 999, {"stale": True})
+    assert search(*SMALL, "--log-every", 2, "--keep-best", "--out", tmp_path) == 0
+    saved = result(tmp_path)
+    found = checkpoint.load(best)
+    assert [path.name for path in best.iterdir()] == [found.path.name]
+    loss = [line["loss"] for line in saved["log"]]
+    assert found.step == 2 * (loss.index(min(loss)) + 1)
+    config = SearchConfig(**{**saved["config"], "sizes": tuple(saved["config"]["sizes"])})
+    run = Run(config, build_stream(load_ratings("synthetic", events=600), batch_size=50))
+    run.load_state_dict(found.state)
+    assert (run.index, run.log[-1]["loss"]) == (found.step, min(loss))
+    assert run.log == saved["log"][: len(run.log)]
+
+
+def test_without_keep_best_there_is_none(tmp_path):
+    assert search(*SMALL, "--out", tmp_path) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["result.json", "run.png"]
+
+
+def test_tensorboard_gets_the_log(tmp_path, monkeypatch):
+    written = {}
+
+    class SummaryWriter:
+        def __init__(self, folder):
+            written["folder"] = folder
+
+        def add_scalar(self, name, value, step):
+            written.setdefault(name, []).append((step, value))
+
+        def close(self):
+            written["closed"] = True
+
+    module = ModuleType("torch.utils.tensorboard")
+    module.SummaryWriter = SummaryWriter
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr("esapn.__main__.find_spec", lambda name: name)
+    assert search(*SMALL, "--log-every", 4, "--tensorboard", "--out", tmp_path) == 0
+    assert written.pop("folder") == str(tmp_path / "tensorboard") and written.pop("closed")
+    log = result(tmp_path)["log"]
+    for name in ("loss", "accuracy", "serving_bytes", "mean_user_size", "mean_item_size"):
+        assert written.pop(name) == [(line["events"], line[name]) for line in log]
+    assert written == {}
+
+
+def help_of(*command: str, capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as leave:
+        main([*command, "--help"])
+    assert leave.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "(default: None)" not in text and "(default: False)" not in text
+    return text
+
+
 def test_help_names_every_setting(capsys):
-    assert search("--help") == 0
-    text = capsys.readouterr().out
-    for flag in ("--sizes", "--policy-lr", "--train-fraction", "--out", "--threads"):
-        assert flag in text
-    assert "(default: 500)" in text
+    text = help_of("search", capsys=capsys)
+    for setting in fields(SearchConfig):
+        assert f"--{setting.name.replace('_', '-')} " in text
+        assert setting.metadata["help"] in text
+    more = ("archive", "url", "cache", "malformed", "checkpoint-seconds")
+    for flag in (*more, "out", "threads", "resume", "keep-best", "tensorboard"):
+        assert f"--{flag}" in text
+    assert "(default: 500)" in text and "(default: 60.0)" in text
+
+
+def test_help_of_the_other_commands(capsys):
+    text = help_of(capsys=capsys)
+    for word in ("search", "compare", "report", "ml-1m", "--data takes synthetic"):
+        assert word in text
+    text = help_of("compare", capsys=capsys)
+    for flag in ("data", "order", "tasks", "modes", "methods", "seeds", "workers", "out"):
+        assert f"--{flag} " in text
+    assert "--lr" not in text and "--seed " not in text
+    assert "--out of a comparison" in help_of("report", capsys=capsys)
+
+
+# Comparisons (the rest is in test_compare.py and test_resume.py)
+
+
+def test_a_comparison_of_a_file_in_time_order(tmp_path, capsys):
+    data, out = tmp_path / "ratings.csv", tmp_path / "out"
+    data.write_text(CSV + ROWS + "1,2,NaN,3\n")
+    arguments = ["--data", data, "--order", "time", "--batch-size", 50, "--sizes", 2, 4]
+    arguments += ["--malformed", "skip", "--tasks", "binary", "--seeds", 2, "--workers", 1]
+    arguments += ["--methods", "esapn,hidden=8", "biases", "--out", out]
+    assert main(["compare", *map(str, arguments)]) == 0
+    header = json.loads((out / "compare.json").read_text())
+    assert header["order"] == "time" and header["seeds"] == [0, 1]
+    assert header["data"]["counts"]["skipped"] == 1
+    records = [json.loads(path.read_text()) for path in sorted((out / "runs").iterdir())]
+    assert len(records) == 4
+    for record in records:
+        assert record["config"]["order"] == "time"
+        assert record["data"] == header["data"]
+    assert {r["config"]["hidden"] for r in records if r["family"] == "esapn"} == {8}
+    assert not list((out / "checkpoints").iterdir())
+    captured = capsys.readouterr()
+    assert "4 runs, 1 at once" in captured.out and "1 skipped" in captured.out
+    assert f"wrote {out / 'report.html'}" in captured.out
+    page = (out / "report.html").read_text()
+    assert "esapn,hidden=8" in page and "ratings.csv" in page and "4 of 4" in page
 
 
 # Mistakes
@@ -114,7 +282,15 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     [
         (["--sizez", "2"], "--sizez"),
         (["--task", "ternary"], "--task"),
-        (["--method", "darts"], "--method"),
+        (["--method", "nothing"], "--method"),
+        (["--mode", "fast"], "--mode"),
+        (["--malformed", "keep"], "--malformed"),
+        (["--patience", "-1"], "--patience must be at least 0"),
+        (["--checkpoint-seconds", "-1"], "--checkpoint-seconds must be at least 0"),
+        (["--checkpoint-seconds", "nan"], "--checkpoint-seconds must be at least 0"),
+        (["--archive", "a.zip"], "archive is for one of ml-100k"),
+        (["--url", "https://a"], "url is for one of ml-100k"),
+        (["--data", "ml-1m", "--archive", "absent.zip"], "absent.zip: no such file"),
         (["--order", "random"], "--order"),
         (["--device", "tpu"], "--device"),
         (["--sizes", "4", "2"], "--sizes must be positive and strictly increasing"),
@@ -146,7 +322,12 @@ def test_mistakes_in_settings(arguments, expected, tmp_path, capsys):
         ("", [], "file is empty"),
         (CSV, [], "holds no ratings"),
         ("user,item\n1,2\n", [], "column 'rating' not found"),
-        (CSV + "1,2,NaN,3\n" + ROWS, [], "row 1: rating 'NaN' is not a finite number"),
+        (
+            CSV + "1,2,NaN,3\n1,2,inf,3\n" + ROWS,
+            [],
+            "row 1: rating 'NaN' is not a finite number (2 rows are bad in this way, of 302)",
+        ),
+        (CSV + "1,,4,3\n" * 300, ["--malformed", "skip"], "every row is malformed; row 1"),
         (CSV + ROWS + "1,2,9,3\n", [], "row 301: rating '9' is outside 0.5..5"),
         (CSV + ROWS + "1,,4,3\n", [], "row 301: item is missing"),
         ("user,item,rating\n" + "1,2,4\n" * 300, ["--order", "time"], "timestamps"),
@@ -177,6 +358,40 @@ def test_an_earlier_result_survives_a_mistake(tmp_path, capsys):
     (tmp_path / "result.json").write_text("earlier")
     refused(capsys, *SMALL, "--data", "nowhere.csv", "--out", tmp_path)
     assert (tmp_path / "result.json").read_text() == "earlier"
+
+
+@pytest.mark.parametrize("package", ["tensorboard", "tqdm", "torchmetrics", "matplotlib"])
+def test_a_package_that_is_missing(package, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("esapn.__main__.find_spec", lambda name: None if name == package else name)
+    line = refused(capsys, *SMALL, "--tensorboard", "--out", tmp_path / "out")
+    assert f"this needs {package}: pip install 'esapn-kernels[train]' {package}" in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+        MemoryError(),
+    ],
+    ids=["cuda", "cpu", "python"],
+)
+def test_no_memory(error, tmp_path, capsys, monkeypatch):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("esapn.__main__.build_stream", fail)
+    assert refused(capsys, *SMALL, "--out", tmp_path).endswith("error: out of memory\n")
+
+
+def test_an_error_of_the_program_is_not_hidden(tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr("esapn.__main__.build_stream", fail)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        search(*SMALL, "--out", tmp_path)
 
 
 def test_out_is_required(capsys):

@@ -119,9 +119,15 @@ def test_random_grows_a_share(probability):
     assert few.mean().item() == pytest.approx(expected, abs=0.3 if 0 < p < 1 else 1e-12)
 
 
-@pytest.mark.parametrize(("method", "least"), [("thresholds", (5, 20)), ("power", (4, 8))])
-def test_counts_rule_one_size_a_batch(method, least):
-    settings = {"threshold": 5.0, "power": 1.0}
+@pytest.mark.parametrize(
+    ("method", "least", "settings"),
+    [
+        ("thresholds", (5, 20), {"threshold": 5.0}),
+        ("power", (4, 8), {"power": 1.0}),
+        ("always", (6, 12), {"dwell": 1.5}),  # 1.5 times the size to come
+    ],
+)
+def test_counts_rule_one_size_a_batch(method, least, settings):
     stream = build_stream(synthetic_ratings(1_000, n_users=150, n_items=90), batch_size=50)
     expected = {"user": [0] * 150, "item": [0] * 90}
     count = {name: [0] * len(level) for name, level in expected.items()}
