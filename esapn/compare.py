@@ -89,9 +89,9 @@ DEFAULT_METHODS = {
         "biases",
     ),
     "tuned": (
-        "esapn-dwell-8",
-        "esapn-dwell-4",
-        "esapn-dwell-16",
+        "esapn-dwell-0.5",
+        "esapn-dwell-1",
+        "esapn-dwell-0.25",
         "esapn-lookahead",
         "esapn",
         "fixed-4",
@@ -102,7 +102,7 @@ DEFAULT_METHODS = {
         "darts",
         "autoemb",
         "always",
-        "always-dwell-8",
+        "always-dwell-0.5",
         "never",
         "random-0.02",
         "random-0.005",
@@ -116,7 +116,7 @@ DEFAULT_METHODS = {
         "biases",
     ),
 }
-REFERENCES = {"paper": "esapn", "tuned": "esapn-dwell-8"}
+REFERENCES = {"paper": "esapn", "tuned": "esapn-dwell-0.5"}
 # What a comparison sets for all its runs: no method may change it.
 COMMON = (
     *("data", "events", "task", "mode", "method", "order", "order_seed", "seed", "device"),
@@ -318,6 +318,7 @@ def plan(
         DataError: the ratings cannot be ordered or cut in batches as ``common`` says.
     """
     tasks, modes = list(dict.fromkeys(tasks)), list(dict.fromkeys(modes))
+    seeds = list(dict.fromkeys(seeds))
     jobs: list[Job] = []
     listed: list[dict[str, Any]] = []
     references: dict[str, str] = {}
@@ -331,6 +332,7 @@ def plan(
             text = ", ".join(f"{k} {v}" for k, v in settings.items())
             about = {"label": label, "family": family, "setting": mode}
             listed.append({**about, "text": text, "options": {**MODES[mode], **settings}})
+    # The longest first within a seed would end better; seeds that complete one by one read better.
     for seed in seeds:
         for task in tasks:
             for method in listed:
@@ -339,7 +341,6 @@ def plan(
                     method["setting"], **{**common, "task": task, "seed": seed}, **options
                 )
                 jobs.append(Job(method["label"], config, folder, ratings.checksum))
-    # The longest first within a seed would end better; seeds that complete one by one read better.
     cut = {name: common[name] for name in ("order", "batch_size", "train_fraction")}
     stream = build_stream(ratings, task=tasks[0], **cut)
     header = {
@@ -355,7 +356,7 @@ def plan(
         "order": common["order"],
         "tasks": tasks,
         "settings": modes,
-        "seeds": list(seeds),
+        "seeds": seeds,
         "methods": listed,
         "reference": references,
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -104,7 +104,7 @@ class SearchConfig:
     acting: str = _setting(
         "sample", "rows grow by a sample of the policy, or by its likelier action"
     )
-    dwell: float = _setting(0.0, "an ID may grow to size d once it was seen so many times d")
+    dwell: float = _setting(0.0, "an ID may grow to size d once it was seen so many times d^2")
     entropy: float = _setting(0.0, "weight of the policy's entropy in its loss")
     byte_price: float = _setting(0.0, "price of a row's added numbers, with --reward lookahead")
     policy_hidden: int = _setting(512, "width of a policy's hidden layer")

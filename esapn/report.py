@@ -143,25 +143,30 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_csv(folder: Path) -> Path:
-    """``results.csv`` of a comparison: a line a finished run, for whoever computes on from here."""
+    """``results.csv`` of a comparison: a line a finished run, for whoever computes on from here.
+
+    Raises:
+        ReportError: ``folder`` holds no readable comparison.
+    """
+    from .statistics import BYTES, load  # here: a search needs no scipy
+
     columns = ("task", "setting", "label", "family", "seed")
     measures = ("accuracy", "loss", "log_loss", "auc")
-    sizes = ("serving", "serving_peak", "serving_mean", "training", "fixed128")
+    runs = sorted(load(folder).runs, key=lambda run: [getattr(run, name) for name in columns])
     path = folder / "results.csv"
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow([*columns, *measures, *(f"{s}_bytes" for s in sizes), "cpu_seconds"])
-        for run in sorted((folder / "runs").glob("*.json")):
-            held = json.loads(run.read_text())
-            row = [held[name] for name in columns]
-            row += [_short(held["test"].get(name)) for name in measures]
-            row += [round(held["bytes"][name]) for name in sizes]
-            writer.writerow([*row, round(held["cpu_seconds"], 1)])
+        writer.writerow([*columns, *measures, *(f"{s}_bytes" for s in BYTES), "cpu_seconds"])
+        for run in runs:
+            row = [getattr(run, name) for name in columns]
+            row += [_short(run.value(name)) for name in measures]
+            row += [round(run.number(name)) for name in BYTES]
+            writer.writerow([*row, _short(run.value("cpu_seconds"), 1)])
     return path
 
 
-def _short(value: float | None) -> str:
-    return "" if value is None else f"{value:.6f}"
+def _short(value: float | None, digits: int = 6) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
 
 
 def save(

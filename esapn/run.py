@@ -137,8 +137,9 @@ class Run:
     @property
     def done(self) -> bool:
         """Whether the stream has ended, or the loss stopped falling (``patience``)."""
-        stalled = self.config.patience and len(self.log) - 1 - self.best["line"]
-        return self.index == len(self.stream.bounds) or stalled > self.config.patience - 1 > -1
+        stalled = len(self.log) - 1 - self.best["line"]
+        gives_up = 0 < self.config.patience <= stalled
+        return gives_up or self.index == len(self.stream.bounds)
 
     def step(self) -> Tensor:
         """The next batch: grow, predict and record, learn; its losses ``[B]`` before learning."""
@@ -258,14 +259,11 @@ class Run:
         weights = table.logits if table.method == "darts" else table.previous
         payload = table.rows.weight.nbytes + weights.nbytes
         lifts = sum(p.nbytes for p in table.lifts.parameters())
-        state = self.optimizers[1 if len(self.optimizers) > 2 else -1].state
-        optimizer = sum(
-            v.nbytes
-            for v in state.get(table.rows.weight, {}).values()
-            if isinstance(v, Tensor) and v.dim()
-        )
+        states = [o.state.get(table.rows.weight, {}) for o in self.optimizers]
+        held = [v for state in states for v in state.values() if isinstance(v, Tensor)]
+        optimizer = sum(v.nbytes for v in held if v.dim())
         counts = {str(sum(table.sizes)): table.num_embeddings}
-        return {**_plain_memory(counts, payload, optimizer, fixed, lifts)}
+        return _plain_memory(counts, payload, optimizer, fixed, lifts)
 
     def result(self) -> RunResult:
         """Measures so far; resizable tables are compacted, as they would be served."""

@@ -326,7 +326,7 @@ class SizeSearch(nn.Module):
         if self.config.dwell:
             sizes = field.embedding.arena.row_size
             larger = sizes[(level + 1).clamp(max=len(sizes) - 1)]
-            allowed = allowed & (counters.frequency >= self.config.dwell * larger)
+            allowed = allowed & (counters.frequency >= self.config.dwell * larger.square())
         decision = deciding(level, allowed, len(field.embedding.sizes))
         # Drawn whether or not anybody decides: the same numbers on every path.
         uniform = torch.rand(len(ids), generator=self.generator, device=ids.device)

@@ -256,7 +256,7 @@ def test_a_comparison_of_a_file_in_time_order(tmp_path, capsys):
         assert record["config"]["order"] == "time"
         assert record["data"] == header["data"]
     assert {r["config"]["hidden"] for r in records if r["family"] == "esapn"} == {8}
-    assert not list((out / "checkpoints").iterdir())
+    assert not list((out / "checkpoints").glob("*"))
     captured = capsys.readouterr()
     assert "4 runs, 1 at once" in captured.out and "1 skipped" in captured.out
     assert f"wrote {out / 'report.html'}" in captured.out

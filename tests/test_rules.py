@@ -124,7 +124,7 @@ def test_random_grows_a_share(probability):
     [
         ("thresholds", (5, 20), {"threshold": 5.0}),
         ("power", (4, 8), {"power": 1.0}),
-        ("always", (6, 12), {"dwell": 1.5}),  # 1.5 times the size to come
+        ("always", (4, 16), {"dwell": 0.25}),  # a quarter of the squared size to come
     ],
 )
 def test_counts_rule_one_size_a_batch(method, least, settings):
