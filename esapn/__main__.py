@@ -130,7 +130,9 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
         "--methods", nargs="+", metavar="M", help="presets, such as esapn fixed-16 thresholds-8"
     )
     compare.add_argument("--seeds", type=int, default=5, help="runs of every method")
-    compare.add_argument("--workers", type=int, default=0, help="processes at once; 0: the cores")
+    compare.add_argument(
+        "--workers", type=int, default=0, help="processes at once; 0: one a core, or one a GPU"
+    )
     compare.add_argument("--out", type=Path, required=True, help="folder for runs and report")
 
     report = commands.add_parser("report", help="write report.html and figures of a comparison")
@@ -302,7 +304,7 @@ def _compare(args: argparse.Namespace) -> int:
     from .compare import compare, is_finished, plan
     from .report import write_json
 
-    _device(args.device)
+    device = _device(args.device)
     _check_least(1, seeds=args.seeds)
     _check_least(0, workers=args.workers, checkpoint_seconds=args.checkpoint_seconds)
     common = {
@@ -330,7 +332,8 @@ def _compare(args: argparse.Namespace) -> int:
     _make_folder(args.out / "runs", "probe")
     _keep_header(args.out / "compare.json", header, write_json)
     _say_counts(ratings)
-    workers = args.workers or _cores()
+    # One GPU is no faster for being shared.
+    workers = args.workers or (1 if device == "cuda" else _cores())
     names = ("archive", "url", "cache", "malformed")
     options = tuple((n, getattr(args, n)) for n in names if getattr(args, n) is not None)
     print(f"{len(jobs)} runs, {workers} at once, into {args.out}")
