@@ -1,7 +1,7 @@
 """The search step on ragged rows against an all-sizes implementation of the same step.
 
     python bench/search.py [--data PATH] [--task binary|multiclass] [--seed S] [--out FILE]
-    python bench/search.py --long 20000000 [--task binary|multiclass] [--seed S] [--out FILE]
+    python bench/search.py --long 20000000 [--mode paper|tuned] [--dwell C] [--out FILE]
 
 Both walk the whole stream in one process and one thread, in turns of ``--turn`` batches, on the
 same events, with the same settings, policy network, optimizer (Adam, fused) and initialisation.
@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from esapn.config import ConfigError, SearchConfig
+from esapn.config import MODES, ConfigError, SearchConfig
 from esapn.data import NUM_CLASSES, Batch, DataError, Stream, build_stream, load_ratings
 from esapn.metrics import Prequential
 from esapn.model import event_losses
@@ -304,6 +304,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--turn", type=int, default=20, help="batches per turn")
     parser.add_argument("--baseline", choices=("full", "lean"), default="full")
     parser.add_argument("--long", type=int, metavar="EVENTS", help="one search, so many events")
+    parser.add_argument("--mode", choices=tuple(MODES), default="paper", help="with --long")
+    parser.add_argument("--dwell", type=float, default=0.0, help="with --long")
     parser.add_argument("--out", type=Path, help="write the result as JSON")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -313,7 +315,16 @@ def main(argv: list[str] | None = None) -> int:
         if args.long is not None and args.data != "synthetic":
             raise ConfigError(f"--long walks the synthetic stream, not {args.data}")
         events = args.events if args.long is None else args.long
-        config = SearchConfig(data=args.data, task=args.task, seed=args.seed, events=events)
+        if args.long is None and (args.mode != "paper" or args.dwell):
+            raise ConfigError("--mode and --dwell go with --long")
+        config = SearchConfig.of_mode(
+            args.mode,
+            data=args.data,
+            task=args.task,
+            seed=args.seed,
+            events=events,
+            dwell=args.dwell,
+        )
         ratings = load_ratings(args.data, events=events, seed=args.seed)
         stream = build_stream(ratings, task=args.task, seed=args.seed)
         if args.out is not None:
