@@ -208,7 +208,7 @@ def test_time_order_is_stable():
 def test_shuffle_follows_the_seed_and_moves_rows_whole():
     ratings = make(range(100), 99 - np.arange(100), np.where(np.arange(100) < 30, 5, 1))
     one, same, other = (build_stream(ratings, seed=s, batch_size=10) for s in (1, 1, 2))
-    assert one.user.tolist() == np.random.default_rng(1).permutation(100).tolist()
+    assert one.user.tolist() == np.random.RandomState(1).permutation(100).tolist()
     assert torch.equal(one.user, same.user) and not torch.equal(one.user, other.user)
     assert torch.equal(one.item, 99 - one.user)
     assert torch.equal(one.target, (one.user < 30).byte())
