@@ -8,7 +8,7 @@ last event of every batch:
     gradient norm       exponential average of |dL/dy|
     age                 steps since it first came
 
-Training memory, 28 bytes an ID (and 4 d_n more for the look-ahead reward); none of it is served.
+Training memory, 28 bytes an ID; none of it is served.
 """
 
 from __future__ import annotations

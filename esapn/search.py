@@ -158,9 +158,9 @@ class Field(nn.Module):
         self.rule: Rule | None = rule_of(config, device)
         self.rich = config.state == "rich"
         self.looks_ahead = config.reward == "lookahead"
-        self.history = LossHistory(rows, config.history, device)
         self.register_buffer("seen", torch.zeros(rows, dtype=torch.int32, device=device))
         if self.rule is None:
+            self.history = LossHistory(rows, config.history, device)
             self.policy = Policy(
                 n_levels,
                 max_frequency=config.max_frequency,
@@ -206,7 +206,7 @@ class Field(nn.Module):
             grows = self.level < len(self.embedding.sizes) - 1
             self.trial = Trial(values, grows)
             return torch.where(grows[:, None], values, flat).view(output.shape)
-        if output.requires_grad:
+        if self.rich and output.requires_grad:
             output.register_hook(self.caught.append)
         return None
 
@@ -216,8 +216,8 @@ class Field(nn.Module):
         found = sum(g.reshape(-1, g.shape[-1]) for g in caught)
         if not isinstance(found, Tensor) or len(found) != len(self.ids):
             raise RuntimeError(
-                f"the rich state and the look-ahead reward of '{self.name}' need one lookup of all "
-                "ids given to grow, and backward, before learn"
+                f"the rich state of '{self.name}' needs one lookup of all ids given to grow, and "
+                "backward, before learn"
             )
         return found
 
@@ -256,7 +256,7 @@ class SizeSearch(nn.Module):
     Notes:
         Call :meth:`grow` before the forward pass and :meth:`learn` after backward, once a batch
         each. The policies have an Adam optimizer of their own. ``state_dict`` holds everything
-        that the future depends on: see also :meth:`extra_state`.
+        that the future depends on, sampler and Adam included.
 
     Example:
         >>> table = ResizableEmbedding(100, sizes=(2, 4))
