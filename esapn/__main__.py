@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import re
 import shutil
 import sys
@@ -15,10 +17,17 @@ import torch
 
 from .checkpoint import CheckpointError
 from .config import CHOICES, MODES, ConfigError, SearchConfig
-from .data import DataError, Ratings, Stream, build_stream, load_ratings
+from .data import DataError, Ratings, Stream, load_ratings
 from .datasets import MOVIELENS
+from .report import write_json
+from .run import device_of, stream_of
 
 CHECKPOINT_SECONDS = 60.0
+# Settings that all runs of a comparison have in common, and its command line sets.
+SHARED = (
+    *("data", "order", "order_seed", "device", "events"),
+    *("train_fraction", "batch_size", "sizes", "log_every"),
+)
 # What torch says on a GPU and on a CPU.
 OUT_OF_MEMORY = "out of memory|allocate memory"
 
@@ -116,8 +125,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
         help="many methods and seeds on one stream; the same command resumes",
         formatter_class=_Formatter,
     )
-    common = ("data", "order", "device", "train_fraction", "events", "sizes", "batch_size")
-    _add_settings(compare, (*common, "log_every"))
+    _add_settings(compare, SHARED)
     _add_data_options(compare)
     tasks = CHOICES["task"]
     compare.add_argument(
@@ -167,31 +175,14 @@ def _prepare(args: argparse.Namespace) -> tuple[SearchConfig, Ratings, Stream]:
     values = {f.name: getattr(args, f.name) for f in fields(SearchConfig)}
     values["sizes"] = tuple(values["sizes"])
     config = SearchConfig(**values)
-    device = _device(config.device)
+    device_of(config.device)
     _check_least(1, threads=args.threads)
     _check_least(0, checkpoint_seconds=args.checkpoint_seconds)
     ratings = _load(args, config.data, config.events, config.order_seed)
-    stream = build_stream(
-        ratings,
-        task=config.task,
-        order=config.order,
-        seed=config.order_seed,
-        batch_size=config.batch_size,
-        train_fraction=config.train_fraction,
-        history=config.history,
-        device=device,
-    )
+    stream = stream_of(config, ratings)
     # Last: a run that is refused leaves no folder.
     _make_folder(args.out, "result.json")
     return config, ratings, stream
-
-
-def _device(device: str) -> str:
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: no CUDA device was found")
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return device
 
 
 def _check_least(least: int, **values: float) -> None:
@@ -302,23 +293,14 @@ def _compare(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from .compare import compare, is_finished, plan
-    from .report import write_json
 
-    device = _device(args.device)
+    device = device_of(args.device)
     _check_least(1, seeds=args.seeds)
     _check_least(0, workers=args.workers, checkpoint_seconds=args.checkpoint_seconds)
-    common = {
-        "data": args.data,
-        "order": args.order,
-        "device": args.device,
-        "train_fraction": args.train_fraction,
-        "events": args.events,
-        "sizes": tuple(args.sizes),
-        "batch_size": args.batch_size,
-        "log_every": args.log_every,
-    }
+    common = {name: getattr(args, name) for name in SHARED}
+    common["sizes"] = tuple(args.sizes)
     SearchConfig(**common)
-    ratings = _load(args, args.data, args.events, 0)
+    ratings = _load(args, args.data, args.events, args.order_seed)
     header, jobs = plan(
         ratings,
         common=common,
@@ -330,7 +312,7 @@ def _compare(args: argparse.Namespace) -> int:
     )
     unfinished = [job for job in jobs if not is_finished(job)]
     _make_folder(args.out / "runs", "probe")
-    _keep_header(args.out / "compare.json", header, write_json)
+    _keep_header(args.out / "compare.json", header)
     _say_counts(ratings)
     # One GPU is no faster for being shared.
     workers = args.workers or (1 if device == "cuda" else _cores())
@@ -366,10 +348,8 @@ def _write_page(folder: Path) -> None:
         raise ConfigError(str(error)) from error
 
 
-def _keep_header(path: Path, header: dict[str, Any], write: Any) -> None:
+def _keep_header(path: Path, header: dict[str, Any]) -> None:
     """``compare.json``, unless the folder holds a comparison on other data."""
-    import json
-
     if path.exists():
         try:
             held = json.loads(path.read_text())
@@ -380,12 +360,10 @@ def _keep_header(path: Path, header: dict[str, Any], write: Any) -> None:
         if not same:
             raise ConfigError(f"{path}: is of other data or another order; use another --out")
         header["started"] = held.get("started", header["started"])
-    write(path, header)
+    write_json(path, header)
 
 
 def _cores() -> int:
-    import os
-
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -34,9 +34,9 @@ from esapn_kernels import info
 
 from . import checkpoint
 from .config import MODES, ConfigError, SearchConfig
-from .data import Ratings, Stream, build_stream, load_ratings
-from .report import forget_peak, record, write_json
-from .run import Run
+from .data import Ratings, Stream, load_ratings
+from .report import describe_data, forget_peak, record, write_json
+from .run import Run, stream_of
 
 __all__ = ["DEFAULT_METHODS", "Job", "compare", "method_settings", "resume_or_start"]
 
@@ -117,6 +117,8 @@ DEFAULT_METHODS = {
     ),
 }
 REFERENCES = {"paper": "esapn", "tuned": "esapn-dwell-0.5"}
+# What a stream depends on, beside the task and the device.
+STREAM = ("data", "events", "order", "order_seed", "train_fraction", "batch_size", "history")
 # What a comparison sets for all its runs: no method may change it.
 COMMON = (
     *("data", "events", "task", "mode", "method", "order", "order_seed", "seed", "device"),
@@ -257,22 +259,9 @@ def _ratings(data: str, events: int, seed: int, options: tuple[tuple[str, str], 
 
 
 @lru_cache(maxsize=1)
-def _stream(
-    data: str, options: tuple[tuple[str, str], ...], settings: tuple[Any, ...], device: str
-) -> tuple[Ratings, Stream]:
-    events, task, order, order_seed, batch_size, train_fraction, history = settings
-    ratings = _ratings(data, events, order_seed, options)
-    stream = build_stream(
-        ratings,
-        task=task,
-        order=order,
-        seed=order_seed,
-        batch_size=batch_size,
-        train_fraction=train_fraction,
-        history=history,
-        device=device,
-    )
-    return ratings, stream
+def _stream(config: SearchConfig, options: tuple[tuple[str, str], ...]) -> tuple[Ratings, Stream]:
+    ratings = _ratings(config.data, config.events, config.order_seed, options)
+    return ratings, stream_of(config, ratings)
 
 
 def run_job(job: Job, options: tuple[tuple[str, str], ...], seconds: float) -> tuple[str, float]:
@@ -280,9 +269,8 @@ def run_job(job: Job, options: tuple[tuple[str, str], ...], seconds: float) -> t
     torch.set_num_threads(1)
     started = time.monotonic()
     c = job.config
-    order = (c.task, c.order, c.order_seed)
-    settings = (c.events, *order, c.batch_size, c.train_fraction, c.history)
-    ratings, stream = _stream(c.data, options, settings, _device(c))
+    shared = {name: getattr(c, name) for name in (*STREAM, "task", "device")}
+    ratings, stream = _stream(SearchConfig(**shared), options)
     forget_peak()
     run = Run(c, stream)
     folder = job.folder / "checkpoints" / job.name
@@ -293,12 +281,6 @@ def run_job(job: Job, options: tuple[tuple[str, str], ...], seconds: float) -> t
     write_json(job.path, {**about, "seed": c.seed, **record(c, ratings, stream, result)})
     shutil.rmtree(folder, ignore_errors=True)
     return job.label, time.monotonic() - started
-
-
-def _device(config: SearchConfig) -> str:
-    if config.device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return config.device
 
 
 def plan(
@@ -341,18 +323,8 @@ def plan(
                     method["setting"], **{**common, "task": task, "seed": seed}, **options
                 )
                 jobs.append(Job(method["label"], config, folder, ratings.checksum))
-    cut = {name: common[name] for name in ("order", "batch_size", "train_fraction")}
-    stream = build_stream(ratings, task=tasks[0], **cut)
     header = {
-        "data": {
-            "name": ratings.name,
-            "sha256": ratings.checksum,
-            "events": len(ratings.rating),
-            "users": ratings.n_users,
-            "items": ratings.n_items,
-            "train_events": stream.n_train,
-            "counts": ratings.counts,
-        },
+        "data": describe_data(ratings, stream_of(jobs[0].config, ratings)),
         "order": common["order"],
         "tasks": tasks,
         "settings": modes,

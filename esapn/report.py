@@ -23,6 +23,7 @@ from .data import Ratings, Stream
 from .run import RunResult
 
 __all__ = [
+    "describe_data",
     "forget_peak",
     "memory_table",
     "record",
@@ -82,6 +83,19 @@ def memory_table(memory: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def describe_data(ratings: Ratings, stream: Stream) -> dict[str, Any]:
+    """What a run was made on, as JSON values."""
+    return {
+        "name": ratings.name,
+        "sha256": ratings.checksum,
+        "events": len(ratings.rating),
+        "users": ratings.n_users,
+        "items": ratings.n_items,
+        "train_events": stream.n_train,
+        "counts": ratings.counts,
+    }
+
+
 def record(
     config: SearchConfig, ratings: Ratings, stream: Stream, result: RunResult
 ) -> dict[str, Any]:
@@ -89,15 +103,7 @@ def record(
     events = result.run.measures.seen
     return {
         "config": config.to_json(),
-        "data": {
-            "name": ratings.name,
-            "sha256": ratings.checksum,
-            "events": len(ratings.rating),
-            "users": ratings.n_users,
-            "items": ratings.n_items,
-            "train_events": stream.n_train,
-            "counts": ratings.counts,
-        },
+        "data": describe_data(ratings, stream),
         "test": result.test,
         "train": result.train,
         "memory": result.memory,

@@ -24,16 +24,43 @@ from torch import Tensor, nn
 from esapn_kernels import ResizableEmbedding, optim
 
 from .biases import Biases
-from .config import SearchConfig
-from .data import NUM_CLASSES, Batch, Stream
+from .config import ConfigError, SearchConfig
+from .data import NUM_CLASSES, Batch, Ratings, Stream, build_stream
 from .metrics import Prequential
 from .model import SoftTwoTower, TwoTower, event_losses
 from .search import Counters, SizeSearch
 from .soft import SoftEmbedding
 
-__all__ = ["Run", "RunResult", "build_model"]
+__all__ = ["Run", "RunResult", "build_model", "device_of", "stream_of"]
 
 SIDES = ("user", "item")
+
+
+def device_of(name: str) -> str:
+    """``auto`` is a GPU where there is one.
+
+    Raises:
+        ConfigError: ``cuda``, and there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: no CUDA device was found")
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return name
+
+
+def stream_of(config: SearchConfig, ratings: Ratings) -> Stream:
+    """The stream that a run of ``config`` walks, on its device."""
+    return build_stream(
+        ratings,
+        task=config.task,
+        order=config.order,
+        seed=config.order_seed,
+        batch_size=config.batch_size,
+        train_fraction=config.train_fraction,
+        history=config.history,
+        device=device_of(config.device),
+    )
 
 
 def build_model(config: SearchConfig, stream: Stream) -> TwoTower | SoftTwoTower | Biases:

@@ -381,7 +381,7 @@ def test_no_memory(error, tmp_path, capsys, monkeypatch):
     def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr("esapn.__main__.build_stream", fail)
+    monkeypatch.setattr("esapn.__main__.stream_of", fail)
     assert refused(capsys, *SMALL, "--out", tmp_path).endswith("error: out of memory\n")
 
 
@@ -389,7 +389,7 @@ def test_an_error_of_the_program_is_not_hidden(tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("shapes do not match")
 
-    monkeypatch.setattr("esapn.__main__.build_stream", fail)
+    monkeypatch.setattr("esapn.__main__.stream_of", fail)
     with pytest.raises(RuntimeError, match="shapes do not match"):
         search(*SMALL, "--out", tmp_path)
 
