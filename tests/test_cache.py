@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 import esapn.cache
-from esapn.data import DataError, Ratings, build_stream, load_ratings
+from esapn.data import Ratings, build_stream, load_ratings
+from tests.helpers import refusal
 
 pl = pytest.importorskip("polars")
 
@@ -26,20 +27,7 @@ COLUMNS = {
 CODES = [[1, 0, 1, 2], [1, 2, 2, 0], COLUMNS["rating"], COLUMNS["timestamp"]]
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    """Nothing is written to the cache of whoever runs the tests."""
-    folder = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv("ESAPN_CACHE", str(folder))
-    return folder
-
-
-def refusal(call, *args, **options) -> str:
-    with pytest.raises(DataError) as caught:
-        call(*args, **options)
-    message = str(caught.value)
-    assert message and "\n" not in message
-    return message
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def write_layout(folder: Path, name: str) -> Path:

@@ -16,20 +16,17 @@ import esapn.data
 from esapn.data import (
     Batch,
     Bounds,
-    DataError,
     Ratings,
     build_stream,
     load_ratings,
     synthetic_ratings,
 )
+from tests.helpers import refusal
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    """Nothing is written to the cache of whoever runs the tests."""
-    monkeypatch.setenv("ESAPN_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def make(user, item=None, rating=None, timestamp=None) -> Ratings:
@@ -45,14 +42,6 @@ def in_order(user, item=None, rating=None, **options):
     """Build a stream that keeps the order given."""
     ratings = make(user, item, rating, np.arange(len(user)))
     return build_stream(ratings, order="time", **options)
-
-
-def refusal(call, *args, **options) -> str:
-    with pytest.raises(DataError) as caught:
-        call(*args, **options)
-    message = str(caught.value)
-    assert message and "\n" not in message
-    return message
 
 
 # Counters

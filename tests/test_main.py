@@ -264,6 +264,30 @@ def test_a_comparison_of_a_file_in_time_order(tmp_path, capsys):
     assert "esapn,hidden=8" in page and "ratings.csv" in page and "4 of 4" in page
 
 
+def test_a_comparison_on_another_shuffle(tmp_path):
+    losses = []
+    for seed in (0, 3):
+        out = tmp_path / str(seed)
+        arguments = ["--events", 400, "--batch-size", 50, "--tasks", "binary", "--seeds", 1]
+        arguments += ["--data", write_rows(tmp_path), "--methods", "biases", "--workers", 1]
+        assert (
+            main(["compare", *map(str, arguments), "--order-seed", str(seed), "--out", str(out)])
+            == 0
+        )
+        (path,) = (out / "runs").iterdir()
+        record = json.loads(path.read_text())
+        assert record["config"]["order_seed"] == seed and record["config"]["seed"] == 0
+        losses.append(record["test"]["loss"])
+    # The biases draw nothing: only the order differs.
+    assert losses[0] != losses[1]
+
+
+def write_rows(folder: Path) -> Path:
+    path = folder / "ratings.csv"
+    path.write_text(CSV + ROWS)
+    return path
+
+
 # Mistakes
 
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import esapn.reading
-from esapn.data import DataError, Ratings, load_ratings
+from esapn.data import Ratings, load_ratings
+from tests.helpers import refusal
 
 pl = pytest.importorskip("polars")
 
@@ -19,20 +20,7 @@ ROWS = [(10, 5, 4.0, 40), (3, 100, 0.5, 30), (10, 100, 3.5, 20), (20, 4, 5.0, 10
 USER, ITEM = [1, 0, 1, 2], [1, 2, 2, 0]
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    """Nothing is written to the cache of whoever runs the tests."""
-    folder = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv("ESAPN_CACHE", str(folder))
-    return folder
-
-
-def refusal(call, *args, **options) -> str:
-    with pytest.raises(DataError) as caught:
-        call(*args, **options)
-    message = str(caught.value)
-    assert message and "\n" not in message
-    return message
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def as_text(separator: str, rows=ROWS, header: str = "") -> str:
