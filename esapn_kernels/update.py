@@ -146,6 +146,8 @@ def _step_rows(
     """What a rule keeps per row, brought to this step: two numbers for every run.
 
     Adam: the decay of either moment since the row's last step. Row-wise Adagrad: the sum, twice.
+    Every warp reads the rows that it works on, one warp writes them all: the barriers keep a late
+    warp from reading what the step has written.
     """
     decay = tl.zeros_like(square)
     keep = decay
@@ -154,10 +156,12 @@ def _step_rows(
         since = step - tl.load(per_id_ptr + ids, mask=mask_run, other=0).to(tl.float64)
         decay = tl.exp2((since * RULE[3]).to(ACC))
         keep = tl.exp2((since * RULE[4]).to(ACC))
+        tl.debug_barrier()
         tl.store(per_id_ptr + ids, tl.zeros_like(ids).to(tl.int32) + step.to(tl.int32), mask_run)
     if RULE[0] == "rowwise_adagrad":
         decay = tl.load(per_id_ptr + ids, mask=mask_run, other=1.0).to(ACC) + square / D
         keep = decay
+        tl.debug_barrier()
         tl.store(per_id_ptr + ids, decay, mask_run)
     return decay, keep
 
