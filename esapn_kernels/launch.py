@@ -19,6 +19,7 @@ import torch
 from .backend import tl
 
 __all__ = [
+    "FwdConfig",
     "GroupConfig",
     "GroupedConfig",
     "LaunchConfig",
@@ -67,7 +68,6 @@ def kernel_constants(sizes: Sequence[int], page: int, dtype: torch.dtype) -> dic
     return {
         "SIZES": tuple(sizes),
         "PAGE": page,
-        "K": sum(d + 1 for d in sizes[:-1]),
         "DIM": sizes[-1],
         "ACC": accumulator(dtype),
         "PRECISION": _precision(dtype),
@@ -140,7 +140,8 @@ def choose_bwd(n_ids: int, sizes: Sequence[int], dtype: torch.dtype) -> BwdConfi
 
     168 registers a thread leave room for three blocks of four warps a multiprocessor, each with
     four rows of 16 runs in flight. Without the bound the compiler takes 201 for the rows' products
-    and 96, spilling, for the sums; 128 spills a few bytes in some rules.
+    and 96, spilling, for the sums; 128 spills a few bytes in some rules. In fp64 a bound makes it
+    spill in the rows' products, 8 warps do not, and the chain's take up to 196.
 
     Every program takes an equal share of the tiles. Those of the chain's gradient write up to
     ``(d_{n-1} + 1) d_n`` partial sums each (33 KB in the default sizes): at most 512 of them, and
@@ -150,29 +151,76 @@ def choose_bwd(n_ids: int, sizes: Sequence[int], dtype: torch.dtype) -> BwdConfi
     block_dim = _block_dim(sizes[-1], 64 if wide else 128)
     block_k = 32 if wide else 64
     half = min(block_dim, 32 if wide else 64)
-    registers = None if wide else 168
     tiles = -(-n_ids // 16) + len(sizes)
     few = min(tiles, max(264, min(tiles // 8, 512)))
     sums = {"WALK": BwdConfig.walk, "BLOCK_ROWS": 16, "BLOCK_DIM": block_dim}
     chain = {"BLOCK_ROWS": 16, "BLOCK_K": block_k, "BLOCK_DIM": half}
     rows = {"BLOCK_ROWS": 16, "BLOCK_K": block_k, "BLOCK_N": min(block_dim, 32)}
     return BwdConfig(
-        PassConfig(min(tiles, 4096), sums, 4, maxnreg=registers),
-        PassConfig(few, chain, 4, maxnreg=registers),
-        PassConfig(min(tiles, 4096), rows, 4, num_stages=3, maxnreg=registers),
+        PassConfig(min(tiles, 4096), sums, 4, maxnreg=168),
+        PassConfig(few, chain, 4, maxnreg=224 if wide else 168),
+        PassConfig(min(tiles, 4096), rows, 8, num_stages=3)
+        if wide
+        else PassConfig(min(tiles, 4096), rows, 4, num_stages=3, maxnreg=168),
     )
 
 
-def choose_fwd(n_ids: int, dim: int, dtype: torch.dtype) -> LaunchConfig:
+def alignments(sizes: Sequence[int], page: int) -> tuple[int, ...]:
+    """Per level, the largest power of two that divides the start of each of its rows.
+
+    Rows stand ``d`` apart from the start of a page: every start is a multiple of gcd(page, d). Four
+    fp32 or eight 16-bit numbers then move as one vector of 16 bytes.
+
+    >>> alignments((2, 3, 12, 128), 4096)
+    (2, 1, 4, 128)
+    """
+    common = [math.gcd(page, d) for d in sizes]
+    return tuple(c & -c for c in common)
+
+
+@dataclass(frozen=True)
+class FwdConfig:
+    """Tiles of ids by output columns; sizes go in steps of ``block_k``."""
+
+    block_rows: int
+    block_k: int
+    block_dim: int
+    num_warps: int
+
+    def constants(self, sizes: Sequence[int], page: int, dtype: torch.dtype) -> dict[str, Any]:
+        """As keyword arguments of a launch."""
+        return {
+            "SIZES": tuple(sizes),
+            "ALIGN": alignments(sizes, page),
+            "PADDED": tuple(min(pad(d), self.block_k) for d in sizes),
+            "DIM": sizes[-1],
+            "ACC": accumulator(dtype),
+            "PRECISION": _precision(dtype),
+            "BLOCK_ROWS": self.block_rows,
+            "BLOCK_DIM": self.block_dim,
+            "num_warps": self.num_warps,
+            "num_stages": 2,
+            "enable_fp_fusion": True,
+        }
+
+
+@dataclass(frozen=True)
+class GroupedConfig(FwdConfig):
+    """Tiles of rows of one size, for ``programs`` that stay."""
+
+    programs: int
+
+
+def choose_fwd(n_ids: int, dim: int, dtype: torch.dtype) -> FwdConfig:
     """Tiles of ids by tiles of output columns."""
     if dtype == torch.float64:
-        return LaunchConfig(16, 16, _block_dim(dim, 64), 4)
+        return FwdConfig(16, 16, _block_dim(dim, 64), 4)
     # Small batches get small tiles: 500 ids fill 32 programs rather than 8. Both tiles are within a
     # few bytes of spilling with 4 warps (168 registers and 255 at tf32x3), not with 8.
     if n_ids <= 4096:
         block_dim = _block_dim(dim, 128)
-        return LaunchConfig(16, 32, block_dim, 8 if block_dim == 128 else 4)
-    return LaunchConfig(32, 32, _block_dim(dim, 128), 8)
+        return FwdConfig(16, 32, block_dim, 8 if block_dim == 128 else 4)
+    return FwdConfig(32, 32, _block_dim(dim, 128), 8)
 
 
 def choose_promote(n_ids: int, dim: int, dtype: torch.dtype) -> LaunchConfig:
@@ -233,46 +281,6 @@ def choose_group(n_ids: int, n_levels: int) -> GroupConfig:
     stretch = -(-tiles // 512) * block_rows
     programs = max(-(-n_ids // stretch), 1)
     return GroupConfig(programs, stretch, levels, block_rows, max(min(512, 2048 // levels), 1))
-
-
-def alignments(sizes: Sequence[int], page: int) -> tuple[int, ...]:
-    """Per level, the largest power of two that divides the start of each of its rows.
-
-    Rows stand ``d`` apart from the start of a page: every start is a multiple of gcd(page, d). Four
-    fp32 or eight 16-bit numbers then move as one vector of 16 bytes.
-
-    >>> alignments((2, 3, 12, 128), 4096)
-    (2, 1, 4, 128)
-    """
-    common = [math.gcd(page, d) for d in sizes]
-    return tuple(c & -c for c in common)
-
-
-@dataclass(frozen=True)
-class GroupedConfig:
-    """Tiles of rows of one size, for ``programs`` that stay; sizes go in steps of ``block_k``."""
-
-    block_rows: int
-    block_k: int
-    block_dim: int
-    num_warps: int
-    programs: int
-
-    def constants(self, sizes: Sequence[int], page: int, dtype: torch.dtype) -> dict[str, Any]:
-        """As keyword arguments of a launch."""
-        return {
-            "SIZES": tuple(sizes),
-            "ALIGN": alignments(sizes, page),
-            "PADDED": tuple(min(pad(d), self.block_k) for d in sizes),
-            "DIM": sizes[-1],
-            "ACC": accumulator(dtype),
-            "PRECISION": _precision(dtype),
-            "BLOCK_ROWS": self.block_rows,
-            "BLOCK_DIM": self.block_dim,
-            "num_warps": self.num_warps,
-            "num_stages": 2,
-            "enable_fp_fusion": True,
-        }
 
 
 def choose_fwd_grouped(n_ids: int, sizes: Sequence[int], dtype: torch.dtype) -> GroupedConfig:

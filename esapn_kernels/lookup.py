@@ -146,7 +146,8 @@ def _formula(
     for k, dim in enumerate(sizes):
         if k > 0:
             weight, bias = split_chain(chain, sizes)[k - 1]
-            y = y @ weight.t() + bias
+            # Only rows of lower levels pass this hop, forward and in the derivatives.
+            y = torch.where((level < k)[:, None], y, 0) @ weight.t() + bias
         # Of a longer row only the first entries, of a shorter one also what lies behind it: both
         # are replaced or masked, and the last row's end is not passed.
         entries = start[:, None] + torch.arange(dim, device=ids.device)

@@ -1,14 +1,15 @@
 """Kernels of the forward lookup: rows of mixed sizes carried to the largest one.
 
 Memory picture: ``ids -> row_start (int32, 4 B) -> page_level (int8, one per page, cached)`` gives
-where a row begins and how long it is; rows lie in one flat ``storage``. In small batches a tile of
-rows of mixed levels becomes the sparse operand X of shape ``[rows, K]`` (see ``compose``), so all
-levels are one matrix product in one launch, without a sort,
+where a row begins and how long it is; rows lie in one flat ``storage``. Small batches take one
+launch, without a sort: a tile holds rows of mixed levels, meets the map of every level in turn, and
+each row keeps the result of its own,
 
-    Y = X composed  (+ the row itself at the last level)
+    Y = sum_k [level = k] (E_k M_k^T + c_k)        E_k: rows of level k, zeros elsewhere
 
-and blocks of K that no row of the tile touches are skipped. Large batches are grouped by level
-first (see ``group``), and a tile meets the map of its own level alone.
+Large batches are grouped by level first (see ``group``), and a tile meets one map only. Either way
+a row meets no number of another level's map that it keeps: a map that is not finite spreads no
+further than in the definition.
 
 Bytes per id, fp32: 8 (id) + 4 (location) + 4 d_k (row) + 4 d_n (out).
 """
@@ -21,92 +22,10 @@ import torch
 from torch import Tensor
 
 from . import launch
-from .backend import tl, triton
+from .backend import launch_kernel, tl, triton
 from .group import assertions, find_rows, group_by_level
-from .launch import block_constants, kernel_constants
 
 __all__ = ["launch_fwd"]
-
-
-@triton.jit
-def _operand_columns(level, SIZES: tl.constexpr):
-    """Columns of X that a row fills: the first, and how many entries (-1 if none: last level)."""
-    base = tl.zeros_like(level)
-    dim = tl.zeros_like(level) - 1
-    offset = 0
-    for k in tl.static_range(len(SIZES) - 1):
-        base = tl.where(level == k, offset, base)
-        dim = tl.where(level == k, SIZES[k], dim)
-        offset += SIZES[k] + 1
-    return base, dim
-
-
-@triton.jit
-def _operand(storage_ptr, start, base, dim, offs_k, ACC: tl.constexpr):
-    """Block of X: the row's entries, the 1 behind them, zeros elsewhere."""
-    column = offs_k[None, :] - base[:, None]  # [BLOCK_ROWS, BLOCK_K]
-    mask_entry = (column >= 0) & (column < dim[:, None])
-    x = tl.load(storage_ptr + start[:, None] + column, mask=mask_entry, other=0.0).to(ACC)
-    return tl.where(column == dim[:, None], 1.0, x).to(ACC)
-
-
-@triton.jit
-def _touches(base, dim, k, BLOCK_K: tl.constexpr):
-    """Whether any row of the tile has columns in ``[k, k + BLOCK_K)``."""
-    hit = (base < k + BLOCK_K) & (base + dim >= k)
-    return tl.max(hit.to(tl.int32), axis=0) > 0
-
-
-@triton.jit
-def _lookup_fwd_kernel(
-    ids_ptr,
-    storage_ptr,
-    composed_ptr,
-    row_start_ptr,
-    page_level_ptr,
-    out_ptr,
-    n_ids,
-    n_rows,
-    SIZES: tl.constexpr,
-    ALIGN: tl.constexpr,
-    PAGE: tl.constexpr,
-    K: tl.constexpr,
-    DIM: tl.constexpr,
-    ACC: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-):
-    offs_row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    offs_dim = tl.program_id(1) * BLOCK_DIM + tl.arange(0, BLOCK_DIM)
-    mask_dim = offs_dim < DIM
-    start = find_rows(ids_ptr, row_start_ptr, offs_row, n_ids, n_rows)
-    level = tl.load(page_level_ptr + start // PAGE, mask=start >= 0, other=-1).to(tl.int32)
-    base, dim = _operand_columns(level, SIZES)
-
-    # Rows of the last level are copied: their part of X is empty, and nothing is added to them.
-    is_copy = level == len(SIZES) - 1
-    row = start // ALIGN[len(SIZES) - 1] * ALIGN[len(SIZES) - 1]  # itself, in vectors of 16 bytes
-    acc = tl.load(
-        storage_ptr + row[:, None] + offs_dim[None, :],
-        mask=is_copy[:, None] & mask_dim[None, :],
-        other=0.0,
-    ).to(ACC)  # [BLOCK_ROWS, BLOCK_DIM]
-    for k in range(0, K, BLOCK_K):
-        if _touches(base, dim, k, BLOCK_K):
-            offs_k = k + tl.arange(0, BLOCK_K)
-            x = _operand(storage_ptr, start, base, dim, offs_k, ACC)  # [BLOCK_ROWS, BLOCK_K]
-            mask_a = (offs_k < K)[:, None] & mask_dim[None, :]
-            a = tl.load(
-                composed_ptr + offs_k[:, None] * DIM + offs_dim[None, :], mask=mask_a, other=0.0
-            )  # [BLOCK_K, BLOCK_DIM]
-            acc = tl.dot(x, a, acc, input_precision=PRECISION, out_dtype=ACC)
-    tl.store(
-        out_ptr + offs_row[:, None] * DIM + offs_dim[None, :],
-        acc.to(out_ptr.dtype.element_ty),
-        mask=(offs_row < n_ids)[:, None] & mask_dim[None, :],
-    )
 
 
 @triton.jit
@@ -148,6 +67,68 @@ def _project(
             )  # [PADDED, BLOCK_DIM]
             y = tl.dot(x, a, y, input_precision=PRECISION, out_dtype=ACC)
     return y
+
+
+@triton.jit(do_not_specialize=["n_ids", "n_rows"])
+def _lookup_fwd_kernel(
+    ids_ptr,
+    storage_ptr,
+    composed_ptr,
+    row_start_ptr,
+    page_level_ptr,
+    out_ptr,
+    n_ids,
+    n_rows,
+    SIZES: tl.constexpr,
+    ALIGN: tl.constexpr,
+    PADDED: tl.constexpr,
+    PAGE: tl.constexpr,
+    DIM: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+):
+    offs_row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    offs_dim = tl.program_id(1) * BLOCK_DIM + tl.arange(0, BLOCK_DIM)
+    mask_dim = offs_dim < DIM
+    start = find_rows(ids_ptr, row_start_ptr, offs_row, n_ids, n_rows)
+    level = tl.load(page_level_ptr + start // PAGE, mask=start >= 0, other=-1).to(tl.int32)
+
+    y = tl.zeros([BLOCK_ROWS, BLOCK_DIM], dtype=ACC)  # of ids that have no row
+    base = 0
+    for k in tl.static_range(len(SIZES)):
+        mine = level == k
+        # Rows then move in vectors of 16 bytes.
+        first = start // ALIGN[k] * ALIGN[k]
+        if k == len(SIZES) - 1:
+            row = tl.load(
+                storage_ptr + first[:, None] + offs_dim[None, :],
+                mask=mine[:, None] & mask_dim[None, :],
+                other=0.0,
+            )  # [BLOCK_ROWS, BLOCK_DIM]
+            y = tl.where(mine[:, None], row.to(ACC), y)
+        # What takes few operations is done without asking for whom: no load waits for a branch.
+        elif SIZES[k] <= 8 or tl.max(mine.to(tl.int32), axis=0) > 0:
+            projected = _project(
+                storage_ptr,
+                composed_ptr + base * DIM,
+                first,
+                mine,
+                offs_dim,
+                SIZES[k],
+                PADDED[k],
+                DIM,
+                ACC,
+                PRECISION,
+            )  # [BLOCK_ROWS, BLOCK_DIM]
+            y = tl.where(mine[:, None], projected, y)
+        base += SIZES[k] + 1
+    tl.store(
+        out_ptr + offs_row[:, None] * DIM + offs_dim[None, :],
+        y.to(out_ptr.dtype.element_ty),
+        mask=(offs_row < n_ids)[:, None] & mask_dim[None, :],
+    )
 
 
 @triton.jit
@@ -227,7 +208,9 @@ def _launch_small(
 ) -> None:
     config = launch.choose_fwd(ids.numel(), sizes[-1], storage.dtype)
     grid = (triton.cdiv(ids.numel(), config.block_rows), triton.cdiv(sizes[-1], config.block_dim))
-    _lookup_fwd_kernel[grid](
+    launch_kernel(
+        _lookup_fwd_kernel,
+        grid,
         ids,
         storage,
         composed,
@@ -236,9 +219,8 @@ def _launch_small(
         out,
         ids.numel(),
         row_start.numel(),
-        ALIGN=launch.alignments(sizes, page),
-        **kernel_constants(sizes, page, storage.dtype),
-        **block_constants(config),
+        PAGE=page,
+        **config.constants(sizes, page, storage.dtype),
         **assertions(ids),
     )
 
@@ -255,7 +237,9 @@ def _launch_grouped(
 ) -> None:
     groups = group_by_level(ids, row_start, page_level, sizes, page)
     config = launch.choose_fwd_grouped(ids.numel(), sizes, storage.dtype)
-    _lookup_grouped_kernel[(config.programs,)](
+    launch_kernel(
+        _lookup_grouped_kernel,
+        (config.programs,),
         groups.order,
         groups.start,
         groups.level_begin,

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from . import launch
-from .backend import tl, triton
+from .backend import launch_kernel, tl, triton
 from .group import find_rows
 
 __all__ = ["Runs", "find_runs", "sum_hot"]
@@ -36,7 +36,7 @@ __all__ = ["Runs", "find_runs", "sum_hot"]
 _INT32 = 32
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_ids", "n_rows"])
 def _key_kernel(
     ids_ptr,
     row_start_ptr,
@@ -66,7 +66,7 @@ def _keys_at(key_ptr, pos, n_ids, N_LEVELS: tl.constexpr, KEY: tl.constexpr):
     return tl.where(inside, key, tl.where(pos < 0, tl.zeros_like(key) - 1, no_row))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_ids"])
 def _run_count_kernel(
     key_ptr,
     count_ptr,
@@ -82,7 +82,7 @@ def _run_count_kernel(
     tl.store(count_ptr + pid, tl.sum(first.to(tl.int32), axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_ids"])
 def _run_begin_kernel(
     key_ptr,
     order_ptr,
@@ -149,7 +149,7 @@ def _sum_rows(
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_ids"])
 def _hot_kernel(
     key_ptr,
     order_ptr,
@@ -370,8 +370,16 @@ def find_runs(
     layout = key_layout(capacity, sizes, page)
     constants: dict[str, Any] = {"N_LEVELS": n_levels, "KEY": layout, **launch.SCAN}
     key = ids.new_empty(n_ids, dtype=torch.int32 if layout[3] else torch.int64)
-    _key_kernel[(triton.cdiv(n_ids, constants["BLOCK"]),)](
-        ids, row_start, page_level, key, n_ids, row_start.numel(), **constants
+    launch_kernel(
+        _key_kernel,
+        (triton.cdiv(n_ids, constants["BLOCK"]),),
+        ids,
+        row_start,
+        page_level,
+        key,
+        n_ids,
+        row_start.numel(),
+        **constants,
     )
     key, order = torch.sort(key, stable=True)
     # One position more than there are occurrences: there ends the last run.
@@ -383,9 +391,9 @@ def find_runs(
     run_start = ids.new_empty(runs, dtype=row_start.dtype)
     run_first = ids.new_empty(runs, dtype=torch.int32)
     level_begin = ids.new_empty(n_levels + 1, dtype=torch.int32)
-    _run_count_kernel[(blocks,)](key, count, n_ids, **constants)
+    launch_kernel(_run_count_kernel, (blocks,), key, count, n_ids, **constants)
     found = (run_begin, run_start, run_first, level_begin)
-    _run_begin_kernel[(blocks,)](key, order, count, *found, n_ids, **constants)
+    launch_kernel(_run_begin_kernel, (blocks,), key, order, count, *found, n_ids, **constants)
     return Runs(key, order, *found, layout)
 
 
@@ -399,7 +407,9 @@ def sum_hot(runs: Runs, rows: Tensor, n_levels: int, config: launch.BwdConfig) -
     dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
     sums = rows.new_empty(max(n_ids // hot, 1), dim, dtype=dtype)
     if n_ids >= hot:
-        _hot_kernel[(min(n_ids // hot, 1024),)](
+        launch_kernel(
+            _hot_kernel,
+            (min(n_ids // hot, 1024),),
             runs.key,
             runs.order,
             rows,
@@ -413,6 +423,7 @@ def sum_hot(runs: Runs, rows: Tensor, n_levels: int, config: launch.BwdConfig) -
             STRETCH=stretch,
             BLOCK_DIM=config.sums.blocks["BLOCK_DIM"],
             num_warps=4,
+            maxnreg=128,  # left to itself the assembler spills 8 bytes of fp64 to save some
             enable_fp_fusion=True,
         )
     return sums

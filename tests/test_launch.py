@@ -7,25 +7,20 @@ import torch
 
 from esapn_kernels import launch
 
-CHOOSERS = (
-    launch.choose_fwd,
-    launch.choose_promote,
-)
 DIMS = (1, 2, 7, 16, 33, 128, 130, 512, 4096)
 N_IDS = (1, 15, 16, 17, 500, 4096, 4097, 1 << 20, 1 << 31)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("choose", CHOOSERS, ids=lambda choose: choose.__name__)
-def test_tiles_are_legal(choose, dtype):
+def test_tiles_are_legal(dtype):
     for dim in DIMS:
         for n_ids in N_IDS:
-            config = choose(n_ids, dim, dtype)
+            config = launch.choose_promote(n_ids, dim, dtype)
             for block in (config.block_rows, config.block_k, config.block_dim):
                 # tl.arange takes powers of two, tl.dot at least 16 on every side.
                 assert block >= 16 and block & (block - 1) == 0, (dim, n_ids, config)
             assert config.num_warps in (1, 2, 4, 8, 16) and config.num_stages >= 1
-            assert config == choose(n_ids, dim, dtype)
+            assert config == launch.choose_promote(n_ids, dim, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -70,12 +65,14 @@ def test_forward_and_compose_tiles_are_legal(dtype):
     for dim in DIMS:
         for n_ids in N_IDS:
             grouped = launch.choose_fwd_grouped(n_ids, (1, dim + 1), dtype)
+            small = launch.choose_fwd(n_ids, dim + 1, dtype)
             compose = launch.choose_compose(dim, dtype)
-            for config in (grouped, compose):
+            for config in (grouped, small, compose):
                 for block in (config.block_rows, config.block_k, config.block_dim):
                     assert block >= 16 and block & (block - 1) == 0, (dim, n_ids, config)
-            padded = grouped.constants((1, dim + 1), 4096, dtype)["PADDED"]
-            assert all(16 <= p <= grouped.block_k and p & (p - 1) == 0 for p in padded)
+            for config in (grouped, small):
+                padded = config.constants((1, dim + 1), 4096, dtype)["PADDED"]
+                assert all(16 <= p <= config.block_k and p & (p - 1) == 0 for p in padded)
             # No program without a tile, and a last tile for every level.
             assert 1 <= grouped.programs <= -(-n_ids // grouped.block_rows) + 2
 
