@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from . import companions
-from .backend import resolve_backend
+from .backend import is_capturing, resolve_backend
 from .ledger import Ledger
 from .resize import NOBODY, Places, fill_rows, launch_free, launch_insert, launch_promote
 from .torch_path import gather_rows, promote_rows
@@ -67,11 +67,6 @@ def page_elements(sizes: Sequence[int], num_rows: int = 1 << 30) -> int:
 def _can_look(tensor: Tensor) -> bool:
     """Whether the host reads values without waiting for a device."""
     return tensor.device.type == "cpu"
-
-
-def _capturing(tensor: Tensor) -> bool:
-    """Whether the current stream records a CUDA graph rather than runs."""
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _upload(values: Sequence[int], device: torch.device) -> Tensor:
@@ -287,7 +282,7 @@ class Arena(nn.Module):
         """What a launch that moves up to ``rows`` rows works on."""
         self.remember_layout()
         owner = self._owner
-        if _capturing(self.free_count):
+        if is_capturing(self.free_count):
             # The graph holds the addresses: from here on nothing is replaced unasked.
             self._captured = True
             if owner is None:
@@ -307,7 +302,7 @@ class Arena(nn.Module):
 
     def _end(self) -> None:
         """Send for the counters, unless somebody is under way."""
-        quiet = _can_look(self.free_count) or _capturing(self.free_count)
+        quiet = _can_look(self.free_count) or is_capturing(self.free_count)
         if not quiet:
             self._ledger.send_for(self.free_count)
 
@@ -329,7 +324,7 @@ class Arena(nn.Module):
             Waits for the device only once a promotion was captured: the host cannot know how often
             the graph was replayed.
         """
-        if _capturing(self.free_count):
+        if is_capturing(self.free_count):
             raise RuntimeError("reserve before capturing a graph, not while it is captured")
         self.remember_layout()  # a graph would record the copying
         if self._captured:

@@ -16,6 +16,8 @@ __all__ = [
     "BACKENDS",
     "INTERPRETED",
     "TRITON_ERROR",
+    "is_capturing",
+    "launch_kernel",
     "own_precision",
     "resolve_backend",
     "tl",
@@ -33,7 +35,8 @@ class _Absent:
         return _Absent()
 
     def __call__(self, argument: Any = None, *args: Any, **kwargs: Any) -> Any:
-        return argument
+        # A decorator with arguments gives a decorator.
+        return self if argument is None else argument
 
 
 INTERPRETED = False
@@ -57,6 +60,33 @@ if TRITON_ERROR is not None:
 
 BACKENDS = ("triton", "torch", "reference")
 """Names that ``backend=`` takes besides ``"auto"``."""
+
+
+def _on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """The device of ``tensor`` as the current one; nothing where there is nothing to change."""
+    if tensor.is_cuda and torch.cuda.current_device() != tensor.get_device():
+        return torch.cuda.device(tensor.get_device())
+    return contextlib.nullcontext()
+
+
+def launch_kernel(
+    kernel: Any, grid: tuple[int, ...], first: Tensor, *args: Any, **known: Any
+) -> None:
+    """Launch a Triton kernel on the device of its first argument, in that device's stream.
+
+    Triton itself launches on the *current* device, wherever the tensors are: every launch of this
+    package goes through here.
+    """
+    with _on_device(first):
+        kernel[grid](first, *args, **known)
+
+
+def is_capturing(tensor: Tensor) -> bool:
+    """Whether the current stream of a tensor's device records a CUDA graph rather than runs."""
+    if not tensor.is_cuda:
+        return False
+    with _on_device(tensor):
+        return bool(torch.cuda.is_current_stream_capturing())
 
 
 def own_precision(tensor: Tensor) -> contextlib.AbstractContextManager[None]:

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from . import launch
-from .backend import tl, triton
+from .backend import launch_kernel, tl, triton
 from .runs import _rows_of_runs, _share, _sources, _summed
 
 __all__ = ["launch_chain_grad"]
@@ -127,7 +127,7 @@ def _chain_kernel(
         offset += SIZES[k] + 1
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_programs"])
 def _chain_sum_kernel(
     partial_ptr,
     level_begin_ptr,
@@ -197,11 +197,21 @@ def launch_chain_grad(
     columns = triton.cdiv(dim, config.blocks["BLOCK_DIM"])
     blocks = triton.cdiv(shared["SIZES"][-2], config.blocks["BLOCK_K"])
     partial = grad_composed.new_empty(config.programs, n_k, dim)
-    _chain_kernel[(config.programs, blocks, columns)](
-        *where, sums, storage, partial, **shared, K=n_k, **config.constants()
+    launch_kernel(
+        _chain_kernel,
+        (config.programs, blocks, columns),
+        *where,
+        sums,
+        storage,
+        partial,
+        **shared,
+        K=n_k,
+        **config.constants(),
     )
     level_begin = where[2]
-    _chain_sum_kernel[(n_k, columns)](
+    launch_kernel(
+        _chain_sum_kernel,
+        (n_k, columns),
         partial,
         level_begin,
         grad_composed,

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from . import launch
-from .backend import tl, triton
+from .backend import launch_kernel, tl, triton
 
 __all__ = ["Groups", "assertions", "find_rows", "group_by_level"]
 
@@ -56,7 +56,7 @@ def _is_level(
     return hit.to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_ids", "n_rows", "stretch"])
 def _group_count_kernel(
     ids_ptr,
     row_start_ptr,
@@ -82,7 +82,7 @@ def _group_count_kernel(
     tl.store(counts_ptr + pid * L + tl.arange(0, L), counts)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_ids", "stretch", "n_programs"])
 def _group_place_kernel(
     found_ptr,
     page_level_ptr,
@@ -177,7 +177,9 @@ def group_by_level(
     counts = torch.empty(config.programs, config.levels, dtype=torch.int32, device=ids.device)
     found = torch.empty_like(start)
     constants = {"N": n_levels, "PAGE": page, **config.constants()}
-    _group_count_kernel[(config.programs,)](
+    launch_kernel(
+        _group_count_kernel,
+        (config.programs,),
         ids,
         row_start,
         page_level,
@@ -189,7 +191,9 @@ def group_by_level(
         **constants,
         **assertions(ids),
     )
-    _group_place_kernel[(config.programs,)](
+    launch_kernel(
+        _group_place_kernel,
+        (config.programs,),
         found,
         page_level,
         counts,

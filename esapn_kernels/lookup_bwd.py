@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from . import launch
-from .backend import tl, triton
+from .backend import launch_kernel, tl, triton
 from .chain_grad import launch_chain_grad
 from .launch import kernel_constants
 from .runs import (
@@ -44,7 +44,7 @@ from .runs import (
     find_runs,
     sum_hot,
 )
-from .update import Update, _finish, _ids_of_runs, _step_rows, rule_constants, rule_state
+from .update import Update, _finish, _ids_of_runs, _step_rows, rule_state
 
 __all__ = ["launch_bwd", "launch_bwd_update"]
 
@@ -66,7 +66,7 @@ def _sums_kernel(
     square_ptr,
     per_id_ptr,
     clock_ptr,
-    lr_ptr,
+    numbers_ptr,
     N_LEVELS: tl.constexpr,
     PAGE: tl.constexpr,
     DIM: tl.constexpr,
@@ -114,18 +114,18 @@ def _sums_kernel(
                         BLOCK_ROWS,
                         BLOCK_DIM,
                     )
-                    if RULE[0] == "rowwise_adagrad":
+                    if RULE == "rowwise_adagrad":
                         square = tl.sum(total * total, axis=1)
                     decay, keep = _step_rows(
-                        per_id_ptr, clock_ptr, ids, square, mask_run, DIM, RULE, ACC
+                        per_id_ptr, clock_ptr, numbers_ptr, ids, square, mask_run, DIM, RULE, ACC
                     )
                     _finish(
                         storage_ptr,
                         target_ptr,
                         moment_ptr,
                         square_ptr,
-                        lr_ptr,
                         clock_ptr,
+                        numbers_ptr,
                         start,
                         mask_run,
                         offs_d,
@@ -137,7 +137,7 @@ def _sums_kernel(
                         ACC,
                     )
                 else:
-                    if RULE[0] == "rowwise_adagrad":
+                    if RULE == "rowwise_adagrad":
                         for j in range(0, DIM, BLOCK_DIM):
                             offs_d = j + tl.arange(0, BLOCK_DIM)
                             total = _run_sums(
@@ -158,7 +158,7 @@ def _sums_kernel(
                             )
                             square += tl.sum(total * total, axis=1)
                     decay, keep = _step_rows(
-                        per_id_ptr, clock_ptr, ids, square, mask_run, DIM, RULE, ACC
+                        per_id_ptr, clock_ptr, numbers_ptr, ids, square, mask_run, DIM, RULE, ACC
                     )
                     for j in range(0, DIM, BLOCK_DIM):
                         offs_d = j + tl.arange(0, BLOCK_DIM)
@@ -183,8 +183,8 @@ def _sums_kernel(
                             target_ptr,
                             moment_ptr,
                             square_ptr,
-                            lr_ptr,
                             clock_ptr,
+                            numbers_ptr,
                             start,
                             mask_run,
                             offs_d,
@@ -270,7 +270,7 @@ def _rows_level(
     square_ptr,
     per_id_ptr,
     clock_ptr,
-    lr_ptr,
+    numbers_ptr,
     first_run,
     n_runs,
     D: tl.constexpr,
@@ -306,16 +306,18 @@ def _rows_level(
             BLOCK_D,
             BLOCK_N,
         )
-        if RULE[0] == "rowwise_adagrad":
+        if RULE == "rowwise_adagrad":
             square = tl.sum(grad * grad, axis=1)
-        decay, keep = _step_rows(per_id_ptr, clock_ptr, ids, square, mask_run, D, RULE, ACC)
+        decay, keep = _step_rows(
+            per_id_ptr, clock_ptr, numbers_ptr, ids, square, mask_run, D, RULE, ACC
+        )
         _finish(
             storage_ptr,
             target_ptr,
             moment_ptr,
             square_ptr,
-            lr_ptr,
             clock_ptr,
+            numbers_ptr,
             start,
             mask_run,
             offs_d,
@@ -327,7 +329,7 @@ def _rows_level(
             ACC,
         )
     else:
-        if RULE[0] == "rowwise_adagrad":
+        if RULE == "rowwise_adagrad":
             for j in range(0, D, BLOCK_D):
                 offs_d = j + tl.arange(0, BLOCK_D)
                 grad = _row_grad(
@@ -346,7 +348,9 @@ def _rows_level(
                     BLOCK_N,
                 )
                 square += tl.sum(grad * grad, axis=1)
-        decay, keep = _step_rows(per_id_ptr, clock_ptr, ids, square, mask_run, D, RULE, ACC)
+        decay, keep = _step_rows(
+            per_id_ptr, clock_ptr, numbers_ptr, ids, square, mask_run, D, RULE, ACC
+        )
         for j in range(0, D, BLOCK_D):
             offs_d = j + tl.arange(0, BLOCK_D)
             grad = _row_grad(
@@ -369,8 +373,8 @@ def _rows_level(
                 target_ptr,
                 moment_ptr,
                 square_ptr,
-                lr_ptr,
                 clock_ptr,
+                numbers_ptr,
                 start,
                 mask_run,
                 offs_d,
@@ -398,7 +402,7 @@ def _rows_kernel(
     square_ptr,
     per_id_ptr,
     clock_ptr,
-    lr_ptr,
+    numbers_ptr,
     SIZES: tl.constexpr,
     PADS: tl.constexpr,
     PAGE: tl.constexpr,
@@ -435,7 +439,7 @@ def _rows_kernel(
                 square_ptr,
                 per_id_ptr,
                 clock_ptr,
-                lr_ptr,
+                numbers_ptr,
                 first_run,
                 level_end - first_run,
                 SIZES[k],
@@ -477,14 +481,15 @@ def _launch(
     runs = find_runs(ids, row_start, page_level, capacity=storage.numel(), sizes=sizes, page=page)
     hot = sum_hot(runs, grad_out, len(sizes), config)
     sums = composed.new_empty(runs.run_start.numel() if lower else 0, dim)
-    rule: tuple[Any, ...] = ("gradient",)
-    state = [storage] * 5
+    rule, state = "gradient", [storage] * 5
     if update is not None:
-        rule, state = rule_constants(update), rule_state(update, storage)
+        rule, state = update.rule, rule_state(update, storage)
     constants = kernel_constants(sizes, page, storage.dtype)
     shared = {name: constants[name] for name in ("PAGE", "DIM", "ACC")}
     where = (runs.run_start, runs.run_first, runs.level_begin, grad_out)
-    _sums_kernel[(config.sums.programs,)](
+    launch_kernel(
+        _sums_kernel,
+        (config.sums.programs,),
         ids,
         runs.order,
         runs.run_begin,
@@ -509,7 +514,9 @@ def _launch(
     )
     if grad_composed is not None:  # before the rows change
         launch_chain_grad(grad_composed, where, sums, storage, shared, config.chain)
-    _rows_kernel[(config.rows.programs,)](
+    launch_kernel(
+        _rows_kernel,
+        (config.rows.programs,),
         ids,
         *where,
         sums,

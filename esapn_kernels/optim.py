@@ -11,7 +11,7 @@ may be given ``module.parameters()`` as a whole: it skips the storage, which has
     rows, dense = optim.Adam(embedding), torch.optim.Adam(model.parameters())
     loss.backward()     # steps the rows
     dense.step()        # steps everything else
-    rows.step()         # brings a new learning rate to the device; see FusedOptimizer.step
+    rows.step()         # brings changed settings to the device; see FusedOptimizer.step
 
 Memory picture, per row of size d: SGD nothing, Adagrad ``4 d`` bytes, row-wise Adagrad 4, Adam
 ``8 d + 4``, in fp32 whatever the rows' own dtype (fp64 for fp64 rows). The state lies in the
@@ -36,9 +36,10 @@ from torch import Tensor
 
 from . import companions
 from .arena import Arena
+from .backend import is_capturing
 from .compose import compute_dtype
 from .module import ResizableEmbedding
-from .update import Update
+from .update import Update, rule_numbers
 
 __all__ = ["SGD", "Adagrad", "Adam", "FusedOptimizer"]
 
@@ -47,7 +48,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     """What the optimizers of this file share: attaching, the clock, and exact checkpoints.
 
     ``self.state[arena.storage]`` holds the state under ``torch.optim``'s names; there is one
-    parameter group, whose ``lr`` any scheduler of ``torch.optim.lr_scheduler`` may change.
+    parameter group, whose ``lr`` and ``betas`` any scheduler of ``torch.optim.lr_scheduler`` may
+    change.
 
     A copy (``copy.deepcopy``, pickle) of a module has no fused optimizer, and a copy of the
     optimizer is attached to nothing: build a new one and load the ``state_dict``.
@@ -59,12 +61,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         arenas = [module.arena for module in _check_modules(modules)]
         super().__init__([arena.storage for arena in arenas], defaults)
         self._arenas = arenas
-        self._lr: dict[Tensor, Tensor] = {}
-        self._shown_lr = float(defaults["lr"])
+        self._numbers: dict[Tensor, Tensor] = {}
+        self._shown = self._present()
         for arena in arenas:
             storage = arena.storage
-            dtype = torch.float64
-            self._lr[storage] = torch.full((), self._shown_lr, dtype=dtype, device=storage.device)
+            numbers = torch.tensor(self._shown, dtype=torch.float64, device=storage.device)
+            self._numbers[storage] = numbers
             state = self._fresh_state(arena)
             if state:
                 self.state[storage] = state
@@ -123,19 +125,17 @@ class FusedOptimizer(torch.optim.Optimizer):
         storage = arena.storage
         if arena.fused_optimizer is not self:
             raise RuntimeError("the fused optimizer was detached between forward and backward")
-        if storage not in self._lr or self._lr[storage].device != storage.device:
+        if storage not in self._numbers or self._numbers[storage].device != storage.device:
             raise RuntimeError(
                 "arena.storage was replaced or moved to another device after the fused optimizer "
                 "was built: build the optimizer last"
             )
-        self._bring_lr()
-        group, state = self.param_groups[0], self.state.get(storage, {})
+        self._bring()
+        state = self.state.get(storage, {})
         per_id = [state[name] for name in self.state_per_id]
         return Update(
             self.rule,
-            self._lr[storage],
-            eps=group.get("eps", 0.0),
-            betas=tuple(group.get("betas", (0.0, 0.0))),
+            self._numbers[storage],
             state=tuple(state[name] for name in self.state_per_element),
             per_id=per_id[0] if per_id else None,
             clock=self._tick(storage),
@@ -144,20 +144,30 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _tick(self, storage: Tensor) -> Tensor | None:
         return None
 
-    def _bring_lr(self) -> None:
-        lr, shown = float(self.param_groups[0]["lr"]), self._lr.values()
-        if lr == self._shown_lr:
+    def _present(self) -> tuple[float, ...]:
+        """The parameter group's settings, as the kernels take them."""
+        group = self.param_groups[0]
+        betas = group.get("betas", (0.0, 0.0))
+        return rule_numbers(float(group["lr"]), group.get("eps", 0.0), betas)
+
+    def _bring(self) -> None:
+        """Bring changed settings to the device, without waiting for it."""
+        present = self._present()
+        if present == self._shown:
             return
-        # A capture would record the number itself, and every replay write it again.
-        if any(t.is_cuda for t in shown) and torch.cuda.is_current_stream_capturing():
+        # A capture would record the numbers themselves, and every replay write them again.
+        if any(is_capturing(numbers) for numbers in self._numbers.values()):
             return
-        for tensor in shown:
-            tensor.fill_(lr)
-        self._shown_lr = lr
+        for numbers in self._numbers.values():
+            fresh = torch.tensor(
+                present, dtype=torch.float64, device="cpu", pin_memory=numbers.is_cuda
+            )
+            numbers.copy_(fresh, non_blocking=True)
+        self._shown = present
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Bring a changed ``lr`` to the device; the rows were stepped by backward.
+        """Bring changed ``lr``, ``betas`` and ``eps`` to the device; backward stepped the rows.
 
         Backward does so itself. Only the replays of a captured CUDA graph need this call, outside
         the graph. Schedulers want it before their own ``step``, as with any optimizer.
@@ -169,7 +179,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._bring_lr()
+        self._bring()
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -207,7 +217,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         # A copy is attached to nothing.
-        for name, empty in (("_arenas", []), ("_lr", {}), ("_shown_lr", 0.0)):
+        for name, empty in (("_arenas", []), ("_numbers", {}), ("_shown", ())):
             self.__dict__.setdefault(name, empty)
 
 
@@ -369,7 +379,7 @@ class Adam(FusedOptimizer):
         for index, beta in enumerate(betas):
             if not 0.0 <= beta < 1.0:
                 raise ValueError(f"Invalid beta parameter at index {index}: {beta}")
-        self._ticks: dict[Tensor, tuple[Any, Tensor, Tensor]] = {}
+        self._one: dict[Tensor, Tensor] = {}
         super().__init__(modules, {"lr": lr, "betas": tuple(betas), "eps": eps})
 
     @property
@@ -385,21 +395,14 @@ class Adam(FusedOptimizer):
         state["last_step"] = state["last_step"].to(torch.int32)
         clock = torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64, device=arena.storage.device)
         state["clock"] = clock
-        self._tick_constants(arena.storage, clock)
+        # On the device before a graph is captured.
+        self._one[arena.storage] = clock.new_tensor([1.0, 0.0, 0.0])
         return state
-
-    def _tick_constants(self, storage: Tensor, clock: Tensor) -> tuple[Tensor, Tensor]:
-        """``(1, 0, 0)`` and ``(1, beta1, beta2)``, on the device before a graph is captured."""
-        betas = self.param_groups[0]["betas"]
-        if storage not in self._ticks or self._ticks[storage][0] != betas:
-            constants = clock.new_tensor([1.0, 0.0, 0.0]), clock.new_tensor([1.0, *betas])
-            self._ticks[storage] = (betas, *constants)
-        return self._ticks[storage][1:]
 
     def _tick(self, storage: Tensor) -> Tensor:
         clock = self.state[storage]["clock"]
-        add, factor = self._tick_constants(storage, clock)
-        return torch.addcmul(add, clock, factor, out=clock)
+        factor = self._numbers[storage][:3]
+        return torch.addcmul(self._one[storage], clock, factor, out=clock)
 
 
 def _check_modules(

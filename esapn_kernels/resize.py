@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from . import launch, torch_path
-from .backend import resolve_backend, tl, triton
+from .backend import launch_kernel, resolve_backend, tl, triton
 from .launch import block_constants, kernel_constants
 
 __all__ = [
@@ -57,7 +57,7 @@ MOVE_REGISTERS = 168
 _STATES = 4
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_ids", "n_rows", "target"])
 def _claim_kernel(
     ids_ptr,
     mask_ptr,
@@ -96,7 +96,7 @@ def _claim_kernel(
     tl.atomic_min(owner_ptr + ids, offs.to(tl.int32), mask=group >= 0, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_ids"])
 def _scan_kernel(
     ids_ptr,
     owner_ptr,
@@ -237,7 +237,7 @@ def _fill(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_ids", "n_rows"])
 def _move_kernel(
     storage_ptr,
     chain_ptr,
@@ -365,7 +365,7 @@ def _move_kernel(
             hop += (SIZES[k] + 1) * SIZES[k + 1]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def _fill_rows_kernel(
     target_ptr,
     start_ptr,
@@ -486,7 +486,9 @@ def _launch(
     work = torch.empty(5, padded, dtype=places.row_start.dtype, device=ids.device)
     group, old_start, first, rank, new_start = work.unbind(0)
     flags: dict[str, Any] = {"TAKE": take, "GIVE": give}
-    _claim_kernel[(triton.cdiv(n_ids, CLAIM_IDS),)](
+    launch_kernel(
+        _claim_kernel,
+        (triton.cdiv(n_ids, CLAIM_IDS),),
         ids,
         ids if mask is None else mask.contiguous().view(torch.uint8),
         places.row_start,
@@ -508,7 +510,9 @@ def _launch(
     scan = launch.choose_scan(len(sizes))
     plan = torch.empty(4, scan["LEVELS"], dtype=torch.int64, device=ids.device)
     flags.update(HOP=hop, NOBODY=NOBODY)
-    _scan_kernel[(1,)](
+    launch_kernel(
+        _scan_kernel,
+        (1,),
         ids,
         places.owner,
         group,
@@ -531,7 +535,9 @@ def _launch(
     constants = kernel_constants(sizes, page, storage.dtype)
     kept, kept_ids = states[:_STATES], per_id[:1]
     tensors = [tensor for tensor, _ in kept] + [storage] * (_STATES - len(kept))
-    _move_kernel[(triton.cdiv(n_ids, config.block_rows),)](
+    launch_kernel(
+        _move_kernel,
+        (triton.cdiv(n_ids, config.block_rows),),
         storage,
         storage if chain is None else chain,
         ids,
@@ -610,7 +616,9 @@ def fill_rows(
         return
     for tensor, value in targets:
         config = launch.choose_promote(n_rows, sizes[-1], tensor.dtype)
-        _fill_rows_kernel[(triton.cdiv(n_rows, config.block_rows),)](
+        launch_kernel(
+            _fill_rows_kernel,
+            (triton.cdiv(n_rows, config.block_rows),),
             tensor,
             start,
             level,

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .backend import tl, triton
 
-__all__ = ["RULES", "Update", "row_table", "rule_constants", "rule_state", "update_rows"]
+__all__ = ["RULES", "Update", "row_table", "rule_numbers", "rule_state", "update_rows"]
 
 RULES = ("sgd", "adagrad", "rowwise_adagrad", "adam")
 
@@ -22,9 +21,9 @@ class Update:
 
     Attributes:
         rule: one of ``RULES``.
-        lr: fp64, 0-d, on the storage's device: a captured graph reads its present value.
-        eps: added to the denominator.
-        betas: Adam's; decay of the first and second moment.
+        numbers: fp64 ``[7]``, on the storage's device, what :func:`rule_numbers` gives: kernels
+            read the present values, so that a schedule compiles nothing anew and a captured graph
+            follows it.
         state: tensors in the arena's layout ``[capacity]``, fp32 (fp64 for fp64 rows):
             ``adagrad`` (sum,), ``adam`` (exp_avg, exp_avg_sq), else empty.
         per_id: ``[N]``: ``rowwise_adagrad`` the sum (fp32 / fp64), ``adam`` the step that last
@@ -33,12 +32,25 @@ class Update:
     """
 
     rule: str
-    lr: Tensor
-    eps: float = 0.0
-    betas: tuple[float, float] = (0.0, 0.0)
+    numbers: Tensor
     state: tuple[Tensor, ...] = ()
     per_id: Tensor | None = None
     clock: Tensor | None = None
+
+
+def rule_numbers(
+    lr: float, eps: float = 0.0, betas: tuple[float, float] = (0.0, 0.0)
+) -> tuple[float, ...]:
+    """What a rule is set to: ``(1, beta1, beta2, log2 beta1, log2 beta2, lr, eps)``.
+
+    The first three are what a step multiplies Adam's clock by.
+
+    >>> rule_numbers(0.1, betas=(0.5, 0.25))
+    (1.0, 0.5, 0.25, -1.0, -2.0, 0.1, 0.0)
+    """
+    # exp2 of any multiple of the last is 0, as a power of 0 is.
+    logs = [math.log2(beta) if beta > 0 else -1e30 for beta in betas]
+    return (1.0, *betas, *logs, lr, eps)
 
 
 def update_rows(update: Update, storage: Tensor, start: Tensor, ids: Tensor, grad: Tensor) -> None:
@@ -63,41 +75,43 @@ def update_rows(update: Update, storage: Tensor, start: Tensor, ids: Tensor, gra
 
     Example:
         >>> rows = torch.tensor([1.0, 2.0, 3.0, 4.0])
-        >>> step = Update("sgd", lr=torch.tensor(0.5, dtype=torch.float64))
+        >>> step = Update("sgd", torch.tensor(rule_numbers(lr=0.5), dtype=torch.float64))
         >>> update_rows(step, rows, torch.tensor([1]), torch.tensor([0]), torch.ones(1, 2))
         >>> rows
         tensor([1.0000, 1.5000, 2.5000, 4.0000])
     """
     storage, dim = storage.detach(), grad.shape[1]
+    *_, lr, eps = update.numbers.tolist()
     if update.rule == "sgd":
         direction = grad
     elif update.rule == "adagrad":
         table = row_table(update.state[0], dim)
         total = table.index_select(0, start).addcmul_(grad, grad)
         table.index_copy_(0, start, total)
-        direction = grad / total.sqrt_().add_(update.eps)
+        direction = grad / total.sqrt_().add_(eps)
     elif update.rule == "rowwise_adagrad":
         assert update.per_id is not None
         total = update.per_id.index_select(0, ids) + grad.square().mean(1)
         update.per_id.index_copy_(0, ids, total)
-        direction = grad / total.sqrt_().add_(update.eps)[:, None]
+        direction = grad / total.sqrt_().add_(eps)[:, None]
     elif update.rule == "adam":
         direction = _adam_direction(update, start, ids, grad)
     else:
         raise ValueError(f"rule must be one of {RULES}, got {update.rule!r}")
     table = row_table(storage, dim)
-    row = table.index_select(0, start).to(grad.dtype).sub_(direction * update.lr)
+    row = table.index_select(0, start).to(grad.dtype).sub_(direction * lr)
     table.index_copy_(0, start, row.to(storage.dtype))
 
 
 def _adam_direction(update: Update, start: Tensor, ids: Tensor, g: Tensor) -> Tensor:
     """Decayed moments take the gradient and are stored; returns their corrected quotient."""
     assert update.clock is not None and update.per_id is not None
+    _, *betas, _, _, _, eps = update.numbers.tolist()
     t = update.clock[0]
     age = t - update.per_id.index_select(0, ids)
     update.per_id[ids] = t.to(update.per_id.dtype)
     moments = []
-    for state, beta, new in zip(update.state, update.betas, (g, g * g), strict=True):
+    for state, beta, new in zip(update.state, betas, (g, g * g), strict=True):
         table = row_table(state, g.shape[1])
         # In fp64, and one number per row: the error of beta^age grows with age.
         decay = torch.pow(beta, age).to(g.dtype)[:, None]
@@ -106,7 +120,7 @@ def _adam_direction(update: Update, start: Tensor, ids: Tensor, g: Tensor) -> Te
         moments.append(moment)
     first, second = 1 - update.clock[1:]
     m, v = moments
-    return m.div_(first).div_(v.div_(second).sqrt_().add_(update.eps))
+    return m.div_(first).div_(v.div_(second).sqrt_().add_(eps))
 
 
 def row_table(flat: Tensor, dim: int) -> Tensor:
@@ -123,7 +137,7 @@ def _ids_of_runs(
 ):
     """The ids of a tile's runs, for rules that keep something per id."""
     lane = tl.arange(0, BLOCK_ROWS)
-    if RULE[0] == "adam" or RULE[0] == "rowwise_adagrad":
+    if RULE == "adam" or RULE == "rowwise_adagrad":
         first = tl.load(run_first_ptr + first_run + lane, mask=mask_run, other=0)
         occurrence = tl.where(first < 0, -1 - first, first)
         ids = tl.load(ids_ptr + occurrence, mask=mask_run, other=0).to(tl.int64)
@@ -136,6 +150,7 @@ def _ids_of_runs(
 def _step_rows(
     per_id_ptr,
     clock_ptr,
+    numbers_ptr,
     ids,
     square,
     mask_run,
@@ -151,14 +166,14 @@ def _step_rows(
     """
     decay = tl.zeros_like(square)
     keep = decay
-    if RULE[0] == "adam":
+    if RULE == "adam":
         step = tl.load(clock_ptr)
         since = step - tl.load(per_id_ptr + ids, mask=mask_run, other=0).to(tl.float64)
-        decay = tl.exp2((since * RULE[3]).to(ACC))
-        keep = tl.exp2((since * RULE[4]).to(ACC))
+        decay = tl.exp2((since * tl.load(numbers_ptr + 3)).to(ACC))
+        keep = tl.exp2((since * tl.load(numbers_ptr + 4)).to(ACC))
         tl.debug_barrier()
         tl.store(per_id_ptr + ids, tl.zeros_like(ids).to(tl.int32) + step.to(tl.int32), mask_run)
-    if RULE[0] == "rowwise_adagrad":
+    if RULE == "rowwise_adagrad":
         decay = tl.load(per_id_ptr + ids, mask=mask_run, other=1.0).to(ACC) + square / D
         keep = decay
         tl.debug_barrier()
@@ -172,8 +187,8 @@ def _finish(
     target_ptr,
     moment_ptr,
     square_ptr,
-    lr_ptr,
     clock_ptr,
+    numbers_ptr,
     start,
     mask_run,
     offs_d,
@@ -187,41 +202,35 @@ def _finish(
     """Write the gradient of a block of rows, or what the rule makes of rows and state."""
     element = start[:, None] + offs_d[None, :]  # [BLOCK_ROWS, len(offs_d)]
     mask = mask_run[:, None] & (offs_d < D)[None, :]
-    if RULE[0] == "gradient":
+    if RULE == "gradient":
         tl.store(target_ptr + element, grad.to(target_ptr.dtype.element_ty), mask=mask)
     else:
-        lr = tl.load(lr_ptr).to(ACC)
+        lr = tl.load(numbers_ptr + 5).to(ACC)
+        eps = tl.load(numbers_ptr + 6).to(ACC)
         row = tl.load(storage_ptr + element, mask=mask, other=0.0).to(ACC)
-        if RULE[0] == "sgd":
+        if RULE == "sgd":
             row -= lr * grad
-        if RULE[0] == "adagrad":
+        if RULE == "adagrad":
             total = tl.load(square_ptr + element, mask=mask, other=1.0) + grad * grad
             tl.store(square_ptr + element, total, mask=mask)
-            row -= lr * grad / (tl.sqrt(total) + RULE[5])
-        if RULE[0] == "rowwise_adagrad":
-            row -= lr * grad / (tl.sqrt(decay) + RULE[5])[:, None]
-        if RULE[0] == "adam":
+            row -= lr * grad / (tl.sqrt(total) + eps)
+        if RULE == "rowwise_adagrad":
+            row -= lr * grad / (tl.sqrt(decay) + eps)[:, None]
+        if RULE == "adam":
             correct1 = (1.0 - tl.load(clock_ptr + 1)).to(ACC)
             correct2 = (1.0 - tl.load(clock_ptr + 2)).to(ACC)
             moment = tl.load(moment_ptr + element, mask=mask, other=0.0) * decay[:, None]
-            moment += (1.0 - RULE[1]) * grad
+            moment += (1.0 - tl.load(numbers_ptr + 1)).to(ACC) * grad
             total = tl.load(square_ptr + element, mask=mask, other=1.0) * keep[:, None]
-            total += (1.0 - RULE[2]) * grad * grad
+            total += (1.0 - tl.load(numbers_ptr + 2)).to(ACC) * grad * grad
             tl.store(moment_ptr + element, moment, mask=mask)
             tl.store(square_ptr + element, total, mask=mask)
-            row -= lr * (moment / correct1) / (tl.sqrt(total / correct2) + RULE[5])
+            row -= lr * (moment / correct1) / (tl.sqrt(total / correct2) + eps)
         tl.store(storage_ptr + element, row.to(storage_ptr.dtype.element_ty), mask=mask)
 
 
-def rule_constants(update: Update) -> tuple[Any, ...]:
-    """What the kernels know of a rule when they are compiled: its name, decays and ``eps``."""
-    # exp2 of any multiple of the last is 0, as a power of 0 is.
-    logs = [math.log2(beta) if beta > 0 else -1e30 for beta in update.betas]
-    return (update.rule, *update.betas, *logs, update.eps)
-
-
 def rule_state(update: Update, storage: Tensor) -> list[Tensor]:
-    """``[moment, square, per_id, clock, lr]``; nothing is read of what a rule lacks."""
+    """``[moment, square, per_id, clock, numbers]``; nothing is read of what a rule lacks."""
     moments = [*update.state[:1], *update.state[-1:]] or [storage, storage]
     others = [storage if t is None else t for t in (update.per_id, update.clock)]
-    return [*moments, *others, update.lr]
+    return [*moments, *others, update.numbers]

@@ -10,7 +10,7 @@ from esapn_kernels.lookup import lookup
 from esapn_kernels.lookup_bwd import launch_bwd, launch_bwd_update
 from esapn_kernels.reference import lookup_grad_reference, update_reference
 from esapn_kernels.testing import assert_matches, make_case, poison_unused, row_elements
-from esapn_kernels.update import RULES, Update
+from esapn_kernels.update import RULES, Update, rule_numbers
 
 pytestmark = pytest.mark.skipif(TRITON_ERROR is not None, reason=str(TRITON_ERROR))
 PAPER = (2, 4, 8, 16, 64, 128)
@@ -86,8 +86,9 @@ def make_update(rule, case, dtype):
         per_id = per_id.int().to(device)
         clock = torch.tensor([STEP, BETAS[0] ** STEP, BETAS[1] ** STEP], dtype=torch.float64)
         clock = clock.to(device)
-    lr = torch.tensor(LR, dtype=torch.float64, device=device)
-    return Update(rule, lr, EPS, BETAS if rule == "adam" else (0.0, 0.0), state, per_id, clock)
+    numbers = rule_numbers(LR, EPS, BETAS if rule == "adam" else (0.0, 0.0))
+    numbers = torch.tensor(numbers, dtype=torch.float64, device=device)
+    return Update(rule, numbers, state, per_id, clock)
 
 
 def expected_update(case, update, dtype):
@@ -222,9 +223,9 @@ def test_rows_past_2_31_elements(device):
     composed = torch.tensor([[2.0] * 8] * 4 + [[1.0] * 8])
     ids = torch.tensor([1, 0, 1])
     grad_out = torch.ones(3, 8, dtype=torch.float16)
-    lr = torch.tensor(0.25, dtype=torch.float64)
+    update = Update("sgd", torch.tensor(rule_numbers(lr=0.25), dtype=torch.float64))
     grad = launch_bwd_update(
-        grad_out, ids, storage, composed, row_start, levels, (4, 8), page, update=Update("sgd", lr)
+        grad_out, ids, storage, composed, row_start, levels, (4, 8), page, update=update
     )
     # d e = M^T g, g = 1 or 2 in each of 8 columns: 16 and 32; e -= lr d e.
     assert storage[far : far + 8].tolist() == [i - (4 if i < 4 else 8) for i in range(8)]

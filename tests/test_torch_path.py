@@ -10,7 +10,7 @@ from esapn_kernels import torch_path
 from esapn_kernels.compose import compose, compose_bwd
 from esapn_kernels.reference import lookup_reference
 from esapn_kernels.testing import assert_matches, make_case, row_elements
-from esapn_kernels.update import Update
+from esapn_kernels.update import Update, rule_numbers
 
 PAPER = (2, 4, 8, 16, 64, 128)
 SIZES = [PAPER, (1, 3, 5, 33), (7,), (2, 512)]
@@ -179,7 +179,7 @@ def test_huge_pages_change_nothing(monkeypatch, nan_empty):
 
 
 def sgd(lr):
-    return Update("sgd", lr=torch.tensor(lr, dtype=torch.float64))
+    return Update("sgd", torch.tensor(rule_numbers(lr), dtype=torch.float64))
 
 
 @pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=name)

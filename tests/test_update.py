@@ -5,7 +5,7 @@ import torch
 
 from esapn_kernels.reference import update_reference
 from esapn_kernels.testing import assert_matches
-from esapn_kernels.update import RULES, Update, update_rows
+from esapn_kernels.update import RULES, Update, rule_numbers, update_rows
 
 N_ROWS, EPS, LR, BETAS = 9, 1e-3, 0.1, (0.8, 0.95)
 every_rule = pytest.mark.parametrize("rule", RULES)
@@ -51,8 +51,8 @@ class Table:
         if self.clock is not None:
             t = torch.tensor(float(self.step), dtype=torch.float64)
             self.clock = torch.stack([t, BETAS[0] ** t, BETAS[1] ** t])
-        lr = torch.tensor(LR, dtype=torch.float64)
-        step = Update(self.rule, lr, EPS, BETAS, self.state, self.per_id, self.clock)
+        numbers = torch.tensor(rule_numbers(LR, EPS, BETAS), dtype=torch.float64)
+        step = Update(self.rule, numbers, self.state, self.per_id, self.clock)
         update_rows(step, self.storage, self.start[rows], self.ids[rows], grad)
 
 
@@ -197,9 +197,9 @@ def test_the_definition_by_hand():
 
 
 def test_an_unknown_rule_is_refused():
-    row, lr = torch.ones(2), torch.tensor(0.1)
+    row, numbers = torch.ones(2), torch.tensor(rule_numbers(lr=0.1))
     with pytest.raises(ValueError, match="rule must be one of"):
-        update_rows(Update("lion", lr), row, torch.tensor([0]), torch.tensor([0]), torch.ones(1, 2))
+        update_rows(Update("lion", numbers), row, *torch.zeros(2, 1, dtype=int), torch.ones(1, 2))
     with pytest.raises(ValueError, match="unknown rule"):
         update_reference("lion", row, row, lr=0.1)
     assert row.tolist() == [1.0, 1.0]
