@@ -176,7 +176,7 @@ def _compose_bwd_kernel(
     mask_col = offs_col < width
     # A_{n-1} is the identity: nothing to multiply by.
     n_dim = tl.where(is_last, 0, DIM)
-    mask_last = mask_col & is_last
+    mask_last = offs_col < tl.where(is_last, width, 0)
 
     hop = 0
     base = 0

@@ -113,8 +113,9 @@ def _group_place_kernel(
         total += tl.sum(counts, axis=0)
         before += tl.sum(tl.where(offs_program[:, None] < pid, counts, 0), axis=0)
     level_begin = tl.cumsum(total, axis=0) - total
-    # Levels beyond N count nothing: entry N + 1 is the number of ids.
-    tl.store(level_begin_ptr + offs_level, level_begin, mask=(offs_level < N + 2) & (pid == 0))
+    # Levels beyond N count nothing: entry N + 1 is the number of ids. The first program writes.
+    n_entries = tl.where(pid == 0, N + 2, 0)
+    tl.store(level_begin_ptr + offs_level, level_begin, mask=offs_level < n_entries)
 
     target = level_begin + before
     begin = pid.to(tl.int64) * stretch

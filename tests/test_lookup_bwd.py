@@ -121,7 +121,7 @@ def expected_update(case, update, dtype):
             held,
             lr=LR,
             eps=EPS,
-            betas=update.betas,
+            betas=BETAS,
             step=STEP,
             last_step=last,
         )
