@@ -17,6 +17,10 @@ from esapn_kernels.testing import assert_matches
 
 PAPER = (2, 4, 8, 16, 64, 128)
 SIZES = [PAPER, (1, 3, 5, 33), (127, 130), (511, 512), (7, 128, 512), (1, 2, 3), (1, 1, 1), (4, 5)]
+# Sizes one below, at and one above whole blocks of 16, 32, 64 and 128, and multiples of them: where
+# a size fills its blocks, the bias row behind it falls into a block of its own.
+FILLED = [(15, 16, 17, 33), (16, 32, 64, 128), (31, 32, 33), (32, 64, 96), (48, 80, 112)]
+FILLED += [(63, 64, 65), (64, 65, 66)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
@@ -48,9 +52,8 @@ def with_gradient(chain, grad, sizes, dtype):
     return composed.detach(), leaf.grad
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=name)
-@pytest.mark.parametrize("sizes", SIZES, ids=name)
-def test_against_the_definition(sizes, dtype, backend, device, nan_empty):
+def check(sizes, dtype, backend, device):
+    """Both directions against the definition."""
     chain = random_chain(sizes, dtype, device)
     grad = torch.randn(operand_offsets(sizes)[-1], sizes[-1], device=device)
     accumulated = compute_dtype(dtype)
@@ -65,6 +68,24 @@ def test_against_the_definition(sizes, dtype, backend, device, nan_empty):
     # The last block is the last hop itself, and its gradient arrives unchanged but for the sums.
     last = (sizes[-2] + 1) * sizes[-1]
     assert torch.equal(composed[-sizes[-2] - 1 :].reshape(-1), chain[-last:].to(accumulated))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("sizes", SIZES, ids=name)
+def test_against_the_definition(sizes, dtype, backend, device, nan_empty):
+    check(sizes, dtype, backend, device)
+
+
+@pytest.mark.parametrize(
+    "sizes, dtype",
+    [
+        *((sizes, dtype) for dtype in (torch.float32, torch.float64) for sizes in FILLED),
+        ((128, 129, 130), torch.float32),
+    ],
+    ids=name,
+)
+def test_sizes_that_fill_a_block(sizes, dtype, backend, device, nan_empty):
+    check(sizes, dtype, backend, device)
 
 
 def test_gradient_is_the_same_every_time(backend, device):

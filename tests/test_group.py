@@ -16,6 +16,9 @@ from esapn_kernels.testing import assert_matches, make_case, poison_unused
 
 PAPER = (2, 4, 8, 16, 64, 128)
 SIZES = [PAPER, (1, 3, 5, 33), (7,), (127, 130), (2, 512), (1, 2, 3), (9, 24, 40)]
+# One below, at and one above whole blocks, and multiples of them: the bias row behind a size that
+# fills its blocks falls into a block of its own.
+FILLED = [(15, 16, 17, 33), (16, 32, 64, 128), (31, 32, 33), (63, 64, 65), (128, 144), (127, 128)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 LAUNCHERS = {"small": lookup_file._launch_small, "grouped": lookup_file._launch_grouped}
 
@@ -112,6 +115,27 @@ def test_against_the_definition(sizes, dtype, run, device, nan_empty):
     largest = case.module.sizes_of(case.ids) == sizes[-1]
     rows = [case.module.arena.read(i) for i in case.ids[largest].tolist()]
     assert torch.equal(out[largest], torch.stack(rows))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name)
+@pytest.mark.parametrize("sizes", FILLED, ids=name)
+def test_sizes_that_fill_a_block(sizes, dtype, run, device, nan_empty):
+    case = make_case(sizes, 20, 40, dtype, device)
+    out = looked_up(case, run)
+    assert_matches(out, reference(case, torch.float64), reference(case, dtype), name="output")
+
+
+@pytest.mark.parametrize("n_ids", [15, 16, 17, 32, 33, 64])
+def test_ids_that_fill_a_block(n_ids, run, device, nan_empty):
+    """So many ids altogether, and so many of every level."""
+    for dtype in (torch.float32, torch.float64):
+        case = make_case((2, 3, 16, 17), 4 * n_ids, 0, dtype, device)
+        order = torch.randperm(4 * n_ids, device=device)
+        for ids in (order[:n_ids], order):
+            part = with_ids(case, ids)
+            out = looked_up(part, run)
+            exact, eager = reference(part, torch.float64), reference(part, dtype)
+            assert_matches(out, exact, eager, name=f"output, {ids.numel()} ids")
 
 
 @pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=name)

@@ -19,6 +19,8 @@ from esapn_kernels.testing import (
 
 PAPER = (2, 4, 8, 16, 64, 128)
 SIZES = [PAPER, (1, 3, 5, 33), (1,), (7,), (127, 130), (2, 512), (1, 2, 3)]
+# One below, at and one above whole blocks, and multiples of them.
+FILLED = [(15, 16, 17), (16, 32, 33), (31, 32), (32, 64), (63, 64), (65, 128)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 PARTS = ("output", "storage gradient", "chain gradient")
 
@@ -56,6 +58,12 @@ def test_against_the_definition(sizes, dtype, backend, device, nan_empty):
     largest = case.module.sizes_of(case.ids) == sizes[-1]
     rows = torch.stack([case.module.arena.read(i) for i in case.ids[largest].tolist()])
     assert torch.equal(out[largest], rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name)
+@pytest.mark.parametrize("sizes", FILLED, ids=name)
+def test_sizes_that_fill_a_block(sizes, dtype, device, nan_empty):
+    check(make_case(sizes, 8, 9, dtype, device), "triton")
 
 
 ID_CASES = {

@@ -47,6 +47,29 @@ def test_hot_rows(traffic, device, nan_empty):
         assert torch.equal(a, b)
 
 
+def test_hot_rows_at_the_edges_of_stretches(device, nan_empty):
+    """Runs that begin, end or leave their first occurrences behind where a stretch begins."""
+    case = make_case((2, 3), 10, 0, device=device, mix=(1, 0))
+    rows = case.module.arena.row_start[:10].argsort()[:5]
+    # Positions 0, 224, 768, 1025 and 1279 of 1280, whole stretches of 256.
+    ids = rows.repeat_interleave(torch.tensor([224, 544, 257, 254, 1], device=device))
+    case = with_ids(case, ids[torch.randperm(1280, device=device)])
+    exact, eager = case.expected(), case.expected(torch.float32)
+    for part, a, x, e in zip("yeW", case.run("triton"), exact, eager, strict=True):
+        assert_matches(a, x, e, name=part)
+
+
+@pytest.mark.parametrize("n_rows", [15, 16, 17, 32])
+def test_rows_that_fill_a_block(n_rows, device, nan_empty):
+    """So many distinct rows of every level, every third of them more than once."""
+    case = make_case((2, 3, 5), 3 * n_rows, 0, device=device)
+    every = torch.arange(3 * n_rows, device=device)
+    case = with_ids(case, torch.cat([every, every[::3]]))
+    exact, eager = case.expected(), case.expected(torch.float32)
+    for part, a, x, e in zip("yeW", case.run("triton"), exact, eager, strict=True):
+        assert_matches(a, x, e, name=part)
+
+
 @pytest.mark.parametrize("programs", [1, 3])
 def test_programs_share_the_tiles(programs, device, monkeypatch, nan_empty):
     """Few programs cross levels, many leave some idle: the sums are the same to rounding."""
@@ -143,6 +166,9 @@ LAYOUTS = [
         for sizes in ((1, 3, 5, 33), (2, 130))
         for dtype in (torch.float64, torch.bfloat16, torch.float16)
     ),
+    # Sizes that fill whole blocks, and sizes of one number more.
+    ((15, 16, 32), torch.float32),
+    ((33, 65), torch.float64),
 ]
 
 

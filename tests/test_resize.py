@@ -14,6 +14,8 @@ from esapn_kernels.torch_path import promote_rows
 
 PAPER = (2, 4, 8, 16, 64, 128)
 SIZES = [PAPER, (1, 3, 5, 33), (127, 130), (2, 512), (1, 2, 3)]
+# One below, at and one above whole blocks, and multiples of them.
+FILLED = [(15, 16, 17, 33), (16, 32, 64, 128), (31, 32, 33), (63, 64, 65), (128, 144), (127, 128)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 
 
@@ -27,8 +29,14 @@ def definition(module, ids, dtype):
     return lookup_reference(ids, *operands, *arena.locations, module.sizes, arena.page)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=name)
-@pytest.mark.parametrize("sizes", SIZES, ids=name)
+@pytest.mark.parametrize(
+    "sizes, dtype",
+    [
+        *((sizes, dtype) for sizes in SIZES for dtype in DTYPES),
+        *((sizes, dtype) for sizes in FILLED for dtype in (torch.float32, torch.float64)),
+    ],
+    ids=name,
+)
 def test_the_output_stays(sizes, dtype, backend, device, nan_empty):
     case = make_case(sizes, 25, 18, dtype, device, backend=backend)
     module, ids = case.module, case.ids
