@@ -70,6 +70,15 @@ def test_rows_that_fill_a_block(n_rows, device, nan_empty):
         assert_matches(a, x, e, name=part)
 
 
+def test_more_programs_than_are_added_at_once(device, nan_empty):
+    """A level of 33 tiles, which as many programs share."""
+    case = make_case((1, 2), 33 * 16, 0, device=device, mix=(1, 0))
+    case = with_ids(case, torch.randperm(33 * 16, device=device))
+    exact, eager = case.expected(), case.expected(torch.float32)
+    for part, a, x, e in zip("yeW", case.run("triton"), exact, eager, strict=True):
+        assert_matches(a, x, e, name=part)
+
+
 @pytest.mark.parametrize("programs", [1, 3])
 def test_programs_share_the_tiles(programs, device, monkeypatch, nan_empty):
     """Few programs cross levels, many leave some idle: the sums are the same to rounding."""

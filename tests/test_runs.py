@@ -69,6 +69,20 @@ def test_ids_that_do_not_exist_are_in_no_run(ids, device):
     check(type(case)(case.module, torch.tensor([*ids, 9], device=device), case.grad_out))
 
 
+@pytest.mark.parametrize("n_ids", [1, 15, 16, 17])
+def test_no_key_is_read_beside_the_sorted_ones(n_ids, device, monkeypatch):
+    """The first key stands before itself and the last one behind: read, they would end no run."""
+    sort = torch.sort
+
+    def guarded(keys, stable):
+        keys, order = sort(keys, stable=stable)
+        return torch.cat([keys[:1], keys, keys[-1:]])[1:-1], order
+
+    monkeypatch.setattr(torch, "sort", guarded)
+    monkeypatch.setitem(launch.SCAN, "BLOCK", 16)
+    check(make_case((2, 3, 8), 25, n_ids, device=device, traffic="zipf"))
+
+
 def test_keys_of_32_and_64_bits(device, monkeypatch):
     # 30 bits of place and 2 of level fit, 31 and 2 do not.
     assert key_layout(1 << 30, (1, 2, 3), 6)[2:] == (30, 1 << 31)
