@@ -398,6 +398,39 @@ def test_insert_and_free_round_trip(level, small_steps, nan_empty):
     assert arena.storage.numel() == capacity
 
 
+@pytest.mark.parametrize("n_ids", [15, 16, 17, 64, 65, 256, 257])
+def test_ids_behind_the_last_take_no_part(n_ids, small_steps, nan_empty):
+    """So many ids of a longer tensor, at whole blocks and one beside them."""
+    module = make_case((2, 3, 8), n_ids + 8, 0, backend="triton", mix=(1, 1, 0)).module
+    arena, before = module.arena, module.sizes_of()
+    ids, mask = torch.randperm(n_ids + 8), torch.ones(n_ids + 8, dtype=torch.bool)
+    assert module.promote(ids[:n_ids], mask[:n_ids]).all()
+    consistent(arena)
+    behind = ids[n_ids:]
+    assert torch.equal(module.sizes_of(behind), before[behind])
+    assert arena.free(ids[:n_ids], backend="triton").all()
+    consistent(arena)
+    assert torch.equal(module.sizes_of(behind), before[behind])
+    assert arena.insert(ids[:n_ids], 0, backend="triton").all()
+    consistent(arena)
+
+
+@pytest.mark.parametrize("beside", [-1, 0, 1])
+def test_pages_that_are_full(beside, wide_tiles):
+    """As many rows as a page holds, two pages, and what is left: no row is lost."""
+    sizes = (64, 96)
+    per = Arena(1, sizes).rows_per_page[1]
+    arena = Arena(4 * per, sizes, level=torch.full((4 * per,), -1))
+    ids, used = torch.arange(4 * per), 0
+    for count in (per + beside, 2 * per, per - beside):
+        assert arena.insert(ids[used : used + count], 1, backend="triton").all()
+        used += count
+        consistent(arena)
+        assert int((arena.level() == 1).sum()) == used
+        assert int(arena.free_count[1]) == -used % per
+        assert int((arena.page_level == 1).sum()) == -(-used // per)
+
+
 class PerId(torch.optim.Adam):
     """Adam that also holds numbers per id, as the fused optimizers do."""
 

@@ -83,6 +83,25 @@ def test_no_key_is_read_beside_the_sorted_ones(n_ids, device, monkeypatch):
     check(make_case((2, 3, 8), 25, n_ids, device=device, traffic="zipf"))
 
 
+@pytest.mark.parametrize("n_ids", [15, 16, 17])
+def test_runs_stay_inside_their_memory(n_ids, device, monkeypatch):
+    """Ids that all differ fill it: the allocations lie between margins, which stay as they are."""
+    new_empty, buffers = torch.Tensor.new_empty, []
+
+    def guarded(self, size, **options):
+        buffers.append(new_empty(self, size + 32, **options).fill_(-7))
+        return buffers[-1][16:-16]
+
+    case = make_case((2, 3, 8), 25, 0, device=device)
+    case = type(case)(case.module, torch.randperm(25, device=device)[:n_ids], case.grad_out)
+    monkeypatch.setattr(torch.Tensor, "new_empty", guarded)
+    monkeypatch.setitem(launch.SCAN, "BLOCK", 16)
+    check(case)
+    for buffer in buffers:
+        assert (buffer[:16] == -7).all() and (buffer[-16:] == -7).all()
+    assert len(buffers) >= 6
+
+
 def test_keys_of_32_and_64_bits(device, monkeypatch):
     # 30 bits of place and 2 of level fit, 31 and 2 do not.
     assert key_layout(1 << 30, (1, 2, 3), 6)[2:] == (30, 1 << 31)
