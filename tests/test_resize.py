@@ -415,6 +415,18 @@ def test_ids_behind_the_last_take_no_part(n_ids, small_steps, nan_empty):
     consistent(arena)
 
 
+@pytest.mark.parametrize("n_rows", [5, 16])
+def test_ids_that_do_not_exist_get_no_row(n_rows):
+    arena = Arena(n_rows, (2, 4), level=torch.full((n_rows,), -1))
+    ids = torch.tensor([-1, n_rows, 0, n_rows - 1, n_rows + 1])
+    exists = [False, False, True, True, False]
+    assert arena.insert(ids, 0, backend="triton").tolist() == exists
+    consistent(arena)
+    assert arena.free(ids, backend="triton").tolist() == exists
+    consistent(arena)
+    assert (arena.level() == -1).all()
+
+
 @pytest.mark.parametrize("beside", [-1, 0, 1])
 def test_pages_that_are_full(beside, wide_tiles):
     """As many rows as a page holds, two pages, and what is left: no row is lost."""
