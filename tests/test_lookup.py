@@ -206,21 +206,30 @@ def test_kernels_give_zero_for_ids_without_a_row(device, nan_empty):
 def test_outputs_stay_inside_their_memory(device, monkeypatch):
     """The launchers' allocations lie between NaN margins; the margins stay NaN."""
     buffers = []
-    original = torch.Tensor.new_empty
+    original, original_like = torch.Tensor.new_empty, torch.empty_like
+
+    def allocated(tensor, shape, dtype):
+        inner, buffer = guarded(torch.zeros(*shape, dtype=dtype, device=tensor.device))
+        buffers.append(buffer)
+        return inner
 
     def new_empty(self, *shape, **kwargs):
         dtype = kwargs.get("dtype") or self.dtype
         if set(kwargs) - {"dtype"} or not dtype.is_floating_point or not all(shape):
             return original(self, *shape, **kwargs)
-        inner, buffer = guarded(torch.zeros(*shape, dtype=dtype, device=self.device))
-        buffers.append(buffer)
-        return inner
+        return allocated(self, shape, dtype)
+
+    def empty_like(tensor, **kwargs):
+        if kwargs or not tensor.is_floating_point() or not tensor.numel():
+            return original_like(tensor, **kwargs)
+        return allocated(tensor, tensor.shape, tensor.dtype)
 
     case = make_case((1, 3, 5, 33), 12, 21, device=device)
     monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+    monkeypatch.setattr(torch, "empty_like", empty_like)
     check_out = case.run("triton")[0]
-    # The output, sums of runs, partial sums of the chain.
-    assert check_out.isfinite().all() and len(buffers) >= 4
+    # The output, sums of runs, partial sums of the chain, gradients of both its forms.
+    assert check_out.isfinite().all() and len(buffers) >= 6
     for buffer in buffers:
         assert buffer[:64].isnan().all() and buffer[-64:].isnan().all()
 
