@@ -105,6 +105,29 @@ def test_groups_of_many_programs(n_ids, device, monkeypatch):
     assert groups.level_begin.tolist() == [int((level < k).sum()) for k in range(6)] + [n_ids]
 
 
+@pytest.mark.parametrize("n_ids", [511, 512, 513])
+def test_groups_stay_inside_their_memory(n_ids, device, monkeypatch):
+    """Every allocation lies between margins, which stay as they are."""
+    empty, buffers = torch.empty, []
+
+    def allocated(*shape, **options):
+        buffers.append(empty(torch.Size(shape).numel() + 64, **options).fill_(-7))
+        return buffers[-1][32:-32].view(shape)
+
+    def new_empty(tensor, size, **options):
+        return allocated(size, **{"dtype": tensor.dtype, "device": tensor.device, **options})
+
+    case = make_case((2, 3, 8), 30, n_ids, device=device)
+    where = (t.detach() for t in case.operands()[2:])
+    monkeypatch.setattr(torch, "empty", allocated)
+    monkeypatch.setattr(torch, "empty_like", lambda tensor: new_empty(tensor, tensor.numel()))
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+    groups = group_by_level(case.ids, *where, *case.layout.values())
+    assert groups.level_begin[-1] == n_ids and len(buffers) >= 5
+    for buffer in buffers:
+        assert (buffer[:32] == -7).all() and (buffer[-32:] == -7).all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 @pytest.mark.parametrize("sizes", SIZES, ids=name)
 def test_against_the_definition(sizes, dtype, run, device, nan_empty):
