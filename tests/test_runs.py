@@ -119,16 +119,25 @@ def test_keys_of_32_and_64_bits(device, monkeypatch):
         assert torch.equal(found.run_start[:n_runs], plain.run_start[:n_runs])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_hot_stretches(dtype, device):
+@pytest.mark.parametrize(
+    "dtype, dim",
+    [
+        *((dtype, 8) for dtype in (torch.float32, torch.bfloat16, torch.float64)),
+        # The last column falls into a block of its own.
+        (torch.float32, 129),
+        (torch.float64, 65),
+    ],
+    ids=str,
+)
+def test_hot_stretches(dtype, dim, device, nan_empty):
     case = make_case((2, 8), 6, 0, device=device)
     # Positions after sorting: 40 of row 0, 700 of one hot row, the rest of another.
     ids = torch.cat([torch.zeros(40), torch.full((700,), 1), torch.full((60,), 2)]).long()
     ids = ids[torch.randperm(800)].to(device)
     case = type(case)(case.module, ids, case.grad_out)
     runs = runs_of(case)
-    config = launch.choose_bwd(800, (2, 8), dtype)
-    hot, rows = config.walk[2], torch.randn(800, 8, device=device).to(dtype)
+    config = launch.choose_bwd(800, (2, dim), dtype)
+    hot, rows = config.walk[2], torch.randn(800, dim, device=device).to(dtype)
     sums = sum_hot(runs, rows, 2, config)
     order, key = runs.order, runs.key
     whole = 0
@@ -139,4 +148,6 @@ def test_hot_stretches(dtype, device):
             expected = rows[order[inside]].double().sum(0)
             tolerance = {"rtol": 1e-5, "atol": 1e-4}
             torch.testing.assert_close(sums[chunk].double(), expected, **tolerance)
+        else:
+            assert sums[chunk].isnan().all()
     assert whole >= 1
