@@ -19,7 +19,7 @@ PAPER = (2, 4, 8, 16, 64, 128)
 SIZES = [PAPER, (1, 3, 5, 33), (127, 130), (511, 512), (7, 128, 512), (1, 2, 3), (1, 1, 1), (4, 5)]
 # Sizes one below, at and one above whole blocks of 16, 32, 64 and 128, and multiples of them: where
 # a size fills its blocks, the bias row behind it falls into a block of its own.
-FILLED = [(15, 16, 17, 33), (16, 32, 64, 128), (31, 32, 33), (32, 64, 96), (48, 80, 112)]
+FILLED = [(15, 16, 17, 33), (16, 32, 64, 128), (31, 32, 33), (32, 64, 96)]
 FILLED += [(63, 64, 65), (64, 65, 66)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 

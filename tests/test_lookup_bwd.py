@@ -175,8 +175,7 @@ LAYOUTS = [
         for sizes in ((1, 3, 5, 33), (2, 130))
         for dtype in (torch.float64, torch.bfloat16, torch.float16)
     ),
-    # Sizes that fill whole blocks, and sizes of one number more.
-    ((15, 16, 32), torch.float32),
+    # One number more than whole blocks.
     ((33, 65), torch.float64),
 ]
 
