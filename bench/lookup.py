@@ -238,7 +238,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if INTERPRETED and args.device != "cpu" and torch.cuda.is_available():
         parser.error("TRITON_INTERPRET is set: interpreted kernels are not timed")
     if args.plot is not None and find_spec("matplotlib") is None:
-        parser.error("argument --plot: needs matplotlib: pip install esapn-kernels[bench]")
+        how = "pip install 'esapn-kernels[bench]'"
+        parser.error(f"argument --plot: needs matplotlib; to install: {how}")
     for name in ("out", "plot"):
         path = getattr(args, name)
         try:

@@ -19,6 +19,7 @@ from .checkpoint import CheckpointError
 from .config import CHOICES, MODES, ConfigError, SearchConfig
 from .data import DataError, Ratings, Stream, load_ratings
 from .datasets import MOVIELENS
+from .extras import needs
 from .report import write_json
 from .run import device_of, stream_of
 
@@ -210,8 +211,7 @@ def _check_extras(*more: str) -> None:
     needed = ("tqdm", "torchmetrics", "matplotlib", *more)
     missing = [n for n in needed if find_spec(n) is None]
     if missing:
-        names = ", ".join(missing)
-        raise ConfigError(f"this needs {names}: pip install 'esapn-kernels[train]' {names}")
+        raise ConfigError(needs("this", missing))
 
 
 def _say_counts(ratings: Ratings) -> None:

@@ -30,6 +30,7 @@ from .cache import (
     write_json,
     writing,
 )
+from .extras import needs
 from .reading import DataError, fail
 
 LICENCE = (
@@ -186,7 +187,7 @@ def _download(dataset: Dataset, url: str | None, folder: Path) -> tuple[str, Pat
         import pooch  # type: ignore[import-untyped]
         from tqdm import tqdm  # noqa: F401
     except ImportError:
-        fail(name, "downloads need pooch and tqdm: pip install 'esapn-kernels[train]'")
+        fail(name, needs("a download", ["pooch", "tqdm"]))
     if not url.lower().startswith(("https://", "http://")):
         fail(name, f"url must begin with https:// or http://, got {url!r}")
     md5 = dataset.md5 or _published_sum(name, f"{url}.md5")

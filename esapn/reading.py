@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple, NoReturn
 
 import numpy as np
 
+from .extras import needs
+
 if TYPE_CHECKING:
     import polars as pl
 
@@ -104,7 +106,7 @@ def read_columns(path: Path, kind: str, *, name: str, malformed: str = "refuse")
     try:
         import polars as pl
     except ImportError:
-        fail(name, "reading files needs polars: pip install 'esapn-kernels[train]'")
+        fail(name, needs("a file", ["polars"]))
     checker = _Checker(keep_going=malformed == "skip")
     try:
         blocks = _parquet_blocks if kind == ".parquet" else _text_blocks

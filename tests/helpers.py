@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from typing import Any
 
 import pytest
@@ -17,6 +19,18 @@ def refusal(call, *args, **options) -> str:
     message = str(caught.value)
     assert message and "\n" not in message
     return message
+
+
+def install_command(message: str) -> list[str]:
+    """The words of the command that ends a message about packages; pip must understand them."""
+    why, found, command = message.strip().partition("; to install: ")
+    assert found and why and "pip install" not in why, message
+    words = shlex.split(command)
+    assert words[:2] == ["pip", "install"] and len(words) > 2, message
+    # Quoted where a shell would take brackets for a pattern, and nothing else among the words.
+    assert shlex.join(words) == command, message
+    assert all(re.fullmatch(r"[a-z0-9-]+(\[[a-z]+\])?", word) for word in words[2:]), message
+    return words
 
 
 def same(one: Any, two: Any, where: str = "", ignoring: tuple[str, ...] = ()) -> None:

@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.helpers import install_command
+
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "bench" / "lookup.py"
 SMALL = {2: 5, 4: 4, 8: 3, 16: 3, 64: 2, 128: 6}
@@ -147,6 +149,15 @@ def test_user_errors(bench: Any, capsys: Any, arguments: list[str], message: str
     out, err = capsys.readouterr()
     assert stop.value.code == 2
     assert not out and message in err and err.count("\n") == 1
+
+
+def test_without_matplotlib(bench: Any, capsys: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(bench, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        bench.main(["--plot", "x.png"])
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and "argument --plot: needs matplotlib; " in line
+    assert install_command(line) == ["pip", "install", "esapn-kernels[bench]"]
 
 
 def test_user_error_from_a_shell() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import fields
@@ -14,10 +15,11 @@ import pytest
 import torch
 
 from esapn import checkpoint
-from esapn.__main__ import main
+from esapn.__main__ import _parse, main
 from esapn.config import CHOICES, MODES, SearchConfig
 from esapn.data import build_stream, load_ratings
 from esapn.run import Run
+from tests.helpers import install_command
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["--events", "600", "--batch-size", "50", "--hidden", "8"]
@@ -384,12 +386,42 @@ def test_an_earlier_result_survives_a_mistake(tmp_path, capsys):
     assert (tmp_path / "result.json").read_text() == "earlier"
 
 
-@pytest.mark.parametrize("package", ["tensorboard", "tqdm", "torchmetrics", "matplotlib"])
-def test_a_package_that_is_missing(package, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("esapn.__main__.find_spec", lambda name: None if name == package else name)
+@pytest.mark.parametrize(
+    ("missing", "named", "installed"),
+    [
+        (["tensorboard"], "tensorboard", ["tensorboard"]),
+        (["tqdm"], "tqdm", ["esapn-kernels[train]"]),
+        (["torchmetrics"], "torchmetrics", ["esapn-kernels[train]"]),
+        (["matplotlib", "tqdm"], "tqdm and matplotlib", ["esapn-kernels[train]"]),
+        (
+            ["tqdm", "torchmetrics", "matplotlib", "tensorboard"],
+            "tqdm, torchmetrics, matplotlib and tensorboard",
+            ["esapn-kernels[train]", "tensorboard"],
+        ),
+    ],
+)
+def test_packages_that_are_missing(missing, named, installed, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("esapn.__main__.find_spec", lambda n: None if n in missing else n)
     line = refused(capsys, *SMALL, "--tensorboard", "--out", tmp_path / "out")
-    assert f"this needs {package}: pip install 'esapn-kernels[train]' {package}" in line
+    assert f"error: this needs {named}; to install: " in line
+    assert install_command(line) == ["pip", "install", *installed]
     assert not (tmp_path / "out").exists()
+
+
+def test_every_command_on_a_page_is_taken():
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages).replace("\\\n", " ")
+    # A line of a block, or a quotation that is more than the name of a command.
+    found = re.findall(r"^ *(python -m esapn (?:search|compare|report) .+)$", text, re.MULTILINE)
+    found += re.findall(r"`(python -m esapn (?:search|compare|report) [^`]+)`", text)
+    assert len(found) >= 9
+    for command in found:
+        words = shlex.split(command, comments=True)
+        assert shlex.join(words) == " ".join(re.sub(" #.*", "", command).split()), command
+        try:
+            _parse(words[3:])
+        except SystemExit:
+            pytest.fail(f"not taken: {command}")
 
 
 @pytest.mark.parametrize(
