@@ -202,7 +202,7 @@ def _keyed_jagged(batch: Any) -> tuple[Sequence[str], Sequence[Tensor], Sequence
             f"got {type(batch).__name__}"
         )
     keys, values, lengths = list(batch.keys()), batch.values(), batch.lengths()
-    lengths = lengths.view(len(keys), -1)
+    lengths = lengths.view(len(keys), lengths.numel() // max(len(keys), 1))
     if callable(getattr(batch, "length_per_key", None)):
         counts = batch.length_per_key()
     else:

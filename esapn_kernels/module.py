@@ -379,7 +379,7 @@ class ResizableEmbedding(nn.Module):
     def _table(self) -> Tensor:
         """The rows of a module of one size, ``[N, d]``: a view of the storage."""
         storage = self.arena.storage
-        return storage.view(storage.numel() // self.embedding_dim, -1)[: self.num_embeddings]
+        return storage.view(-1, self.embedding_dim)[: self.num_embeddings]
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
@@ -441,7 +441,7 @@ class ResizableEmbedding(nn.Module):
             # The ids are looked at so that the spare rows can stay: cutting them off would cost a
             # copy of the gradient.
             check_ids(ids, self.num_embeddings)
-            table = storage.view(storage.numel() // self.embedding_dim, -1)
+            table = storage.view(-1, self.embedding_dim)
         else:
             check_ids(ids, self.num_embeddings, look=False)
             table = self._table()

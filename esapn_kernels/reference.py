@@ -73,7 +73,8 @@ def lookup_reference(
         for weight, bias in hops[level:]:
             e = weight @ e + bias
         out.append(e)
-    flat = torch.stack(out) if out else storage.new_empty(0, sizes[-1])
+    # No row at all: still a function of both, whose gradients are zeros.
+    flat = torch.stack(out) if out else storage[:0].view(0, sizes[-1]) + chain[:0].sum()
     return flat.view(*ids.shape, sizes[-1])
 
 

@@ -69,6 +69,33 @@ def test_bags(make, mode, padding_idx, bags):
     torch.testing.assert_close(ours.chain.grad, chain.grad)
 
 
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+@pytest.mark.parametrize("sizes", [(D,), SIZES], ids=["one", "ragged"])
+def test_no_rows(mode, sizes):
+    nothing = IDS[:0]
+    ours = ResizableEmbeddingBag(0, D, sizes=sizes, mode=mode)
+    theirs = nn.EmbeddingBag(0, D, mode=mode)
+    for bags in (
+        (nothing, nothing),
+        (nothing, torch.tensor([0])),
+        (nothing, torch.tensor([0, 0])),
+        (nothing.view(0, 3), None),
+    ):
+        out = ours(*bags)
+        assert torch.equal(out, theirs(*bags))
+        out.sum().backward()
+    for bags in ((torch.tensor([0]), ZERO), (torch.tensor([[0, 1]]), None)):
+        for module in (ours, theirs):
+            with pytest.raises(RuntimeError):
+                module(*bags)
+    assert ours.weight.shape == ours.to_embedding().weight.shape == (0, D)
+    again = ResizableEmbeddingBag.from_embedding(theirs)
+    assert torch.equal(again(nothing, ZERO), theirs(nothing, ZERO))
+    again.load_state_dict(ResizableEmbeddingBag.from_embedding(theirs).state_dict())
+    assert repr(again) == repr(theirs).replace("EmbeddingBag(", "ResizableEmbeddingBag(")
+    assert ours.promote(nothing).shape == (0,) and ours.memory_report().payload == 0
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_one_size_sums_the_same_bits(dtype):
     ours = seeded(ONE, mode="sum", dtype=dtype)

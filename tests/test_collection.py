@@ -110,10 +110,12 @@ class Batch:
         return list(self.lists)
 
     def values(self):
-        return torch.tensor([i for of_key in self.lists.values() for line in of_key for i in line])
+        ids = [i for of_key in self.lists.values() for line in of_key for i in line]
+        return torch.tensor(ids, dtype=torch.long)
 
     def lengths(self):
-        return torch.tensor([len(line) for of_key in self.lists.values() for line in of_key])
+        found = [len(line) for of_key in self.lists.values() for line in of_key]
+        return torch.tensor(found, dtype=torch.long)
 
 
 @pytest.mark.parametrize("counts", [True, False])
@@ -135,6 +137,33 @@ def test_features_left_out_and_empty():
     assert out["user"].shape == (0, 2, 8) and out["item"].shape == (1, 8)
     assert tables({}) == {} and tables.promote({}) == {}
     assert tables.promote({"user": empty})["user"].shape == (0, 2)
+
+
+@pytest.mark.parametrize("sizes", [(8,), SIZES], ids=["one", "ragged"])
+@pytest.mark.parametrize("tables", [{"a": 0}, {"a": 0, "b": 3}, {"b": 3, "a": 0}], ids=str)
+def test_tables_without_rows(tables, sizes):
+    module = ResizableEmbeddingCollection(tables, sizes=sizes)
+    nothing = torch.zeros(2, 0, dtype=torch.long)
+    out = module({"a": nothing})
+    assert out["a"].shape == (2, 0, 8)
+    out["a"].sum().backward()
+    assert module({}) == {} and module.sizes_of()["a"].shape == (0,)
+    assert module.promote({"a": nothing})["a"].shape == (2, 0)
+    assert module.resize({"a": nothing}, 8)["a"].shape == (2, 0)
+    for call in (module, module.promote):
+        with pytest.raises(IndexError, match="out of range"):
+            call({"a": torch.tensor([0])})
+    assert module.to_embeddings()["a"].weight.shape == (0, 8)
+    assert module.memory_report().fixed == 32 * sum(tables.values()) and "'a': 0" in repr(module)
+    other = ResizableEmbeddingCollection(tables, sizes=sizes)
+    other.load_state_dict(module.state_dict())
+    assert copy.deepcopy(other)({"a": nothing})["a"].shape == (2, 0, 8)
+    found = module(Batch({"a": [[], []]}))["a"]
+    assert found.values.shape == (0, 8) and found.lengths.tolist() == [0, 0]
+
+
+def test_a_batch_without_keys():
+    assert build()(Batch({})) == {}
 
 
 def test_saving_and_copying():

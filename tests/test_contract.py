@@ -203,6 +203,92 @@ def test_indices(make, ids):
     out.sum().backward()
 
 
+NOTHING = torch.zeros(0, dtype=torch.long)
+
+
+def gradients(module):
+    """Of all parameters but the hops of one size, which are none."""
+    one_size = not isinstance(module, nn.Embedding) and len(module.sizes) == 1
+    found = [module.arena.storage] if one_size else list(module.parameters())
+    assert all(p.grad is not None for p in found)
+    return [p.grad for p in found]
+
+
+RAGGED_SMALLEST = partial(ResizableEmbedding, sizes=SIZES)
+
+
+@pytest.mark.parametrize("make", [nn.Embedding, ONE, RAGGED_SMALLEST], ids=CLASSES)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"sparse": True}, {"scale_grad_by_freq": True}, {"max_norm": 1.0}, {"out_dtype": 1}],
+    ids=str,
+)
+def test_no_rows(make, options):
+    if "max_norm" in options and make is RAGGED_SMALLEST:
+        options = {"backend": "reference"}
+    if "out_dtype" in options:
+        options = {} if make is nn.Embedding else {"out_dtype": torch.float64}
+    module = make(0, D, **options)
+    for ids in (NOTHING, NOTHING.int(), NOTHING.view(0, 3), NOTHING.view(2, 0)):
+        out = module(ids)
+        assert out.shape == (*ids.shape, D)
+        out.sum().backward()
+        # torch speaks of its index_select here, and raises what that does.
+        with pytest.raises((IndexError, RuntimeError) if make is nn.Embedding else IndexError):
+            module(torch.zeros(1, dtype=ids.dtype))
+    assert gradients(module) and not any(g.to_dense().any() for g in gradients(module))
+    assert module.weight.shape == (0, D) and "Embedding(0, 4" in repr(module)
+    module.zero_grad()
+    module.weight.sum().backward()
+    for assign in (False, True):
+        other = make(0, D, **options)
+        other.load_state_dict(module.state_dict(), assign=assign)
+        assert other(NOTHING).shape == copy.deepcopy(other)(NOTHING).shape == (0, D)
+    empty = make(0, D, device="meta", **options).to_empty(device="cpu")
+    empty.reset_parameters()
+    assert empty(NOTHING).shape == (0, D)
+
+
+@pytest.mark.parametrize("make", [ONE, RAGGED_SMALLEST], ids=["one", "ragged"])
+def test_no_rows_of_ours(make):
+    module = make(0, D)
+    plain = module.to_embedding()
+    assert plain.weight.shape == (0, D)
+    assert ResizableEmbedding.from_embedding(plain)(NOTHING).shape == (0, D)
+    assert ResizableEmbedding.from_pretrained(plain.weight).weight.shape == (0, D)
+    for call in (
+        lambda: module.promote(NOTHING),
+        lambda: module.promote(NOTHING, NOTHING.bool()),
+        lambda: module.resize(NOTHING, D),
+        lambda: module.sizes_of(NOTHING),
+        lambda: module.sizes_of(),
+    ):
+        assert call().shape == (0,)
+    for call in (module.promote, module.sizes_of):
+        with pytest.raises(IndexError):
+            call(torch.tensor([0]))
+    report = module.memory_report()
+    assert report.payload == report.fixed == 0 and sum(report.rows_per_size.values()) == 0
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    assert compiled(NOTHING).shape == (0, D)
+    assert torch.export.export(module, (NOTHING,)).module()(NOTHING).shape == (0, D)
+    # Room for rows, and still none of them.
+    module.reserve(5)
+    assert module(NOTHING).shape == module.weight.shape == (0, D)
+    module.compact()
+    assert module(NOTHING).shape == module.weight.shape == (0, D)
+
+
+@every_class
+def test_no_ids_have_a_gradient_of_zeros(make):
+    modules = [make(N, D)]
+    if make is not nn.Embedding:
+        modules.append(make(N, D, backend="reference"))
+    for module in modules:
+        module(NOTHING).sum().backward()
+        assert not any(g.any() for g in gradients(module))
+
+
 @every_class
 def test_jagged_indices(make):
     module = make(N, D)
