@@ -386,13 +386,17 @@ class ResizableEmbedding(nn.Module):
             raise AttributeError(_READ_ONLY)
         super().__setattr__(name, value)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """Look up ``ids`` of any shape, jagged too; returns ``[*ids.shape, embedding_dim]``.
+    def forward(self, input: Tensor) -> Tensor:
+        """Look up ids; returns ``[*input.shape, embedding_dim]``.
+
+        Args:
+            input: ids, int32 or int64, of any shape, jagged too; torch's name for them.
 
         Raises:
             IndexError: an id out of range (on a GPU: an asynchronous device assertion).
             RuntimeError: ids that are neither int32 nor int64.
         """
+        ids = input
         if isinstance(ids, Tensor) and ids.is_nested:
             jagged: Any = ids
             rows = ResizableEmbedding.forward(self, jagged.values())

@@ -1,6 +1,7 @@
 """bag.py: ResizableEmbeddingBag beside nn.EmbeddingBag, asked of torch at run time."""
 
 import copy
+import inspect
 from functools import partial
 
 import pytest
@@ -67,6 +68,18 @@ def test_bags(make, mode, padding_idx, bags):
     rows.backward(theirs.weight.grad)
     torch.testing.assert_close(arena.storage.grad, storage.grad)
     torch.testing.assert_close(ours.chain.grad, chain.grad)
+
+
+@pytest.mark.parametrize("make", [nn.EmbeddingBag, ONE, RAGGED], ids=["torch", "one", "ragged"])
+def test_arguments_by_name(make):
+    for name in ("forward", "__init__", "from_pretrained"):
+        theirs = list(inspect.signature(getattr(nn.EmbeddingBag, name)).parameters)
+        ours = list(inspect.signature(getattr(ResizableEmbeddingBag, name)).parameters)
+        assert ours[: len(theirs)] == theirs
+    module = make(N, D, mode="sum")
+    offsets, weights = torch.tensor([0, 3]), torch.arange(7.0)
+    out = module(offsets=offsets, per_sample_weights=weights, input=IDS)
+    assert torch.equal(out, module(IDS, offsets, weights))
 
 
 @pytest.mark.parametrize("mode", ["sum", "mean", "max"])

@@ -86,6 +86,16 @@ def test_signature():
         assert (a.name, a.kind, a.default) == (b.name, b.kind, b.default)
 
 
+@every_class
+def test_arguments_by_name(make):
+    expected = list(inspect.signature(nn.Embedding.forward).parameters)
+    assert list(inspect.signature(ResizableEmbedding.forward).parameters) == expected
+    module = make(N, D)
+    assert torch.equal(module(input=IDS), module(IDS))
+    exported = torch.export.export(module, (), {"input": IDS}).module()
+    torch.testing.assert_close(exported(input=IDS), module(IDS))
+
+
 @our_classes
 @pytest.mark.parametrize(
     "options",
