@@ -28,7 +28,7 @@ import numpy as np
 from .reading import Columns, DataError, fail, read_columns
 
 # Part of the manifest: raised when the meaning of the columns changes, so that old ones go.
-_FORMAT = 1
+_FORMAT = 2
 _COLUMNS = {
     "user": ("int32", "int64"),
     "item": ("int32", "int64"),

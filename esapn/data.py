@@ -167,7 +167,8 @@ def load_ratings(
     Returns:
         The ratings in file order, duplicates and rows out of time order included. Raw IDs may be
         integers or strings; codes follow their sorted order, numeric where every ID is a 64-bit
-        integer written plainly (`7`, not `007`). Blanks around a text value do not count.
+        integer written plainly (`7`, not `007`). Blanks around a text value do not count,
+        and lines of nothing but blanks are no rows.
 
     Raises:
         DataError: for anything that cannot be taken as it stands. No row is dropped but for

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -33,7 +34,10 @@ _ALIASES = {
     "timestamp": ("timestamp",),
 }
 _FIELDS = tuple(_ALIASES)
+_BLANKS = " \r"  # what a line may hold that is no row; a tab is a separator
 _WIDTH = "wrong number of fields"
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_HEADER_BYTES = 1 << 20  # a line of the header has no more
 _BLOCK_BYTES = 1 << 24
 _BLOCK_ROWS = 1 << 19
 
@@ -43,8 +47,11 @@ class DataError(ValueError):
 
 
 def fail(name: str, what: str) -> NoReturn:
-    """Raise `DataError` in one line: parser messages and odd file names may hold line breaks."""
-    raise DataError(" ".join(f"{name}: {what}".split()))
+    """Raise `DataError` in one line: parser messages and odd names may hold anything."""
+    line = " ".join(f"{name}: {what}".split())
+    raise DataError(
+        "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    )
 
 
 @dataclass(frozen=True)
@@ -295,12 +302,11 @@ def _parquet_blocks(path: Path, kind: str, name: str) -> Iterator[_Block]:
 def _text_blocks(path: Path, kind: str, name: str) -> Iterator[_Block]:
     """Cut lines at the separator, and from the first quote of a CSV on read as CSV in full."""
     with path.open("rb") as file:
+        if file.read(len(_BYTE_ORDER_MARK)) != _BYTE_ORDER_MARK:
+            file.seek(0)
         header: list[str] = []
         if kind == ".csv":
-            line = file.readline().removeprefix(b"\xef\xbb\xbf")
-            while line and not line.strip():
-                line = file.readline()
-            header = next(csv.reader([line.decode()]), [])
+            header = _read_header(file, name)
             columns = _pick_columns(name, header)
             places = {field: header.index(raw) for field, raw in columns.items()}
         else:
@@ -313,6 +319,28 @@ def _text_blocks(path: Path, kind: str, name: str) -> Iterator[_Block]:
                 return
             start += len(lines)
             yield _plain_block(lines.decode(), kind, places, len(header))
+
+
+def _read_header(file: BinaryIO, name: str) -> list[str]:
+    """The column names of a CSV, on one line or several; the file stands behind them then."""
+    line = file.readline(_HEADER_BYTES)
+    while line and not line.strip():
+        line = file.readline(_HEADER_BYTES)
+
+    def lines() -> Iterator[str]:
+        nonlocal line
+        while line:
+            if len(line) == _HEADER_BYTES:
+                raise csv.Error(f"longer than {_HEADER_BYTES:,} bytes")
+            yield line.decode()
+            line = file.readline(_HEADER_BYTES)
+
+    try:
+        return next(csv.reader(lines(), strict=True), [])
+    except csv.Error as error:
+        if re.search(rb"\r(?!\n)", line):
+            fail(name, "cannot be read: its lines end with a carriage return alone")
+        fail(name, f"cannot be read: the header: {error}")
 
 
 def _whole_lines(file: BinaryIO) -> Iterator[bytes]:
@@ -332,6 +360,7 @@ def _plain_block(text: str, kind: str, places: dict[str, int], header: int) -> _
 
     separator = SEPARATORS[kind]
     lines = pl.Series([text.removesuffix("\n")]).str.split("\n").explode()
+    lines = lines.filter(lines.str.strip_chars(_BLANKS) != "")
     width = lines.str.count_matches(separator, literal=True) + 1
     cut = lines.str.split_exact(separator, max(places.values())).struct.unnest()
     frame = pl.DataFrame({field: cut.to_series(place) for field, place in places.items()})
@@ -347,7 +376,7 @@ def _quoted_blocks(
     import polars as pl
 
     text = io.TextIOWrapper(file, encoding="utf-8", newline="")
-    rows = csv.reader(text, strict=True)
+    rows = (row for row in csv.reader(text, strict=True) if not _is_blank(row))
     try:
         while block := list(islice(rows, _BLOCK_ROWS)):
             cut = {f: [r[at] if at < len(r) else None for r in block] for f, at in places.items()}
@@ -360,6 +389,10 @@ def _quoted_blocks(
         text.detach()  # the file is the caller's to close
 
 
+def _is_blank(row: list[str]) -> bool:
+    return not row or (len(row) == 1 and not row[0].strip(_BLANKS))
+
+
 def _pick_columns(name: str, columns: Iterable[str]) -> dict[str, str]:
     raw = list(columns)
     picked = {}
@@ -370,5 +403,5 @@ def _pick_columns(name: str, columns: Iterable[str]) -> dict[str, str]:
         if matches:
             picked[field] = matches[0]
         elif field != "timestamp":
-            fail(name, f"column '{field}' not found (columns: {', '.join(raw)})")
+            fail(name, f"column '{field}' not found (columns: {', '.join(raw):.300})")
     return picked

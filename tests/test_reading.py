@@ -135,7 +135,7 @@ CSV_REFUSALS = {
     "empty item": ('user,item,rating\n1," ",4\n', "row 1: item is missing"),
     "short row": ("user,item,rating\n1,1,4\n1,1\n", "row 2: rating is missing"),
     "long row": ("user,item,rating\n1,1,4\n1,1,4,9,9\n", "row 2: 5 fields, the header has 3"),
-    "blank line": ("user,item,rating\n1,1,4\n\n1,1,4\n", "row 2: user is missing"),
+    "blanks": ("user,item,rating\n1,1,4\n\n,,\n", "row 2: user is missing"),
     "null time": ("user,item,rating,timestamp\n1,1,4,\n", "row 1: timestamp is missing"),
     "word time": ("user,item,rating,timestamp\n1,1,4,now\n", "row 1: timestamp 'now'"),
     "part time": ("user,item,rating,timestamp\n1,1,4,1.5\n", "row 1: timestamp '1.5'"),
@@ -168,7 +168,9 @@ def test_the_message_of_a_missing_column_in_full(tmp_path):
         ("ratings.dat", "1::1::4::9\n1::1::4\n", "row 2: 3 fields"),
         ("ratings.dat", "1::1::4::9::9\n", "row 1: 5 fields"),
         ("ratings.dat", "1,1,4,9\n", "row 1: 1 fields"),
-        ("ratings.dat", "1::1::4::9\n\n1::1::4::9\n", "row 2: 1 fields"),
+        ("ratings.dat", "1::1::4::9\n\n1::1::4\n", "row 2: 3 fields"),
+        ("u.data", "1\t1\t4\t9\n\t\t\t\n", "row 2: user is missing"),
+        ("ratings.dat", "\n \n\n", "holds no ratings"),
         ("ratings.dat", "1::1::4::9\n::1::4::9\n", "row 2: user is missing"),
         ("ratings.dat", "1::1::4::\n", "row 1: timestamp is missing"),
         ("ratings.dat", "1::1::x::9\n", "row 1: rating 'x'"),
@@ -265,7 +267,7 @@ def test_blocks_leave_no_trace(tmp_path, monkeypatch, name, size):
 def test_bad_rows_are_numbered_and_counted_across_blocks(tmp_path, monkeypatch, size):
     monkeypatch.setattr(esapn.reading, "_BLOCK_BYTES", size)
     path = tmp_path / "ratings.csv"
-    path.write_text("user,item,rating\n1,1,4\n1,2,9\n1,3,x\n\n1,4,9\n1,5,4\n1,6,7.5\n")
+    path.write_text("user,item,rating\n1,1,4\n1,2,9\n1,3,x\n\n,4,4\n1,4,9\n1,5,4\n1,6,7.5\n")
     wanted = "row 2: rating '9' is outside 0.5..5 (3 rows are bad in this way, of 7)"
     assert refusal(load_ratings, path) == f"ratings.csv: {wanted}"
 
@@ -307,6 +309,65 @@ def test_byte_order_mark_and_blank_lines_before_the_header(tmp_path):
     path = tmp_path / "ratings.csv"
     path.write_bytes(b"\xef\xbb\xbf\n\nuser,item,rating\n1,1,4")
     assert load_ratings(path).rating.tolist() == [4]
+    # A mark is no part of the first ID either.
+    for name in ("u.data", "ratings.dat"):
+        path = write_layout(tmp_path, name)
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+        check_rows(load_ratings(path))
+
+
+@pytest.mark.parametrize("size", [1, 9, 1 << 20])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("quoted", [False, True])
+def test_blank_lines_are_no_rows(tmp_path, monkeypatch, size, end, quoted):
+    monkeypatch.setattr(esapn.reading, "_BLOCK_BYTES", size)
+    monkeypatch.setattr(esapn.reading, "_BLOCK_ROWS", 2)
+    for name, separator in (("u.data", "\t"), ("ratings.dat", "::"), ("ratings.csv", ",")):
+        lines = [separator.join(map(str, row)) for row in ROWS]
+        if name == "ratings.csv":
+            lines = ["user,item,rating,timestamp", *lines]
+            if quoted:
+                lines[1] = '"10",5,4.0,40'
+        blank = ["", "", " "]
+        spread = [lines[0], *blank, lines[1], "", *lines[2:], *blank, ""]
+        path = tmp_path / name
+        path.write_text(end.join(spread), newline="")
+        ratings = load_ratings(path)
+        check_rows(ratings)
+        assert ratings.counts == counts(4, duplicates=0, unsorted=3)
+
+
+CARRIAGE_RETURNS = "user,item,rating\r1,1,4\r1,2,3\r"
+HEADERS = {
+    "cr": (CARRIAGE_RETURNS, "lines end with a carriage return alone"),
+    "cr, long": (CARRIAGE_RETURNS + "1,1,4\r" * 300_000, "lines end with a carriage return alone"),
+    "field": (f"user,item,rating,{'x' * 131_073}\n1,1,4\n", "cannot be read: the header: field"),
+    "long": (f"user,item,rating{',abcdefg' * 200_000}\n1,1,4\n", "the header: longer than 1,048,"),
+    "open": ('user,item,rating,"genre\n1,1,4\n', "cannot be read: the header: unexpected end"),
+    "after": ('user,item,rating,"gen"re\n1,1,4\n', "cannot be read: the header: "),
+    "utf-16": ("user,item,rating\n1,1,4\n".encode("utf-16"), "not UTF-8"),
+    "nul": ("u\0s\0e\0r,item,rating\n1,1,4\n", ""),
+    "nul body": ("user,item,rating\n1,1,4\n\0\0\0", "row 2: "),
+    "escape": ("user,item,\x1b[31mrating\n1,1,4\n", "item, \\x1b[31mrating)"),
+}
+
+
+@pytest.mark.parametrize("case", HEADERS)
+def test_headers_that_no_reader_takes(tmp_path, case):
+    content, words = HEADERS[case]
+    path = tmp_path / "ratings.csv"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    for malformed in ("refuse", "skip")[: 1 if case == "nul body" else 2]:
+        message = refusal(load_ratings, path, malformed=malformed)
+        assert message.startswith("ratings.csv: ") and words in message
+        assert message.isprintable() and len(message) < 1_000
+
+
+def test_a_header_of_several_lines(tmp_path):
+    path = tmp_path / "ratings.csv"
+    path.write_text('"the\nuser",user,item,"a ""b""\r\nc",rating\nx,1,2,y,4\nx,2,2,"y",3\n')
+    ratings = load_ratings(path)
+    assert ratings.rating.tolist() == [4, 3] and ratings.user.tolist() == [0, 1]
 
 
 # Malformed rows
@@ -320,8 +381,8 @@ def counts(rows, duplicates=0, unsorted=0, skipped=0, **reasons) -> dict[str, in
 def test_skipped_rows_are_counted_by_reason_and_reported(tmp_path, capsys):
     path = tmp_path / "ratings.csv"
     good = "1,1,4,10\n1,2,4.5,20\n3,1,0.5,20\n"
-    bad = ",1,4,1\n1,,4,1\n1,1,,1\n1,1,4,\n1,1\n\n1,1,4,1,1\n1,1,good,1\n1,1,nan,1\n1,1,inf,1\n"
-    bad += "1,1,0.4,1\n1,1,5.1,1\n1,1,4,now\n1,1,4,1.5\n9,9,9,x,9\n"
+    bad = ",1,4,1\n1,,4,1\n1,1,,1\n1,1,4,\n1,1\n,,,\n\n1,1,4,1,1\n1,1,good,1\n1,1,nan,1\n"
+    bad += "1,1,inf,1\n1,1,0.4,1\n1,1,5.1,1\n1,1,4,now\n1,1,4,1.5\n9,9,9,x,9\n"
     path.write_text("user,item,rating,timestamp\n" + bad + good + bad)
     reasons = {
         "wrong number of fields": 4,
