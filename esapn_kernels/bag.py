@@ -42,6 +42,7 @@ class ResizableEmbeddingBag(ResizableEmbedding):
         torch.Size([2, 4])
     """
 
+    _padding_refused = "padding_idx must be within num_embeddings"
     _shown = ("max_norm", "norm_type", "scale_grad_by_freq", "mode", "padding_idx")
 
     def __init__(
@@ -61,11 +62,11 @@ class ResizableEmbeddingBag(ResizableEmbedding):
         **options: Any,
     ) -> None:
         if mode not in ("sum", "mean", "max"):
-            raise ValueError(f"mode has to be one of sum, mean or max, got {mode!r}")
-        if mode == "max" and sparse:
-            raise ValueError("max mode does not support sparse weights")
+            raise ValueError("mode has to be one of sum, mean or max")
         if mode == "max" and scale_grad_by_freq:
             raise ValueError("max mode does not support scaling the gradient by the frequency")
+        if mode == "max" and sparse:
+            raise ValueError("max mode does not support sparse weights")
         super().__init__(
             num_embeddings,
             embedding_dim,
@@ -98,15 +99,17 @@ class ResizableEmbeddingBag(ResizableEmbedding):
         Raises:
             ValueError, RuntimeError, TypeError: as ``nn.EmbeddingBag``, ids out of range too.
         """
-        ids = input.reshape(-1)
+        refused: Exception | None = None
         try:
+            ids = input.reshape(-1)
             rows = super().forward(ids)
-        except IndexError:
-            at = int(((ids < 0) | (ids >= self.num_embeddings)).nonzero()[0])
-            raise RuntimeError(
-                f"Index {at} of input takes value {int(ids[at])} which is not in the valid range "
-                f"[0, {self.num_embeddings})"
-            ) from None
+        except (AttributeError, IndexError, RuntimeError) as error:
+            refused = error
+        if refused is not None:
+            # In the words that torch has for it, of a table with as many rows.
+            table = self.arena.storage.detach().new_zeros(1, 1).expand(self.num_embeddings, 1)
+            self._reduce(input, table, offsets, per_sample_weights, self.padding_idx)
+            raise refused
         where = torch.arange(rows.shape[0], device=rows.device, dtype=input.dtype)
         padding = None
         if self.padding_idx is not None:
@@ -114,14 +117,25 @@ class ResizableEmbeddingBag(ResizableEmbedding):
             padding = rows.shape[0]
             where = where.masked_fill(ids == self.padding_idx, padding)
             rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
+        where = where.view(input.shape)
+        return self._reduce(where, rows, offsets, per_sample_weights, padding)
+
+    def _reduce(
+        self,
+        where: Tensor,
+        rows: Tensor,
+        offsets: Tensor | None,
+        per_sample_weights: Tensor | None,
+        padding_idx: int | None,
+    ) -> Tensor:
         return F.embedding_bag(
-            where.view(input.shape),
+            where,
             rows,
             offsets,
             mode=self.mode,
             per_sample_weights=per_sample_weights,
             include_last_offset=self.include_last_offset,
-            padding_idx=padding,
+            padding_idx=padding_idx,
         )
 
     @classmethod

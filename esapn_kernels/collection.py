@@ -40,6 +40,7 @@ class ResizableEmbeddingCollection(nn.Module):
     Raises:
         ValueError: no table, or a feature of an unknown one.
         TypeError: ``padding_idx`` or ``_weight``, which belong to one table.
+        RuntimeError: a negative number of rows.
 
     Attributes:
         rows: the :class:`ResizableEmbedding` of all tables, one below the other.
@@ -77,6 +78,10 @@ class ResizableEmbeddingCollection(nn.Module):
         self._first: dict[str, int] = {}
         total = 0
         for name, rows in self.tables.items():
+            if rows < 0:
+                raise RuntimeError(
+                    f"Trying to create tensor with negative dimension {rows}: table {name!r}"
+                )
             self._first[name] = total
             total += rows
         self.rows = ResizableEmbedding(total, **options)

@@ -122,6 +122,8 @@ class ResizableEmbedding(nn.Module):
 
     # Of a replica (see distributed): the ids that all ranks promote together.
     _agree: Callable[..., Tensor] | None = None
+    # torch's words, which begin otherwise for a bag.
+    _padding_refused = "Padding_idx must be within num_embeddings"
     _shown = ("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
 
     def __init__(
@@ -158,7 +160,7 @@ class ResizableEmbedding(nn.Module):
             )
         self.num_embeddings = num_embeddings
         self.embedding_dim = self.sizes[-1]
-        self.padding_idx = _check_padding(padding_idx, num_embeddings)
+        self.padding_idx = self._check_padding(padding_idx)
         self.max_norm = max_norm
         self.norm_type = norm_type
         self.scale_grad_by_freq = scale_grad_by_freq
@@ -190,9 +192,9 @@ class ResizableEmbedding(nn.Module):
     def _check(self, dtype: torch.dtype | None) -> None:
         """Refuse arguments that exclude each other, before anything is allocated."""
         if self.num_embeddings < 0:
+            shape = [self.num_embeddings, self.embedding_dim]
             raise RuntimeError(
-                f"num_embeddings must not be negative: trying to create a table with negative "
-                f"dimension {self.num_embeddings}"
+                f"Trying to create tensor with negative dimension {self.num_embeddings}: {shape}"
             )
         if self.backend not in ("auto", "triton", "torch", "reference"):
             raise ValueError(
@@ -212,6 +214,14 @@ class ResizableEmbedding(nn.Module):
             raise RuntimeError("scale_grad_by_freq not supported with sparse gradients")
         if self.sparse and self.backend == "reference":
             raise ValueError("backend 'reference' has no sparse gradients: use sparse=False")
+
+    def _check_padding(self, padding_idx: int | None) -> int | None:
+        """``padding_idx`` counted from the front; refused in torch's own words."""
+        if padding_idx is None:
+            return None
+        if not -self.num_embeddings <= padding_idx < self.num_embeddings:
+            raise AssertionError(self._padding_refused)
+        return padding_idx % self.num_embeddings
 
     def _initial_level(self, size: int | Tensor | None) -> int | Tensor:
         level: int | Tensor
@@ -604,15 +614,6 @@ def _default_sizes(embedding_dim: int | None) -> Sequence[int]:
     if embedding_dim is None:
         return _DEFAULT_SIZES
     return [d for d in _DEFAULT_SIZES if d < embedding_dim] + [embedding_dim]
-
-
-def _check_padding(padding_idx: int | None, num_embeddings: int) -> int | None:
-    """``padding_idx`` counted from the front; refused in torch's own words."""
-    if padding_idx is None:
-        return None
-    if not -num_embeddings <= padding_idx < num_embeddings:
-        raise AssertionError("Padding_idx must be within num_embeddings")
-    return padding_idx % num_embeddings
 
 
 def _check_mask(mask: Tensor, ids: Tensor) -> None:

@@ -224,6 +224,9 @@ def test_misuse_changes_nothing(call, error, words):
         (({"user": 3}, None, {"padding_idx": 0}), TypeError),
         (({"user": 3}, None, {"_weight": torch.zeros(3, 8)}), TypeError),
         (({"user": 3}, None, {"sizes": (4, 2)}), ValueError),
+        (({"user": -1},), RuntimeError),
+        (({"user": -1, "item": 5},), RuntimeError),
+        (({"user": 2.5, "item": 3},), TypeError),
     ],
 )
 def test_bad_construction(arguments, error):
