@@ -21,6 +21,8 @@ where a row is resized (``companions``). The rules themselves are in ``update``.
 Because a row steps when its gradient is known, whatever comes between backward and ``step`` in
 other training loops does not apply to the rows: gradient clipping, loss scaling
 (``torch.amp.GradScaler``), gradients added up over several backward passes.
+Every pass that goes back through the lookup steps its rows, ``torch.autograd.grad(loss, [chain])``
+and ``backward(inputs=[chain])`` too, although they ask for no gradient of the rows.
 Two lookups in one module before a backward pass raise there, for the first to go backward moves the
 rows under the other: look up all ids of a step in one call. The ``reference`` backend never fuses.
 """

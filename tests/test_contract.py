@@ -18,7 +18,7 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jacrev, vmap
 
-from esapn_kernels import ResizableEmbedding
+from esapn_kernels import ResizableEmbedding, optim
 from esapn_kernels.reference import split_chain
 
 N, D = 12, 4
@@ -297,6 +297,36 @@ def test_no_ids_have_a_gradient_of_zeros(make):
     for module in modules:
         module(NOTHING).sum().backward()
         assert not any(g.any() for g in gradients(module))
+
+
+@every_class
+def test_gradients_asked_for(make):
+    module = make(N, D)
+    before = state_of(module)
+    loss = module(IDS).square().sum()
+    found = torch.autograd.grad(loss, list(module.parameters()), allow_unused=True)
+    assert any(g is not None and g.any() for g in found)
+    assert all(p.grad is None for p in module.parameters())
+    assert_same_state(module, before)
+
+
+def test_gradients_asked_for_with_a_fused_optimizer():
+    module = RAGGED(N, D)
+    rows = optim.SGD(module, lr=0.1)
+    for ask in (
+        lambda loss: torch.autograd.grad(loss, [module.chain]),
+        lambda loss: loss.backward(inputs=[module.chain]),
+    ):
+        before = state_of(module)
+        ask(module(IDS).square().sum())
+        assert not torch.equal(module.arena.storage, before["arena.storage"])
+        assert torch.equal(module.chain, before["chain"])
+    # What lies between the loss and the lookup is reached without a step.
+    scale = torch.ones(D, requires_grad=True)
+    before = state_of(module)
+    torch.autograd.grad((module(IDS) * scale).sum(), [scale])
+    assert_same_state(module, before)
+    assert rows.param_groups[0]["lr"] == 0.1
 
 
 @every_class
