@@ -258,7 +258,8 @@ def main():
         init_method=f"file://{folder / 'meeting'}",
         rank=rank,
         world_size=world,
-        timeout=timedelta(seconds=40),
+        # Against a rank that waits for ever; a busy machine must not reach it.
+        timeout=timedelta(minutes=30),
     )
     torch.save(globals()[case](rank), folder / f"{rank}.pt")
     dist.barrier()

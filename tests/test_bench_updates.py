@@ -345,7 +345,7 @@ def test_plot_has_a_panel_per_table_and_mode(
 def test_plot_from_a_shell(result: dict[str, Any], tmp_path: Path) -> None:
     def plot(*arguments: Any) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, str(BENCH / "plot.py"), *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=300)
+        return subprocess.run(command, capture_output=True, text=True)
 
     source, target = tmp_path / "x.json", tmp_path / "x.png"
     source.write_text(json.dumps(result))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import os
 import signal
@@ -507,13 +508,9 @@ def workers_of(parent: int) -> list[int]:
     return found
 
 
-def wait_for(ready, seconds: float = 60.0) -> bool:
-    end = time.monotonic() + seconds
+def wait_for(ready) -> None:
     while not ready():
-        if time.monotonic() > end:
-            return False
         time.sleep(0.02)
-    return True
 
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
@@ -521,36 +518,43 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="re
 
 @needs_proc
 def test_a_killed_worker_is_one_line_and_the_same_command_goes_on(tmp_path, capsys):
-    killed = []
+    killed: list[int] = []
 
-    def kill() -> None:
-        wait_for(lambda: list((tmp_path / "checkpoints").glob("*/step-*.pt")))
+    def kill(folder: Path, ended: threading.Event) -> None:
+        wait_for(lambda: any(folder.glob("checkpoints/*/step-*.pt")) or ended.is_set())
         for child in workers_of(os.getpid()):
             os.kill(child, signal.SIGKILL)
             killed.append(child)
 
-    killer = threading.Thread(target=kill)
-    killer.start()
-    assert command(tmp_path) == 2
-    killer.join()
-    assert len(killed) == 1
+    for attempt in itertools.count():
+        out, ended = tmp_path / str(attempt), threading.Event()
+        killer = threading.Thread(target=kill, args=(out, ended))
+        capsys.readouterr()
+        killer.start()
+        status = command(out)
+        ended.set()
+        killer.join()
+        if status:
+            break
+        # All runs ended before the killer's turn came, on a busy machine: once more.
+    assert status == 2 and len(killed) == 1
     *bar, line = capsys.readouterr().err.splitlines()
     assert line == (
         "python -m esapn compare: error: a run's process was killed (out of memory?); "
         "finished runs and checkpoints stay: the same command goes on"
     )
     assert not any("Traceback" in text or "Error" in text for text in bar)
-    assert wait_for(lambda: not workers_of(os.getpid()), 10)
-    header = json.loads((tmp_path / "compare.json").read_text())
-    held = {path: path.read_bytes() for path in (tmp_path / "runs").glob("*.json")}
-    assert len(held) < 4 and not (tmp_path / "report.html").exists()
+    wait_for(lambda: not workers_of(os.getpid()))
+    header = json.loads((out / "compare.json").read_text())
+    held = {path: path.read_bytes() for path in (out / "runs").glob("*.json")}
+    assert len(held) < 4 and not (out / "report.html").exists()
 
-    assert command(tmp_path) == 0
+    assert command(out) == 0
     assert all(path.read_bytes() == content for path, content in held.items())
-    assert len(statistics.load(tmp_path).runs) == 4
-    assert json.loads((tmp_path / "compare.json").read_text())["started"] == header["started"]
-    assert (tmp_path / "report.html").exists()
-    assert not list((tmp_path / "checkpoints").iterdir())
+    assert len(statistics.load(out).runs) == 4
+    assert json.loads((out / "compare.json").read_text())["started"] == header["started"]
+    assert (out / "report.html").exists()
+    assert not list((out / "checkpoints").iterdir())
 
 
 @needs_proc
@@ -570,7 +574,7 @@ def test_an_interrupt_ends_the_workers(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(comparison, "as_completed", interrupted)
     assert command(tmp_path, "--events", 100_000) == 130 and ignored == [1]
     assert capsys.readouterr().err.splitlines()[-1] == "interrupted; the same command goes on"
-    assert wait_for(lambda: not workers_of(os.getpid()), 10)
+    wait_for(lambda: not workers_of(os.getpid()))
     assert not list((tmp_path / "runs").iterdir())
 
 
@@ -586,11 +590,12 @@ def test_workers_end_with_a_killed_comparison(tmp_path):
         start_new_session=True,
     )
     try:
-        assert wait_for(lambda: list((tmp_path / "checkpoints").glob("*/step-*.pt")))
+        saved = (tmp_path / "checkpoints").glob
+        wait_for(lambda: any(saved("*/step-*.pt")) or process.poll() is not None)
         (worker,) = workers_of(process.pid)
         process.kill()
         process.wait()
-        assert wait_for(lambda: not Path(f"/proc/{worker}").exists(), 10)
+        wait_for(lambda: not Path(f"/proc/{worker}").exists())
     finally:
         try:
             os.killpg(process.pid, signal.SIGKILL)

@@ -116,8 +116,10 @@ class Site:
 
 
 @pytest.fixture
-def site() -> Iterator[Site]:
+def site(monkeypatch) -> Iterator[Site]:
     site = Site()
+    # The site is a thread of this process: it answers, whenever that may be.
+    monkeypatch.setattr(esapn.datasets, "_TIMEOUT_SECONDS", None)
 
     class Handler(BaseHTTPRequestHandler):
         def log_message(self, *args) -> None:

@@ -4,6 +4,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from torch import nn
 
 from esapn_kernels.distributed import replicate
 
+# Against ranks that wait for each other for ever; a busy machine must not reach it.
+LONGEST_SECONDS = 1800
 WORKER = Path(__file__).with_name("distributed_worker.py")
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
@@ -23,23 +26,28 @@ def run(case, folder, world=2):
     """Results of every rank of a case."""
     environment = {**os.environ, "PYTHONPATH": str(WORKER.parent.parent), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(WORKER), case]
-    ranks = [
-        subprocess.Popen(
-            [*command, str(rank), str(world), str(folder)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(world)
-    ]
+    said = [folder / f"{rank}.txt" for rank in range(world)]
+    ranks = []
+    for rank, path in enumerate(said):
+        with path.open("w") as output:
+            arguments = [*command, str(rank), str(world), str(folder)]
+            ranks.append(
+                subprocess.Popen(
+                    arguments, env=environment, stdout=output, stderr=subprocess.STDOUT
+                )
+            )
+    end = time.monotonic() + LONGEST_SECONDS
     try:
-        said = [rank.communicate(timeout=90)[0] for rank in ranks]
+        # A rank that failed leaves the others waiting for it.
+        while any(rank.poll() is None for rank in ranks) and not any(r.returncode for r in ranks):
+            assert time.monotonic() < end, "the ranks wait for each other"
+            time.sleep(0.02)
     finally:
         for rank in ranks:
             rank.kill()
-    for rank, text in zip(ranks, said, strict=True):
-        assert rank.returncode == 0, text
+            rank.wait()
+    text = "\n".join(path.read_text() for path in said)
+    assert [rank.returncode for rank in ranks] == [0] * world, text
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world)]
 
 

@@ -30,7 +30,6 @@ def run_python(*args, **env):
         env={**os.environ, **env},
         capture_output=True,
         text=True,
-        timeout=300,
     )
 
 

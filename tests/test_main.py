@@ -511,7 +511,7 @@ def test_as_a_process(tmp_path):
 
     def run(*arguments: object) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "esapn", "search", *map(str, arguments)]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
     done = run(*SMALL, "--sizes", 1, 3, 5, "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr

@@ -92,16 +92,13 @@ def test_import_without_triton_or_train_extras():
         env=env,
         capture_output=True,
         text=True,
-        timeout=300,
     )
     assert done.returncode == 0, done.stderr
 
 
 def test_import_initialises_no_device():
     code = "import torch, esapn_kernels\nassert not torch.cuda.is_initialized()\n"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
@@ -147,6 +144,22 @@ def test_constraints_cover_what_the_extras_name(setup_arguments):
     named = set(setup_arguments["install_requires"])
     named.update(*setup_arguments["extras_require"].values())
     assert {re.split(r"[>;]", requirement)[0] for requirement in named} <= pinned
+
+
+def test_no_test_is_judged_by_the_clock():
+    """A busy machine may take its time; what hangs is ended from outside."""
+    found = []
+    for path in sorted((ROOT / "tests").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call):
+                limits = [k for k in node.keywords if k.arg in ("timeout", "deadline")]
+                limits = [k for k in limits if ast.unparse(k.value) != "None"]
+                found += [f"{path.name}: {ast.unparse(k)}" for k in limits]
+    # Ranks of a wrong program wait for each other for ever: half an hour is no measure of speed.
+    allowed = {"distributed_worker.py: timeout=timedelta(minutes=30)"}
+    # A compiler in a process of its own, likewise.
+    allowed |= {line for line in found if line.startswith("test_compile.py: ")}
+    assert set(found) <= allowed
 
 
 def test_no_file_names_a_home_folder():
