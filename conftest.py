@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 
@@ -24,6 +25,10 @@ def pytest_configure(config: pytest.Config) -> None:
     # Triton reads the variable when @triton.jit decorates: before any test imports the package.
     if config.getoption("--device") == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"
+        with contextlib.suppress(ImportError):
+            from tests.interpreter import speed_up
+
+            speed_up()
         return
     os.environ.pop("TRITON_INTERPRET", None)
     if not torch.cuda.is_available():
