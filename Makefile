@@ -7,10 +7,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test docs lint format clean
+.PHONY: help install demo test test-newest docs lint format clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 14
 
 install: $(STAMP) ## build .venv with everything that the others need
 
@@ -21,6 +21,16 @@ demo: $(STAMP) ## search on synthetic data, then a short lookup benchmark, into 
 
 test: $(STAMP) ## run the tests and doctests; PYTEST_ARGS="-k lookup" narrows them
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Beside torch's own Triton, not in its place.
+TRITON = $(shell $(BIN)/python -c 'from esapn_kernels.info import TESTED_TRITON as t; print(t[-1])')
+NEWEST := accesses compile compose group launches lookup lookup_bwd nonfinite resize runs
+
+test-newest: $(STAMP) ## run the kernels' tests in fp32 on the newest Triton that is known
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+	  --target $(VENV)/triton-newest triton==$(TRITON)
+	PYTHONPATH=$(VENV)/triton-newest $(BIN)/python -m pytest $(NEWEST:%=tests/test_%.py) \
+	  -k "not float16 and not bfloat16 and not float64" $(PYTEST_ARGS)
 
 docs: $(STAMP) ## write the API reference to build/api, from the docstrings
 	@rm -rf build/api

@@ -23,6 +23,10 @@ from . import backend as _backend
 from .backend import BACKENDS, resolve_backend
 
 
+TESTED_TRITON = ("3.6.0", "3.7.1", "3.8.0", "3.9.0")
+"""Versions on which the kernels passed their tests, interpreted, and compiled without spilling."""
+
+
 def backend_status() -> dict[str, str | None]:
     """Returns for every backend why it cannot run here, or None where it can.
 
@@ -54,6 +58,7 @@ def collect() -> dict[str, Any]:
         "torch": str(torch.__version__),
         "triton": _version("triton") if _backend.TRITON_ERROR is None else None,
         "triton_error": _backend.TRITON_ERROR,
+        "triton_tested": list(TESTED_TRITON),
         "numpy": _version("numpy"),
         "cuda_runtime": torch.version.cuda,
         "driver": _driver(),
@@ -89,6 +94,7 @@ def _text(info: dict[str, Any]) -> str:
         ("python", info["python"]),
         ("torch", info["torch"]),
         ("triton", info["triton_error"] or info["triton"] or "unknown"),
+        ("triton tested", ", ".join(info["triton_tested"])),
         ("numpy", info["numpy"] or "not installed"),
         ("cuda runtime", info["cuda_runtime"] or "none: torch is built without CUDA"),
         ("driver", info["driver"] or "none found"),
@@ -189,7 +195,7 @@ def _run(*command: str) -> str | None:
             capture_output=True,
             text=True,
             errors="replace",
-            timeout=20,
+            timeout=120,  # a driver in trouble may never answer
             check=True,
             env={**os.environ, "LC_ALL": "C"},
         )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -72,6 +73,22 @@ def test_collect_without_git_driver_or_cpuinfo(monkeypatch):
     assert collected["commit"] is None
     assert collected["dirty"] is None
     assert collected["driver"] is None
+
+
+def test_versions_of_triton_that_were_tested(capsys):
+    tested = info.collect()["triton_tested"]
+    numbers = [tuple(map(int, version.split("."))) for version in tested]
+    assert numbers == sorted(numbers)
+    # The floor of setup.py and the version that constraints.txt installs are among them.
+    setup, constraints = (
+        (ROOT / file).read_text(encoding="utf-8") for file in ("setup.py", "constraints.txt")
+    )
+    floor = re.search(r"triton>=([\d.]+)", setup)
+    pinned = re.search(r"^triton==([\d.]+)", constraints, re.MULTILINE)
+    assert floor and pinned
+    assert tested[0].startswith(floor[1]) and pinned[1] in tested
+    assert info.main([]) == 0
+    assert "triton tested" in (out := capsys.readouterr().out) and ", ".join(tested) in out
 
 
 def test_commit_is_that_of_the_files(monkeypatch, tmp_path):
