@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -68,6 +69,43 @@ def seeded() -> Iterator[None]:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     yield
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn
+
+
+@contextlib.contextmanager
+def _refusing_to_wait() -> Iterator[None]:
+    torch.cuda.synchronize()
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+@pytest.fixture
+def no_waiting() -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """``with no_waiting():`` what makes the host wait for the GPU raises there."""
+    return _refusing_to_wait
+
+
+@pytest.fixture(autouse=True)
+def sound_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
+    """No test is blamed for what another did to the GPU of its process."""
+    yield
+    if request.config.getoption("--device") == "cpu" or not torch.cuda.is_initialized():
+        return
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("default")
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        said = f"{request.node.nodeid} left CUDA unusable: {error}"
+        if hasattr(request.config, "workerinput"):
+            # pytest-xdist names the test and goes on in a new process.
+            print(said, file=sys.stderr, flush=True)
+            os._exit(1)
+        pytest.exit(said, returncode=1)
+    assert not mode, "the test left torch.cuda's synchronisation debug mode changed"
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -79,6 +79,18 @@ def check_bytes(arena):
     assert found.scratch == scratch
 
 
+def arriving(chance):
+    """Copies of the counters are there when ``chance`` says so; the host waits for those."""
+
+    def arrived(snapshot):
+        there = chance()
+        if there and snapshot.event is not None:
+            snapshot.event.synchronize()
+        return there
+
+    return mock.patch.object(Snapshot, "arrived", arrived)
+
+
 def with_page(page, *args, **kwargs):
     """An arena with pages of ``page`` elements: small ones come and go, odd ones have tails."""
     with mock.patch.object(arena_file, "page_elements", return_value=page):
@@ -90,6 +102,7 @@ class History(RuleBasedStateMachine):
 
     n_rows = 40
     backend = "torch"
+    device = torch.device("cpu")
 
     @initialize(
         sizes=st.sampled_from(SIZES),
@@ -103,11 +116,23 @@ class History(RuleBasedStateMachine):
         else:
             level = min(level, last)
         self.page = sizes[-1] + spare
-        self.arena = with_page(self.page, self.n_rows, sizes, level=level, dtype=torch.float64)
+        self.arena = self.fresh(level)
         generator = torch.Generator().manual_seed(0)
         self.chain = torch.randn(chain_numel(sizes), generator=generator, dtype=torch.float64) * 0.5
         self.identity = self.arena.storage
         self.fill_rows(self.held())
+
+    def fresh(self, level):
+        options = {"level": level, "dtype": torch.float64, "device": self.device}
+        return with_page(self.page, self.n_rows, self.sizes, **options)
+
+    def ids(self, ids):
+        return torch.tensor(ids, device=self.device)
+
+    def move(self, ids, mask=None):
+        """Promote; the model's own numbers stay on the host."""
+        chain = self.chain.to(self.device)
+        return self.arena.promote(self.ids(ids), chain, mask, backend=self.backend)
 
     def held(self):
         return [i for i, k in enumerate(self.arena.level().tolist()) if k >= 0]
@@ -138,7 +163,7 @@ class History(RuleBasedStateMachine):
     def insert(self, data, level):
         level = min(level, len(self.sizes) - 1)
         ids = self.some(data, sorted(set(range(self.n_rows)) - set(self.rows)))
-        given = self.arena.insert(torch.tensor(ids), level, backend=self.backend)
+        given = self.arena.insert(self.ids(ids), level, backend=self.backend)
         assert given.all() and given.shape == (len(ids),)
         for i in ids:
             self.rows[i] = torch.zeros(self.sizes[level], dtype=torch.float64)
@@ -150,8 +175,7 @@ class History(RuleBasedStateMachine):
         ids = self.some(data, sorted(self.rows), unique=False)
         size = len(ids)
         mask = data.draw(st.lists(st.booleans(), min_size=size, max_size=size)) if masked else None
-        tensor_mask = torch.tensor(mask) if masked else None
-        moved = self.arena.promote(torch.tensor(ids), self.chain, tensor_mask, backend=self.backend)
+        moved = self.move(ids, self.ids(mask) if masked else None)
         admitted = mask if masked else [True] * size
         last = self.sizes[-1]
         expected = [ok and len(self.rows[i]) < last for i, ok in zip(ids, admitted, strict=True)]
@@ -163,20 +187,20 @@ class History(RuleBasedStateMachine):
     def resize_by_hops(self, data, hops):
         ids = self.some(data, sorted(self.rows))
         for _ in range(hops):
-            self.arena.promote(torch.tensor(ids), self.chain, backend=self.backend)
+            self.move(ids)
             self.grow(ids)
 
     @rule()
     @precondition(lambda self: self.rows)
     def promote_everything(self):
-        self.arena.promote(torch.tensor(sorted(self.rows)), self.chain, backend=self.backend)
+        self.move(sorted(self.rows))
         self.grow(list(self.rows))
 
     @rule(data=st.data())
     @precondition(lambda self: self.rows)
     def free(self, data):
         ids = self.some(data, sorted(self.rows))
-        assert self.arena.free(torch.tensor(ids), backend=self.backend).all()
+        assert self.arena.free(self.ids(ids), backend=self.backend).all()
         for i in ids:
             del self.rows[i], self.grads[i]
 
@@ -201,7 +225,7 @@ class History(RuleBasedStateMachine):
     def copy(self, through):
         grad = self.arena.storage.grad
         if through == "state_dict":
-            fresh = with_page(self.page, self.n_rows, self.sizes, level=0, dtype=torch.float64)
+            fresh = self.fresh(0)
             fresh.load_state_dict(self.arena.state_dict())
             self.arena = fresh
         elif through == "pickle":
@@ -226,20 +250,21 @@ class History(RuleBasedStateMachine):
         assert self.held() == sorted(self.rows)
         free = torch.ones_like(arena.storage, dtype=torch.bool)
         for i, row in self.rows.items():
-            torch.testing.assert_close(arena.read(i), row, rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(arena.read(i).cpu(), row, rtol=1e-12, atol=1e-12)
             start = int(arena.row_start[i])
             free[start : start + len(row)] = False
-            assert torch.equal(arena.storage.grad[start : start + len(row)], self.grads[i])
+            grad = arena.storage.grad[start : start + len(row)].cpu()
+            assert torch.equal(grad, self.grads[i])
         # Nothing of what lies between the rows may ever reach one.
         arena.storage.data[free] = float("nan")
         arena.storage.grad[free] = float("nan")
 
 
-class InterpretedHistory(History):
+class KernelHistory(History):
     backend = "triton"
 
 
-class DeviceHistory(InterpretedHistory):
+class DeviceHistory(KernelHistory):
     """As on a GPU: the host sees the counters only when a copy of them happens to arrive."""
 
     def __init__(self):
@@ -247,7 +272,7 @@ class DeviceHistory(InterpretedHistory):
         arrives = random.Random(0)
         self.patches = [
             mock.patch.object(arena_file, "_can_look", return_value=False),
-            mock.patch.object(Snapshot, "arrived", lambda snapshot: arrives.random() < 0.3),
+            arriving(lambda: arrives.random() < 0.3),
         ]
         for patch in self.patches:
             patch.start()
@@ -257,13 +282,19 @@ class DeviceHistory(InterpretedHistory):
             patch.stop()
 
 
+@pytest.fixture(autouse=True)
+def kernels_on(device, monkeypatch):
+    """The histories of the kernels run on the device; hypothesis' machines take no fixture."""
+    monkeypatch.setattr(KernelHistory, "device", device)
+
+
 quick = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True}
 TestHistory = History.TestCase
 TestHistory.settings = settings(max_examples=30, stateful_step_count=20, **quick)
 TestDeviceHistory = DeviceHistory.TestCase
 TestDeviceHistory.settings = settings(max_examples=5, stateful_step_count=12, **quick)
-TestInterpretedHistory = InterpretedHistory.TestCase
-TestInterpretedHistory.settings = settings(max_examples=5, stateful_step_count=8, **quick)
+TestKernelHistory = KernelHistory.TestCase
+TestKernelHistory.settings = settings(max_examples=5, stateful_step_count=8, **quick)
 
 
 @pytest.mark.parametrize("sizes", [*SIZES, (127, 130), (2, 512), (127, 4097)], ids=name)
@@ -378,18 +409,24 @@ def on_a_device(monkeypatch):
         monkeypatch.setattr(Arena, part, unread(getattr(Arena, part)))
 
 
-def promote_all(arrives, batch=40, n_rows=300):
+def fill(arena, generator=None):
+    """Standard normal numbers; drawn by the host, whose generators a GPU does not take."""
+    drawn = torch.randn(arena.storage.shape, generator=generator, dtype=arena.storage.dtype)
+    arena.storage.data.copy_(drawn)
+
+
+def promote_all(arrives, device, batch=40, n_rows=300):
     """Three rounds of promotion in batches; returns the arena, and what it should hold."""
     sizes = (2, 3, 5, 17)
-    arena = with_page(36, n_rows, sizes, dtype=torch.float64)
+    arena = with_page(36, n_rows, sizes, dtype=torch.float64, device=device)
     generator = torch.Generator().manual_seed(0)
-    arena.storage.data.normal_(generator=generator)
+    fill(arena, generator)
     arena.storage.grad = torch.ones_like(arena.storage)
-    chain = torch.randn(chain_numel(sizes), generator=generator, dtype=torch.float64)
+    chain = torch.randn(chain_numel(sizes), generator=generator, dtype=torch.float64).to(device)
     rows = [arena.read(i) for i in range(n_rows)]
-    with mock.patch.object(Snapshot, "arrived", lambda snapshot: arrives()):
+    with arriving(arrives):
         for level in range(3):
-            for ids in torch.randperm(n_rows, generator=generator).split(batch):
+            for ids in torch.randperm(n_rows, generator=generator).to(device).split(batch):
                 assert arena.promote(ids, chain, backend="triton").all()
             rows = [promote_reference(row, level, chain, sizes) for row in rows]
     check_accounts(arena)
@@ -401,7 +438,7 @@ def promote_all(arrives, batch=40, n_rows=300):
     return arena
 
 
-def test_growth_without_looking(on_a_device):
+def test_growth_without_looking(on_a_device, device):
     """Every row finds room whenever the counters arrive; how much is kept in reserve depends."""
     chance = random.Random(1)
     capacity = {}
@@ -410,7 +447,7 @@ def test_growth_without_looking(on_a_device):
         ("at times", lambda: chance.random() < 0.2),
         ("never", lambda: False),
     ):
-        capacity[name] = promote_all(arrives).storage.numel()
+        capacity[name] = promote_all(arrives, device).storage.numel()
     # Rows of the three sizes before are never reclaimed here; a batch or two lie in reserve.
     assert capacity["at once"] <= 300 * (2 + 3 + 5 + 17) * 1.5 + 36 * (2 * 20 + 12)
     assert capacity["at once"] <= capacity["at times"] <= capacity["never"]
@@ -418,19 +455,19 @@ def test_growth_without_looking(on_a_device):
     assert capacity["never"] <= 300 * 2 + (3 * 300 * 17) * 36 / 34 * 9 / 8 + 36 * 12
 
 
-def test_rows_do_not_depend_on_when_counters_arrive(on_a_device):
-    first, second = promote_all(lambda: True), promote_all(lambda: False)
+def test_rows_do_not_depend_on_when_counters_arrive(on_a_device, device):
+    first, second = (promote_all(lambda there=there: there, device) for there in (True, False))
     assert torch.equal(first.level(), second.level())
     for i in range(300):
         assert torch.equal(first.read(i), second.read(i))
 
 
 @pytest.mark.parametrize("captured", [True, False], ids=["captured", "before"])
-def test_reserved_room_does(captured, on_a_device, monkeypatch):
+def test_reserved_room_does(captured, on_a_device, device, monkeypatch):
     """As many rows as were reserved move without growth, in calls of any size."""
     sizes = (2, 3, 17)
-    arena = with_page(36, 200, sizes)
-    chain = torch.randn(chain_numel(sizes))
+    arena = with_page(36, 200, sizes, device=device)
+    chain = torch.randn(chain_numel(sizes), device=device)
     arena.reserve(300)
     shape, base = arena.storage.shape, arena.free_base
     if captured:
@@ -438,21 +475,21 @@ def test_reserved_room_does(captured, on_a_device, monkeypatch):
         with pytest.raises(RuntimeError, match="before capturing"):
             arena.reserve(1)
     order = torch.cat([torch.arange(150), torch.arange(150).flip(0)])
-    for ids in order.split([1, 2, 97, 50, 60, 90]):
+    for ids in order.to(device).split([1, 2, 97, 50, 60, 90]):
         assert arena.promote(ids, chain, backend="triton").all()
         check_accounts(arena)
     assert arena.storage.shape == shape and arena.free_base is base
     assert arena.level().tolist() == [2] * 150 + [0] * 50
 
 
-def test_nothing_grows_while_captured_nor_after(on_a_device, monkeypatch):
+def test_nothing_grows_while_captured_nor_after(on_a_device, device):
     sizes = (2, 17)
-    arena = with_page(36, 100, sizes)
-    arena.storage.data.normal_()
+    arena = with_page(36, 100, sizes, device=device)
+    fill(arena)
     rows = [arena.read(i) for i in range(100)]
-    chain = torch.randn(chain_numel(sizes))
+    chain = torch.randn(chain_numel(sizes), device=device)
     arena.reserve(20)
-    shape, ids = arena.storage.shape, torch.arange(100)
+    shape, ids = arena.storage.shape, torch.arange(100, device=device)
     capturing = mock.patch.object(arena_file, "_capturing", return_value=True)
     with capturing:
         moved = arena.promote(ids, chain, backend="triton")
@@ -497,29 +534,29 @@ def test_a_cap_on_the_host_raises_before_anything_moves():
 
 
 @pytest.mark.parametrize("looks", [True, False], ids=["cpu", "as-on-a-gpu"])
-def test_a_cap_on_a_device_leaves_rows(looks, monkeypatch):
+def test_a_cap_on_a_device_leaves_rows(looks, device, monkeypatch):
     monkeypatch.setattr(arena_file, "_can_look", lambda tensor: looks)
-    arena = with_page(32, 64, (2, 8), max_elements=330)
-    arena.storage.data.normal_()
+    arena = with_page(32, 64, (2, 8), max_elements=330, device=device)
+    fill(arena)
     rows = [arena.read(i) for i in range(64)]
-    chain = torch.randn(chain_numel((2, 8)))
-    moved = arena.promote(torch.arange(64), chain, backend="triton")
+    chain, ids = torch.randn(chain_numel((2, 8)), device=device), torch.arange(64, device=device)
+    moved = arena.promote(ids, chain, backend="triton")
     assert moved.tolist() == [True] * 24 + [False] * 40
     assert arena.storage.numel() == 320
-    assert not arena.promote(torch.arange(64), chain, backend="triton").any()
+    assert not arena.promote(ids, chain, backend="triton").any()
     check_accounts(arena)
     for i in range(64):
         row = rows[i] if i >= 24 else promote_reference(rows[i], 0, chain, (2, 8))
         torch.testing.assert_close(arena.read(i), row)
-    assert arena.free(torch.arange(4), backend="triton").all()
-    assert arena.promote(torch.arange(64), chain, backend="triton").sum() == 4
+    assert arena.free(ids[:4], backend="triton").all()
+    assert arena.promote(ids, chain, backend="triton").sum() == 4
     check_accounts(arena)
 
 
-def test_growth_keeps_what_the_stacks_hold(on_a_device):
+def test_growth_keeps_what_the_stacks_hold(on_a_device, device):
     """Segments are copied whole, fresh pages go below those that were free."""
-    arena = with_page(32, 60, (2, 8), level=torch.arange(60) % 2)
-    arena.free(torch.arange(0, 60, 3), backend="triton")
+    arena = with_page(32, 60, (2, 8), level=torch.arange(60) % 2, device=device)
+    arena.free(torch.arange(0, 60, 3, device=device), backend="triton")
     arena.reclaim()
     arena._grow(3)
     before = [stack(arena, 0), stack(arena, 1)]
@@ -532,48 +569,45 @@ def test_growth_keeps_what_the_stacks_hold(on_a_device):
     check_accounts(arena)
 
 
-def test_misuse_on_a_device_is_passed_over():
-    arena = Arena(6, (2, 4), level=torch.tensor([0, 1, 0, -1, -1, -1]))
-    ids = torch.tensor([3, 0, 3, 9, -1, 4])
+def test_misuse_on_a_device_is_passed_over(device):
+    arena = Arena(6, (2, 4), level=torch.tensor([0, 1, 0, -1, -1, -1]), device=device)
+    ids = torch.tensor([3, 0, 3, 9, -1, 4], device=device)
     given = arena.insert(ids, 1, backend="triton")
     assert given.tolist() == [True, False, True, False, False, True]
     assert arena.level().tolist() == [0, 1, 0, 1, 1, -1]
     assert not arena.read(3).any() and not arena.read(4).any()
-    ids = torch.tensor([5, 1, 7, 1, -3])
+    ids = torch.tensor([5, 1, 7, 1, -3], device=device)
     assert arena.free(ids, backend="triton").tolist() == [False, True, False, True, False]
     assert arena.level().tolist() == [0, -1, 0, 1, 1, -1]
     check_accounts(arena)
 
 
-def test_a_copy_has_its_own_scratch():
-    arena = Arena(20, (2, 4))
-    arena.promote(torch.arange(3), torch.randn(chain_numel((2, 4))), backend="triton")
+def test_a_copy_has_its_own_scratch(device):
+    arena = Arena(20, (2, 4), device=device)
+    chain, ids = torch.randn(chain_numel((2, 4)), device=device), torch.arange(8, device=device)
+    arena.promote(ids[:3], chain, backend="triton")
     assert arena.bytes().scratch == 80 and "_owner" not in arena.state_dict()
     for other in (copy.deepcopy(arena), pickle.loads(pickle.dumps(arena))):
         assert other.bytes().scratch == 0
-        assert other.promote(torch.arange(3, 8), torch.randn(12), backend="triton").all()
+        assert other.promote(ids[3:], chain, backend="triton").all()
         check_accounts(other)
 
 
 @pytest.mark.cuda
-def test_promote_does_not_synchronise(device):
+def test_promote_does_not_synchronise(device, no_waiting):
     """Growth included: the host waits for nothing."""
     sizes = (2, 4, 8)
     arena = Arena(100_000, sizes, device=device)
     chain = torch.randn(chain_numel(sizes), device=device)
     ids = torch.arange(100_000, device=device).split(640)
     arena.promote(ids[0], chain)
-    torch.cuda.synchronize()
     shape = arena.storage.shape
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         for part in ids[1:40]:
             arena.promote(part, chain)
         arena.free(ids[50])
         arena.insert(ids[50], 2)
         arena.reserve(1000)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert arena.storage.shape != shape
     assert (arena.level()[: 40 * 640] == 1).all() and (
         arena.level()[40 * 640 : 50 * 640] == 0
@@ -588,7 +622,8 @@ def test_promote_in_a_graph(device):
     arena.storage.data.normal_()
     chain = torch.randn(chain_numel(sizes), device=device)
     ids = torch.zeros(500, dtype=torch.long, device=device)
-    arena.promote(ids[:1], chain)  # compiled before it is captured
+    # Kernels are loaded before: the very ones, whose number of ids may be compiled in.
+    arena.promote(ids, chain)
     rows = [arena.read(i) for i in range(1, 2000, 7)]
     arena.reserve(6000)
     graph = torch.cuda.CUDAGraph()

@@ -266,15 +266,16 @@ def test_the_last_loss_may_be_alive_when_the_arena_grows():
 
 
 @pytest.mark.parametrize("move", ["promote", "promote-and-grow", "compact"])
-def test_rows_that_move_before_backward_raise(move, backend):
-    module = make(backend=backend)
-    out = module(torch.arange(3))
+def test_rows_that_move_before_backward_raise(move, backend, device):
+    module = make(backend=backend, device=device)
+    out = module(torch.arange(3, device=device))
     if move == "compact":
         module.compact()
     else:
         # Backend torch for the many: interpreted launches take long.
         module.backend = "torch"
-        module.promote(torch.arange(N_ROWS if move == "promote-and-grow" else 1))
+        moving = N_ROWS if move == "promote-and-grow" else 1
+        module.promote(torch.arange(moving, device=device))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
 

@@ -543,18 +543,19 @@ def test_weight_of_one_size_can_be_written():
     assert torch.equal(ours(IDS), theirs(IDS)) and torch.equal(ours.weight, theirs.weight)
 
 
-def test_one_size_stays_a_table(backend):
+def test_one_size_stays_a_table(backend, device):
     """Nothing to grow: promoting and compacting leave the rows in order, and weight a view."""
-    module = ONE(N, D, backend=backend)
-    assert not module.promote(torch.arange(N)).any()
+    module = ONE(N, D, backend=backend, device=device)
+    assert not module.promote(torch.arange(N, device=device)).any()
     module.compact()
     assert module.arena.is_table
     assert module.weight.data_ptr() == module.arena.storage.data_ptr()
-    moved = ONE(N, D, backend=backend)
-    moved.arena.free(torch.tensor([3, 5]))
-    moved.arena.insert(torch.tensor([5, 3]), 0)
+    moved = ONE(N, D, backend=backend, device=device)
+    moved.arena.free(torch.tensor([3, 5], device=device))
+    moved.arena.insert(torch.tensor([5, 3], device=device), 0)
     assert not moved.arena.is_table
-    torch.testing.assert_close(moved(IDS), moved.weight[IDS])
+    ids = IDS.to(device)
+    torch.testing.assert_close(moved(ids), moved.weight[ids])
 
 
 WRITES = {

@@ -152,14 +152,10 @@ def test_a_replaced_target_is_taken_as_it_is():
 
 
 @pytest.mark.cuda
-def test_batches_on_a_gpu_need_no_sync(device):
+def test_batches_on_a_gpu_need_no_sync(device, no_waiting):
     stream = in_order([0, 1, 0, 1, 2], batch_size=2, device=device)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         batch = stream.batch(1)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert batch.user.device.type == "cuda" and batch.user.tolist() == [0, 1, 2]
 
 

@@ -306,10 +306,16 @@ def test_second_derivatives(backend, device):
     ],
     ids=["above", "negative", "float", "bool"],
 )
-def test_refused_ids(ids, error, words, backend):
-    case = make_case((2, 8), 5, 0)
+def test_refused_ids(ids, error, words, backend, device):
+    if error is IndexError and device.type == "cuda":
+        # Nobody looks at them there: an assertion fails, see test_group.py.
+        if backend == "triton":
+            pytest.skip("a GPU asserts, and CUDA is unusable after that")
+        device = "cpu"
+    case = make_case((2, 8), 5, 0, device=device)
+    ids = torch.tensor(ids, device=device)
     with pytest.raises(error, match=words) as caught:
-        lookup(torch.tensor(ids), *case.operands(), **case.layout, backend=backend)
+        lookup(ids, *case.operands(), **case.layout, backend=backend)
     assert "\n" not in str(caught.value)
 
 

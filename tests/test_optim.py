@@ -60,12 +60,15 @@ def own_state(optimizer, module):
 
 
 class Plain:
-    """A dict of separate rows with the rules' definition; its chain is stepped by plain SGD."""
+    """A dict of separate rows with the rules' definition; its chain is stepped by plain SGD.
+
+    On the host, wherever the module is.
+    """
 
     def __init__(self, module, rule, ids):
         self.rule, self.sizes, self.step = rule, module.sizes, 0
-        self.rows = {i: module.arena.read(i) for i in ids}
-        self.chain = module.chain.detach().clone()
+        self.rows = {i: module.arena.read(i).cpu() for i in ids}
+        self.chain = module.chain.detach().cpu().clone()
         self.state, self.last = {}, dict.fromkeys(ids, 0)
         for i in ids:
             self.reset(i)
@@ -117,10 +120,10 @@ class Plain:
 
 
 @every_kind
-def test_a_run_equals_the_definition(rule, backend):
+def test_a_run_equals_the_definition(rule, backend, device):
     """Rows that come and go, that are resized, an arena that grows and is compacted."""
     n_rows = 400
-    module = make(n_rows, backend=backend)
+    module = make(n_rows, backend=backend, device=device)
     rows = build(rule, module)
     dense = torch.optim.SGD(module.parameters(), lr=0.01)
     watched = list(range(0, n_rows, n_rows // 9))
@@ -131,24 +134,23 @@ def test_a_run_equals_the_definition(rule, backend):
         choice, grad_out = batch(module, 8, generator, n_rows=len(watched))
         ids = torch.tensor(watched)[choice]
         dense.zero_grad()
-        loss = backward(module, ids, grad_out)
+        loss = backward(module, ids.to(device), grad_out.to(device))
         assert storage.grad is None
         assert loss == pytest.approx(plain.train(ids.tolist(), grad_out), rel=1e-9, abs=1e-9)
         dense.step()
         rows.step()
         if step in (1, 3, 4):
             moving = torch.cat([torch.tensor(watched[step::2]), torch.arange(150)])
-            module.promote(moving)
+            module.promote(moving.to(device))
             plain.promote(moving.tolist())
         if step in (2, 4):
             module.compact()
         capacities.add(storage.numel())
         for i in watched:
-            torch.testing.assert_close(
-                module.arena.read(i), plain.rows[i], rtol=1e-9, atol=1e-9, msg=f"{step}, {i}"
-            )
+            row = module.arena.read(i).cpu()
+            torch.testing.assert_close(row, plain.rows[i], rtol=1e-9, atol=1e-9, msg=f"{step}, {i}")
     assert module.arena.storage is storage and len(capacities) >= 3
-    torch.testing.assert_close(module.chain.detach(), plain.chain, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(module.chain.detach().cpu(), plain.chain, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -217,13 +219,13 @@ def test_adam_moments_of_skipped_rows_are_those_of_dense_adam():
 
 
 @every_kind
-def test_rows_that_were_not_looked_up_keep_every_bit(rule, backend):
-    module = make(backend=backend)
+def test_rows_that_were_not_looked_up_keep_every_bit(rule, backend, device):
+    module = make(backend=backend, device=device)
     optimizer = build(rule, module)
     before = module.arena.storage.detach().clone()
     state = {k: v.clone() for k, v in optimizer.state.get(module.arena.storage, {}).items()}
-    ids = torch.tensor([[3, 7, 3]], dtype=torch.int32)
-    backward(module, ids, torch.ones(1, 3, SIZES[-1], dtype=torch.float64))
+    ids = torch.tensor([[3, 7, 3]], dtype=torch.int32, device=device)
+    backward(module, ids, torch.ones(1, 3, SIZES[-1], dtype=torch.float64, device=device))
     touched = row_elements(module, ids)
     assert torch.equal(module.arena.storage[~touched], before[~touched])
     assert (module.arena.storage[touched] != before[touched]).all()
@@ -236,13 +238,14 @@ def test_rows_that_were_not_looked_up_keep_every_bit(rule, backend):
 
 
 @stateful
-def test_state_of_moved_rows_starts_afresh_and_others_keep_every_bit(rule, backend):
+def test_state_of_moved_rows_starts_afresh_and_others_keep_every_bit(rule, backend, device):
     n_rows = 300
-    module = make(n_rows)
+    module = make(n_rows, backend="torch", device=device)
     optimizer = build(rule, module)
-    everything = torch.arange(n_rows)
+    everything = torch.arange(n_rows, device=device)
+    grad_out = torch.ones(n_rows, SIZES[-1], dtype=torch.float64, device=device)
     for _ in range(2):
-        backward(module, everything, torch.ones(n_rows, SIZES[-1], dtype=torch.float64))
+        backward(module, everything, grad_out)
     moving, staying = everything[: n_rows // 2], everything[n_rows // 2 :]
     before = {key: value.clone() for key, value in own_state(optimizer, module).items()}
     mask, capacity = row_elements(module, staying), module.arena.storage.numel()
@@ -598,11 +601,11 @@ def test_ids_out_of_range_change_nothing(rule, bad):
 
 
 @every_kind
-def test_a_batch_of_nothing_is_a_step(rule, backend):
-    module = make(backend=backend)
+def test_a_batch_of_nothing_is_a_step(rule, backend, device):
+    module = make(backend=backend, device=device)
     optimizer = build(rule, module)
     before = module.arena.storage.detach().clone()
-    module(torch.zeros(0, dtype=torch.long)).sum().backward()
+    module(torch.zeros(0, dtype=torch.long, device=device)).sum().backward()
     assert torch.equal(module.arena.storage, before)
     if rule == "adam":
         assert own_state(optimizer, module)["clock"].tolist() == [1.0, *BETAS]

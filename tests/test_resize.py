@@ -207,11 +207,19 @@ def small_steps(monkeypatch):
 
 
 @pytest.fixture
-def wide_tiles(monkeypatch):
+def wide_tiles(device, monkeypatch):
     """Few programs for many ids: interpreted, the number of programs is what costs."""
+    if device.type != "cpu":
+        return
     config = launch.LaunchConfig(512, 16, 16, 4)
     monkeypatch.setattr(launch, "choose_promote", lambda *_: config)
     monkeypatch.setattr(resize, "CLAIM_IDS", 512)
+
+
+def fill(arena, generator=None):
+    """Standard normal numbers; drawn by the host, whose generators a GPU does not take."""
+    drawn = torch.randn(arena.storage.shape, generator=generator, dtype=arena.storage.dtype)
+    arena.storage.data.copy_(drawn)
 
 
 @pytest.fixture
@@ -299,26 +307,26 @@ def consistent(arena):
     ids=["no-page", "nothing", "a-page", "pages", "pages-only", "growth"],
 )
 def test_rows_that_fit_move_and_the_others_stay(
-    spare_pages, room, ids_dtype, small_steps, monkeypatch, nan_empty
+    spare_pages, room, ids_dtype, small_steps, device, monkeypatch, nan_empty
 ):
     sizes, n_rows, n_ids = (1, 3, 5, 33), 300, 333
     generator = torch.Generator().manual_seed(1)
     level = torch.randint(-1, 4, (n_rows,), generator=generator)
-    arena = Arena(n_rows, sizes, level=level, dtype=torch.float64)
+    arena = Arena(n_rows, sizes, level=level, dtype=torch.float64, device=device)
     if spare_pages is not None:
         # Exactly so many pages, and no growth.
         arena._grow(spare_pages, at_once=True)
         monkeypatch.setattr(Arena, "_make_room", lambda arena, rows, **_: None)
     if room:
         arena._grow_stacks([1000] * 4)
-    arena.storage.data.normal_(generator=generator)
+    fill(arena, generator)
     arena.storage.grad = torch.ones_like(arena.storage)
-    chain = torch.randn(chain_numel(sizes), generator=generator, dtype=torch.float64)
+    chain = torch.randn(chain_numel(sizes), generator=generator, dtype=torch.float64).to(device)
     for _ in range(3):
         rows = [arena.read(i) if k >= 0 else None for i, k in enumerate(arena.level().tolist())]
         levels = arena.level().tolist()
-        ids = torch.randint(-20, n_rows + 20, (n_ids,), generator=generator).to(ids_dtype)
-        mask = torch.rand(n_ids, generator=generator) < 0.7
+        ids = torch.randint(-20, n_rows + 20, (n_ids,), generator=generator).to(device, ids_dtype)
+        mask = (torch.rand(n_ids, generator=generator) < 0.7).to(device)
         arena._begin(n_ids)
         expected = Free(arena).promote(ids.tolist(), mask.tolist())
         arena.storage.grad[:] = 1.0
@@ -345,21 +353,21 @@ def test_rows_that_fit_move_and_the_others_stay(
     assert bool(could) == (spare_pages is not None)
 
 
-def test_many_ids_at_once(small_steps, wide_tiles):
+def test_many_ids_at_once(small_steps, wide_tiles, device):
     """3,000 positions over 47 steps of the scan, every level at once, against the CPU path."""
     sizes, n_rows = (2, 4, 8, 16), 2000
     generator = torch.Generator().manual_seed(2)
     level = torch.randint(0, 4, (n_rows,), generator=generator)
-    ids = torch.randint(0, n_rows, (3000,), generator=generator)
+    ids = torch.randint(0, n_rows, (3000,), generator=generator).to(device)
     arenas, moved = [], []
     for backend in ("torch", "triton", "triton"):
-        arena = Arena(n_rows, sizes, level=level)
-        arena.storage.data.normal_(generator=torch.Generator().manual_seed(3))
+        arena = Arena(n_rows, sizes, level=level, device=device)
+        fill(arena, torch.Generator().manual_seed(3))
         chain = torch.randn(chain_numel(sizes), generator=torch.Generator().manual_seed(4))
-        moved.append(arena.promote(ids, chain, backend=backend))
+        moved.append(arena.promote(ids, chain.to(device), backend=backend))
         arenas.append(arena)
     consistent(arenas[1])
-    assert torch.equal(moved[0], level[ids] < 3) and torch.equal(moved[0], moved[1])
+    assert torch.equal(moved[0], level.to(device)[ids] < 3) and torch.equal(moved[0], moved[1])
     assert torch.equal(arenas[0].level(), arenas[1].level())
     assert arenas[0].free_count[:-1].tolist() == arenas[1].free_count[:-1].tolist()
     for i in range(0, n_rows, 7):
@@ -370,14 +378,14 @@ def test_many_ids_at_once(small_steps, wide_tiles):
 
 
 @pytest.mark.parametrize("level", range(4))
-def test_insert_and_free_round_trip(level, small_steps, nan_empty):
+def test_insert_and_free_round_trip(level, small_steps, device, nan_empty):
     sizes = (1, 3, 5, 33)
-    arena = Arena(200, sizes, level=torch.arange(200) % 5 - 1, dtype=torch.float32)
-    arena.storage.data.normal_()
+    arena = Arena(200, sizes, level=torch.arange(200) % 5 - 1, device=device)
+    fill(arena)
     arena.storage.grad = torch.ones_like(arena.storage)
     empty = (arena.level() < 0).nonzero()[:, 0]
     before = [arena.read(i) if i % 5 else None for i in range(200)]
-    ids = torch.cat([empty, empty.flip(0), torch.arange(30)])
+    ids = torch.cat([empty, empty.flip(0), torch.arange(30, device=device)])
     for _ in range(3):
         capacity = arena.storage.numel()
         assert torch.equal(arena.insert(ids, level, backend="triton"), ids % 5 == 0)
@@ -450,21 +458,21 @@ class PerId(torch.optim.Adam):
 
 
 @pytest.mark.parametrize("optimizers", [1, 2])
-def test_state_of_moved_rows_is_fresh(optimizers, backend, launches):
+def test_state_of_moved_rows_is_fresh(optimizers, backend, launches, device):
     """One Adam fits in the three launches; of two, what is left over takes its own."""
-    module = ResizableEmbedding(40, sizes=(2, 3, 8), backend=backend)
-    arena, ids = module.arena, torch.tensor([1, 5, 5, 39, 20])
-    every = torch.arange(40)
+    module = ResizableEmbedding(40, sizes=(2, 3, 8), backend=backend, device=device)
+    arena, ids = module.arena, torch.tensor([1, 5, 5, 39, 20], device=device)
+    every = torch.arange(40, device=device)
     held = [PerId(module.parameters(), amsgrad=k > 0) for k in range(optimizers)]
     for optimizer in held:
         module(every).square().sum().backward()
         optimizer.step()
         state = optimizer.state[arena.storage]
-        state["touched"] = torch.full((40,), 2, dtype=torch.int32)
-        state["sum"] = torch.full((40,), 3.0)
+        state["touched"] = torch.full((40,), 2, dtype=torch.int32, device=device)
+        state["sum"] = torch.full((40,), 3.0, device=device)
     names = [[k for k, v in o.state[arena.storage].items() if v.dim()] for o in held]
     before = [{k: v.clone() for k, v in o.state[arena.storage].items() if v.dim()} for o in held]
-    others = torch.ones(40, dtype=torch.bool).index_fill_(0, ids, False).nonzero()[:, 0]
+    others = torch.ones_like(every, dtype=torch.bool).index_fill_(0, ids, False).nonzero()[:, 0]
     kept = row_elements(module, others)
     launches.clear()
     assert module.promote(ids).all()
@@ -488,11 +496,11 @@ def test_state_of_moved_rows_is_fresh(optimizers, backend, launches):
                 assert torch.equal(state[key][row_elements(module, others)], old[key][kept])
 
 
-def test_three_launches_for_ten_thousand_ids(launches, wide_tiles):
+def test_three_launches_for_ten_thousand_ids(launches, wide_tiles, device):
     """10,240 ids with Adam's moments and a gradient."""
-    module = ResizableEmbedding(10_240, sizes=(2, 4), backend="torch")
+    module = ResizableEmbedding(10_240, sizes=(2, 4), backend="torch", device=device)
     optimizer = torch.optim.Adam(module.parameters())
-    every = torch.arange(10_240)
+    every = torch.arange(10_240, device=device)
     module(every).sum().backward()
     optimizer.step()
     before = module(every).detach()
@@ -507,26 +515,29 @@ def test_three_launches_for_ten_thousand_ids(launches, wide_tiles):
     consistent(module.arena)
 
 
-def test_fresh_values_are_exact_in_fp64(backend):
+def test_fresh_values_are_exact_in_fp64(backend, device):
     """A fresh value that fp32 does not hold."""
-    module = ResizableEmbedding(10, sizes=(2, 4), dtype=torch.float64, backend=backend)
+    options = {"dtype": torch.float64, "backend": backend, "device": device}
+    module, ids = ResizableEmbedding(10, sizes=(2, 4), **options), torch.arange(10, device=device)
     optimizer = torch.optim.Adagrad(module.parameters(), initial_accumulator_value=0.1)
-    module(torch.arange(10)).sum().backward()
+    module(ids).sum().backward()
     optimizer.step()
-    module.promote(torch.arange(4))
+    module.promote(ids[:4])
     state = optimizer.state[module.arena.storage]["sum"]
-    assert (state[row_elements(module, torch.arange(4))] == 0.1).all()
+    assert (state[row_elements(module, ids[:4])] == 0.1).all()
 
 
-def test_rows_past_two_to_the_31(monkeypatch):
-    """Starts in int64: a storage whose pages nobody touches costs no memory."""
+def test_rows_past_two_to_the_31(device, monkeypatch):
+    """Starts in int64: on a CPU, a storage whose pages nobody touches costs no memory."""
+    if device.type == "cuda" and torch.cuda.mem_get_info()[0] < 6 << 30:
+        pytest.skip("needs 6 GiB of GPU memory")
     sizes = (2, 4)
     monkeypatch.setattr(arena_file, "page_elements", lambda *_: 4096)
-    arena = Arena(4, sizes, dtype=torch.float16)
+    arena = Arena(4, sizes, dtype=torch.float16, device=device)
     page, pages = arena.page, 2**31 // 4096 + 2
-    rows = torch.randn(4, 2).half()
-    chain = torch.randn(chain_numel(sizes)).half()
-    arena.storage.data = torch.empty(pages * page, dtype=torch.float16)
+    rows = torch.randn(4, 2).half().to(device)
+    chain = torch.randn(chain_numel(sizes)).half().to(device)
+    arena.storage.data = torch.empty(pages * page, dtype=torch.float16, device=device)
     # The rows in the last page but one, the last page free.
     begin = (pages - 2) * page
     assert begin + 4 > 2**31 - 1
@@ -534,12 +545,12 @@ def test_rows_past_two_to_the_31(monkeypatch):
         setattr(arena, name, getattr(arena, name).long())
     arena.row_start[:4] = torch.arange(4) * 2 + begin
     arena.storage.data[begin : begin + 8] = rows.view(-1)
-    arena.page_level = torch.full((pages + 1,), -1, dtype=torch.int8)
+    arena.page_level = torch.full((pages + 1,), -1, dtype=torch.int8, device=device)
     arena.page_level[-3] = 0
-    arena.free_pages = torch.tensor([pages - 1, 0], dtype=torch.int32)
+    arena.free_pages = torch.tensor([pages - 1, 0], dtype=torch.int32, device=device)
     arena.free_count[:] = torch.tensor([0, 0, 1])
     monkeypatch.setattr(Arena, "_make_room", lambda arena, rows, **_: None)
-    ids = torch.tensor([2, 0, 2])
+    ids = torch.tensor([2, 0, 2], device=device)
     assert arena.promote(ids, chain, backend="triton").all()
     assert arena.level().tolist() == [1, 0, 1, 0]
     for i in range(4):
