@@ -39,6 +39,7 @@ def run(request):
         LAUNCHERS[request.param](out, *operands)
         return out
 
+    launched.grouped = request.param == "grouped"
     return launched
 
 
@@ -131,6 +132,8 @@ def test_groups_stay_inside_their_memory(n_ids, device, monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 @pytest.mark.parametrize("sizes", SIZES, ids=name)
 def test_against_the_definition(sizes, dtype, run, device, nan_empty):
+    if device.type == "cuda" and not run.grouped and launch.groups_ids(1, sizes, dtype):
+        pytest.skip("such ids are always grouped: Triton does not compile the other kernel")
     case = make_case(sizes, 40, 100 if sizes[-1] <= 128 else 30, dtype, device)
     out = looked_up(case, run)
     assert_matches(out, reference(case, torch.float64), reference(case, dtype), name="output")
