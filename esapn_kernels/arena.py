@@ -306,6 +306,7 @@ class Arena(nn.Module):
         if not quiet:
             self._ledger.send_for(self.free_count)
 
+    @companions.with_dense_gradient
     def reserve(self, rows: int) -> None:
         """Make room so that ``rows`` more rows can move, in any number of calls.
 

@@ -70,7 +70,7 @@ def _on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 
 def launch_kernel(
-    kernel: Any, grid: tuple[int, ...], first: Tensor, *args: Any, **known: Any
+    kernel: Any, grid: tuple[int, ...], first: Tensor, /, *args: Any, **known: Any
 ) -> None:
     """Launch a Triton kernel on the device of its first argument, in that device's stream.
 

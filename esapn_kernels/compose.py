@@ -10,8 +10,8 @@ Written row-wise and with the bias as one more input column that is always 1, ho
     A_k = T_k A'_{k+1} + [0; c_{k+1}]      A_k = [M_k | c_k]^T, shape [d_k + 1, d_n]; A' without c
 
 ``composed`` stacks A_0 ... A_{n-2}: K = sum_{k<n-1} (d_k + 1) rows of d_n numbers, 99 x 128 for the
-default sizes. Every kernel reads this one operand: a row of level ``k`` is a sparse row of K
-numbers, its entries at ``operand_offsets(sizes)[k]``, a 1 behind them, zeros elsewhere.
+default sizes. Every kernel reads this one operand: a row of level ``k`` meets the block that begins
+at ``operand_offsets(sizes)[k]``.
 
 Both directions are recursions whose columns never meet, so one launch does either, a program per
 block of columns:
@@ -193,7 +193,7 @@ def _compose_bwd_kernel(
                     mask=mask_row[:, None] & mask_last[None, :],
                     other=0.0,
                 )  # [BLOCK_ROWS, BLOCK_DIM]
-                used = tl.zeros([BLOCK_ROWS], dtype=tl.int32) + is_last.to(tl.int32)
+                used = tl.zeros([BLOCK_ROWS], dtype=tl.int32) + tl.where(is_last, 1, 0)
                 for n in range(0, n_dim, BLOCK_K):
                     offs_k = n + tl.arange(0, BLOCK_K)
                     mask_k = offs_k < DIM

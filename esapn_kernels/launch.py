@@ -301,16 +301,15 @@ def choose_fwd_grouped(n_ids: int, sizes: Sequence[int], dtype: torch.dtype) -> 
 def groups_ids(n_ids: int, sizes: Sequence[int], dtype: torch.dtype) -> bool:
     """Whether a forward groups ids by level first; computed for an H200, see the file's docstring.
 
-    At 4.3 TB/s and 165 TFLOP/s of tf32x3: ungrouped, every row is multiplied by the whole operand,
-    K = 99 rows padded to 128, 34 GFLOP or 208 us per 2^20 ids beside 192 us of bytes, too much to
-    hide. Grouped, a row meets its own map only: sizes to 8 by FMA, 16 and 64 by products of their
-    own width, a tenth of it with all sizes equally frequent. Grouping costs two launches and 36 B
-    per id (9 us per 2^20), so it pays from about 2^17 ids, 24 us of bytes and 26 us of products.
-    With plain ``tf32`` allowed the products take a third, 69 us per 2^20, and stay hidden. One size
-    needs no products at all.
+    At 4.3 TB/s and 165 TFLOP/s of tf32x3: ungrouped, a tile of mixed rows meets every map, sizes
+    to 8 by FMA and 16 and 64 by products, 21 GFLOP or 130 us per 2^20 ids beside 192 us of bytes,
+    too much to hide. Grouped, a row meets its own map only, a sixth of it with all sizes equally
+    frequent. Grouping costs two launches and 36 B per id (9 us per 2^20), so it pays from about
+    2^17 ids, 24 us of bytes and 16 us of products. With plain ``tf32`` allowed the products take a
+    third, 43 us per 2^20, and stay hidden. One size needs no products at all.
 
-    fp64 always groups: the operand's mask comes from int8 levels, and Triton 3.7 then picks a
-    product of 64-bit numbers that sm_80 does not have, and fails to compile.
+    fp64 always groups: in the ungrouped kernel Triton 3.6 and 3.7 pick products of 64-bit numbers
+    that sm_80 and sm_90 do not have, and fail to compile.
     """
     if len(sizes) == 1:
         return False

@@ -471,7 +471,7 @@ def test_reserved_room_does(captured, on_a_device, device, monkeypatch):
     arena.reserve(300)
     shape, base = arena.storage.shape, arena.free_base
     if captured:
-        monkeypatch.setattr(arena_file, "_capturing", lambda tensor: True)
+        monkeypatch.setattr(arena_file, "is_capturing", lambda tensor: True)
         with pytest.raises(RuntimeError, match="before capturing"):
             arena.reserve(1)
     order = torch.cat([torch.arange(150), torch.arange(150).flip(0)])
@@ -490,7 +490,7 @@ def test_nothing_grows_while_captured_nor_after(on_a_device, device):
     chain = torch.randn(chain_numel(sizes), device=device)
     arena.reserve(20)
     shape, ids = arena.storage.shape, torch.arange(100, device=device)
-    capturing = mock.patch.object(arena_file, "_capturing", return_value=True)
+    capturing = mock.patch.object(arena_file, "is_capturing", return_value=True)
     with capturing:
         moved = arena.promote(ids, chain, backend="triton")
         assert arena._ledger.snapshot is None

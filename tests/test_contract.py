@@ -508,6 +508,18 @@ def test_sparse_gradients_of_ragged_rows(optimizer):
             )
 
 
+def test_a_held_sparse_gradient_grows_with_the_rows():
+    module = seeded(RAGGED, N, D, sparse=True)
+    module(IDS).sum().backward()
+    held = module.arena.storage.grad.to_dense()
+    module.reserve(100)
+    grown = module.arena.storage.grad
+    assert grown.is_sparse and grown.shape == module.arena.storage.shape != held.shape
+    assert torch.equal(grown.to_dense()[: len(held)], held)
+    module(IDS).sum().backward()
+    torch.testing.assert_close(module.arena.storage.grad.to_dense()[: len(held)], 2 * held)
+
+
 def test_max_norm():
     for norm_type in (1.0, 2.0, float("inf")):
         theirs, ours = pair(max_norm=0.7, norm_type=norm_type)
