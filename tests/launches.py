@@ -91,9 +91,10 @@ def calls(
     for out_dtype in (dtype, torch.bfloat16) if dtype == torch.float32 else (dtype,):
         yield f"to-{TYPES[out_dtype]}", call(launch_fwd, ids, storage, *where, out_dtype)
     yield "gradient", call(launch_bwd, grad_out, ids, storage, *where)
-    # Rules differ in what follows the products: all in one dtype, the longest elsewhere.
+    # Rules differ in what follows the products: all in one dtype, those that keep a number per id
+    # in every dtype.
     full = dtype == torch.float32 and index == torch.int32
-    for rule in RULES if full else ("adam",):
+    for rule in RULES if full else ("rowwise_adagrad", "adam"):
         per_id = made(N_ROWS, dtype=torch.int32 if rule == "adam" else wide)
         numbers, clock = (made(n, dtype=torch.float64) for n in (7, 3))
         state = made(capacity, dtype=wide)
