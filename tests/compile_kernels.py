@@ -23,6 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from esapn_kernels.update import RULES
 from tests.launches import Launch, calls, recorded
 
 PAPER, AWKWARD, WIDE = (2, 4, 8, 16, 64, 128), (1, 3, 5, 33), (7, 128, 512)
@@ -45,8 +46,11 @@ def cases() -> dict[str, Launch]:
     found: dict[str, Launch] = {}
     seen = set()
     for name, sizes, dtype, index in LAYOUTS:
+        # Rules differ in what follows the products: all in one layout, those that keep a number
+        # per id in every one.
+        rules = RULES if (sizes, dtype) == (PAPER, torch.float32) else ("rowwise_adagrad", "adam")
         for n_ids in N_IDS:
-            for part, call in calls(sizes, dtype, index, n_ids):
+            for part, call in calls(sizes, dtype, index, n_ids, rules=rules):
                 # Insertion and freeing are parts of promotion: one dtype of them suffices.
                 if part in ("insert", "free") and (sizes, dtype) != (PAPER, torch.float32):
                     continue

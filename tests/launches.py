@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -63,6 +63,7 @@ def calls(
     index: torch.dtype,
     n_ids: int,
     device: str = "cuda:0",
+    rules: Sequence[str] = RULES,
 ) -> Iterator[tuple[str, Callable[[], Any]]]:
     """A label and a call for every operator and every variant of it that has kernels of its own."""
     mode = FakeTensorMode()
@@ -91,10 +92,7 @@ def calls(
     for out_dtype in (dtype, torch.bfloat16) if dtype == torch.float32 else (dtype,):
         yield f"to-{TYPES[out_dtype]}", call(launch_fwd, ids, storage, *where, out_dtype)
     yield "gradient", call(launch_bwd, grad_out, ids, storage, *where)
-    # Rules differ in what follows the products: all in one dtype, those that keep a number per id
-    # in every dtype.
-    full = dtype == torch.float32 and index == torch.int32
-    for rule in RULES if full else ("rowwise_adagrad", "adam"):
+    for rule in rules:
         per_id = made(N_ROWS, dtype=torch.int32 if rule == "adam" else wide)
         numbers, clock = (made(n, dtype=torch.float64) for n in (7, 3))
         state = made(capacity, dtype=wide)
