@@ -1,6 +1,6 @@
 """Compile every kernel without a GPU and print registers and spills as JSON.
 
-    python tests/compile_kernels.py [--write FOLDER] sm [sm ...]
+    python tests/compile_kernels.py [--write FOLDER] [--only REGEX] sm [sm ...]
 
 What is compiled is what the launchers launch. Run as its own process: under ``TRITON_INTERPRET=1``
 the kernels are Python functions, not compilable. ``--write`` keeps PTX and cubin of every case.
@@ -23,7 +23,6 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from esapn_kernels.update import RULES
 from tests.launches import Launch, calls, recorded
 
 PAPER, AWKWARD, WIDE = (2, 4, 8, 16, 64, 128), (1, 3, 5, 33), (7, 128, 512)
@@ -46,13 +45,11 @@ def cases() -> dict[str, Launch]:
     found: dict[str, Launch] = {}
     seen = set()
     for name, sizes, dtype, index in LAYOUTS:
-        # Rules differ in what follows the products: all in one layout, those that keep a number
-        # per id in every one.
-        rules = RULES if (sizes, dtype) == (PAPER, torch.float32) else ("rowwise_adagrad", "adam")
+        full = (sizes, dtype, index) == (PAPER, torch.float32, torch.int32)
         for n_ids in N_IDS:
-            for part, call in calls(sizes, dtype, index, n_ids, rules=rules):
-                # Insertion and freeing are parts of promotion: one dtype of them suffices.
-                if part in ("insert", "free") and (sizes, dtype) != (PAPER, torch.float32):
+            for part, call in calls(sizes, dtype, index, n_ids, full=full):
+                # Insertion and freeing are parts of promotion: one layout of them suffices.
+                if part in ("insert", "free") and not full:
                     continue
                 with recorded() as launches:
                     call()
@@ -104,13 +101,19 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--write", type=Path, metavar="FOLDER")
     parser.add_argument("--only", default="", metavar="REGEX", help="names of cases")
+    parser.add_argument(
+        "--share", default="1/1", metavar="I/N", help="the I-th of N shares of them"
+    )
     parser.add_argument("sm", type=int, nargs="*", default=[90])
     args = parser.parse_args()
     if args.write is not None:
         args.write.mkdir(parents=True, exist_ok=True)
-    chosen = {name: case for name, case in cases().items() if re.search(args.only, name)}
+    index, shares = map(int, args.share.split("/"))
+    chosen = [(name, case) for name, case in cases().items() if re.search(args.only, name)]
     results = [
-        compile_case(name, case, sm, args.write) for sm in args.sm for name, case in chosen.items()
+        compile_case(name, case, sm, args.write)
+        for name, case in chosen[index - 1 :: shares]
+        for sm in args.sm
     ]
     print(json.dumps(results))
 

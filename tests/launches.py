@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -63,9 +63,12 @@ def calls(
     index: torch.dtype,
     n_ids: int,
     device: str = "cuda:0",
-    rules: Sequence[str] = RULES,
+    full: bool = True,
 ) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """A label and a call for every operator and every variant of it that has kernels of its own."""
+    """A label and a call for every operator and every variant of it that has kernels of its own.
+
+    Not ``full``: of outputs in other dtypes and of rules only one, the longest.
+    """
     mode = FakeTensorMode()
     wide = compute_dtype(dtype)
     capacity = 1 << 24 if index == torch.int32 else 1 << 33
@@ -89,10 +92,10 @@ def calls(
     where = (composed, row_start, page_level, sizes, PAGE)
     yield "compose", call(_launch_compose, chain, sizes)
     yield "compose", call(_launch_compose_bwd, composed, chain, composed, sizes)
-    for out_dtype in (dtype, torch.bfloat16) if dtype == torch.float32 else (dtype,):
+    for out_dtype in (dtype, torch.bfloat16) if full else (dtype,):
         yield f"to-{TYPES[out_dtype]}", call(launch_fwd, ids, storage, *where, out_dtype)
     yield "gradient", call(launch_bwd, grad_out, ids, storage, *where)
-    for rule in rules:
+    for rule in RULES if full else ("adam",):
         per_id = made(N_ROWS, dtype=torch.int32 if rule == "adam" else wide)
         numbers, clock = (made(n, dtype=torch.float64) for n in (7, 3))
         state = made(capacity, dtype=wide)
