@@ -209,6 +209,12 @@ class GroupedConfig(FwdConfig):
     """Tiles of rows of one size, for ``programs`` that stay."""
 
     programs: int
+    maxnreg: int | None = None
+
+    def constants(self, sizes: Sequence[int], page: int, dtype: torch.dtype) -> dict[str, Any]:
+        """As keyword arguments of a launch."""
+        bound = {} if self.maxnreg is None else {"maxnreg": self.maxnreg}
+        return {**super().constants(sizes, page, dtype), **bound}
 
 
 def choose_fwd(n_ids: int, dim: int, dtype: torch.dtype) -> FwdConfig:
@@ -286,6 +292,8 @@ def choose_group(n_ids: int, n_levels: int) -> GroupConfig:
 def choose_fwd_grouped(n_ids: int, sizes: Sequence[int], dtype: torch.dtype) -> GroupedConfig:
     """Tiles of 32 rows and 8 warps: 126 registers, so that two programs share a multiprocessor.
 
+    In fp64 the assembler of Triton 3.9 spills 8 bytes at 80 registers, unless it is told of more.
+
     With 4 warps the same tile takes 255 registers, with 64 rows it spills on sm_100. 2,048 programs
     are 7 to 10 waves on 108 to 148 multiprocessors: the last one is not worth asking the device for
     its size. Every level may end in a tile that is not full, and so may the ids without a row.
@@ -295,7 +303,8 @@ def choose_fwd_grouped(n_ids: int, sizes: Sequence[int], dtype: torch.dtype) -> 
     else:
         block_rows, block_k, block_dim, num_warps = 32, 32, _block_dim(sizes[-1], 128), 8
     tiles = -(-n_ids // block_rows) + len(sizes)
-    return GroupedConfig(block_rows, block_k, block_dim, num_warps, min(tiles, 2048))
+    registers = 168 if dtype == torch.float64 else None
+    return GroupedConfig(block_rows, block_k, block_dim, num_warps, min(tiles, 2048), registers)
 
 
 def groups_ids(n_ids: int, sizes: Sequence[int], dtype: torch.dtype) -> bool:
