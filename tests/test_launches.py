@@ -93,7 +93,7 @@ def compiled(script: str) -> list[list[str]]:
     would be compiled is noted, and nothing runs.
     """
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    env["PYTHONPATH"] = str(ROOT)
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     code = (
         f"from tests.counting import mark, marks\n{script}\nimport json\nprint(json.dumps(marks))"
     )
