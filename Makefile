@@ -24,13 +24,15 @@ test: $(STAMP) ## run the tests and doctests; PYTEST_ARGS="-k lookup" narrows th
 
 # Beside torch's own Triton, not in its place.
 TRITON = $(shell $(BIN)/python -c 'from esapn_kernels.info import TESTED_TRITON as t; print(t[-1])')
-NEWEST := accesses compile compose group launches lookup lookup_bwd nonfinite resize runs
+NEWEST := $(abspath $(VENV))/triton-newest
+KERNELS := accesses compile compose group launches lookup lookup_bwd nonfinite resize runs
+SHORT := not float16 and not bfloat16 and not float64 and not sm_80 and not sm_100
 
 test-newest: $(STAMP) ## the kernels' tests, shortened, on the newest Triton that is known
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
-	  --target $(abspath $(VENV))/triton-newest triton==$(TRITON)
-	PYTHONPATH=$(abspath $(VENV))/triton-newest $(BIN)/python -m pytest $(NEWEST:%=tests/test_%.py) \
-	  -k "not float16 and not bfloat16 and not float64 and not sm_80 and not sm_100" $(PYTEST_ARGS)
+	@test -d $(NEWEST)/triton-$(TRITON).dist-info || $(BIN)/python -m pip install --quiet \
+	  --disable-pip-version-check --no-deps --upgrade --target $(NEWEST) triton==$(TRITON)
+	@PYTHONPATH=$(NEWEST) $(BIN)/python -m pytest $(KERNELS:%=tests/test_%.py) -k "$(SHORT)" \
+	  $(PYTEST_ARGS)
 
 docs: $(STAMP) ## write the API reference to build/api, from the docstrings
 	@rm -rf build/api

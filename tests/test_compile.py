@@ -47,8 +47,8 @@ def compiled(request) -> list[dict]:
         for index in range(PROCESSES)
     ]
     results = []
-    for process in processes:
-        output, errors = process.communicate()
+    said = [process.communicate() for process in processes]
+    for process, (output, errors) in zip(processes, said, strict=True):
         assert process.returncode == 0, errors
         results += json.loads(output)
     assert {result["sm"] for result in results} == {request.param}
