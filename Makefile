@@ -1,6 +1,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
+# A file stays with one worker: its tests share what they prepared.
+WORKERS ?= --numprocesses auto --maxprocesses 8 --dist loadfile
 API := esapn_kernels $(addprefix esapn_kernels.,optim distributed lookup compose reference info) esapn
 
 BIN := $(VENV)/bin
@@ -20,7 +22,7 @@ demo: $(STAMP) ## search on synthetic data, then a short lookup benchmark, into 
 	$(BIN)/python bench/lookup.py --quick --out runs/demo/lookup.json
 
 test: $(STAMP) ## run the tests and doctests; PYTEST_ARGS="-k lookup" narrows them
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest $(WORKERS) $(PYTEST_ARGS)
 
 # Beside torch's own Triton, not in its place.
 TRITON = $(shell $(BIN)/python -c 'from esapn_kernels.info import TESTED_TRITON as t; print(t[-1])')
@@ -32,7 +34,7 @@ test-newest: $(STAMP) ## the kernels' tests, shortened, on the newest Triton tha
 	@test -d $(NEWEST)/triton-$(TRITON).dist-info || $(BIN)/python -m pip install --quiet \
 	  --disable-pip-version-check --no-deps --upgrade --target $(NEWEST) triton==$(TRITON)
 	@PYTHONPATH=$(NEWEST) $(BIN)/python -m pytest $(KERNELS:%=tests/test_%.py) -k "$(SHORT)" \
-	  $(PYTEST_ARGS)
+	  $(WORKERS) $(PYTEST_ARGS)
 
 docs: $(STAMP) ## write the API reference to build/api, from the docstrings
 	@rm -rf build/api
