@@ -113,7 +113,7 @@ def read_columns(path: Path, kind: str, *, name: str, malformed: str = "refuse")
     try:
         import polars as pl
     except ImportError:
-        fail(name, needs("a file", ["polars"]))
+        fail(name, needs("reading files", ["polars"]))
     checker = _Checker(keep_going=malformed == "skip")
     try:
         blocks = _parquet_blocks if kind == ".parquet" else _text_blocks

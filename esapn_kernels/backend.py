@@ -136,8 +136,8 @@ def resolve_backend(backend: str, device: torch.device) -> str:
 def _refusal(kind: str) -> str:
     if TRITON_ERROR is not None:
         return (
-            f"backend 'triton' is not available: {TRITON_ERROR}; install triton>=3.6 or use "
-            "backend='torch'"
+            f"backend 'triton' is not available: {TRITON_ERROR}; use backend='torch', or "
+            "to install: pip install 'triton>=3.6'"
         )
     if kind == "cpu":
         return (

@@ -149,8 +149,9 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _present(self) -> tuple[float, ...]:
         """The parameter group's settings, as the kernels take them."""
         group = self.param_groups[0]
-        betas = group.get("betas", (0.0, 0.0))
-        return rule_numbers(float(group["lr"]), group.get("eps", 0.0), betas)
+        beta1, beta2 = group.get("betas", (0.0, 0.0))
+        betas = float(beta1), float(beta2)
+        return rule_numbers(float(group["lr"]), float(group.get("eps", 0.0)), betas)
 
     def _bring(self) -> None:
         """Bring changed settings to the device, without waiting for it."""
@@ -219,7 +220,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         # A copy is attached to nothing.
-        for name, empty in (("_arenas", []), ("_numbers", {}), ("_shown", ())):
+        for name, empty in (("_arenas", []), ("_numbers", {}), ("_shown", ()), ("_one", {})):
             self.__dict__.setdefault(name, empty)
 
 

@@ -129,8 +129,8 @@ def test_a_step(rule, accesses, monkeypatch):
     every = torch.cat([torch.arange(60), torch.arange(0, 60, 5)])
     for ids in (torch.cat([every, torch.zeros(260).long()]), every):
         module(ids).backward(torch.randn(len(ids), SIZES[-1]))
-    assert rows is None or rows.rule
     module.promote(every[20:])
+    del rows  # attached until here
     kernels = {name for name in accesses.seen if name.endswith("_kernel")}
     assert len(kernels) >= 15 and {"_sums_kernel", "_hot_kernel"} <= kernels
     assert accesses.seen["barrier"] and accesses.seen["read"] and accesses.seen["write"]

@@ -44,7 +44,7 @@ def test_resolve_backend(monkeypatch, backend, device, state, expected):
     [
         (CPU, {}, "set TRITON_INTERPRET=1 before importing esapn_kernels"),
         (CPU, {"interpreted": True, "triton_error": NO_TRITON}, "No module named 'triton'"),
-        (CUDA, {"triton_error": NO_TRITON}, "install triton>=3.6 or use backend='torch'"),
+        (CUDA, {"triton_error": NO_TRITON}, "to install: pip install 'triton>=3.6'"),
         (torch.device("meta"), {"interpreted": True}, "got tensors on meta"),
     ],
 )
