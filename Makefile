@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
 # A file stays with one worker: its tests share what they prepared.
-WORKERS ?= --numprocesses auto --maxprocesses 8 --dist loadfile
+WORKERS ?= --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 API := esapn_kernels $(addprefix esapn_kernels.,optim distributed lookup compose reference info) esapn
 
 BIN := $(VENV)/bin

@@ -69,7 +69,7 @@ setup(
         "bench": ["pytest-benchmark>=4.0", "matplotlib>=3.8"],
         "dev": [
             "pytest>=8.2",
-            "pytest-xdist>=3.6",
+            "pytest-xdist>=3.7",
             "hypothesis>=6.100",
             "pytest-benchmark>=4.0",
             "ruff>=0.9",
