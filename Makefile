@@ -27,7 +27,7 @@ test: $(STAMP) ## run the tests and doctests; PYTEST_ARGS="-k lookup" narrows th
 # Beside torch's own Triton, not in its place; TRITON=3.8.0 takes another.
 TRITON = $(shell $(BIN)/python -c 'from esapn_kernels.info import TESTED_TRITON as t; print(t[-1])')
 NEWEST = $(abspath $(VENV))/triton-$(TRITON)
-KERNELS := accesses compile compose group launches lookup lookup_bwd nonfinite resize runs
+KERNELS := accesses compile compose group lookup nonfinite runs
 SHORT := not float16 and not bfloat16 and not float64 and not sm_80 and not sm_100
 
 test-newest: $(STAMP) ## the kernels' tests, shortened, on the newest Triton that is known
