@@ -27,13 +27,13 @@ test: $(STAMP) ## run the tests and doctests; PYTEST_ARGS="-k lookup" narrows th
 # Beside torch's own Triton, not in its place; TRITON=3.8.0 takes another.
 TRITON = $(shell $(BIN)/python -c 'from esapn_kernels.info import TESTED_TRITON as t; print(t[-1])')
 NEWEST = $(abspath $(VENV))/triton-$(TRITON)
-KERNELS := accesses compile compose group lookup nonfinite runs
+KERNELS := accesses compile compose group lookup nonfinite segments
 SHORT := not float16 and not bfloat16 and not float64 and not sm_80 and not sm_100
 
 test-newest: $(STAMP) ## the kernels' tests, shortened, on the newest Triton that is known
 	@test -d $(NEWEST)/triton || $(BIN)/python -m pip install --quiet \
 	  --disable-pip-version-check --no-deps --upgrade --target $(NEWEST) triton==$(TRITON)
-	@PYTHONPATH=$(NEWEST) $(BIN)/python -m pytest $(KERNELS:%=tests/test_%.py) -k "$(SHORT)" \
+	@PYTHONPATH=$(NEWEST) $(BIN)/python -m pytest $(KERNELS:%=tests/kernels/test_%.py) -k "$(SHORT)" \
 	  $(WORKERS) $(PYTEST_ARGS)
 
 docs: $(STAMP) ## write the API reference to build/api, from the docstrings

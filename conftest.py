@@ -54,7 +54,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 @pytest.fixture(params=["torch", "triton"])
 def backend(request: pytest.FixtureRequest) -> str:
     """Every implementation but the reference itself."""
-    from esapn_kernels.backend import TRITON_ERROR
+    from esapn_kernels.ops.backend import TRITON_ERROR
 
     if request.param == "triton" and TRITON_ERROR is not None:
         pytest.skip(TRITON_ERROR)

@@ -40,8 +40,17 @@ setup(
         "Typing :: Typed",
     ],
     python_requires=">=3.10",
-    packages=["esapn_kernels", "esapn"],
-    package_data={"esapn_kernels": ["py.typed"], "esapn": ["py.typed", "page.html"]},
+    packages=[
+        "esapn_kernels",
+        *(f"esapn_kernels.{folder}" for folder in ("cpu", "gpu", "ops", "storage")),
+        "esapn",
+        *(f"esapn.{folder}" for folder in ("compare", "data", "models", "run")),
+    ],
+    package_data={
+        "esapn_kernels": ["py.typed"],
+        "esapn": ["py.typed"],
+        "esapn.compare": ["page.html"],
+    },
     # Floors only: torch itself pins the Triton it was built with.
     install_requires=[
         "torch>=2.11",

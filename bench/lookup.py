@@ -27,14 +27,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
-import goals
 import torch
-from gate import TOLERANCE, GateError, check, check_forward, equal_runs, make_reference
-from graphs import GRAPH_IDS, measure_forward_graphs, measure_step_graph
-from model import DIM, PAPER_ROWS, dense_backward_bytes, forward_bytes
-from plot import plot
-from promotions import measure_promotion
-from providers import (
+from harness import goals
+from harness.gate import TOLERANCE, GateError, check, check_forward, equal_runs, make_reference
+from harness.graphs import GRAPH_IDS, measure_forward_graphs, measure_step_graph
+from harness.promotions import measure_promotion
+from harness.providers import (
     TRAFFIC,
     Case,
     Compiled,
@@ -48,14 +46,16 @@ from providers import (
     make_forwards,
     make_table,
 )
-from report import Row, conditions, relate, report
-from timing import CPU_REPEATS, Clock, Entry
+from harness.roof import DIM, PAPER_ROWS, dense_backward_bytes, forward_bytes
+from harness.table import Row, conditions, relate, report
+from harness.timing import CPU_REPEATS, Clock, Entry
+from harness.updates import RULES, measure_cold_backward, measure_steps
+from plot import plot
 from torch import Tensor
-from updates import RULES, measure_cold_backward, measure_steps
 
 from esapn_kernels import optim
-from esapn_kernels.backend import INTERPRETED
 from esapn_kernels.info import collect
+from esapn_kernels.ops.backend import INTERPRETED
 
 BATCHES = (500, 65_536, 1_048_576)
 MODES = ("forward", "backward", "both")

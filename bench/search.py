@@ -33,11 +33,11 @@ import torch
 from torch import Tensor, nn
 
 from esapn.config import MODES, ConfigError, SearchConfig
-from esapn.data import NUM_CLASSES, Batch, DataError, Stream, build_stream, load_ratings
-from esapn.metrics import Prequential
-from esapn.model import event_losses
+from esapn.data.load import NUM_CLASSES, Batch, DataError, Stream, build_stream, load_ratings
+from esapn.models.two_tower import event_losses
 from esapn.policy import LossHistory, Policy, policy_loss, reward, sample_actions
-from esapn.run import Run
+from esapn.run.loop import Run
+from esapn.run.metrics import Prequential
 from esapn_kernels import info
 
 
@@ -78,7 +78,7 @@ class AllSizesSide(nn.Module):
 
 
 class AllSizesModel(nn.Module):
-    """The two-tower recommender of ``esapn.model`` on all-sizes sides."""
+    """The two-tower recommender of ``esapn.models.two_tower`` on all-sizes sides."""
 
     def __init__(self, stream: Stream, config: SearchConfig, lean: bool) -> None:
         super().__init__()

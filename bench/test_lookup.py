@@ -11,21 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from gate import check, make_reference
+from harness.gate import check, make_reference
+from harness.promotions import EagerPromotion, Ready, check_promotion, draw_batches
+from harness.providers import Case, Fixed, Ours, Table, make_case, make_table
+from harness.roof import PAPER_ROWS, SIZES, dense_backward_bytes, forward_bytes, promotion_bytes
+from harness.updates import RULES, check_step, make_steps
 from lookup import MODES
-from model import (
-    PAPER_ROWS,
-    SIZES,
-    dense_backward_bytes,
-    forward_bytes,
-    promotion_bytes,
-)
-from promotions import EagerPromotion, Ready, check_promotion, draw_batches
-from providers import Case, Fixed, Ours, Table, make_case, make_table
 from torch import Tensor
-from updates import RULES, check_step, make_steps
 
-from esapn_kernels.backend import INTERPRETED, resolve_backend
+from esapn_kernels.ops.backend import INTERPRETED, resolve_backend
 
 ROUNDS = 15
 

@@ -15,13 +15,13 @@ from typing import Any, NoReturn
 
 import torch
 
-from .checkpoint import CheckpointError
 from .config import CHOICES, MODES, ConfigError, SearchConfig
-from .data import DataError, Ratings, Stream, load_ratings
-from .datasets import MOVIELENS
+from .data.load import DataError, Ratings, Stream, load_ratings
+from .data.movielens import MOVIELENS
 from .extras import needs
-from .report import write_json
-from .run import device_of, stream_of
+from .run.checkpoint import CheckpointError
+from .run.loop import device_of, stream_of
+from .run.result import write_json
 
 CHECKPOINT_SECONDS = 60.0
 # Settings that all runs of a comparison have in common, and its command line sets.
@@ -227,9 +227,10 @@ def _search(args: argparse.Namespace) -> int:
 
     from tqdm import tqdm
 
-    from . import checkpoint, report
-    from .compare import Saver, resume_or_start
-    from .run import Run
+    from .compare.jobs import Saver, resume_or_start
+    from .run import checkpoint
+    from .run import result as report
+    from .run.loop import Run
 
     run = Run(config, stream)
     folder = args.out / "checkpoints"
@@ -292,7 +293,7 @@ def _compare(args: argparse.Namespace) -> int:
 
     from tqdm import tqdm
 
-    from .compare import compare, is_finished, plan
+    from .compare.jobs import compare, is_finished, plan
 
     device = device_of(args.device)
     _check_least(1, seeds=args.seeds)
@@ -338,9 +339,9 @@ def _compare(args: argparse.Namespace) -> int:
 
 
 def _write_page(folder: Path) -> None:
-    from . import page
-    from .report import write_csv
-    from .statistics import ReportError
+    from .compare import page
+    from .compare.contrasts import ReportError
+    from .run.result import write_csv
 
     try:
         print(f"wrote {page.write(folder)} and {write_csv(folder)}")

@@ -50,7 +50,7 @@ import torch
 from torch import Tensor, nn
 
 from esapn_kernels import ResizableEmbedding
-from esapn_kernels.compose import compose, operand_offsets
+from esapn_kernels.ops.compose import compose, operand_offsets
 
 from .config import SearchConfig
 from .growth import promote_keeping

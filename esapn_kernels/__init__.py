@@ -2,8 +2,8 @@
 
 from .bag import ResizableEmbeddingBag
 from .collection import ResizableEmbeddingCollection
-from .memory import MemoryReport
 from .module import ResizableEmbedding
+from .ops.memory import MemoryReport
 
 __all__ = [
     "MemoryReport",

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .lookup import check_ids
-from .memory import MemoryReport
 from .module import ResizableEmbedding
+from .ops.lookup import check_ids
+from .ops.memory import MemoryReport
 
 __all__ = ["Jagged", "ResizableEmbeddingCollection"]
 

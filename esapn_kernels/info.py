@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from . import backend as _backend
-from .backend import BACKENDS, resolve_backend
+from .ops import backend as _backend
+from .ops.backend import BACKENDS, resolve_backend
 
 TESTED_TRITON = ("3.7.1", "3.8.0", "3.9.0")
 """Versions on which the kernels' tests passed, interpreted; spills are in ``docs/design.md``."""

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import companions
-from .arena import Arena
-from .compose import ComposedCache, chain_numel
-from .lookup import check_ids, is_eager, lookup, lookup_eager
-from .memory import MemoryReport
+from .ops.compose import ComposedCache, chain_numel
+from .ops.lookup import check_ids, is_eager, lookup, lookup_eager
+from .ops.memory import MemoryReport
+from .ops.update import row_table
 from .reference import split_chain
-from .update import row_table
+from .storage import followers as companions
+from .storage.arena import Arena
 
 __all__ = ["ResizableEmbedding"]
 
@@ -100,7 +100,7 @@ class ResizableEmbedding(nn.Module):
 
     State dict: ``arena.storage``, ``chain`` and the arena's location and free-list buffers; tensors
     only. A module whose rows have other sizes loads it and takes its sizes. Optimizer state of
-    resized rows starts afresh, see ``esapn_kernels.companions``. Resize between
+    resized rows starts afresh, see ``esapn_kernels.storage.followers``. Resize between
     ``optimizer.step()`` and the next forward; between forward and backward it raises at backward.
 
     Source: Liu et al., "Automated Embedding Size Search in Deep Recommender Systems", SIGIR 2020.

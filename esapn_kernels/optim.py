@@ -36,12 +36,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import companions
-from .arena import Arena
-from .backend import is_capturing
-from .compose import compute_dtype
 from .module import ResizableEmbedding
-from .update import Update, rule_numbers
+from .ops.backend import is_capturing
+from .ops.compose import compute_dtype
+from .ops.update import Update, rule_numbers
+from .storage import followers as companions
+from .storage.arena import Arena
 
 __all__ = ["SGD", "Adagrad", "Adam", "FusedOptimizer"]
 

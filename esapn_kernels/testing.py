@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backend as _backend
-from .lookup import lookup
 from .module import ResizableEmbedding
+from .ops import backend as _backend
+from .ops.lookup import lookup
 from .reference import lookup_grad_reference, lookup_reference
 
 __all__ = [

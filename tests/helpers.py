@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from esapn.data import DataError
+from esapn.data.load import DataError
 
 
 def refusal(call, *args, **options) -> str:

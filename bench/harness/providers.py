@@ -1,0 +1,389 @@
+"""What the lookup benchmark compares: tables, traffic and providers.
+
+A provider is one way to answer ``ids -> [len(ids), 128]``. ``ours``, ``eager`` and ``compiled``
+hold the same ragged rows and the same hops and must agree with one float64 reference; ``fixed`` is
+the plain table with a full-size row per id, the cost of not being ragged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from harness.roof import DIM, SIZES, Looked
+from harness.table import Row
+from torch import Tensor, nn
+
+from esapn_kernels import ResizableEmbedding
+from esapn_kernels.ops.lookup import lookup
+from esapn_kernels.reference import split_chain
+
+TRAFFIC = ("uniform", "zipf")
+ZIPF_EXPONENT = 1.05
+Hops = list[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Row sizes of a table and the order of its ids by popularity.
+
+    Attributes:
+        name: for the report.
+        sizes: size of every row, int64 ``[N]``, independent of the id.
+        popular: ids, most popular first: the largest rows, in random order within a size.
+    """
+
+    name: str
+    sizes: Tensor
+    popular: Tensor
+
+    def __len__(self) -> int:
+        return self.sizes.numel()
+
+
+def make_table(name: str, rows: dict[int, int], generator: torch.Generator) -> Table:
+    """Draws a table with ``rows[size]`` rows of every size, the sizes dealt out at random."""
+    sizes = torch.repeat_interleave(torch.tensor(list(rows)), torch.tensor(list(rows.values())))
+    sizes = sizes[torch.randperm(len(sizes), generator=generator)]
+    shuffled = torch.randperm(len(sizes), generator=generator)
+    largest_first = torch.sort(sizes[shuffled], descending=True, stable=True).indices
+    return Table(name, sizes, shuffled[largest_first])
+
+
+def make_ids(table: Table, traffic: str, count: int, generator: torch.Generator) -> Tensor:
+    """Draws ``count`` ids: uniform, or rank ``r`` with probability proportional to ``r^-1.05``."""
+    n = len(table)
+    if traffic == "uniform":
+        return torch.randint(n, (count,), generator=generator)
+    weight = torch.arange(1, n + 1, dtype=torch.float64).pow_(-ZIPF_EXPONENT).cumsum_(0)
+    draw = torch.rand(count, dtype=torch.float64, generator=generator) * weight[-1]
+    return table.popular[torch.searchsorted(weight, draw, right=True).clamp_(max=n - 1)]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One table, traffic and batch size: several batches of ids, and a gradient to send back."""
+
+    table: Table
+    traffic: str
+    batches: list[Tensor]
+    grad: Tensor
+
+    @property
+    def count(self) -> int:
+        return self.grad.shape[0]
+
+    def batch(self, turn: int) -> Tensor:
+        return self.batches[turn % len(self.batches)]
+
+    def looked(self, sizes: Tensor | None = None, *, ragged: bool = True) -> Looked:
+        """What the first batch looks up, of the table's rows or of rows of other ``sizes``."""
+        sizes = self.table.sizes if sizes is None else sizes
+        return Looked.of(self.batches[0].cpu(), sizes, ragged=ragged)
+
+    def row(
+        self,
+        mode: str,
+        provider: str,
+        looked: Looked,
+        model: Callable[[Looked], int],
+        memory: int = 0,
+        **more: Any,
+    ) -> Row:
+        """A row not yet measured; ``model`` gives its fewest bytes."""
+        return Row(
+            self.table.name,
+            len(self.table),
+            self.traffic,
+            self.count,
+            sum(looked.distinct),
+            mode,
+            provider,
+            memory,
+            bytes=model(looked),
+            cold_bytes=model(looked.cold),
+            **more,
+        )
+
+
+def make_case(
+    table: Table, traffic: str, count: int, device: torch.device, generator: torch.Generator
+) -> Case:
+    """Draws the batches of one case and a gradient."""
+    number = 4 if count >= 1 << 20 else 8
+    batches = [make_ids(table, traffic, count, generator).to(device) for _ in range(number)]
+    grad = torch.randn(count, DIM, generator=generator).to(device)
+    return Case(table, traffic, batches, grad)
+
+
+class Provider:
+    """One way to look rows up.
+
+    Attributes:
+        name: for the report.
+        parameters: what gradients are taken of.
+        table_bytes: allocated for rows, locations and hops.
+        grad_elements: elements of the rows' dense gradient.
+        ragged: whether rows have their own sizes.
+        around: context that its regions run in.
+    """
+
+    name: str
+    parameters: list[Tensor]
+    table_bytes: int
+    grad_elements: int
+    ragged = True
+    around: Callable[[], Any] = nullcontext
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def backward(self, out: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
+        """Gradients of ``parameters``."""
+        return torch.autograd.grad(out, self.parameters, grad)
+
+    def row_grads(self, grads: Sequence[Tensor], level: int, ids: Tensor) -> Tensor:
+        """Gradient of the rows ``ids``, all of ``level``, out of gradients of ``parameters``."""
+        raise NotImplementedError
+
+    def hop_grads(self, grads: Sequence[Tensor]) -> Hops:
+        """Gradients ``(dW_j, db_j)`` of the hops."""
+        raise NotImplementedError
+
+    def table_grads(self, grads: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The gradients that belong to rows."""
+        raise NotImplementedError
+
+
+class Ours(Provider):
+    """``ResizableEmbedding`` with the backend that ``auto`` takes."""
+
+    name = "ours"
+
+    def __init__(
+        self, table: Table, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.module = ResizableEmbedding(
+            len(table), sizes=SIZES, initial_size=table.sizes, device=device, dtype=dtype
+        )
+        self.parameters = [self.module.arena.storage, self.module.chain]
+        self.table_bytes = self.module.memory_report().serving
+        self.grad_elements = self.module.arena.storage.numel()
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        out: Tensor = self.module(ids)
+        return out
+
+    def row_grads(self, grads: Sequence[Tensor], level: int, ids: Tensor) -> Tensor:
+        return _rows(grads[0], self.module.arena.row_start[ids], SIZES[level])
+
+    def hop_grads(self, grads: Sequence[Tensor]) -> Hops:
+        return split_chain(grads[1], SIZES)
+
+    def table_grads(self, grads: Sequence[Tensor]) -> Sequence[Tensor]:
+        return grads[:1]
+
+
+def level_loop(
+    ids: Tensor, level: Tensor, slot: Tensor, tables: Sequence[Tensor], hops: Hops
+) -> Tensor:
+    """The lookup as one would write it: for every size a mask, a table and the hops behind it."""
+    level, slot = level[ids], slot[ids]
+    out = tables[-1].new_empty(ids.shape[0], tables[-1].shape[1])
+    for k, table in enumerate(tables):
+        mask = level == k
+        rows = F.embedding(slot[mask], table)
+        for weight, bias in hops[k:]:
+            rows = F.linear(rows, weight, bias)
+        out[mask] = rows
+    return out
+
+
+class Eager(Provider):
+    """A table per size and :func:`level_loop`, with copies of our rows and hops."""
+
+    name = "eager"
+
+    def __init__(self, ours: Ours) -> None:
+        arena = ours.module.arena
+        level = arena.level()
+        self.level = level.to(torch.int8)
+        self.slot = torch.empty_like(level, dtype=torch.int32)
+        self.tables = []
+        for k, dim in enumerate(SIZES):
+            mine = (level == k).nonzero()[:, 0]
+            self.slot[mine] = torch.arange(len(mine), dtype=torch.int32, device=level.device)
+            rows = _rows(arena.storage.detach(), arena.row_start[mine], dim)
+            self.tables.append(rows.requires_grad_())
+        self.hops = [
+            (weight.contiguous().requires_grad_(), bias.clone().requires_grad_())
+            for weight, bias in split_chain(ours.module.chain.detach(), SIZES)
+        ]
+        self.parameters = [*self.tables, *(p for hop in self.hops for p in hop)]
+        held = [*self.parameters, self.level, self.slot]
+        self.table_bytes = sum(t.numel() * t.element_size() for t in held)
+        self.grad_elements = sum(t.numel() for t in self.tables)
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        return level_loop(ids, self.level, self.slot, self.tables, self.hops)
+
+    def row_grads(self, grads: Sequence[Tensor], level: int, ids: Tensor) -> Tensor:
+        return grads[level][self.slot[ids]]
+
+    def hop_grads(self, grads: Sequence[Tensor]) -> Hops:
+        flat = grads[len(SIZES) :]
+        return list(zip(flat[::2], flat[1::2], strict=True))
+
+    def table_grads(self, grads: Sequence[Tensor]) -> Sequence[Tensor]:
+        return grads[: len(SIZES)]
+
+
+class Compiled(Eager):
+    """:func:`level_loop` in one ``torch.compile`` graph, sharing the tables of :class:`Eager`."""
+
+    name = "compiled"
+
+    def __init__(self, eager: Eager) -> None:
+        self.__dict__.update(eager.__dict__)
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        out: Tensor = _compiled_loop()(ids, self.level, self.slot, self.tables, self.hops)
+        return out
+
+
+_compiled: list[Callable[..., Any]] = []
+
+
+def _compiled_loop() -> Callable[..., Any]:
+    """One compilation for every table and batch: their lengths are dynamic."""
+    if not _compiled:
+        # Without it every mask is a graph break and nothing of the loop is compiled.
+        torch._dynamo.config.capture_dynamic_output_shape_ops = True
+        _compiled.append(torch.compile(level_loop, dynamic=True, fullgraph=True))
+    return _compiled[0]
+
+
+class Fixed(Provider):
+    """``nn.Embedding(N, 128)``."""
+
+    name = "fixed"
+    ragged = False
+
+    def __init__(
+        self,
+        table: Table,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        sparse: bool = False,
+    ) -> None:
+        self.module = nn.Embedding(len(table), DIM, device=device, dtype=dtype, sparse=sparse)
+        self.parameters = [self.module.weight]
+        self.grad_elements = self.module.weight.numel()
+        self.table_bytes = self.module.weight.nbytes
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        out: Tensor = self.module(ids)
+        return out
+
+    def row_grads(self, grads: Sequence[Tensor], level: int, ids: Tensor) -> Tensor:
+        return grads[0][ids]
+
+    def hop_grads(self, grads: Sequence[Tensor]) -> Hops:
+        return []
+
+    def table_grads(self, grads: Sequence[Tensor]) -> Sequence[Tensor]:
+        return grads
+
+
+class Deterministic(Fixed):
+    """The same table under ``torch.use_deterministic_algorithms``, which here fills no memory."""
+
+    name = "fixed det."
+
+    def __init__(self, fixed: Fixed) -> None:
+        self.__dict__.update(fixed.__dict__)
+
+    @staticmethod
+    @contextmanager
+    def around() -> Iterator[None]:  # type: ignore[override]
+        fill: Any = torch.utils.deterministic
+        before = torch.are_deterministic_algorithms_enabled()
+        filling = fill.fill_uninitialized_memory
+        torch.use_deterministic_algorithms(True)
+        fill.fill_uninitialized_memory = False
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before)
+            fill.fill_uninitialized_memory = filling
+
+
+@dataclass(frozen=True)
+class Forward:
+    """A forward without gradient, of other dtypes or into memory given to it.
+
+    Attributes:
+        mode, name: for the report.
+        call: ``ids -> [len(ids), 128]``.
+        source: whose rows they are; its float64 reference is the gate's.
+        itemsize, out_itemsize: bytes of a number in a row and in the output.
+    """
+
+    mode: str
+    name: str
+    call: Callable[[Tensor], Tensor]
+    source: Ours | Fixed
+    itemsize: int = 4
+    out_itemsize: int = 4
+
+
+class _Into:
+    """``call(ids, out)`` into memory that is there already, one piece per number of ids."""
+
+    def __init__(self, call: Callable[[Tensor, Tensor], Any]) -> None:
+        self.call = call
+        self.memory: dict[int, Tensor] = {}
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        out = self.memory.get(ids.numel())
+        if out is None:
+            out = self.memory[ids.numel()] = torch.empty(ids.numel(), DIM, device=ids.device)
+        self.call(ids, out)
+        return out
+
+
+def make_forwards(table: Table, ours: Ours, fixed: Fixed) -> list[Forward]:
+    """The modes ``forward out=``, ``forward bf16 out`` and ``forward bf16``."""
+    module, weight = ours.module, fixed.module.weight.detach()
+    low = torch.bfloat16
+
+    def look_up(ids: Tensor, **more: Any) -> Tensor:
+        where = (module.arena.storage, module.chain, *module.arena.locations)
+        return lookup(ids, *where, sizes=SIZES, page=module.arena.page, **more)
+
+    def cast(ids: Tensor) -> Tensor:
+        return F.embedding(ids, weight).to(low)
+
+    if weight.is_cuda:
+        cast = torch.compile(cast, dynamic=True)
+    ours16 = Ours(table, weight.device, low)
+    fixed16 = Fixed(table, weight.device, low)
+    into_ours = _Into(lambda ids, out: look_up(ids, out=out))
+    into_fixed = _Into(lambda ids, out: torch.index_select(weight, 0, ids, out=out))
+    return [
+        Forward("forward out=", "ours", into_ours, ours),
+        Forward("forward out=", "fixed", into_fixed, fixed),
+        Forward("forward bf16 out", "ours", lambda ids: look_up(ids, out_dtype=low), ours, 4, 2),
+        Forward("forward bf16 out", "fixed", cast, fixed, 4, 2),
+        Forward("forward bf16", "ours", ours16, ours16, 2, 2),
+        Forward("forward bf16", "fixed", fixed16, fixed16, 2, 2),
+    ]
+
+
+def _rows(flat: Tensor, start: Tensor, dim: int) -> Tensor:
+    """Rows of one size as ``[len(start), dim]``: they begin at multiples of it."""
+    return flat.view(-1, dim)[start.long() // dim]

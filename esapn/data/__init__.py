@@ -1,0 +1,1 @@
+"""Ratings: reading, downloading, drawing, and their order as a stream."""

@@ -1,0 +1,407 @@
+"""A file of ratings read block by block into columns; malformed rows are named or counted.
+
+A block's IDs become codes of that block at once, and the blocks' distinct IDs are merged at the
+end, so memory holds a few numbers an event and one block of text, whatever the file's size.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple, NoReturn
+
+import numpy as np
+
+from ..extras import needs
+
+if TYPE_CHECKING:
+    import polars as pl
+
+RATING_MIN, RATING_MAX = 0.5, 5.0
+MALFORMED = ("refuse", "skip")
+SEPARATORS = {".data": "\t", ".dat": "::", ".csv": ","}
+KINDS = (*SEPARATORS, ".parquet")
+
+_ALIASES = {
+    "user": ("user", "userid", "user_id"),
+    "item": ("item", "itemid", "item_id", "movieid", "movie_id"),
+    "rating": ("rating",),
+    "timestamp": ("timestamp",),
+}
+_FIELDS = tuple(_ALIASES)
+_BLANKS = " \r"  # what a line may hold that is no row; a tab is a separator
+_WIDTH = "wrong number of fields"
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_HEADER_BYTES = 1 << 20  # a line of the header has no more
+_BLOCK_BYTES = 1 << 24
+_BLOCK_ROWS = 1 << 19
+
+
+class DataError(ValueError):
+    """A mistake in the data or in how it was asked for; the message is one line."""
+
+
+def fail(name: str, what: str) -> NoReturn:
+    """Raise `DataError` in one line: parser messages and odd names may hold anything."""
+    line = " ".join(f"{name}: {what}".split())
+    raise DataError(
+        "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    )
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The well-formed rows of a file, in file order."""
+
+    user: np.ndarray  # [E], codes 0..n_users-1; int32 where they fit, int64 otherwise
+    item: np.ndarray  # [E], likewise
+    rating: np.ndarray  # float32 [E], within 0.5..5
+    timestamp: np.ndarray | None  # int64 [E]
+    n_users: int
+    n_items: int
+    counts: dict[str, int]  # as in `esapn.data.load.Ratings`
+
+
+class _Block(NamedTuple):
+    """Some consecutive rows as read: text where the file holds text."""
+
+    frame: pl.DataFrame  # columns named as in _FIELDS
+    width: pl.Series | None = None  # fields that each row has, where that can go wrong
+    wrong: pl.Series | None = None  # rows whose width is wrong
+    expected: str = ""  # what to say of such a width
+
+
+@dataclass
+class _Problem:
+    """Rows that are bad in one way."""
+
+    row: int  # the first, from 1
+    found: str
+    count: int = 0
+
+
+def read_columns(path: Path, kind: str, *, name: str, malformed: str = "refuse") -> Columns:
+    """Read a file of ratings; see `esapn.data.load.load_ratings` for what it may hold.
+
+    Args:
+        path: the file.
+        kind: one of `KINDS`; the file's own suffix is not looked at.
+        name: what messages call the file.
+        malformed: `"refuse"` or `"skip"`.
+
+    Returns:
+        The columns, 20 bytes an event.
+
+    Raises:
+        DataError: if the file cannot be read, has a malformed row and `malformed` is `"refuse"`,
+            or has no well-formed row.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder, "u.data")
+        ...     _ = path.write_text("7\\t30\\t4\\t1000\\n5\\t30\\t3.5\\t999\\n")
+        ...     columns = read_columns(path, ".data", name="u.data")
+        >>> columns.user.tolist(), columns.n_items, columns.counts["unsorted"]
+        ([1, 0], 1, 1)
+    """
+    try:
+        import polars as pl
+    except ImportError:
+        fail(name, needs("reading files", ["polars"]))
+    checker = _Checker(keep_going=malformed == "skip")
+    try:
+        blocks = _parquet_blocks if kind == ".parquet" else _text_blocks
+        for block in blocks(path, kind, name):
+            checker.add(block)
+    except UnicodeDecodeError as error:
+        fail(name, f"cannot be read: not UTF-8 ({error.reason})")
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
+        fail(name, f"cannot be read: {(str(error).strip() or repr(error)).splitlines()[0]}")
+    return checker.finish(name)
+
+
+def event_counts(
+    user: np.ndarray, item: np.ndarray, timestamp: np.ndarray | None, n_items: int
+) -> dict[str, int]:
+    """Count the rows, those whose user and item came before, and the steps back in time.
+
+    Example:
+        >>> event_counts(np.array([0, 1, 0]), np.array([2, 2, 2]), np.array([5, 4, 4]), 3)
+        {'rows': 3, 'duplicates': 1, 'unsorted': 1}
+    """
+    pair = user.astype(np.int64)
+    pair *= n_items
+    pair += item
+    pair.sort()
+    unsorted = 0 if timestamp is None else int(np.count_nonzero(timestamp[1:] < timestamp[:-1]))
+    duplicates = int(np.count_nonzero(pair[1:] == pair[:-1]))
+    return {"rows": len(pair), "duplicates": duplicates, "unsorted": unsorted}
+
+
+class _Checker:
+    """Takes blocks in file order; keeps what is well-formed and what is known of the rest."""
+
+    def __init__(self, *, keep_going: bool) -> None:
+        self.keep_going = keep_going
+        self.rows = 0
+        self.problems: dict[str, _Problem] = {}
+        self.ids = {"user": _Codes(), "item": _Codes()}
+        self.rating: list[np.ndarray] = []
+        self.timestamp: list[np.ndarray] | None = None
+
+    def add(self, block: _Block) -> None:
+        import polars as pl
+
+        frame = block.frame.with_columns(pl.col(pl.Categorical, pl.Enum).cast(pl.String))
+        frame = frame.with_columns(pl.col(pl.String).str.strip_chars().replace("", None))
+        self.good = pl.repeat(True, frame.height, eager=True)
+        if (width := block.width) is not None and block.wrong is not None:
+            self._flag(_WIDTH, block.wrong, lambda row: f"{width[row]} {block.expected}")
+        for column in frame.iter_columns():
+            self._flag_value(column, column.is_null(), "is missing")
+        rating = self._finite(frame["rating"])
+        outside = (rating < RATING_MIN) | (rating > RATING_MAX)
+        self._flag_value(frame["rating"], outside, f"is outside {RATING_MIN:g}..{RATING_MAX:g}")
+        timestamp = self._whole(frame["timestamp"]) if "timestamp" in frame.columns else None
+
+        self.rows += frame.height
+        if self.problems and not self.keep_going:
+            return  # the rest is read for its count of bad rows alone
+        if not self.good.all():
+            frame, rating = frame.filter(self.good), rating.filter(self.good)
+            timestamp = None if timestamp is None else timestamp.filter(self.good)
+        self.rating.append(rating.to_numpy().astype(np.float32))
+        if timestamp is not None:
+            self.timestamp = self.timestamp or []
+            self.timestamp.append(timestamp.to_numpy())
+        for name, codes in self.ids.items():
+            codes.add(frame[name])
+
+    def _flag(self, reason: str, bad: pl.Series, found: Callable[[int], str]) -> None:
+        """Note the rows flagged in `bad` that were good so far; a row is bad in one way."""
+        bad = bad.fill_null(True) & self.good
+        rows = bad.arg_true()
+        if rows.len():
+            first = self.rows + rows[0] + 1
+            problem = self.problems.setdefault(reason, _Problem(first, found(rows[0])))
+            problem.count += rows.len()
+            self.good &= ~bad
+
+    def _flag_value(self, column: pl.Series, bad: pl.Series, what: str) -> None:
+        def found(row: int) -> str:
+            value = column[row]
+            return (
+                f"{column.name} {what}" if value is None else f"{column.name} {value!r:.60} {what}"
+            )
+
+        self._flag(f"{column.name} {what}", bad, found)
+
+    def _finite(self, column: pl.Series) -> pl.Series:
+        number = column.cast(float, strict=False)
+        self._flag_value(column, ~number.is_finite(), "is not a finite number")
+        return number
+
+    def _whole(self, column: pl.Series) -> pl.Series:
+        import polars as pl
+
+        # Whole numbers beyond 2**53 lose digits as floats, so integers are taken as they stand.
+        whole = column.cast(int, strict=False)
+        exact = column.dtype.is_integer() or column.dtype == pl.String
+        if exact and not whole.null_count():
+            return whole
+        number = self._finite(column)
+        whole = whole.fill_null(number.cast(int, strict=False))
+        self._flag_value(column, whole.cast(float) != number, "is not a whole number")
+        return whole
+
+    def finish(self, name: str) -> Columns:
+        total = f"of {self.rows:,}"
+        if self.problems and not self.keep_going:
+            first = min(self.problems.values(), key=lambda problem: problem.row)
+            count = f"{first.count:,} row{'s are' if first.count > 1 else ' is'} bad in this way"
+            fail(name, f"row {first.row}: {first.found} ({count}, {total})")
+        if self.rows == 0:
+            fail(name, "holds no ratings")
+        skipped = {reason: problem.count for reason, problem in self.problems.items()}
+        if sum(skipped.values()) == self.rows:
+            first = min(self.problems.values(), key=lambda problem: problem.row)
+            fail(name, f"every row is malformed; row {first.row}: {first.found}")
+        rating = np.concatenate(self.rating)
+        timestamp = None if self.timestamp is None else np.concatenate(self.timestamp)
+        self.rating, self.timestamp = [], None
+        user, n_users = self.ids["user"].finish()
+        item, n_items = self.ids["item"].finish()
+        counts = event_counts(user, item, timestamp, n_items)
+        counts |= {"skipped": sum(skipped.values()), **skipped}
+        return Columns(user, item, rating, timestamp, n_users, n_items, counts)
+
+
+class _Codes:
+    """The IDs of one side: a block at a time as codes of that block, at the end as one."""
+
+    def __init__(self) -> None:
+        self.codes: list[np.ndarray] = []
+        self.values: list[pl.Series] = []  # the distinct IDs of each block; a code is a place
+
+    def add(self, column: pl.Series) -> None:
+        import polars as pl
+
+        if column.dtype == pl.String:
+            # "007" and "7" are two IDs: they count as integers only if nothing would merge.
+            whole = column.cast(int, strict=False)
+            if (whole.cast(str) == column).fill_null(False).all():
+                column = whole
+        values = column.unique()
+        places = pl.int_range(values.len(), dtype=pl.Int32, eager=True)
+        self.values.append(values)
+        self.codes.append(column.replace_strict(values, places, return_dtype=pl.Int32).to_numpy())
+
+    def finish(self) -> tuple[np.ndarray, int]:
+        """Return the codes [E] in sorted order of the IDs, and how many IDs there are."""
+        import polars as pl
+
+        if any(values.dtype == pl.String for values in self.values):
+            self.values = [values.cast(pl.String) for values in self.values]
+        rank = pl.concat(self.values).rank("dense").to_numpy()
+        n_ids = int(rank.max())
+        lookup = (rank - 1).astype(np.int32 if n_ids <= 1 << 31 else np.int64)
+        out: np.ndarray = np.empty(sum(map(len, self.codes)), lookup.dtype)
+        row, last = len(out), len(lookup)
+        while self.codes:  # from the back, so that each block's memory goes at once
+            codes, size = self.codes.pop(), len(self.values.pop())
+            out[row - len(codes) : row] = lookup[last - size : last][codes]
+            row, last = row - len(codes), last - size
+        return out, n_ids
+
+
+def _parquet_blocks(path: Path, kind: str, name: str) -> Iterator[_Block]:
+    import polars as pl
+
+    scan = pl.scan_parquet(path, glob=False)
+    schema = scan.collect_schema()
+    wanted = _pick_columns(name, schema)
+    text = (pl.String, pl.Categorical, pl.Enum)
+    for field, raw in wanted.items():
+        dtype = schema[raw]
+        is_id = field in ("user", "item")
+        if dtype not in text and not (dtype.is_integer() if is_id else dtype.is_numeric()):
+            expected = "integers or strings" if is_id else "numbers"
+            fail(name, f"column '{field}' is {dtype}, expected {expected}")
+    frame = scan.select(pl.col(raw).alias(f) for f, raw in wanted.items())
+    rows = frame.select(pl.len()).collect().item()
+    for start in range(0, rows, _BLOCK_ROWS):
+        yield _Block(frame.slice(start, _BLOCK_ROWS).collect())
+
+
+def _text_blocks(path: Path, kind: str, name: str) -> Iterator[_Block]:
+    """Cut lines at the separator, and from the first quote of a CSV on read as CSV in full."""
+    with path.open("rb") as file:
+        if file.read(len(_BYTE_ORDER_MARK)) != _BYTE_ORDER_MARK:
+            file.seek(0)
+        header: list[str] = []
+        if kind == ".csv":
+            header = _read_header(file, name)
+            columns = _pick_columns(name, header)
+            places = {field: header.index(raw) for field, raw in columns.items()}
+        else:
+            places = {field: place for place, field in enumerate(_FIELDS)}
+        start = file.tell()
+        for lines in _whole_lines(file):
+            if kind == ".csv" and b'"' in lines:
+                file.seek(start)
+                yield from _quoted_blocks(file, name, places, len(header))
+                return
+            start += len(lines)
+            yield _plain_block(lines.decode(), kind, places, len(header))
+
+
+def _read_header(file: BinaryIO, name: str) -> list[str]:
+    """The column names of a CSV, on one line or several; the file stands behind them then."""
+    line = file.readline(_HEADER_BYTES)
+    while line and not line.strip():
+        line = file.readline(_HEADER_BYTES)
+
+    def lines() -> Iterator[str]:
+        nonlocal line
+        while line:
+            if len(line) == _HEADER_BYTES:
+                raise csv.Error(f"longer than {_HEADER_BYTES:,} bytes")
+            yield line.decode()
+            line = file.readline(_HEADER_BYTES)
+
+    try:
+        return next(csv.reader(lines(), strict=True), [])
+    except csv.Error as error:
+        if re.search(rb"\r(?!\n)", line):
+            fail(name, "cannot be read: its lines end with a carriage return alone")
+        fail(name, f"cannot be read: the header: {error}")
+
+
+def _whole_lines(file: BinaryIO) -> Iterator[bytes]:
+    rest = b""
+    while chunk := file.read(_BLOCK_BYTES):
+        end = chunk.rfind(b"\n") + 1
+        if end:
+            yield rest + chunk[:end]
+            rest = b""
+        rest += chunk[end:]
+    if rest:
+        yield rest
+
+
+def _plain_block(text: str, kind: str, places: dict[str, int], header: int) -> _Block:
+    import polars as pl
+
+    separator = SEPARATORS[kind]
+    lines = pl.Series([text.removesuffix("\n")]).str.split("\n").explode()
+    lines = lines.filter(lines.str.strip_chars(_BLANKS) != "")
+    width = lines.str.count_matches(separator, literal=True) + 1
+    cut = lines.str.split_exact(separator, max(places.values())).struct.unnest()
+    frame = pl.DataFrame({field: cut.to_series(place) for field, place in places.items()})
+    if kind == ".csv":
+        return _Block(frame, width, width > header, f"fields, the header has {header}")
+    expected = f"fields separated by {separator!r}, expected {len(places)} ({', '.join(places)})"
+    return _Block(frame, width, width != len(places), expected)
+
+
+def _quoted_blocks(
+    file: BinaryIO, name: str, places: dict[str, int], header: int
+) -> Iterator[_Block]:
+    import polars as pl
+
+    text = io.TextIOWrapper(file, encoding="utf-8", newline="")
+    rows = (row for row in csv.reader(text, strict=True) if not _is_blank(row))
+    try:
+        while block := list(islice(rows, _BLOCK_ROWS)):
+            cut = {f: [r[at] if at < len(r) else None for r in block] for f, at in places.items()}
+            frame = pl.DataFrame(cut, schema=dict.fromkeys(places, pl.String))
+            width = pl.Series([len(row) for row in block])
+            yield _Block(frame, width, width > header, f"fields, the header has {header}")
+    except csv.Error as error:
+        fail(name, f"cannot be read: {error}")
+    finally:
+        text.detach()  # the file is the caller's to close
+
+
+def _is_blank(row: list[str]) -> bool:
+    return not row or (len(row) == 1 and not row[0].strip(_BLANKS))
+
+
+def _pick_columns(name: str, columns: Iterable[str]) -> dict[str, str]:
+    raw = list(columns)
+    picked = {}
+    for field, aliases in _ALIASES.items():
+        matches = [column for column in raw if column.strip().lower() in aliases]
+        if len(matches) > 1:
+            fail(name, f"more than one column for '{field}' ({', '.join(matches)})")
+        if matches:
+            picked[field] = matches[0]
+        elif field != "timestamp":
+            fail(name, f"column '{field}' not found (columns: {', '.join(raw):.300})")
+    return picked

@@ -1,0 +1,1 @@
+"""One run: the loop over the stream, its measurements, its files."""

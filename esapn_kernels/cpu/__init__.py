@@ -1,0 +1,1 @@
+"""The same operators for CPUs."""

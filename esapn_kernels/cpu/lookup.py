@@ -1,0 +1,427 @@
+"""The CPU path: the operators grouped by level and composed, a handful of large torch calls.
+
+Forward, a tile of ids at a time: per level a gather and an ``addmm``, then one gather back to the
+order of the ids. Backward: occurrences sorted by level and row, so that one ``embedding_bag`` per
+level sums them per distinct row and the products are taken once per row.
+
+What lies between the calls is scratch that later calls reuse, and large results ask for huge pages:
+a page fault for every 4 KB of fresh memory costs more than the arithmetic. Works on any device; on
+a GPU the group sizes cost a synchronisation, which is why ``auto`` takes the Triton kernels there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import mmap
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..ops.backend import own_precision
+from ..ops.compose import compute_dtype, operand_offsets
+from ..ops.update import Update, row_table, update_rows
+
+__all__ = [
+    "fill_rows",
+    "gather_rows",
+    "lookup_bwd",
+    "lookup_bwd_sparse",
+    "lookup_bwd_update",
+    "lookup_fwd",
+    "promote_rows",
+]
+
+_TILE = 1 << 22
+"""Numbers of output at a time, which bounds the scratch: 16 MB of fp32."""
+
+_SMALL = 1 << 14
+"""So few numbers come sooner from the allocator than from scratch."""
+
+_FEW = 1 << 10
+"""Up to so many ids, NumPy takes less time than torch."""
+
+_NUMPY = (torch.float32, torch.float64)
+
+_HUGE = 1 << 24
+"""Bytes from which a result asks for huge pages; smaller memory is mostly used again."""
+
+
+class _Scratch:
+    """Memory that one call after the other uses; never part of a result."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def __call__(
+        self, name: str, rows: int, dim: int, dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        """``[rows, dim]``, not initialised; ``name`` tells apart what is in use together."""
+        numel = rows * dim
+        if numel <= _SMALL or device.type != "cpu":
+            return torch.empty(rows, dim, dtype=dtype, device=device)
+        buffer = self._buffers.get((name, dtype))
+        if buffer is None or buffer.numel() < numel:
+            # Memory from inference mode could not be written outside of it.
+            with torch.inference_mode(False):
+                buffer = torch.empty(max(numel, _TILE), dtype=dtype, device=device)
+            self._buffers[name, dtype] = buffer
+        return buffer[:numel].view(rows, dim)
+
+
+_idle: list[_Scratch] = []
+_IDLE = 4
+
+
+@contextlib.contextmanager
+def _scratch() -> Iterator[_Scratch]:
+    """Scratch that is nobody else's meanwhile: no other thread's, and no call's inside a call."""
+    try:
+        scratch = _idle.pop()
+    except IndexError:
+        scratch = _Scratch()
+    yield scratch
+    if len(_idle) < _IDLE:
+        _idle.append(scratch)
+
+
+def _with_huge_pages(fresh: Tensor) -> Tensor:
+    """``fresh``, after asking for huge pages if it is large: 37 MB of zeros in 3 ms, not in 9."""
+    if fresh.device.type == "cpu" and fresh.nbytes >= _HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
+        first = -(-fresh.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = ctypes.c_size_t(fresh.data_ptr() + fresh.nbytes - first)
+        # Advice only: where it is not taken, nothing changes.
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), length, mmap.MADV_HUGEPAGE)
+    return fresh
+
+
+def gather_rows(storage: Tensor, start: Tensor, dim: int) -> Tensor:
+    """``storage[start_i : start_i + dim]`` as ``[len(start), dim]``, for any alignment."""
+    return row_table(storage, dim).index_select(0, start)
+
+
+def _group(level: Tensor, n_levels: int) -> tuple[Tensor | None, list[int]]:
+    """Positions by level (int8), in order within one, and their number in each.
+
+    ``None`` for the positions if there is one level only.
+    """
+    counts = torch.bincount(level, minlength=n_levels).tolist()
+    if max(counts) == level.numel():
+        return None, counts
+    # Stable, and on bytes: a counting sort, cheaper than looking for every level in turn.
+    return torch.sort(level, stable=True).indices, counts
+
+
+def _spans(counts: Sequence[int], limit: int) -> Iterator[tuple[int, slice]]:
+    """Level and place of every group, in parts of at most ``limit``."""
+    end, limit = 0, max(limit, 1)
+    for k, count in enumerate(counts):
+        begin, end = end, end + count
+        for first in range(begin, end, limit):
+            yield k, slice(first, min(first + limit, end))
+
+
+def _map(composed: Tensor, k: int, sizes: Sequence[int]) -> tuple[slice, int]:
+    """Rows of ``composed`` that hold ``M_k^T``, and the row ``c_k`` behind them."""
+    first = operand_offsets(sizes)[k]
+    return slice(first, first + sizes[k]), first + sizes[k]
+
+
+def _select(scratch: _Scratch, table: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
+    """``table[index]`` in ``dtype``, in scratch."""
+    shape = index.numel(), table.shape[1]
+    rows = scratch("rows", *shape, table.dtype, table.device)
+    torch.index_select(table, 0, index, out=rows)
+    return rows if rows.dtype == dtype else scratch("rows", *shape, dtype, rows.device).copy_(rows)
+
+
+def lookup_fwd(
+    ids: Tensor,
+    storage: Tensor,
+    composed: Tensor,
+    row_start: Tensor,
+    page_level: Tensor,
+    sizes: Sequence[int],
+    page: int,
+    out: Tensor | None = None,
+) -> Tensor:
+    """``[len(ids), d_n]``: see :func:`esapn_kernels.lookup.lookup`; ids are in range.
+
+    ``out``: contiguous memory of that shape, in the dtype of ``storage``, for the result.
+    """
+    few = 0 < ids.numel() <= _FEW and storage.device.type == "cpu" and storage.dtype in _NUMPY
+    if out is None:
+        out = storage.new_empty(ids.numel(), sizes[-1])
+        if not few:
+            _with_huge_pages(out)
+    if few:
+        where = row_start, page_level, tuple(sizes), page
+        with np.errstate(all="ignore"):  # torch does not warn of an overflow either
+            _lookup_few(ids, storage.detach(), composed, *where, out)
+        return out
+    with own_precision(storage), _scratch() as scratch:
+        for _, span in _spans([ids.numel()], _TILE // sizes[-1]):
+            start = row_start.index_select(0, ids[span])
+            level = page_level.index_select(0, start // page)
+            _lookup_tile(start, level, storage.detach(), composed, sizes, out[span], scratch)
+    return out
+
+
+def _lookup_few(
+    ids: Tensor,
+    storage: Tensor,
+    composed: Tensor,
+    row_start: Tensor,
+    page_level: Tensor,
+    sizes: tuple[int, ...],
+    page: int,
+    out: Tensor,
+) -> None:
+    """:func:`lookup_fwd` of few ids, where calls cost more than work: by NumPy, whose are short."""
+    start = row_start.index_select(0, ids).numpy()
+    if np.minimum.reduce(start) < 0:
+        raise IndexError("index out of range in self")
+    level = page_level.numpy().take(start // page)
+    order = level.argsort(kind="stable")
+    counts = np.bincount(level, minlength=len(sizes)).tolist()
+    # All rows with their 1, one behind the other by level, in one gather. What lies behind the
+    # storage's last row is never used.
+    widths, steps = _widths(sizes)
+    width = widths.take(level[order])
+    end = width.cumsum()
+    elements = (start[order] - end + width).repeat(width)
+    elements += steps[: elements.size]
+    entries = storage.numpy().take(elements, mode="clip")
+    entries[end - 1] = 1
+    maps, grouped = composed.numpy(), np.empty(out.shape, entries.dtype)
+    row = entry = base = 0
+    for count, dim in zip(counts, sizes, strict=True):
+        if count:
+            x = entries[entry : entry + count * (dim + 1)].reshape(count, dim + 1)
+            if dim < sizes[-1]:
+                np.dot(x, maps[base : base + dim + 1], out=grouped[row : row + count])
+            else:
+                grouped[row:] = x[:, :-1]
+            row += count
+            entry += count * (dim + 1)
+        base += dim + 1
+    out.numpy()[order] = grouped
+
+
+@functools.cache
+def _widths(sizes: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Columns of the operand that a row of every level takes, its 1 included; and 0, 1, 2, ..."""
+    return np.array(sizes) + 1, np.arange(_FEW * (sizes[-1] + 1))
+
+
+def _lookup_tile(
+    start: Tensor,
+    level: Tensor,
+    storage: Tensor,
+    composed: Tensor,
+    sizes: Sequence[int],
+    out: Tensor,
+    scratch: _Scratch,
+) -> None:
+    order, counts = _group(level, len(sizes))
+    grouped = out
+    if order is not None:
+        start = start.index_select(0, order)
+        grouped = scratch("grouped", out.shape[0], out.shape[1], out.dtype, out.device)
+    for k, span in _spans(counts, out.shape[0]):
+        table, y = row_table(storage, sizes[k]), grouped[span]
+        if k == len(sizes) - 1:
+            torch.index_select(table, 0, start[span], out=y)
+            continue
+        x = _select(scratch, table, start[span], composed.dtype)
+        matrix, bias = _map(composed, k, sizes)
+        if y.dtype == composed.dtype:
+            torch.addmm(composed[bias], x, composed[matrix], out=y)
+        else:
+            product = scratch("product", y.shape[0], y.shape[1], composed.dtype, y.device)
+            y.copy_(torch.addmm(composed[bias], x, composed[matrix], out=product))
+    if order is not None:
+        # Reading at random and writing in order is faster than the reverse.
+        place = torch.empty_like(order, dtype=torch.int32)
+        place.scatter_(0, order, torch.arange(place.numel(), dtype=torch.int32, device=out.device))
+        torch.index_select(grouped, 0, place, out=out)
+
+
+def _row_grads(
+    grad_out: Tensor,
+    ids: Tensor,
+    storage: Tensor,
+    composed: Tensor,
+    row_start: Tensor,
+    page_level: Tensor,
+    sizes: Sequence[int],
+    page: int,
+    grad_composed: Tensor | None,
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Gradients of the distinct rows, summed over their occurrences, in blocks of one size.
+
+    Yields where in ``ids`` each row first stands and where it begins (int64 ``[U]``), and its
+    gradient ``[U, d_k]``, in scratch. What is due to ``grad_composed`` of a block is added before.
+    """
+    dtype = composed.dtype
+    grad_out = grad_out.detach().to(dtype).contiguous()
+    # By level, then by row, then as they came.
+    start, order = torch.sort(row_start.index_select(0, ids), stable=True)
+    by_level, _ = _group(page_level.index_select(0, start // page), len(sizes))
+    if by_level is not None:
+        start, order = start.index_select(0, by_level), order.index_select(0, by_level)
+    is_first = torch.ones_like(start, dtype=torch.bool)
+    torch.ne(start[1:], start[:-1], out=is_first[1:])
+    first = is_first.nonzero()[:, 0]
+    start = start.index_select(0, first).long()
+    level = page_level.index_select(0, start // page)
+    counts = torch.bincount(level, minlength=len(sizes)).tolist()
+    with _scratch() as scratch:
+        for k, span in _spans(counts, _TILE // sizes[-1]):
+            bags = first[span]
+            last = int(first[span.stop]) if span.stop < first.numel() else order.numel()
+            begin = int(bags[0])
+            grad = F.embedding_bag(order[begin:last], grad_out, bags - begin, mode="sum")
+            if k < len(sizes) - 1:
+                matrix, bias = _map(composed, k, sizes)
+                if grad_composed is not None:
+                    x = _select(scratch, row_table(storage, sizes[k]), start[span], dtype)
+                    grad_composed[matrix].addmm_(x.t(), grad)
+                    grad_composed[bias].add_(grad.sum(0))
+                x = scratch("rows", grad.shape[0], sizes[k], dtype, grad.device)
+                grad = torch.mm(grad, composed[matrix].t(), out=x)
+            yield order.index_select(0, bags), start[span], grad
+
+
+def lookup_bwd(
+    grad_out: Tensor,
+    ids: Tensor,
+    storage: Tensor,
+    composed: Tensor,
+    row_start: Tensor,
+    page_level: Tensor,
+    sizes: Sequence[int],
+    page: int,
+    want_composed: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of the storage (dense, same shape) and, if wanted, of ``composed``."""
+    storage = storage.detach()
+    grad_storage = _with_huge_pages(torch.empty_like(storage)).zero_()
+    grad_composed = torch.zeros_like(composed) if want_composed else None
+    where = row_start, page_level, sizes, page
+    for _, start, grad in _row_grads(grad_out, ids, storage, composed, *where, grad_composed):
+        table = row_table(grad_storage, grad.shape[1])
+        table.index_copy_(0, start, grad.to(storage.dtype))
+    return grad_storage, grad_composed
+
+
+def lookup_bwd_sparse(
+    grad_out: Tensor,
+    ids: Tensor,
+    storage: Tensor,
+    composed: Tensor,
+    row_start: Tensor,
+    page_level: Tensor,
+    sizes: Sequence[int],
+    page: int,
+    padding_idx: int | None = None,
+    want_composed: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """:func:`lookup_bwd` whose gradient of the storage is COO, the elements of the rows looked up.
+
+    The row of ``padding_idx`` has no entries. Not coalesced: levels come one after the other, and
+    in a table of one size every occurrence has entries of its own.
+    """
+    storage = storage.detach()
+    grad_composed = torch.zeros_like(composed) if want_composed else None
+    where = row_start, page_level, sizes, page
+    if len(sizes) == 1:
+        # One entry per occurrence, as nn.Embedding has it: SGD applies them one after the other.
+        kept = slice(None) if padding_idx is None else ids != padding_idx
+        start = row_start.index_select(0, ids[kept])
+        index = _elements(start, sizes[0])
+        value = grad_out[kept].to(storage.dtype, copy=True).reshape(-1)
+        return _coo(index, value, storage), grad_composed
+    elements = [ids.new_empty(0, dtype=torch.int64)]
+    values = [storage.new_empty(0)]
+    for at, start, grad in _row_grads(grad_out, ids, storage, composed, *where, grad_composed):
+        if padding_idx is not None:
+            kept = ids.index_select(0, at) != padding_idx
+            start, grad = start[kept], grad[kept]
+        elements.append(_elements(start, grad.shape[1]))
+        values.append(grad.to(storage.dtype, copy=True).reshape(-1))
+    return _coo(torch.cat(elements), torch.cat(values), storage), grad_composed
+
+
+def _elements(start: Tensor, dim: int) -> Tensor:
+    """Elements of the rows of one size that begin at ``start``, int64 ``[len(start) * dim]``."""
+    return (start[:, None] + torch.arange(dim, device=start.device)).reshape(-1)
+
+
+def _coo(elements: Tensor, values: Tensor, storage: Tensor) -> Tensor:
+    return torch.sparse_coo_tensor(
+        elements[None], values, storage.shape, check_invariants=False, is_coalesced=False
+    )
+
+
+def lookup_bwd_update(
+    grad_out: Tensor,
+    ids: Tensor,
+    storage: Tensor,
+    composed: Tensor,
+    row_start: Tensor,
+    page_level: Tensor,
+    sizes: Sequence[int],
+    page: int,
+    update: Update,
+    want_composed: bool = True,
+) -> Tensor | None:
+    """Step every row looked up once, by its summed gradient; there is no dense gradient.
+
+    Returns the gradient of ``composed`` from the rows as they were (``None`` if not wanted).
+    """
+    storage = storage.detach()
+    grad_composed = torch.zeros_like(composed) if want_composed else None
+    where = row_start, page_level, sizes, page
+    for at, start, grad in _row_grads(grad_out, ids, storage, composed, *where, grad_composed):
+        update_rows(update, storage, start, ids.index_select(0, at).long(), grad)
+    return grad_composed
+
+
+def promote_rows(
+    storage: Tensor,
+    chain: Tensor,
+    old_start: Tensor,
+    new_start: Tensor,
+    level: Tensor,
+    sizes: Sequence[int],
+) -> None:
+    """``storage[new] = W_k storage[old] + b_k`` for every entry with ``new_start >= 0``."""
+    # Entries that stay count as rows of the last level, which nothing leaves.
+    level = torch.where(new_start >= 0, level, len(sizes) - 1).to(torch.int8)
+    dtype = compute_dtype(storage.dtype)
+    hops = chain.split([(a + 1) * b for a, b in zip(sizes, sizes[1:], strict=False)])
+    order, counts = _group(level, len(sizes))
+    if order is not None:
+        old_start, new_start = old_start.index_select(0, order), new_start.index_select(0, order)
+    for k, span in _spans(counts[:-1], len(level)):
+        hop = hops[k].view(sizes[k] + 1, sizes[k + 1]).to(dtype)
+        rows = gather_rows(storage, old_start[span], sizes[k]).to(dtype)
+        rows = torch.addmm(hop[-1], rows, hop[:-1]).to(storage.dtype)
+        row_table(storage, sizes[k + 1]).index_copy_(0, new_start[span].long(), rows)
+
+
+def fill_rows(
+    targets: Sequence[tuple[Tensor, float]], start: Tensor, level: Tensor, sizes: Sequence[int]
+) -> None:
+    """Set the rows ``(start, level)`` with ``start >= 0`` of every tensor to its value."""
+    dim = torch.tensor([*sizes, 0], device=start.device)[torch.where(start >= 0, level, -1)]
+    before = dim.cumsum(0) - dim
+    elements = torch.repeat_interleave(start - before, dim)
+    elements += torch.arange(elements.numel(), device=start.device)
+    for tensor, value in targets:
+        tensor[elements] = value

@@ -1,0 +1,325 @@
+"""Launch choices and compile-time arguments as pure functions of shapes and dtypes.
+
+Nothing here looks at a device.
+
+Every choice compiles for sm_80, sm_90 and sm_100 without spilling (a test holds that for every
+kernel). The reasons stand beside the numbers: counts of bytes, products and registers, as Triton
+3.7.1 takes them for sm_90 where nothing else is said. None has been timed on a GPU.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..ops.backend import tl
+
+__all__ = [
+    "FwdConfig",
+    "GroupConfig",
+    "GroupedConfig",
+    "LaunchConfig",
+    "alignments",
+    "block_constants",
+    "choose_bwd",
+    "choose_compose",
+    "choose_fwd",
+    "choose_fwd_grouped",
+    "choose_group",
+    "choose_promote",
+    "choose_scan",
+    "groups_ids",
+    "kernel_constants",
+]
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """One kernel's tile and warps."""
+
+    block_rows: int
+    block_k: int
+    block_dim: int
+    num_warps: int
+    num_stages: int = 2
+
+
+def _next_power_of_2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def _block_dim(dim: int, limit: int) -> int:
+    return min(max(_next_power_of_2(dim), 16), limit)
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """``tf32x3`` keeps fp32 accuracy; plain ``tf32`` only where torch itself is told to use it."""
+    if dtype == torch.float64:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+
+
+def kernel_constants(sizes: Sequence[int], page: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Compile-time arguments that the kernels of this package share."""
+    return {
+        "SIZES": tuple(sizes),
+        "PAGE": page,
+        "DIM": sizes[-1],
+        "ACC": accumulator(dtype),
+        "PRECISION": _precision(dtype),
+    }
+
+
+def block_constants(config: LaunchConfig) -> dict[str, Any]:
+    """Tile sizes and launch options as keyword arguments of a launch.
+
+    ``enable_fp_fusion`` is explicit because Triton's default is about to change.
+    """
+    return {
+        "BLOCK_ROWS": config.block_rows,
+        "BLOCK_K": config.block_k,
+        "BLOCK_DIM": config.block_dim,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+        "enable_fp_fusion": True,
+    }
+
+
+@dataclass(frozen=True)
+class PassConfig:
+    """One pass over tiles of runs: its programs, tile sizes and warps."""
+
+    programs: int
+    blocks: dict[str, Any]
+    num_warps: int
+    num_stages: int = 2
+    maxnreg: int | None = None
+
+    def constants(self) -> dict[str, Any]:
+        """As keyword arguments of a launch."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        if self.maxnreg is not None:
+            options["maxnreg"] = self.maxnreg
+        return {**self.blocks, **options, "enable_fp_fusion": True}
+
+
+@dataclass(frozen=True)
+class BwdConfig:
+    """The gradient's passes.
+
+    ``walk``: a run's first 32 occurrences are summed beside those of the tile's other runs, 4 at a
+    time; what is left in pieces of 32, whole stretches of 256 positions before.
+    """
+
+    sums: PassConfig
+    chain: PassConfig
+    rows: PassConfig
+    walk: tuple[int, int, int, int] = (32, 4, 256, 32)
+
+
+SCAN = {"BLOCK": 1024, "num_warps": 4, "enable_fp_fusion": True}
+"""Launches over positions, a number or two each."""
+
+
+def pad(dim: int) -> int:
+    """The power of two, at least 16, that holds ``dim`` columns."""
+    return max(_next_power_of_2(dim), 16)
+
+
+def accumulator(dtype: torch.dtype) -> Any:
+    """Triton's type of sums and products: fp32, fp64 for fp64."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def choose_bwd(n_ids: int, sizes: Sequence[int], dtype: torch.dtype) -> BwdConfig:
+    """Tiles of 16 runs, the smallest side of a matrix product: few lanes wait for the longest.
+
+    168 registers a thread leave room for three blocks of four warps a multiprocessor, each with
+    four rows of 16 runs in flight. Without the bound the compiler takes 201 for the rows' products
+    and 96, spilling, for the sums; 128 spills a few bytes in some rules. In fp64 a bound makes it
+    spill in the rows' products, 8 warps do not, and the chain's take up to 196.
+
+    Every program takes an equal share of the tiles. Those of the chain's gradient write up to
+    ``(d_{n-1} + 1) d_n`` partial sums each (33 KB in the default sizes): at most 512 of them, and
+    eight tiles each where there are enough, keep that under a tenth of the gradient's bytes.
+    """
+    wide = dtype == torch.float64
+    block_dim = _block_dim(sizes[-1], 64 if wide else 128)
+    block_k = 32 if wide else 64
+    half = min(block_dim, 32 if wide else 64)
+    tiles = -(-n_ids // 16) + len(sizes)
+    few = min(tiles, max(264, min(tiles // 8, 512)))
+    sums = {"WALK": BwdConfig.walk, "BLOCK_ROWS": 16, "BLOCK_DIM": block_dim}
+    chain = {"BLOCK_ROWS": 16, "BLOCK_K": block_k, "BLOCK_DIM": half}
+    rows = {"BLOCK_ROWS": 16, "BLOCK_K": block_k, "BLOCK_N": min(block_dim, 32)}
+    return BwdConfig(
+        PassConfig(min(tiles, 4096), sums, 4, maxnreg=168),
+        PassConfig(few, chain, 4, maxnreg=224 if wide else 168),
+        PassConfig(min(tiles, 4096), rows, 8, num_stages=3)
+        if wide
+        else PassConfig(min(tiles, 4096), rows, 4, num_stages=3, maxnreg=168),
+    )
+
+
+def alignments(sizes: Sequence[int], page: int) -> tuple[int, ...]:
+    """Per level, the largest power of two that divides the start of each of its rows.
+
+    Rows stand ``d`` apart from the start of a page: every start is a multiple of gcd(page, d). Four
+    fp32 or eight 16-bit numbers then move as one vector of 16 bytes.
+
+    >>> alignments((2, 3, 12, 128), 4096)
+    (2, 1, 4, 128)
+    """
+    common = [math.gcd(page, d) for d in sizes]
+    return tuple(c & -c for c in common)
+
+
+@dataclass(frozen=True)
+class FwdConfig:
+    """Tiles of ids by output columns; sizes go in steps of ``block_k``."""
+
+    block_rows: int
+    block_k: int
+    block_dim: int
+    num_warps: int
+
+    def constants(self, sizes: Sequence[int], page: int, dtype: torch.dtype) -> dict[str, Any]:
+        """As keyword arguments of a launch."""
+        return {
+            "SIZES": tuple(sizes),
+            "ALIGN": alignments(sizes, page),
+            "PADDED": tuple(min(pad(d), self.block_k) for d in sizes),
+            "DIM": sizes[-1],
+            "ACC": accumulator(dtype),
+            "PRECISION": _precision(dtype),
+            "BLOCK_ROWS": self.block_rows,
+            "BLOCK_DIM": self.block_dim,
+            "num_warps": self.num_warps,
+            "num_stages": 2,
+            "enable_fp_fusion": True,
+        }
+
+
+@dataclass(frozen=True)
+class GroupedConfig(FwdConfig):
+    """Tiles of rows of one size, for ``programs`` that stay."""
+
+    programs: int
+    maxnreg: int | None = None
+
+    def constants(self, sizes: Sequence[int], page: int, dtype: torch.dtype) -> dict[str, Any]:
+        """As keyword arguments of a launch."""
+        bound = {} if self.maxnreg is None else {"maxnreg": self.maxnreg}
+        return {**super().constants(sizes, page, dtype), **bound}
+
+
+def choose_fwd(n_ids: int, dim: int, dtype: torch.dtype) -> FwdConfig:
+    """Tiles of ids by tiles of output columns."""
+    if dtype == torch.float64:
+        return FwdConfig(16, 16, _block_dim(dim, 64), 4)
+    # Small batches get small tiles: 500 ids fill 32 programs rather than 8. With 4 warps the larger
+    # tile spills at tf32x3, with 8 it takes 176 registers and the smaller one 125.
+    if n_ids <= 4096:
+        block_dim = _block_dim(dim, 128)
+        return FwdConfig(16, 32, block_dim, 8 if block_dim == 128 else 4)
+    return FwdConfig(32, 32, _block_dim(dim, 128), 8)
+
+
+def choose_promote(n_ids: int, dim: int, dtype: torch.dtype) -> LaunchConfig:
+    """Rows are few and every hop has its own shape: one modest tile for all.
+
+    Tiles 64 columns wide spill beside the fills of four states.
+    """
+    return LaunchConfig(16, 16 if dtype == torch.float64 else 32, _block_dim(dim, 32), 4)
+
+
+def choose_scan(n_levels: int) -> dict[str, int]:
+    """Constants and options of the one program that ranks rows.
+
+    Its steps follow one another, so long ones: 512 threads, 4 positions each (8 spill), that share
+    all registers.
+    """
+    levels = max(_next_power_of_2(n_levels), 2)
+    return {"LEVELS": levels, "BLOCK_IDS": 2048, "num_warps": 16, "maxnreg": 128}
+
+
+def choose_compose(dim: int, dtype: torch.dtype) -> LaunchConfig:
+    """Latency decides: narrow blocks of columns for many programs, long steps for few of them."""
+    if dtype == torch.float64:
+        return LaunchConfig(16, 16, 16, 4)
+    return LaunchConfig(32, 64, 16, 4)
+
+
+@dataclass(frozen=True)
+class GroupConfig:
+    """Counting sort: ``programs`` that each take ``stretch`` ids, ``levels`` padded one-hots."""
+
+    programs: int
+    stretch: int
+    levels: int
+    block_rows: int
+    block_counts: int
+    num_warps: int = 4
+
+    def constants(self) -> dict[str, Any]:
+        """As keyword arguments of a launch."""
+        return {
+            "L": self.levels,
+            "BLOCK_ROWS": self.block_rows,
+            "num_warps": self.num_warps,
+            "enable_fp_fusion": True,
+        }
+
+
+def choose_group(n_ids: int, n_levels: int) -> GroupConfig:
+    """At most 512 programs: every one reads the counts of all (16 KB for six levels).
+
+    A tile holds 4,096 one-hot numbers, 32 registers a thread; its level count is padded to hold
+    ids that have no row, and the end.
+    """
+    levels = _next_power_of_2(n_levels + 2)
+    block_rows = max(min(512, 4096 // levels), 16)
+    tiles = max(-(-n_ids // block_rows), 1)
+    stretch = -(-tiles // 512) * block_rows
+    programs = max(-(-n_ids // stretch), 1)
+    return GroupConfig(programs, stretch, levels, block_rows, max(min(512, 2048 // levels), 1))
+
+
+def choose_fwd_grouped(n_ids: int, sizes: Sequence[int], dtype: torch.dtype) -> GroupedConfig:
+    """Tiles of 32 rows and 8 warps: 126 registers, so that two programs share a multiprocessor.
+
+    In fp64 the assembler of Triton 3.9 spills 8 bytes at 80 registers, unless it is told of more.
+
+    With 4 warps the same tile takes 255 registers, with 64 rows it spills on sm_100. 2,048 programs
+    are 7 to 10 waves on 108 to 148 multiprocessors: the last one is not worth asking the device for
+    its size. Every level may end in a tile that is not full, and so may the ids without a row.
+    """
+    if dtype == torch.float64:
+        block_rows, block_k, block_dim, num_warps = 16, 16, _block_dim(sizes[-1], 64), 4
+    else:
+        block_rows, block_k, block_dim, num_warps = 32, 32, _block_dim(sizes[-1], 128), 8
+    tiles = -(-n_ids // block_rows) + len(sizes)
+    registers = 168 if dtype == torch.float64 else None
+    return GroupedConfig(block_rows, block_k, block_dim, num_warps, min(tiles, 2048), registers)
+
+
+def groups_ids(n_ids: int, sizes: Sequence[int], dtype: torch.dtype) -> bool:
+    """Whether a forward groups ids by level first; computed for an H200, see the file's docstring.
+
+    At 4.3 TB/s and 165 TFLOP/s of tf32x3: ungrouped, a tile of mixed rows meets every map, sizes
+    to 8 by FMA and 16 and 64 by products, 21 GFLOP or 130 us per 2^20 ids beside 192 us of bytes,
+    too much to hide. Grouped, a row meets its own map only, a sixth of it with all sizes equally
+    frequent. Grouping costs two launches and 36 B per id (9 us per 2^20), so it pays from about
+    2^17 ids, 24 us of bytes and 16 us of products. With plain ``tf32`` allowed the products take a
+    third, 43 us per 2^20, and stay hidden. One size needs no products at all.
+
+    fp64 always groups: in the ungrouped kernel Triton 3.6 and 3.7 pick products of 64-bit numbers
+    that sm_80 and sm_90 do not have, and fail to compile.
+    """
+    if len(sizes) == 1:
+        return False
+    return dtype == torch.float64 or (n_ids >= 1 << 17 and _precision(dtype) != "tf32")

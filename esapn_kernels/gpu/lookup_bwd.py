@@ -1,0 +1,564 @@
+"""Gradient of the ragged lookup, or the optimizer's step in its place.
+
+With ``g = sum G`` over the occurrences of a row, ``M_k, c_k`` from ``ops.compose``:
+
+    d e   = M_k^T g                     written to the storage's gradient, or put into a rule of
+                                        ``ops.update`` on the row and its state
+    d M_k = sum_x g e^T,   d c_k = sum_x g        over the distinct rows x of level k, e before that
+
+Distinct rows first (``segments``). Then three passes over tiles of runs of one level:
+
+    sums     last level: g is d e, finished at once. Below: g of rows that occur more than once
+    chain    rows below the last level: d M_k, d c_k, per program and then in order of the programs
+    rows     the same rows: d e, finished
+
+    sums [U, d_n]   g of the rows below the last level that occur more than once; a row that
+                    occurs once has its g in the output's gradient
+
+Fused into one, the passes would read g once less, but hold the gradient of a map in registers while
+they wait for rows: one block a multiprocessor, too few rows in flight.
+There are no atomics and every sum has a fixed order, so equal inputs give equal bits. Bytes per
+distinct row, fp32: 4 d_n (G) + 8 (key, place) + 8 d_k (row read and written), 16 d_k more with
+Adam's state; below the last level 4 d_n + 4 d_k more for the chain, and 8 d_n for the sum of a row
+that occurs more than once. Source of the operator: Liu et al., SIGIR 2020.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops.backend import launch_kernel, tl, triton
+from ..ops.update import Update, _finish, _ids_of_runs, _step_rows, rule_state
+from . import launch
+from .chain_grad import launch_chain_grad
+from .launch import kernel_constants
+from .segments import _rows_of_runs, _run_sums, _share, _sources, _summed, find_runs, sum_hot
+
+__all__ = ["launch_bwd", "launch_bwd_update"]
+
+
+@triton.jit
+def _sums_kernel(
+    ids_ptr,
+    order_ptr,
+    run_begin_ptr,
+    run_start_ptr,
+    run_first_ptr,
+    level_begin_ptr,
+    grad_out_ptr,
+    hot_ptr,
+    sums_ptr,
+    storage_ptr,
+    target_ptr,
+    moment_ptr,
+    square_ptr,
+    per_id_ptr,
+    clock_ptr,
+    numbers_ptr,
+    N_LEVELS: tl.constexpr,
+    PAGE: tl.constexpr,
+    DIM: tl.constexpr,
+    ACC: tl.constexpr,
+    RULE: tl.constexpr,
+    WALK: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+):
+    pid = tl.program_id(0).to(tl.int64)
+    lo, hi = _share(level_begin_ptr, pid, tl.num_programs(0), N_LEVELS, BLOCK_ROWS)
+    tile_base = tl.zeros_like(pid)
+    for k in tl.static_range(N_LEVELS):
+        level_run = tl.load(level_begin_ptr + k)
+        level_end = tl.load(level_begin_ptr + k + 1)
+        n_tiles = tl.cdiv(level_end - level_run, BLOCK_ROWS)
+        tile_lo = tl.maximum(lo - tile_base, 0).to(tl.int32)
+        tile_hi = tl.minimum(hi - tile_base, n_tiles).to(tl.int32)
+        for tile in range(tile_lo, tile_hi):
+            first_run = level_run + tile * BLOCK_ROWS
+            n_runs = level_end - first_run
+            lane = tl.arange(0, BLOCK_ROWS)
+            mask_run = lane < n_runs
+            begin = tl.load(run_begin_ptr + first_run + lane, mask=mask_run, other=0)
+            end = tl.load(run_begin_ptr + first_run + lane + 1, mask=mask_run, other=0)
+            if k == N_LEVELS - 1:
+                start = _rows_of_runs(run_start_ptr, first_run, mask_run, DIM, PAGE, BLOCK_ROWS)
+                ids = _ids_of_runs(ids_ptr, run_first_ptr, first_run, mask_run, RULE, BLOCK_ROWS)
+                square = tl.zeros([BLOCK_ROWS], dtype=ACC)
+                if DIM <= BLOCK_DIM:
+                    offs_d = tl.arange(0, BLOCK_DIM)
+                    total = _run_sums(
+                        run_begin_ptr,
+                        order_ptr,
+                        grad_out_ptr,
+                        hot_ptr,
+                        first_run,
+                        n_runs,
+                        begin,
+                        end,
+                        offs_d,
+                        DIM,
+                        ACC,
+                        WALK,
+                        BLOCK_ROWS,
+                        BLOCK_DIM,
+                    )
+                    if RULE == "rowwise_adagrad":
+                        square = tl.sum(total * total, axis=1)
+                    decay, keep = _step_rows(
+                        per_id_ptr, clock_ptr, numbers_ptr, ids, square, mask_run, DIM, RULE, ACC
+                    )
+                    _finish(
+                        storage_ptr,
+                        target_ptr,
+                        moment_ptr,
+                        square_ptr,
+                        clock_ptr,
+                        numbers_ptr,
+                        start,
+                        mask_run,
+                        offs_d,
+                        total,
+                        decay,
+                        keep,
+                        DIM,
+                        RULE,
+                        ACC,
+                    )
+                else:
+                    if RULE == "rowwise_adagrad":
+                        for j in range(0, DIM, BLOCK_DIM):
+                            offs_d = j + tl.arange(0, BLOCK_DIM)
+                            total = _run_sums(
+                                run_begin_ptr,
+                                order_ptr,
+                                grad_out_ptr,
+                                hot_ptr,
+                                first_run,
+                                n_runs,
+                                begin,
+                                end,
+                                offs_d,
+                                DIM,
+                                ACC,
+                                WALK,
+                                BLOCK_ROWS,
+                                BLOCK_DIM,
+                            )
+                            square += tl.sum(total * total, axis=1)
+                    decay, keep = _step_rows(
+                        per_id_ptr, clock_ptr, numbers_ptr, ids, square, mask_run, DIM, RULE, ACC
+                    )
+                    for j in range(0, DIM, BLOCK_DIM):
+                        offs_d = j + tl.arange(0, BLOCK_DIM)
+                        total = _run_sums(
+                            run_begin_ptr,
+                            order_ptr,
+                            grad_out_ptr,
+                            hot_ptr,
+                            first_run,
+                            n_runs,
+                            begin,
+                            end,
+                            offs_d,
+                            DIM,
+                            ACC,
+                            WALK,
+                            BLOCK_ROWS,
+                            BLOCK_DIM,
+                        )
+                        _finish(
+                            storage_ptr,
+                            target_ptr,
+                            moment_ptr,
+                            square_ptr,
+                            clock_ptr,
+                            numbers_ptr,
+                            start,
+                            mask_run,
+                            offs_d,
+                            total,
+                            decay,
+                            keep,
+                            DIM,
+                            RULE,
+                            ACC,
+                        )
+            else:
+                many = end - begin > 1
+                if tl.max(many.to(tl.int32), axis=0) > 0:
+                    end = tl.where(many, end, begin)
+                    run = (first_run + lane).to(tl.int64)
+                    for n in range(0, DIM, BLOCK_DIM):
+                        offs_dim = n + tl.arange(0, BLOCK_DIM)
+                        total = _run_sums(
+                            run_begin_ptr,
+                            order_ptr,
+                            grad_out_ptr,
+                            hot_ptr,
+                            first_run,
+                            n_runs,
+                            begin,
+                            end,
+                            offs_dim,
+                            DIM,
+                            ACC,
+                            WALK,
+                            BLOCK_ROWS,
+                            BLOCK_DIM,
+                        )
+                        tl.store(
+                            sums_ptr + run[:, None] * DIM + offs_dim[None, :],
+                            total,
+                            mask=many[:, None] & (offs_dim < DIM)[None, :],
+                        )
+        tile_base += n_tiles
+
+
+@triton.jit
+def _row_grad(
+    grad_out_ptr,
+    sums_ptr,
+    a_ptr,
+    alone,
+    summed,
+    offs_d,
+    D: tl.constexpr,
+    DIM: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Columns ``offs_d`` of ``d e = M_k^T g`` for a tile of runs."""
+    grad = tl.zeros([BLOCK_ROWS, BLOCK_D], dtype=ACC)
+    for n in range(0, DIM, BLOCK_N):
+        offs_dim = n + tl.arange(0, BLOCK_N)
+        total = _summed(grad_out_ptr, sums_ptr, alone, summed, offs_dim, DIM, ACC)
+        a = tl.load(
+            a_ptr + offs_d[None, :] * DIM + offs_dim[:, None],
+            mask=(offs_d < D)[None, :] & (offs_dim < DIM)[:, None],
+            other=0.0,
+        )  # [BLOCK_N, BLOCK_D]
+        grad = tl.dot(total, a, grad, input_precision=PRECISION, out_dtype=ACC)
+    return grad
+
+
+@triton.jit
+def _rows_level(
+    ids_ptr,
+    run_start_ptr,
+    run_first_ptr,
+    grad_out_ptr,
+    sums_ptr,
+    a_ptr,
+    storage_ptr,
+    target_ptr,
+    moment_ptr,
+    square_ptr,
+    per_id_ptr,
+    clock_ptr,
+    numbers_ptr,
+    first_run,
+    n_runs,
+    D: tl.constexpr,
+    PAGE: tl.constexpr,
+    DIM: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    RULE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """A tile of rows of one level below the last."""
+    mask_run = tl.arange(0, BLOCK_ROWS) < n_runs
+    start = _rows_of_runs(run_start_ptr, first_run, mask_run, D, PAGE, BLOCK_ROWS)
+    ids = _ids_of_runs(ids_ptr, run_first_ptr, first_run, mask_run, RULE, BLOCK_ROWS)
+    alone, summed = _sources(run_first_ptr, first_run, mask_run, BLOCK_ROWS)
+    square = tl.zeros([BLOCK_ROWS], dtype=ACC)
+    if D <= BLOCK_D:
+        offs_d = tl.arange(0, BLOCK_D)
+        grad = _row_grad(
+            grad_out_ptr,
+            sums_ptr,
+            a_ptr,
+            alone,
+            summed,
+            offs_d,
+            D,
+            DIM,
+            ACC,
+            PRECISION,
+            BLOCK_ROWS,
+            BLOCK_D,
+            BLOCK_N,
+        )
+        if RULE == "rowwise_adagrad":
+            square = tl.sum(grad * grad, axis=1)
+        decay, keep = _step_rows(
+            per_id_ptr, clock_ptr, numbers_ptr, ids, square, mask_run, D, RULE, ACC
+        )
+        _finish(
+            storage_ptr,
+            target_ptr,
+            moment_ptr,
+            square_ptr,
+            clock_ptr,
+            numbers_ptr,
+            start,
+            mask_run,
+            offs_d,
+            grad,
+            decay,
+            keep,
+            D,
+            RULE,
+            ACC,
+        )
+    else:
+        if RULE == "rowwise_adagrad":
+            for j in range(0, D, BLOCK_D):
+                offs_d = j + tl.arange(0, BLOCK_D)
+                grad = _row_grad(
+                    grad_out_ptr,
+                    sums_ptr,
+                    a_ptr,
+                    alone,
+                    summed,
+                    offs_d,
+                    D,
+                    DIM,
+                    ACC,
+                    PRECISION,
+                    BLOCK_ROWS,
+                    BLOCK_D,
+                    BLOCK_N,
+                )
+                square += tl.sum(grad * grad, axis=1)
+        decay, keep = _step_rows(
+            per_id_ptr, clock_ptr, numbers_ptr, ids, square, mask_run, D, RULE, ACC
+        )
+        for j in range(0, D, BLOCK_D):
+            offs_d = j + tl.arange(0, BLOCK_D)
+            grad = _row_grad(
+                grad_out_ptr,
+                sums_ptr,
+                a_ptr,
+                alone,
+                summed,
+                offs_d,
+                D,
+                DIM,
+                ACC,
+                PRECISION,
+                BLOCK_ROWS,
+                BLOCK_D,
+                BLOCK_N,
+            )
+            _finish(
+                storage_ptr,
+                target_ptr,
+                moment_ptr,
+                square_ptr,
+                clock_ptr,
+                numbers_ptr,
+                start,
+                mask_run,
+                offs_d,
+                grad,
+                decay,
+                keep,
+                D,
+                RULE,
+                ACC,
+            )
+
+
+@triton.jit
+def _rows_kernel(
+    ids_ptr,
+    run_start_ptr,
+    run_first_ptr,
+    level_begin_ptr,
+    grad_out_ptr,
+    sums_ptr,
+    composed_ptr,
+    storage_ptr,
+    target_ptr,
+    moment_ptr,
+    square_ptr,
+    per_id_ptr,
+    clock_ptr,
+    numbers_ptr,
+    SIZES: tl.constexpr,
+    PADS: tl.constexpr,
+    PAGE: tl.constexpr,
+    DIM: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    RULE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    pid = tl.program_id(0).to(tl.int64)
+    lo, hi = _share(level_begin_ptr, pid, tl.num_programs(0), len(SIZES) - 1, BLOCK_ROWS)
+    tile_base = tl.zeros_like(pid)
+    offset = 0
+    for k in tl.static_range(len(SIZES) - 1):
+        level_run = tl.load(level_begin_ptr + k)
+        level_end = tl.load(level_begin_ptr + k + 1)
+        n_tiles = tl.cdiv(level_end - level_run, BLOCK_ROWS)
+        tile_lo = tl.maximum(lo - tile_base, 0).to(tl.int32)
+        tile_hi = tl.minimum(hi - tile_base, n_tiles).to(tl.int32)
+        for tile in range(tile_lo, tile_hi):
+            first_run = level_run + tile * BLOCK_ROWS
+            _rows_level(
+                ids_ptr,
+                run_start_ptr,
+                run_first_ptr,
+                grad_out_ptr,
+                sums_ptr,
+                composed_ptr + offset * DIM,
+                storage_ptr,
+                target_ptr,
+                moment_ptr,
+                square_ptr,
+                per_id_ptr,
+                clock_ptr,
+                numbers_ptr,
+                first_run,
+                level_end - first_run,
+                SIZES[k],
+                PAGE,
+                DIM,
+                ACC,
+                PRECISION,
+                RULE,
+                BLOCK_ROWS,
+                min(PADS[k], BLOCK_K),
+                BLOCK_N,
+            )
+        tile_base += n_tiles
+        offset += SIZES[k] + 1
+
+
+def _launch(
+    grad_out: Tensor,
+    ids: Tensor,
+    storage: Tensor,
+    composed: Tensor,
+    row_start: Tensor,
+    page_level: Tensor,
+    sizes: Sequence[int],
+    page: int,
+    *,
+    target: Tensor,
+    update: Update | None,
+    want_composed: bool,
+) -> Tensor | None:
+    """The three passes; returns the gradient of ``composed``, if wanted."""
+    n_ids, dim = ids.numel(), sizes[-1]
+    lower = len(sizes) > 1
+    if not n_ids:
+        return torch.zeros_like(composed) if want_composed else None
+    # Kernels count from the first number: of a strided view, that is not where the second lies.
+    grad_out, ids = grad_out.contiguous(), ids.contiguous()
+    config = launch.choose_bwd(n_ids, sizes, storage.dtype)
+    runs = find_runs(ids, row_start, page_level, capacity=storage.numel(), sizes=sizes, page=page)
+    hot = sum_hot(runs, grad_out, len(sizes), config)
+    sums = composed.new_empty(runs.run_start.numel() if lower else 0, dim)
+    rule, state = "gradient", [storage] * 5
+    if update is not None:
+        rule, state = update.rule, rule_state(update, storage)
+    constants = kernel_constants(sizes, page, storage.dtype)
+    shared = {name: constants[name] for name in ("PAGE", "DIM", "ACC")}
+    where = (runs.run_start, runs.run_first, runs.level_begin, grad_out)
+    launch_kernel(
+        _sums_kernel,
+        (config.sums.programs,),
+        ids,
+        runs.order,
+        runs.run_begin,
+        *where,
+        hot,
+        sums,
+        storage,
+        target,
+        *state,
+        **shared,
+        N_LEVELS=len(sizes),
+        RULE=rule,
+        **config.sums.constants(),
+    )
+    grad_composed = torch.empty_like(composed) if want_composed else None
+    if not lower:
+        return grad_composed
+    shared.update(
+        SIZES=constants["SIZES"],
+        PADS=tuple(launch.pad(d) for d in sizes),
+        PRECISION=constants["PRECISION"],
+    )
+    if grad_composed is not None:  # before the rows change
+        launch_chain_grad(grad_composed, where, sums, storage, shared, config.chain)
+    launch_kernel(
+        _rows_kernel,
+        (config.rows.programs,),
+        ids,
+        *where,
+        sums,
+        composed,
+        storage,
+        target,
+        *state,
+        **shared,
+        RULE=rule,
+        **config.rows.constants(),
+    )
+    return grad_composed
+
+
+def launch_bwd(
+    grad_out: Tensor, ids: Tensor, storage: Tensor, *where: Any, want_composed: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of the storage (dense, same shape and dtype) and, if wanted, of ``composed``.
+
+    ``where``: ``composed, row_start, page_level, sizes, page``.
+    """
+    target = torch.zeros_like(storage)
+    grad_composed = _launch(
+        grad_out, ids, storage, *where, target=target, update=None, want_composed=want_composed
+    )
+    return target, grad_composed
+
+
+def launch_bwd_update(
+    grad_out: Tensor,
+    ids: Tensor,
+    storage: Tensor,
+    *where: Any,
+    update: Update,
+    want_composed: bool = True,
+) -> Tensor | None:
+    """Apply ``update`` to the rows of ``ids``, in place, each once with its summed gradient.
+
+    Ids that do not exist change nothing. Returns the gradient of ``composed`` from the rows as they
+    were before, or ``None`` if it is not wanted. ``where``: as for :func:`launch_bwd`.
+    """
+    grad_composed = _launch(
+        grad_out,
+        ids,
+        storage,
+        *where,
+        target=storage,
+        update=update,
+        want_composed=want_composed,
+    )
+    # The kernels write through pointers; autograd must know that saved rows are stale.
+    torch.autograd.graph.increment_version(storage)
+    return grad_composed

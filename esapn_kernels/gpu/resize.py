@@ -1,0 +1,635 @@
+"""Rows that move one level up, rows that begin, rows that go; and rows that start afresh.
+
+    promote:  e' = W_k e + b_k      e in R^{d_k} at its old place, e' in R^{d_{k+1}} at its new one
+    insert:   e' = 0                an id without a row gets one
+    free:                           an id's row is given back
+
+A promotion changes no output: M_k e + c_k = M_{k+1} (W_k e + b_k) + c_{k+1}.
+
+Three launches for any number of ids, R positions in ``ids``, nothing read by the host:
+
+    claim   owner[id] = first position that asks for id, an atomic minimum             [N]
+            group = the level that it leaves (insert: enters), -1: nothing to do       [R]
+    scan    one program ranks the owners of every group in the order of their positions and hands
+            out rows: free rows of the level's stack from its top, then rows of fresh pages; the
+            rest of the last page goes on the stack. It settles every counter.
+    move    rows, state and locations are written, old rows put on their level's stack
+
+The first owners of a group move as far as rows, pages and room on the old level's stack reach; the
+others stay, lower levels first. Old rows go on the stacks one launch after new ones were taken from
+them, so no row is read and handed on at once, and new rows were free before, hence disjoint from
+all old ones.
+
+Source: Liu et al., SIGIR 2020.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..cpu import lookup as torch_path
+from ..ops.backend import launch_kernel, resolve_backend, tl, triton
+from . import launch
+from .launch import block_constants, kernel_constants
+
+__all__ = [
+    "NOBODY",
+    "Places",
+    "fill_rows",
+    "launch_free",
+    "launch_insert",
+    "launch_promote",
+]
+
+NOBODY = 2**31 - 1
+"""What ``owner`` holds for an id that no position asks for."""
+
+CLAIM_IDS = 256
+"""Positions that a program of the first launch looks at."""
+
+MOVE_REGISTERS = 168
+"""Registers a thread of the last launch; left to itself the assembler spills to save some."""
+
+_STATES = 4
+
+
+@triton.jit(do_not_specialize=["n_ids", "n_rows", "target"])
+def _claim_kernel(
+    ids_ptr,
+    mask_ptr,
+    row_start_ptr,
+    page_level_ptr,
+    owner_ptr,
+    group_ptr,
+    old_start_ptr,
+    n_ids,
+    n_rows,
+    target,
+    N_LEVELS: tl.constexpr,
+    PAGE: tl.constexpr,
+    TAKE: tl.constexpr,
+    GIVE: tl.constexpr,
+    MASKED: tl.constexpr,
+    BLOCK_IDS: tl.constexpr,
+):
+    offs = tl.program_id(0).to(tl.int64) * BLOCK_IDS + tl.arange(0, BLOCK_IDS)
+    inside = offs < n_ids
+    ids = tl.load(ids_ptr + offs, mask=inside, other=-1).to(tl.int64)
+    mask_id = (ids >= 0) & (ids < n_rows)
+    if MASKED:
+        mask_id = mask_id & (tl.load(mask_ptr + offs, mask=inside, other=0) != 0)
+    start = tl.load(row_start_ptr + ids, mask=mask_id, other=-1).to(tl.int64)
+    level = tl.load(page_level_ptr + start // PAGE, mask=start >= 0, other=-1).to(tl.int32)
+    group = level
+    if TAKE:
+        if GIVE:
+            group = tl.where(level < N_LEVELS - 1, level, -1)
+        else:
+            group = tl.where(mask_id & (level < 0), target, -1)
+    tl.store(group_ptr + offs, group.to(group_ptr.dtype.element_ty), mask=inside)
+    tl.store(old_start_ptr + offs, start.to(old_start_ptr.dtype.element_ty), mask=inside)
+    # Whoever comes first in ids, not in time: the same in every run.
+    tl.atomic_min(owner_ptr + ids, offs.to(tl.int32), mask=group >= 0, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["n_ids"])
+def _scan_kernel(
+    ids_ptr,
+    owner_ptr,
+    group_ptr,
+    first_ptr,
+    rank_ptr,
+    plan_ptr,
+    new_start_ptr,
+    free_rows_ptr,
+    free_pages_ptr,
+    free_count_ptr,
+    free_base_ptr,
+    n_ids,
+    SIZES: tl.constexpr,
+    PAGE: tl.constexpr,
+    TAKE: tl.constexpr,
+    GIVE: tl.constexpr,
+    HOP: tl.constexpr,
+    NOBODY: tl.constexpr,
+    LEVELS: tl.constexpr,
+    BLOCK_IDS: tl.constexpr,
+):
+    levels = tl.arange(0, LEVELS)
+    index = new_start_ptr.dtype.element_ty
+
+    # Rank of every owner in its group, and how many rows every group wants.
+    need = tl.zeros([LEVELS], dtype=tl.int32)
+    for begin in range(0, n_ids, BLOCK_IDS):
+        offs = begin + tl.arange(0, BLOCK_IDS)
+        group = tl.load(group_ptr + offs, mask=offs < n_ids, other=-1).to(tl.int32)
+        ids = tl.load(ids_ptr + offs, mask=group >= 0, other=0).to(tl.int64)
+        first = tl.load(owner_ptr + ids, mask=group >= 0, other=NOBODY)
+        rank = tl.zeros_like(group) - 1
+        for g in tl.static_range(len(SIZES)):
+            owned = ((group == g) & (first == offs)).to(tl.int32)
+            before = tl.sum(tl.where(levels == g, need, 0), axis=0)
+            rank = tl.where(owned != 0, before + tl.cumsum(owned, axis=0) - 1, rank)
+            need += tl.where(levels == g, tl.sum(owned, axis=0), 0)
+        tl.store(first_ptr + offs, first.to(index), mask=offs < n_ids)
+        tl.store(rank_ptr + offs, rank.to(index), mask=offs < n_ids)
+
+    # How many of them it gets, and from where: what ``_move_kernel`` reads as ``plan``.
+    moves = tl.zeros([LEVELS], dtype=tl.int64)
+    held = tl.zeros([LEVELS], dtype=tl.int64)
+    top = tl.zeros([LEVELS], dtype=tl.int64)
+    give_at = tl.zeros([LEVELS], dtype=tl.int64)
+    height_after = tl.zeros([LEVELS], dtype=tl.int64)
+    pages = tl.load(free_count_ptr + len(SIZES))
+    height = tl.load(free_count_ptr)
+    for g in tl.static_range(len(SIZES)):
+        count = tl.sum(tl.where(levels == g, need, 0), axis=0).to(tl.int64)
+        if GIVE:
+            if not TAKE:
+                height = tl.load(free_count_ptr + g)
+            base = tl.load(free_base_ptr + g)
+            count = tl.minimum(count, tl.load(free_base_ptr + g + 1) - base - height)
+            give_at = tl.where(levels == g, base + height, give_at)
+        next_height = height
+        if TAKE and g + HOP < len(SIZES):
+            free = tl.load(free_count_ptr + g + HOP)
+            per = PAGE // SIZES[g + HOP]
+            count = tl.minimum(count, free + pages * per)
+            fresh = (tl.maximum(count - free, 0) + per - 1) // per
+            held = tl.where(levels == g, free, held)
+            top = tl.where(levels == g, pages, top)
+            pages -= fresh
+            next_height = free + fresh * per - count
+        if GIVE:
+            height_after = tl.where(levels == g, height + count, height_after)
+        else:
+            height_after = tl.where(levels == g, next_height, height_after)
+        height = next_height
+        moves = tl.where(levels == g, count, moves)
+    tl.store(plan_ptr + levels, moves)
+    tl.store(plan_ptr + LEVELS + levels, held)
+    tl.store(plan_ptr + 2 * LEVELS + levels, top)
+    tl.store(plan_ptr + 3 * LEVELS + levels, give_at)
+    # What other threads stored, ranks and plan, is read now.
+    tl.debug_barrier()
+
+    if TAKE:
+        for begin in range(0, n_ids, BLOCK_IDS):
+            offs = begin + tl.arange(0, BLOCK_IDS)
+            group = tl.load(group_ptr + offs, mask=offs < n_ids, other=-1).to(tl.int32)
+            rank = tl.load(rank_ptr + offs, mask=offs < n_ids, other=-1).to(tl.int64)
+            owned = rank >= 0
+            limit = tl.load(plan_ptr + group, mask=owned, other=0)
+            below = tl.load(plan_ptr + LEVELS + group, mask=owned, other=0) - rank
+            bottom = tl.load(free_base_ptr + group + HOP, mask=owned, other=0)
+            stacked = owned & (rank < limit) & (below > 0)
+            start = tl.load(free_rows_ptr + bottom + below - 1, mask=stacked, other=-1)
+            tl.store(new_start_ptr + offs, start.to(index), mask=offs < n_ids)
+    # The stacks' entries and the counters have been read: they may change.
+    tl.debug_barrier()
+
+    if TAKE:
+        for g in tl.static_range(len(SIZES) - HOP):
+            free = tl.sum(tl.where(levels == g, held, 0), axis=0)
+            base = tl.load(free_base_ptr + g + HOP)
+            per = PAGE // SIZES[g + HOP]
+            count = tl.sum(tl.where(levels == g, moves, 0), axis=0)
+            if count > free:
+                fresh = (count - free + per - 1) // per
+                rest = free + fresh * per - count
+                above = tl.sum(tl.where(levels == g, top, 0), axis=0)
+                last = tl.load(free_pages_ptr + above - fresh).to(tl.int64)
+                for j in range(0, rest, BLOCK_IDS):
+                    offs = j + tl.arange(0, BLOCK_IDS)
+                    start = last * PAGE + (per - 1 - offs) * SIZES[g + HOP]
+                    start = start.to(free_rows_ptr.dtype.element_ty)
+                    tl.store(free_rows_ptr + base + offs, start, mask=offs < rest)
+        tl.store(free_count_ptr + len(SIZES), pages)
+    tl.store(free_count_ptr + levels, height_after, mask=levels < len(SIZES))
+
+
+@triton.jit
+def _fill(
+    target_ptr,
+    start,
+    dim,
+    VALUE: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+):
+    """Set the ``dim`` elements from ``start`` on of every row of a tile."""
+    element: tl.constexpr = target_ptr.dtype.element_ty
+    for n in range(0, DIM, BLOCK_DIM):
+        offs_dim = n + tl.arange(0, BLOCK_DIM)
+        if element == tl.float64:
+            block = tl.full([BLOCK_ROWS, BLOCK_DIM], VALUE, tl.float64)
+        else:
+            block = tl.full([BLOCK_ROWS, BLOCK_DIM], VALUE, tl.float32)
+        tl.store(
+            target_ptr + start[:, None] + offs_dim[None, :],
+            block.to(element),
+            mask=offs_dim[None, :] < dim[:, None],
+        )
+
+
+@triton.jit(do_not_specialize=["n_ids", "n_rows"])
+def _move_kernel(
+    storage_ptr,
+    chain_ptr,
+    ids_ptr,
+    group_ptr,
+    first_ptr,
+    rank_ptr,
+    plan_ptr,
+    old_start_ptr,
+    new_start_ptr,
+    moved_ptr,
+    owner_ptr,
+    row_start_ptr,
+    page_level_ptr,
+    free_rows_ptr,
+    free_pages_ptr,
+    state0_ptr,
+    state1_ptr,
+    state2_ptr,
+    state3_ptr,
+    per_id_ptr,
+    n_ids,
+    n_rows,
+    SIZES: tl.constexpr,
+    PAGE: tl.constexpr,
+    DIM: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TAKE: tl.constexpr,
+    GIVE: tl.constexpr,
+    HOP: tl.constexpr,
+    NOBODY: tl.constexpr,
+    LEVELS: tl.constexpr,
+    FRESH: tl.constexpr,
+    FRESH_ID: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+):
+    offs_row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    inside = offs_row < n_ids
+    ids = tl.load(ids_ptr + offs_row, mask=inside, other=-1).to(tl.int64)
+    mask_id = (ids >= 0) & (ids < n_rows)
+    nobody = tl.zeros([BLOCK_ROWS], dtype=tl.int32) + NOBODY
+    tl.store(owner_ptr + ids, nobody, mask=mask_id)
+
+    group = tl.load(group_ptr + offs_row, mask=inside, other=-1).to(tl.int32)
+    asks = group >= 0
+    limit = tl.load(plan_ptr + group, mask=asks, other=0)
+    rank = tl.load(rank_ptr + offs_row, mask=asks, other=-1).to(tl.int64)
+    mask_go = (rank >= 0) & (rank < limit)
+    # An occurrence that is not the first asks for what the first got.
+    first = tl.load(first_ptr + offs_row, mask=asks, other=0).to(tl.int64)
+    moved = tl.load(rank_ptr + first, mask=asks, other=0).to(tl.int64) < limit
+    tl.store(moved_ptr + offs_row, moved.to(tl.uint8), mask=inside)
+
+    old_start = tl.load(old_start_ptr + offs_row, mask=mask_go, other=-1).to(tl.int64)
+    if GIVE:
+        slot = tl.load(plan_ptr + 3 * LEVELS + group, mask=mask_go, other=0) + rank
+        old_index = old_start.to(free_rows_ptr.dtype.element_ty)
+        tl.store(free_rows_ptr + slot, old_index, mask=mask_go)
+    new_start = tl.zeros_like(old_start) - 1
+    if TAKE:
+        target = group + HOP
+        dim = tl.zeros_like(group)
+        per = tl.zeros_like(group) + 1
+        for k in tl.static_range(len(SIZES)):
+            dim = tl.where((target == k) & mask_go, SIZES[k], dim)
+            per = tl.where(target == k, PAGE // SIZES[k], per)
+        beyond = rank - tl.load(plan_ptr + LEVELS + group, mask=mask_go, other=0)
+        mask_fresh = mask_go & (beyond >= 0)
+        beyond = tl.where(mask_fresh, beyond, 0).to(tl.int32)
+        top = tl.load(plan_ptr + 2 * LEVELS + group, mask=mask_fresh, other=0)
+        page = tl.load(free_pages_ptr + top - 1 - beyond // per, mask=mask_fresh, other=0)
+        page = page.to(tl.int64)
+        tl.store(page_level_ptr + page, target.to(tl.int8), mask=mask_fresh)
+        new_start = tl.load(new_start_ptr + offs_row, mask=mask_go, other=-1).to(tl.int64)
+        new_start = tl.where(mask_fresh, page * PAGE + (beyond % per) * dim, new_start)
+        if tl.max(dim, axis=0) > 0:
+            if not GIVE:
+                _fill(storage_ptr, new_start, dim, 0.0, DIM, BLOCK_ROWS, BLOCK_DIM)
+            if len(FRESH) > 0:
+                _fill(state0_ptr, new_start, dim, FRESH[0], DIM, BLOCK_ROWS, BLOCK_DIM)
+            if len(FRESH) > 1:
+                _fill(state1_ptr, new_start, dim, FRESH[1], DIM, BLOCK_ROWS, BLOCK_DIM)
+            if len(FRESH) > 2:
+                _fill(state2_ptr, new_start, dim, FRESH[2], DIM, BLOCK_ROWS, BLOCK_DIM)
+            if len(FRESH) > 3:
+                _fill(state3_ptr, new_start, dim, FRESH[3], DIM, BLOCK_ROWS, BLOCK_DIM)
+            if len(FRESH_ID) > 0:
+                one = tl.zeros_like(dim) + mask_go.to(tl.int32)
+                _fill(per_id_ptr, ids, one, FRESH_ID[0], 1, BLOCK_ROWS, 1)
+    tl.store(row_start_ptr + ids, new_start.to(row_start_ptr.dtype.element_ty), mask=mask_go)
+
+    if TAKE and GIVE:
+        hop = 0
+        for k in tl.static_range(len(SIZES) - 1):
+            mask_level = (group == k) & mask_go
+            if tl.max(mask_level.to(tl.int32), axis=0) > 0:
+                for n in range(0, SIZES[k + 1], BLOCK_DIM):
+                    offs_dim = n + tl.arange(0, BLOCK_DIM)
+                    mask_dim = offs_dim < SIZES[k + 1]
+                    bias_ptr = chain_ptr + hop + SIZES[k] * SIZES[k + 1]
+                    bias = tl.load(bias_ptr + offs_dim, mask=mask_dim, other=0.0).to(ACC)
+                    acc = tl.zeros([BLOCK_ROWS, BLOCK_DIM], dtype=ACC) + bias[None, :]
+                    for j in range(0, SIZES[k], BLOCK_K):
+                        offs_k = j + tl.arange(0, BLOCK_K)
+                        mask_k = offs_k < SIZES[k]
+                        e = tl.load(
+                            storage_ptr + old_start[:, None] + offs_k[None, :],
+                            mask=mask_level[:, None] & mask_k[None, :],
+                            other=0.0,
+                        ).to(ACC)  # [BLOCK_ROWS, BLOCK_K]
+                        w = tl.load(
+                            chain_ptr + hop + offs_k[:, None] * SIZES[k + 1] + offs_dim[None, :],
+                            mask=mask_k[:, None] & mask_dim[None, :],
+                            other=0.0,
+                        ).to(ACC)  # [BLOCK_K, BLOCK_DIM]
+                        acc = tl.dot(e, w, acc, input_precision=PRECISION, out_dtype=ACC)
+                    tl.store(
+                        storage_ptr + new_start[:, None] + offs_dim[None, :],
+                        acc.to(storage_ptr.dtype.element_ty),
+                        mask=mask_level[:, None] & mask_dim[None, :],
+                    )
+            hop += (SIZES[k] + 1) * SIZES[k + 1]
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def _fill_rows_kernel(
+    target_ptr,
+    start_ptr,
+    level_ptr,
+    n_rows,
+    SIZES: tl.constexpr,
+    DIM: tl.constexpr,
+    VALUE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+):
+    offs_row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    mask_row = offs_row < n_rows
+    start = tl.load(start_ptr + offs_row, mask=mask_row, other=-1).to(tl.int64)
+    level = tl.load(level_ptr + offs_row, mask=mask_row, other=-1).to(tl.int32)
+    dim = tl.zeros_like(level)
+    for k in tl.static_range(len(SIZES)):
+        dim = tl.where((level == k) & (start >= 0), SIZES[k], dim)
+    _fill(target_ptr, start, dim, VALUE, DIM, BLOCK_ROWS, BLOCK_DIM)
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where an arena's rows are and may be, as the kernels take it (see ``arena.Arena``).
+
+    ``owner``: int32 ``[N]``, ``NOBODY`` everywhere, before a call and after.
+    """
+
+    row_start: Tensor
+    page_level: Tensor
+    free_rows: Tensor
+    free_pages: Tensor
+    free_count: Tensor
+    free_base: Tensor
+    owner: Tensor
+
+
+Filled = Sequence[tuple[Tensor, float]]
+"""Tensors whose rows start afresh, each with the value that they take."""
+
+
+def launch_promote(
+    ids: Tensor,
+    mask: Tensor | None,
+    storage: Tensor,
+    chain: Tensor,
+    places: Places,
+    states: Filled,
+    per_id: Filled,
+    *,
+    sizes: Sequence[int],
+    page: int,
+) -> Tensor:
+    """Move the rows of ``ids`` (where ``mask``) one level up, as far as there is room.
+
+    Args:
+        ids: int ``[R]``; others than ``0 .. N - 1``, ids without a row and rows at the last level
+            are passed over; the first of equal ids counts.
+        mask: bool ``[R]`` or ``None``.
+        storage: flat ``[capacity]``; the new rows are written.
+        chain: packed hops, dtype of ``storage``.
+        places: locations and free lists; brought up to date.
+        states, per_id: in the layout of ``storage``, and ``[N]``: set where rows moved. Up to four
+            and one of them cost no further launch.
+        sizes, page: of the arena.
+
+    Returns:
+        Bool ``[R]``: True where the position asked for a row that moved.
+    """
+    return _launch(ids, mask, storage, chain, places, states, per_id, sizes, page, (True, True))
+
+
+def launch_insert(
+    ids: Tensor,
+    level: int,
+    storage: Tensor,
+    places: Places,
+    states: Filled,
+    per_id: Filled,
+    *,
+    sizes: Sequence[int],
+    page: int,
+) -> Tensor:
+    """Give ``ids`` without a row a zero row of ``level``; as :func:`launch_promote` otherwise."""
+    action = (True, False)
+    return _launch(ids, None, storage, None, places, states, per_id, sizes, page, action, level)
+
+
+def launch_free(
+    ids: Tensor, storage: Tensor, places: Places, *, sizes: Sequence[int], page: int
+) -> Tensor:
+    """Give the rows of ``ids`` back; as :func:`launch_promote` otherwise."""
+    return _launch(ids, None, storage, None, places, (), (), sizes, page, (False, True))
+
+
+def _launch(
+    ids: Tensor,
+    mask: Tensor | None,
+    storage: Tensor,
+    chain: Tensor | None,
+    places: Places,
+    states: Filled,
+    per_id: Filled,
+    sizes: Sequence[int],
+    page: int,
+    action: tuple[bool, bool],
+    target: int = 0,
+) -> Tensor:
+    n_ids, n_rows = ids.numel(), places.owner.numel()
+    take, give = action
+    hop = int(take and give)
+    moved = torch.empty(n_ids, dtype=torch.bool, device=ids.device)
+    if not n_ids or not n_rows or len(sizes) == hop:
+        return moved.fill_(False)
+    ids = ids.contiguous()
+    # Rows of a multiple of 16: the kernels know how their pointers are aligned.
+    padded = -(-n_ids // 16) * 16
+    work = torch.empty(5, padded, dtype=places.row_start.dtype, device=ids.device)
+    group, old_start, first, rank, new_start = work.unbind(0)
+    flags: dict[str, Any] = {"TAKE": take, "GIVE": give}
+    launch_kernel(
+        _claim_kernel,
+        (triton.cdiv(n_ids, CLAIM_IDS),),
+        ids,
+        ids if mask is None else mask.contiguous().view(torch.uint8),
+        places.row_start,
+        places.page_level,
+        places.owner,
+        group,
+        old_start,
+        n_ids,
+        n_rows,
+        target,
+        N_LEVELS=len(sizes),
+        PAGE=page,
+        **flags,
+        MASKED=mask is not None,
+        BLOCK_IDS=CLAIM_IDS,
+        num_warps=4,
+        enable_fp_fusion=True,
+    )
+    scan = launch.choose_scan(len(sizes))
+    plan = torch.empty(4, scan["LEVELS"], dtype=torch.int64, device=ids.device)
+    flags.update(HOP=hop, NOBODY=NOBODY)
+    launch_kernel(
+        _scan_kernel,
+        (1,),
+        ids,
+        places.owner,
+        group,
+        first,
+        rank,
+        plan,
+        new_start,
+        places.free_rows,
+        places.free_pages,
+        places.free_count,
+        places.free_base,
+        n_ids,
+        SIZES=tuple(sizes),
+        PAGE=page,
+        **flags,
+        **scan,
+        enable_fp_fusion=True,
+    )
+    config = launch.choose_promote(n_ids, sizes[-1], storage.dtype)
+    constants = kernel_constants(sizes, page, storage.dtype)
+    kept, kept_ids = states[:_STATES], per_id[:1]
+    tensors = [tensor for tensor, _ in kept] + [storage] * (_STATES - len(kept))
+    launch_kernel(
+        _move_kernel,
+        (triton.cdiv(n_ids, config.block_rows),),
+        storage,
+        storage if chain is None else chain,
+        ids,
+        group,
+        first,
+        rank,
+        plan,
+        old_start,
+        new_start,
+        moved.view(torch.uint8),
+        places.owner,
+        places.row_start,
+        places.page_level,
+        places.free_rows,
+        places.free_pages,
+        *tensors,
+        kept_ids[0][0] if kept_ids else storage,
+        n_ids,
+        n_rows,
+        **{name: constants[name] for name in ("SIZES", "PAGE", "DIM", "ACC", "PRECISION")},
+        **flags,
+        FRESH=tuple(float(value) for _, value in kept),
+        FRESH_ID=tuple(float(value) for _, value in kept_ids),
+        LEVELS=scan["LEVELS"],
+        **block_constants(config),
+        maxnreg=MOVE_REGISTERS,
+    )
+    if take:
+        # The kernels write through pointers; autograd must know that saved rows are stale.
+        for tensor in (storage, *(tensor for tensor, _ in kept)):
+            torch.autograd.graph.increment_version(tensor)
+        if states[_STATES:] or per_id[1:]:
+            level = group[:n_ids] + hop
+            _fill_rest(states[_STATES:], per_id[1:], ids, moved, level, places, sizes)
+    return moved
+
+
+def _fill_rest(
+    states: Filled,
+    per_id: Filled,
+    ids: Tensor,
+    moved: Tensor,
+    level: Tensor,
+    places: Places,
+    sizes: Sequence[int],
+) -> None:
+    """More state than ``_move_kernel`` has arguments for, a launch each."""
+    known = torch.where(moved, ids.long(), 0)
+    start = torch.where(moved, places.row_start[known], -1)
+    fill_rows(states, start, level, sizes=sizes, backend="triton")
+    only = torch.where(moved, known, -1)
+    fill_rows(per_id, only, torch.zeros_like(only), sizes=(1,), backend="triton")
+
+
+def fill_rows(
+    targets: Filled,
+    start: Tensor,
+    level: Tensor,
+    *,
+    sizes: Sequence[int],
+    backend: str = "auto",
+) -> None:
+    """Set every element of the rows ``(start, level)`` with ``start >= 0``, in place.
+
+    Args:
+        targets: flat tensors of the storage's shape, each with the value that its rows take.
+        start, level: int ``[R]``, first elements and levels.
+        sizes: of the levels.
+        backend: ``auto`` | ``triton`` | ``torch``.
+    """
+    n_rows = level.numel()
+    if not n_rows or not targets:
+        return
+    if resolve_backend(backend, start.device) != "triton":
+        torch_path.fill_rows(targets, start, level, sizes)
+        return
+    for tensor, value in targets:
+        config = launch.choose_promote(n_rows, sizes[-1], tensor.dtype)
+        launch_kernel(
+            _fill_rows_kernel,
+            (triton.cdiv(n_rows, config.block_rows),),
+            tensor,
+            start,
+            level,
+            n_rows,
+            SIZES=tuple(sizes),
+            DIM=sizes[-1],
+            VALUE=float(value),
+            BLOCK_ROWS=config.block_rows,
+            BLOCK_DIM=config.block_dim,
+            num_warps=config.num_warps,
+            enable_fp_fusion=True,
+        )
+        torch.autograd.graph.increment_version(tensor)

@@ -1,0 +1,429 @@
+"""Distinct rows of a batch: a sort, the runs of equal rows, and the sums over every run.
+
+Memory picture, B occurrences of U distinct rows at n levels:
+
+    key          [B]      ``level << bits | row start // unit``, sorted; no row: level n
+    order        [B]      where each stood in the batch
+    run_begin    [U + 1]  first position of every run, then that behind the last
+    run_start    [U]      where its row starts in the storage
+    run_first    [U]      ``order`` at its first position; ``-1 -`` that if it is longer than one
+    level_begin  [n + 1]  first run of every level, then U
+    hot          [B // HOT, d]  sums of the stretches of HOT positions that lie inside one run
+
+The sort is stable and every sum has a fixed order, so equal inputs give equal bits; and no row is
+too hot, because all programs add up the occurrences of one (``hot``) and its own program only what
+is left. Nothing is read by the host: U stays on the device, grids are bounded by B.
+
+Source of sorting first: the embedding gradients of torch and FBGEMM.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops.backend import launch_kernel, tl, triton
+from . import launch
+from .group import find_rows
+
+__all__ = ["Runs", "find_runs", "sum_hot"]
+
+_INT32 = 32
+
+
+@triton.jit(do_not_specialize=["n_ids", "n_rows"])
+def _key_kernel(
+    ids_ptr,
+    row_start_ptr,
+    page_level_ptr,
+    key_ptr,
+    n_ids,
+    n_rows,
+    N_LEVELS: tl.constexpr,
+    KEY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    start = find_rows(ids_ptr, row_start_ptr, offs, n_ids, n_rows)
+    mask_row = start >= 0
+    level = tl.load(page_level_ptr + start // KEY[0], mask=mask_row, other=N_LEVELS).to(tl.int64)
+    key = (level << KEY[2]) | tl.where(mask_row, start // KEY[1], 0)
+    tl.store(key_ptr + offs, (key - KEY[3]).to(key_ptr.dtype.element_ty), mask=offs < n_ids)
+
+
+@triton.jit
+def _keys_at(key_ptr, pos, n_ids, N_LEVELS: tl.constexpr, KEY: tl.constexpr):
+    """Keys at sorted positions: -1 before the first, that of no row behind the last."""
+    inside = (pos >= 0) & (pos < n_ids)
+    key = tl.load(key_ptr + pos, mask=inside, other=0).to(tl.int64) + KEY[3]
+    # Shifted as int64: a constant of more than 31 bits would be taken as unsigned.
+    no_row = (tl.zeros_like(key) + N_LEVELS) << KEY[2]
+    return tl.where(inside, key, tl.where(pos < 0, tl.zeros_like(key) - 1, no_row))
+
+
+@triton.jit(do_not_specialize=["n_ids"])
+def _run_count_kernel(
+    key_ptr,
+    count_ptr,
+    n_ids,
+    N_LEVELS: tl.constexpr,
+    KEY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    pos = pid.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    key = _keys_at(key_ptr, pos, n_ids, N_LEVELS, KEY)
+    first = (key != _keys_at(key_ptr, pos - 1, n_ids, N_LEVELS, KEY)) & (pos <= n_ids)
+    tl.store(count_ptr + pid, tl.sum(first.to(tl.int32), axis=0))
+
+
+@triton.jit(do_not_specialize=["n_ids"])
+def _run_begin_kernel(
+    key_ptr,
+    order_ptr,
+    count_ptr,
+    run_begin_ptr,
+    run_start_ptr,
+    run_first_ptr,
+    level_begin_ptr,
+    n_ids,
+    N_LEVELS: tl.constexpr,
+    KEY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    offs = tl.arange(0, BLOCK)
+    before = tl.zeros([BLOCK], dtype=tl.int32)
+    for block in range(0, pid, BLOCK):
+        before += tl.load(count_ptr + block + offs, mask=block + offs < pid, other=0)
+    pos = pid.to(tl.int64) * BLOCK + offs
+    key = _keys_at(key_ptr, pos, n_ids, N_LEVELS, KEY)
+    previous = _keys_at(key_ptr, pos - 1, n_ids, N_LEVELS, KEY)
+    # The first position without a row begins one run more: the end of the last one.
+    first = (key != previous) & (pos <= n_ids)
+    run = tl.sum(before, axis=0) + tl.cumsum(first.to(tl.int32), axis=0) - 1
+    tl.store(run_begin_ptr + run, pos.to(tl.int32), mask=first)
+    mask = first & (pos < n_ids)
+    start = (key & ((1 << KEY[2]) - 1)) * KEY[1]
+    tl.store(run_start_ptr + run, start.to(run_start_ptr.dtype.element_ty), mask=mask)
+    occurrence = tl.load(order_ptr + pos, mask=mask, other=0).to(tl.int32)
+    alone = key != _keys_at(key_ptr, pos + 1, n_ids, N_LEVELS, KEY)
+    tl.store(run_first_ptr + run, tl.where(alone, occurrence, -1 - occurrence), mask=mask)
+    level, level_before = key >> KEY[2], previous >> KEY[2]
+    for k in tl.static_range(N_LEVELS + 1):
+        into_ptr = level_begin_ptr + k + tl.zeros_like(run)
+        tl.store(into_ptr, run, mask=first & (level_before < k) & (k <= level))
+
+
+@triton.jit
+def _sum_rows(
+    order_ptr,
+    rows_ptr,
+    begin,
+    end,
+    offs_dim,
+    INDIRECT: tl.constexpr,
+    DIM: tl.constexpr,
+    ACC: tl.constexpr,
+    STRETCH: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+):
+    """Sum of the rows ``begin .. end - 1``, in order; behind ``order`` where INDIRECT."""
+    total = tl.zeros([BLOCK_DIM], dtype=ACC)
+    for at in range(begin, end, STRETCH):
+        row = at + tl.arange(0, STRETCH)
+        mask = row < end
+        if INDIRECT:
+            row = tl.load(order_ptr + row, mask=mask, other=0)
+        values = tl.load(
+            rows_ptr + row.to(tl.int64)[:, None] * DIM + offs_dim[None, :],
+            mask=mask[:, None] & (offs_dim < DIM)[None, :],
+            other=0.0,
+        )  # [STRETCH, BLOCK_DIM]
+        total += tl.sum(values.to(ACC), axis=0)
+    return total
+
+
+@triton.jit(do_not_specialize=["n_ids"])
+def _hot_kernel(
+    key_ptr,
+    order_ptr,
+    grad_out_ptr,
+    hot_ptr,
+    n_ids,
+    N_LEVELS: tl.constexpr,
+    KEY: tl.constexpr,
+    DIM: tl.constexpr,
+    ACC: tl.constexpr,
+    HOT: tl.constexpr,
+    STRETCH: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+):
+    for chunk in range(tl.program_id(0), n_ids // HOT, tl.num_programs(0)):
+        begin = chunk * HOT
+        key = _keys_at(key_ptr, begin, n_ids, N_LEVELS, KEY)
+        last = _keys_at(key_ptr, begin + HOT - 1, n_ids, N_LEVELS, KEY)
+        if (key == last) & ((key >> KEY[2]) < N_LEVELS):
+            for n in range(0, DIM, BLOCK_DIM):
+                offs_dim = n + tl.arange(0, BLOCK_DIM)
+                total = _sum_rows(
+                    order_ptr,
+                    grad_out_ptr,
+                    begin,
+                    begin + HOT,
+                    offs_dim,
+                    True,
+                    DIM,
+                    ACC,
+                    STRETCH,
+                    BLOCK_DIM,
+                )
+                place = (tl.zeros_like(offs_dim).to(tl.int64) + chunk) * DIM + offs_dim
+                tl.store(hot_ptr + place, total, mask=offs_dim < DIM)
+
+
+@triton.jit
+def _run_sums(
+    run_begin_ptr,
+    order_ptr,
+    grad_out_ptr,
+    hot_ptr,
+    first_run,
+    n_runs,
+    begin,
+    end,
+    offs_dim,
+    DIM: tl.constexpr,
+    ACC: tl.constexpr,
+    WALKS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+):
+    """Sum of every run's gradients; ``begin``, ``end``: the runs ``first_run + lane``."""
+    WALK: tl.constexpr = WALKS[0]
+    UNROLL: tl.constexpr = WALKS[1]
+    HOT: tl.constexpr = WALKS[2]
+    STRETCH: tl.constexpr = WALKS[3]
+    total = tl.zeros([BLOCK_ROWS, BLOCK_DIM], dtype=ACC)
+    longest = tl.max(end - begin, axis=0)
+    mask_dim = offs_dim < DIM
+    # The first WALK occurrences of all runs side by side, UNROLL rows of each in flight.
+    for step in range(0, tl.minimum(longest, WALK), UNROLL):
+        for i in tl.static_range(UNROLL):
+            pos = begin + step + i
+            mask = pos < end
+            row = tl.load(order_ptr + pos, mask=mask, other=0).to(tl.int64)
+            total += tl.load(
+                grad_out_ptr + row[:, None] * DIM + offs_dim[None, :],
+                mask=mask[:, None] & mask_dim[None, :],
+                other=0.0,
+            ).to(ACC)
+    if longest > WALK:
+        # What is left of the long ones, one after the other: singles up to the first stretch of
+        # HOT positions, the sums of whole stretches, singles again.
+        lane = tl.arange(0, BLOCK_ROWS)
+        for r in range(0, tl.minimum(BLOCK_ROWS, n_runs)):
+            at = tl.load(run_begin_ptr + first_run + r) + WALK
+            stop = tl.load(run_begin_ptr + first_run + r + 1)
+            if at < stop:
+                chunk = tl.cdiv(at, HOT)
+                chunk_end = tl.maximum(stop // HOT, chunk)
+                head = tl.minimum(chunk * HOT, stop)
+                tail = tl.maximum(chunk_end * HOT, head)
+                rest = _sum_rows(
+                    order_ptr, grad_out_ptr, at, head, offs_dim, True, DIM, ACC, STRETCH, BLOCK_DIM
+                )
+                rest += _sum_rows(
+                    order_ptr,
+                    hot_ptr,
+                    chunk,
+                    chunk_end,
+                    offs_dim,
+                    False,
+                    DIM,
+                    ACC,
+                    STRETCH,
+                    BLOCK_DIM,
+                )
+                rest += _sum_rows(
+                    order_ptr,
+                    grad_out_ptr,
+                    tail,
+                    stop,
+                    offs_dim,
+                    True,
+                    DIM,
+                    ACC,
+                    STRETCH,
+                    BLOCK_DIM,
+                )
+                total += tl.where(lane[:, None] == r, rest[None, :], 0.0)
+    return total
+
+
+@triton.jit
+def _rows_of_runs(
+    run_start_ptr,
+    first_run,
+    mask_run,
+    D: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):
+    """Where the rows of a tile's runs start; all have size D."""
+    lane = tl.arange(0, BLOCK_ROWS)
+    start = tl.load(run_start_ptr + first_run + lane, mask=mask_run, other=0).to(tl.int64)
+    if PAGE % D == 0:
+        # The compiler learns that rows are aligned and moves them in words of 16 bytes.
+        start = start // D * D
+    return start
+
+
+@triton.jit
+def _share(level_begin_ptr, program, n_programs, N_LEVELS: tl.constexpr, BLOCK_ROWS: tl.constexpr):
+    """Tiles ``[lo, hi)`` of a program: tiles are numbered through the levels, shares are equal."""
+    tiles = tl.zeros_like(program).to(tl.int64)
+    for k in tl.static_range(N_LEVELS):
+        n_runs = tl.load(level_begin_ptr + k + 1) - tl.load(level_begin_ptr + k)
+        tiles += tl.cdiv(n_runs, BLOCK_ROWS)
+    return tiles * program // n_programs, tiles * (program + 1) // n_programs
+
+
+@triton.jit
+def _sources(run_first_ptr, first_run, mask_run, BLOCK_ROWS: tl.constexpr):
+    """Where a tile's summed gradients are: rows of the output's gradient and of ``sums``, or -1."""
+    lane = tl.arange(0, BLOCK_ROWS)
+    first = tl.load(run_first_ptr + first_run + lane, mask=mask_run, other=0)
+    alone = tl.where(mask_run & (first >= 0), first, -1).to(tl.int64)
+    return alone, tl.where(mask_run & (first < 0), first_run + lane, -1).to(tl.int64)
+
+
+@triton.jit
+def _summed(grad_out_ptr, sums_ptr, alone, summed, offs_dim, DIM: tl.constexpr, ACC: tl.constexpr):
+    """Their columns ``offs_dim``: in either place, zero in the other."""
+    mask_dim = (offs_dim < DIM)[None, :]
+    one = tl.load(
+        grad_out_ptr + alone[:, None] * DIM + offs_dim[None, :],
+        mask=(alone >= 0)[:, None] & mask_dim,
+        other=0.0,
+    )  # [BLOCK_ROWS, len(offs_dim)]
+    many = tl.load(
+        sums_ptr + summed[:, None] * DIM + offs_dim[None, :],
+        mask=(summed >= 0)[:, None] & mask_dim,
+        other=0.0,
+    )
+    return one.to(ACC) + many
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The sorted batch; see the memory picture of this file. ``layout``: how keys are packed."""
+
+    key: Tensor
+    order: Tensor
+    run_begin: Tensor
+    run_start: Tensor
+    run_first: Tensor
+    level_begin: Tensor
+    layout: tuple[int, int, int, int]
+
+
+def key_layout(capacity: int, sizes: Sequence[int], page: int) -> tuple[int, int, int, int]:
+    """How a row's level and place are packed into its key: ``(page, unit, bits, bias)``.
+
+    ``unit`` divides every row start. The levels 0 .. n (n: no row) stand above the ``bits`` of the
+    place. A key of at most 32 bits is an int32, moved by ``bias`` so that all its bits count; a
+    longer one an int64 (bias 0).
+
+    >>> key_layout(9_216_000, (2, 4, 8, 16, 64, 128), 4096)
+    (4096, 2, 23, 2147483648)
+    """
+    unit = math.gcd(page, *sizes)
+    bits = max((capacity - 1) // unit, 0).bit_length()
+    wide = bits + len(sizes).bit_length() > _INT32
+    return page, unit, bits, 0 if wide else 1 << (_INT32 - 1)
+
+
+def find_runs(
+    ids: Tensor,
+    row_start: Tensor,
+    page_level: Tensor,
+    *,
+    capacity: int,
+    sizes: Sequence[int],
+    page: int,
+) -> Runs:
+    """Sort the batch by level and row and find the runs of equal rows.
+
+    Args:
+        ids: int ``[B]``, B > 0; ids that do not exist or have no row take part in no run.
+        row_start, page_level: as for ``lookup``.
+        capacity: elements of the storage.
+        sizes, page: as for ``lookup``.
+    """
+    n_ids, n_levels = ids.numel(), len(sizes)
+    layout = key_layout(capacity, sizes, page)
+    constants: dict[str, Any] = {"N_LEVELS": n_levels, "KEY": layout, **launch.SCAN}
+    key = ids.new_empty(n_ids, dtype=torch.int32 if layout[3] else torch.int64)
+    launch_kernel(
+        _key_kernel,
+        (triton.cdiv(n_ids, constants["BLOCK"]),),
+        ids,
+        row_start,
+        page_level,
+        key,
+        n_ids,
+        row_start.numel(),
+        **constants,
+    )
+    key, order = torch.sort(key, stable=True)
+    # One position more than there are occurrences: there ends the last run.
+    blocks = triton.cdiv(n_ids + 1, constants["BLOCK"])
+    count = ids.new_empty(blocks, dtype=torch.int32)
+    run_begin = ids.new_empty(n_ids + 1, dtype=torch.int32)
+    # The last run may be that of ids without a row, and count as one of the table's and one more.
+    runs = min(n_ids, row_start.numel() + 1)
+    run_start = ids.new_empty(runs, dtype=row_start.dtype)
+    run_first = ids.new_empty(runs, dtype=torch.int32)
+    level_begin = ids.new_empty(n_levels + 1, dtype=torch.int32)
+    launch_kernel(_run_count_kernel, (blocks,), key, count, n_ids, **constants)
+    found = (run_begin, run_start, run_first, level_begin)
+    launch_kernel(_run_begin_kernel, (blocks,), key, order, count, *found, n_ids, **constants)
+    return Runs(key, order, *found, layout)
+
+
+def sum_hot(runs: Runs, rows: Tensor, n_levels: int, config: launch.BwdConfig) -> Tensor:
+    """Sums of ``rows [B, d]`` over the stretches of ``hot`` positions that lie inside one run.
+
+    Returns ``[max(B // hot, 1), d]`` in fp32 (fp64 for fp64), written where a stretch is whole.
+    """
+    n_ids, dim = rows.shape
+    _, _, hot, stretch = config.walk
+    dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    sums = rows.new_empty(max(n_ids // hot, 1), dim, dtype=dtype)
+    if n_ids >= hot:
+        launch_kernel(
+            _hot_kernel,
+            (min(n_ids // hot, 1024),),
+            runs.key,
+            runs.order,
+            rows,
+            sums,
+            n_ids,
+            N_LEVELS=n_levels,
+            KEY=runs.layout,
+            DIM=dim,
+            ACC=launch.accumulator(rows.dtype),
+            HOT=hot,
+            STRETCH=stretch,
+            BLOCK_DIM=config.sums.blocks["BLOCK_DIM"],
+            num_warps=4,
+            maxnreg=128,  # left to itself the assembler spills 8 bytes of fp64 to save some
+            enable_fp_fusion=True,
+        )
+    return sums

@@ -1,0 +1,1 @@
+"""What an operator is: its equation, its dispatch, its place in autograd."""

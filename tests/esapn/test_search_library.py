@@ -1,0 +1,355 @@
+"""The search on a model of one's own: counting, tables of several ids, the look-ahead, mistakes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from copy import deepcopy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from esapn.config import SearchConfig
+from esapn.run.loop import Run
+from esapn.search import SizeSearch, basis, count_ids
+from esapn_kernels import ResizableEmbedding
+from esapn_kernels.reference import split_chain
+from tests.esapn.tiny import USERS, both_modes, tiny, tiny_stream
+from tests.helpers import same
+
+# Counting
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    ids=st.lists(st.integers(0, 5), max_size=30),
+    seen=st.lists(st.integers(0, 9), min_size=6, max_size=6),
+    history=st.integers(1, 4),
+)
+def test_counts_against_a_dictionary(ids, seen, history):
+    found = count_ids(torch.tensor(ids, dtype=torch.int64), torch.tensor(seen).int(), history)
+    count, left = dict(enumerate(seen)), Counter(ids)
+    frequency, last, keep = [], [], []
+    for i in ids:
+        count[i] += 1
+        left[i] -= 1
+        frequency.append(count[i])
+        last.append(left[i] == 0)
+        keep.append(left[i] < history)
+    assert found.frequency.tolist() == frequency
+    assert found.last.tolist() == last and found.keep.tolist() == keep
+    assert found.last.dtype == found.keep.dtype == torch.bool
+
+
+def test_counts_of_the_search_are_those_of_the_stream():
+    stream = tiny_stream(history=2)
+    seen = torch.zeros(USERS, dtype=torch.int32)
+    for index in range(len(stream.bounds)):
+        batch = stream.batch(index)
+        found = count_ids(batch.user, seen, 2)
+        for mine, theirs in zip(
+            found, (batch.user_freq, batch.user_last, batch.user_keep), strict=True
+        ):
+            assert torch.equal(mine.to(theirs.dtype), theirs)
+        seen.index_add_(0, batch.user, torch.ones(50, dtype=torch.int32))
+
+
+# As a library
+
+
+class Recommender(torch.nn.Module):
+    """Of three tables one is looked up with several ids an example."""
+
+    def __init__(self, **options) -> None:
+        super().__init__()
+        self.user = ResizableEmbedding(20, sizes=(1, 2, 4), **options)
+        self.item = ResizableEmbedding(30, sizes=(2, 4), **options)
+        self.words = ResizableEmbedding(50, sizes=(1, 4), **options)
+        self.out = torch.nn.Linear(12, 1)
+
+    def forward(self, ids):
+        user, item = self.user(ids["user"]), self.item(ids["item"])
+        words = self.words(ids["words"]).mean(1)
+        return self.out(torch.cat([user, item, words], 1))[:, 0]
+
+
+SEARCH = {"policy_hidden": 6, "frequency_dim": 3, "max_frequency": 16, "history": 2}
+
+
+def batches(n: int):
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(rows: int, *shape: int) -> torch.Tensor:
+        return torch.randint(rows, shape, generator=generator)
+
+    for _ in range(n):
+        ids = {"user": draw(20, 8), "item": draw(30, 8), "words": draw(50, 8, 5)}
+        yield ids, torch.rand(8, generator=generator)
+
+
+def library(**settings) -> tuple[Recommender, SizeSearch]:
+    torch.manual_seed(3)
+    model = Recommender()
+    config = SearchConfig(**SEARCH, **settings)
+    tables = {"user": model.user, "item": model.item, "words": model.words}
+    return model, SizeSearch(tables, config)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"state": "rich"}, {"advantage": "normalised"}, {"method": "always"}],
+    ids=str,
+)
+def test_any_model_with_any_tables(settings):
+    model, search = library(**settings)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    before = [p.clone() for p in search.parameters()]
+    count = {name: Counter() for name in ("user", "item", "words")}
+    events = {name: {} for name in count}
+    came = {name: Counter() for name in count}
+    for ids, target in batches(10):
+        sizes = {name: getattr(model, name).sizes_of() for name in ids}
+        search.grow(ids)
+        loss = (model(ids) - target) ** 2
+        loss.sum().backward()
+        search.learn(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        for field in search.fields:
+            flat = ids[field.name].reshape(-1).tolist()
+            each = len(flat) // 8
+            count[field.name].update(flat)
+            came[field.name].update(set(flat))
+            for place, i in enumerate(flat):
+                events[field.name].setdefault(i, []).append(loss[place // each].item())
+            grown = getattr(model, field.name).sizes_of() != sizes[field.name]
+            assert set(grown.nonzero()[:, 0].tolist()) <= set(flat)
+    for field in search.fields:
+        assert dict(enumerate(field.seen.tolist())) == {
+            i: count[field.name][i] for i in range(field.embedding.num_embeddings)
+        }
+        if settings.get("method") == "always":
+            level = field.embedding.arena.level().tolist()
+            last = len(field.embedding.sizes) - 1
+            assert level == [min(came[field.name][i], last) for i in range(len(level))]
+            continue
+        for i, losses in events[field.name].items():
+            mean, seen = field.history.mean(torch.tensor([i]))
+            kept = losses[-2:]
+            assert seen.item() and mean.item() == pytest.approx(sum(kept) / len(kept), rel=1e-5)
+    moved = [not torch.equal(p, q) for p, q in zip(before, search.parameters(), strict=True)]
+    assert all(moved)
+    assert search.step == 10
+
+
+def test_the_rich_state_sees_the_gradient_of_every_id():
+    model, search = library(state="rich")
+    ids, target = next(batches(1))
+    search.grow(ids)
+    loss = (model(ids) - target) ** 2
+    (model_of_words,) = [field for field in search.fields if field.name == "words"]
+    loss.sum().backward()
+    search.learn(loss)
+    residual = 2 * (model(ids) - target).detach()
+    length = model.out.weight[0, 8:].detach().norm() / 5  # a fifth of the mean
+    flat = ids["words"].reshape(-1)
+    for place, i in enumerate(flat.tolist()):
+        if i not in flat[place + 1 :].tolist():
+            norm = model_of_words.statistics.norm[i]
+            torch.testing.assert_close(norm, residual[place // 5].abs() * length)
+
+
+def test_a_library_search_goes_on_bit_for_bit():
+    runs = []
+    for _ in range(2):
+        model, search = library(state="rich")
+        runs.append((model, search, torch.optim.SGD(model.parameters(), lr=2e-3)))
+    stream = list(batches(12))
+    losses: list[list[torch.Tensor]] = [[], []]
+
+    def walk(which: int, begin: int, end: int) -> None:
+        model, search, optimizer = runs[which]
+        for ids, target in stream[begin:end]:
+            search.grow(ids)
+            loss = (model(ids) - target) ** 2
+            loss.sum().backward()
+            search.learn(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[which].append(loss.detach())
+
+    walk(0, 0, 5)
+    for module, other in zip(runs[1][:2], runs[0][:2], strict=True):
+        module.load_state_dict(deepcopy(other.state_dict()))
+    walk(0, 5, 12), walk(1, 5, 12)
+    assert torch.cat(losses[1]).isfinite().all()
+    assert all(torch.equal(a, b) for a, b in zip(losses[0][5:], losses[1], strict=True))
+    same(dict(runs[0][1].state_dict()), dict(runs[1][1].state_dict()))
+
+
+def test_an_empty_batch_changes_nothing_of_the_tables():
+    model, search = library()
+    empty = {"user": torch.empty(0).long(), "item": torch.empty(0).long()}
+    empty["words"] = torch.empty(0, 5).long()
+    search.grow(empty)
+    search.learn(torch.empty(0))
+    for field in search.fields:
+        assert field.seen.eq(0).all() and field.embedding.arena.level().eq(0).all()
+
+
+# The look-ahead
+
+
+def looked_at(run: Run) -> list[torch.Tensor]:
+    """What look_ahead finds, table by table and step by step."""
+    found: list[torch.Tensor] = []
+    real = run.search.look_ahead
+
+    def look(loss, again):
+        real(loss, again)
+        found.extend(field.gain for field in run.search.fields)
+
+    run.search.look_ahead = look
+    return found
+
+
+@both_modes
+def test_a_shadow_of_nothing_gains_nothing(mode):
+    """Both losses are of rows that know nothing of the batch."""
+    run = tiny(mode, reward="lookahead")
+    found = looked_at(run)
+    run.step()
+    assert len(found) == 2 and all(gain.shape == (50,) and gain.eq(0).all() for gain in found)
+    run.step()
+    assert all(gain.ne(0).any() for gain in found[2:])
+
+
+@pytest.mark.parametrize("init", ["linear", "isometric", "padded"])
+def test_the_basis_spans_what_every_size_reaches(init):
+    sizes = (1, 3, 4, 7)
+    table = ResizableEmbedding(9, sizes=sizes, init=init).double()
+    columns = basis(table)
+    assert columns.dtype == torch.float64
+    torch.testing.assert_close(columns.T @ columns, torch.eye(7).double())
+    product = torch.eye(7).double()
+    spans = [product]
+    for weight, _ in reversed(split_chain(table.chain.detach(), sizes)):
+        product = product @ weight
+        spans.insert(0, product)
+    for size, span in zip(sizes, spans, strict=True):
+        inside = columns[:, :size]
+        torch.testing.assert_close(inside @ inside.T @ span, span)
+    if init == "padded":
+        torch.testing.assert_close(columns, torch.eye(7).double())
+
+
+def test_the_basis_turns_no_more_than_the_hops():
+    """Numbers of a shadow keep their meaning while the hops learn."""
+    table = ResizableEmbedding(9, sizes=(1, 3, 4, 8))
+    before = basis(table)
+    with torch.no_grad():
+        table.chain += 1e-6 * torch.randn_like(table.chain)
+    torch.testing.assert_close(basis(table), before, atol=1e-3, rtol=0)
+
+
+def test_the_look_ahead_of_a_library():
+    model, search = library(reward="lookahead", row_lr=0.1)
+    optimizer = torch.optim.Adagrad(model.parameters(), lr=0.1)
+    before = [p.clone() for p in search.parameters()]
+    for ids, target in batches(10):
+
+        def losses(ids=ids, target=target):
+            return (model(ids) - target) ** 2
+
+        search.grow(ids)
+        loss = losses()
+        search.look_ahead(loss, losses)
+        loss.sum().backward()
+        search.learn(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert any(not torch.equal(p, q) for p, q in zip(before, search.parameters(), strict=True))
+    for field in search.fields:
+        assert field.shadow[:-1].isfinite().all() and field.shadow[:-1].ne(0).any()
+        assert not field.tries
+
+
+def test_a_look_ahead_that_fails_leaves_the_tables_as_they_were():
+    model, search = library(reward="lookahead")
+    ids, target = next(batches(1))
+    search.grow(ids)
+    loss = (model(ids) - target) ** 2
+
+    def failing():
+        raise RuntimeError("no memory")
+
+    with pytest.raises(RuntimeError, match="no memory"):
+        search.look_ahead(loss, failing)
+    torch.testing.assert_close((model(ids) - target) ** 2, loss)
+
+
+# Mistakes
+
+
+def test_tables_that_cannot_be_searched():
+    with pytest.raises(ValueError, match="at least one table"):
+        SizeSearch({}, SearchConfig())
+    with pytest.raises(TypeError, match="'word' is a Embedding, not a ResizableEmbedding"):
+        SizeSearch({"word": torch.nn.Embedding(3, 2)}, SearchConfig())
+
+
+@pytest.mark.parametrize("method", ["fixed", "darts", "autoemb", "biases"])
+def test_a_method_without_growth_is_no_search(method):
+    table = ResizableEmbedding(3, sizes=(1, 2))
+    with pytest.raises(ValueError, match=f"'{method}' does not grow rows"):
+        SizeSearch({"word": table}, SearchConfig(method=method))
+
+
+@pytest.mark.parametrize("change", ["missing", "unknown"])
+def test_ids_of_exactly_the_tables_are_taken(change):
+    _, search = library()
+    ids, _ = next(batches(1))
+    if change == "missing":
+        del ids["item"]
+    else:
+        ids["genre"] = ids["item"]
+    with pytest.raises(KeyError, match="grow takes ids of"):
+        search.grow(ids)
+
+
+@pytest.mark.parametrize("shape", [(7,), (8, 1), ()])
+def test_one_loss_for_each_example(shape):
+    model, search = library()
+    ids, _ = next(batches(1))
+    search.grow(ids)
+    model(ids).sum().backward()
+    with pytest.raises(ValueError, match="one loss for each of the 8 examples"):
+        search.learn(torch.zeros(shape))
+
+
+def test_the_look_ahead_comes_before_learn():
+    model, search = library(reward="lookahead")
+    ids, target = next(batches(1))
+    search.grow(ids)
+    loss = (model(ids) - target) ** 2
+    loss.sum().backward()
+    with pytest.raises(ValueError, match=r"needs look_ahead\(loss, again\) before backward"):
+        search.learn(loss)
+
+
+@pytest.mark.parametrize("mistake", ["no backward", "no lookup", "other ids"])
+def test_the_rich_state_needs_backward_before_learn(mistake):
+    model, search = library(state="rich")
+    ids, target = next(batches(1))
+    search.grow(ids)
+    if mistake == "no lookup":
+        loss = torch.zeros(8)
+    else:
+        given = {name: i[:5] for name, i in ids.items()} if mistake == "other ids" else ids
+        loss = (model(given) - target[: len(given["user"])]) ** 2
+    if mistake == "other ids":
+        loss.sum().backward()
+        loss = torch.zeros(8)
+    with pytest.raises(RuntimeError, match="'user' need.*before learn"):
+        search.learn(loss)

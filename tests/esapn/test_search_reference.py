@@ -1,0 +1,453 @@
+"""Whole steps against a slow search in which every row is a tensor of its own, in float64.
+
+Nothing here uses the arena, the lookup, the policy's functions or ``torch.optim``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from dataclasses import replace
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from esapn.config import SearchConfig
+from esapn.data.load import build_stream, synthetic_ratings
+from esapn.run.loop import Run
+from esapn_kernels.reference import split_chain
+
+EPS = 1e-5
+HISTORY = 2
+# A bias in front of BatchNorm has a gradient of exactly zero; with torch's own 1e-8, Adam would
+# turn the 1e-14 that rounding leaves of it into steps larger than what is compared.
+ADAM_EPS = 1e-4
+
+
+@pytest.fixture(autouse=True)
+def double():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def gradients_of(loss: torch.Tensor, tensors: dict) -> dict:
+    found = torch.autograd.grad(loss, list(tensors.values()), allow_unused=True, retain_graph=True)
+    return {
+        name: torch.zeros_like(x) if g is None else g
+        for (name, x), g in zip(tensors.items(), found, strict=True)
+    }
+
+
+class Adam:
+    """Dense Adam over named tensors; a name without gradient has a gradient of zero."""
+
+    def __init__(self, lr: float) -> None:
+        self.lr, self.t = lr, 0
+        self.moments: dict = {}
+
+    def grown(self, name, old: torch.Tensor, new: torch.Tensor) -> None:
+        self.moments.pop(name, None)
+
+    def step(self, tensors: dict, gradients: dict) -> None:
+        self.t += 1
+        for name, x in tensors.items():
+            g = gradients[name]
+            m, v = self.moments.get(name, (torch.zeros_like(x), torch.zeros_like(x)))
+            m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+            self.moments[name] = m, v
+            m, v = m / (1 - 0.9**self.t), v / (1 - 0.999**self.t)
+            with torch.no_grad():
+                x -= self.lr * m / (v.sqrt() + ADAM_EPS)
+
+
+class Adagrad:
+    """Adagrad over named tensors; rows that grow by zeros take their sums along."""
+
+    def __init__(self, lr: float) -> None:
+        self.lr = lr
+        self.sums: dict = {}
+
+    def grown(self, name, old: torch.Tensor, new: torch.Tensor) -> None:
+        if name in self.sums:  # e' = g e, so dL/de = g dL/de'
+            gain = math.sqrt(len(new) / len(old))
+            added = torch.zeros(len(new) - len(old))
+            self.sums[name] = torch.cat([self.sums[name] / gain**2, added])
+
+    def step(self, tensors: dict, gradients: dict) -> None:
+        for name, x in tensors.items():
+            self.sums[name] = self.sums.get(name, torch.zeros_like(x)) + gradients[name] ** 2
+            with torch.no_grad():
+                x -= self.lr * gradients[name] / (self.sums[name].sqrt() + 1e-10)
+
+
+def leaf(x: torch.Tensor) -> torch.Tensor:
+    return x.detach().clone().requires_grad_()
+
+
+def leaves(module: torch.nn.Module) -> dict:
+    return {name: leaf(p) for name, p in module.named_parameters()}
+
+
+def norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    centred = x - x.mean(0)
+    return centred / (centred.square().mean(0) + EPS).sqrt() * weight + bias
+
+
+class Seen(NamedTuple):
+    """What an ID left behind in the batches before."""
+
+    first: int  # steps
+    latest: int
+    decayed: float
+    loss: float
+    square: float
+    norm: float
+
+
+class Choice(NamedTuple):
+    position: int  # in the batch
+    probabilities: torch.Tensor
+    action: int
+    size: int  # before the action
+
+
+class SlowSide:
+    def __init__(self, field, config) -> None:
+        self.name, self.sizes, self.config = field.name, config.sizes, config
+        embedding = field.embedding
+        self.rows = {i: leaf(embedding.arena.read(i)) for i in range(embedding.num_embeddings)}
+        self.hops = [(leaf(w), leaf(b)) for w, b in split_chain(embedding.chain, self.sizes)]
+        self.policy = leaves(field.policy)
+        self.adam = Adam(config.policy_lr)
+        self.losses: dict = defaultdict(list)  # of an ID, oldest first
+        self.count: dict = defaultdict(int)  # events of an ID
+        self.seen: dict = {}
+        width = self.sizes[-1]
+        self.shadow: dict = {}
+        self.shadow_size: dict = {}
+        self.squares: dict = defaultdict(lambda: torch.zeros(width))
+        self.rewards: list = []  # moments of every batch that has any
+        self.y = torch.empty(0)
+        self.before: dict = {}  # sizes at the batch's begin
+
+    def carried(self, index: int) -> torch.Tensor:
+        row = self.rows[index]
+        for weight, bias in self.hops[self.sizes.index(len(row)) :]:
+            row = weight @ row + bias
+        return row
+
+    def basis(self) -> torch.Tensor:
+        """Columns of each size beyond those of the sizes before, made orthonormal in their span."""
+        if self.config.hops == "padded":
+            return torch.eye(self.sizes[-1])
+        found = torch.zeros(self.sizes[-1], 0)
+        for k, size in enumerate(self.sizes):
+            product = torch.eye(size)
+            for weight, _ in self.hops[k:]:
+                product = weight.detach() @ product
+            beyond = (product - found @ found.T @ product)[:, found.shape[1] :]
+            values, vectors = torch.linalg.eigh(beyond.T @ beyond)
+            found = torch.cat([found, beyond @ vectors @ (vectors / values.sqrt()).T], 1)
+        return found
+
+    def larger(self, size: int) -> int:
+        return self.sizes[self.sizes.index(size) + 1]
+
+    def deciding(self, ids: list[int]) -> list[int]:
+        """Positions at which an ID decides: its last one, unless it is at the last size."""
+        last = {i: position for position, i in enumerate(ids)}
+        return sorted(p for i, p in last.items() if len(self.rows[i]) < self.sizes[-1])
+
+    def features(self, index: int, step: int) -> torch.Tensor:
+        """The rich state of an ID, its event now counted but nothing of it known."""
+        count = self.count[index]
+        bucket = [float(2**k <= count < 2 ** (k + 1)) for k in range(16)]
+        seen = self.seen.get(index, Seen(step, step, 0.0, 0.0, 0.0, 0.0))
+        faded = seen.decayed * 2 ** (-(step - seen.latest) / 500)
+        spread = math.sqrt(max(seen.square - seen.loss**2, 0.0))
+        events = [math.log2(count) / 8, math.log2(1 + faded) / 8]
+        age, length = math.log2(1 + step - seen.first) / 8, math.log2(seen.norm + 1e-4) / 8
+        return torch.tensor([*bucket, *events, age, seen.loss, spread, length])
+
+    def logits(self, ids: list[int], step: int) -> torch.Tensor:
+        p = self.policy
+        if self.config.state == "rich":
+            known = torch.stack([self.features(i, step) for i in ids])
+        else:
+            last = self.config.max_frequency
+            known = p["frequency.weight"][[min(self.count[i], last) for i in ids]]
+            known = norm(known, p["frequency_norm.weight"], p["frequency_norm.bias"])
+        onehot = torch.eye(len(self.sizes))[[self.sizes.index(len(self.rows[i])) for i in ids]]
+        hidden = torch.cat([known, onehot], 1) @ p["linear1.weight"].T + p["linear1.bias"]
+        weight, bias = p["norm.weight"], p["norm.bias"]
+        if self.config.state == "rich":  # over the numbers of each ID
+            hidden = norm(hidden.T, weight[:, None], bias[:, None]).T
+        else:  # over the IDs that decide
+            hidden = norm(hidden, weight, bias)
+        hidden = torch.tanh(hidden)
+        return hidden @ p["linear2.weight"].T + p["linear2.bias"]
+
+    def moments(self, gains: list[float]) -> tuple[float, float]:
+        """Running mean and mean square of rewards, those of this batch included."""
+        if gains:
+            n = len(gains)
+            self.rewards.append((sum(gains) / n, sum(g * g for g in gains) / n))
+        if not self.rewards:
+            return 0.0, 1.0
+        weights = [0.99**age for age in reversed(range(len(self.rewards)))]
+        return tuple(
+            sum(w * moment[k] for w, moment in zip(weights, self.rewards, strict=True))
+            / sum(weights)
+            for k in (0, 1)
+        )
+
+    def remember(self, ids: list[int], losses: list[float], g: torch.Tensor, step: int) -> None:
+        """All losses of the batch, and of the last event of an ID the rest."""
+        for i, value in zip(ids, losses, strict=True):
+            self.losses[i].append(value)
+        for i, position in {i: position for position, i in enumerate(ids)}.items():
+            loss, length = losses[position], g[position].square().sum().sqrt().item()
+            if i not in self.seen:
+                self.seen[i] = Seen(step, step, 1.0, loss, loss**2, length)
+                continue
+            old = self.seen[i]
+            means = [
+                0.9 * kept + 0.1 * new
+                for kept, new in zip(old[3:], (loss, loss**2, length), strict=True)
+            ]
+            faded = old.decayed * 2 ** (-(step - old.latest) / 500)
+            self.seen[i] = Seen(old.first, step, faded + 1, *means)
+
+
+class SlowSearch:
+    def __init__(self, run: Run) -> None:
+        self.config, self.stream = run.config, run.stream
+        self.sides = [SlowSide(field, run.config) for field in run.search.fields]
+        self.head = {
+            name: tensor
+            for name, tensor in leaves(run.model).items()
+            if name.startswith(("user_norm", "item_norm", "inference"))
+        }
+        self.adam = Adam(run.config.lr)
+        adagrad = run.config.row_optimizer == "adagrad"
+        self.row_optimizer = Adagrad(run.config.row_lr) if adagrad else Adam(run.config.row_lr)
+        self.generator = torch.Generator().manual_seed(run.config.seed)
+        self.index = 0
+
+    def losses(self, ids: dict, target: torch.Tensor, trial: dict | None = None) -> torch.Tensor:
+        """Loss of every event; ``trial``: in place of the outputs of the sides."""
+        h, towers = self.head, []
+        for side in self.sides:
+            side.y = torch.stack([side.carried(i) for i in ids[side.name]])
+            y = side.y if trial is None else trial[side.name]
+            prefix = f"{side.name}_norm.0"
+            if self.config.tower == "plain":
+                towers.append(y)
+            else:
+                weight, bias = h[f"{prefix}.weight"], h[f"{prefix}.bias"]
+                towers.append(torch.tanh(norm(y, weight, bias)))
+        x = torch.cat(towers, 1)
+        if self.config.head == "plain":
+            x = (x @ h["inference.0.weight"].T + h["inference.0.bias"]).clamp(min=0)
+            z = x @ h["inference.2.weight"].T + h["inference.2.bias"]
+        else:
+            x = norm(x, h["inference.0.weight"], h["inference.0.bias"])
+            x = x @ h["inference.1.weight"].T + h["inference.1.bias"]
+            x = torch.tanh(norm(x, h["inference.2.weight"], h["inference.2.bias"]))
+            z = x @ h["inference.4.weight"].T + h["inference.4.bias"]
+        if self.config.task == "binary":
+            return (1 / (1 + torch.exp(-z[:, 0])) - target) ** 2
+        return -torch.log_softmax(z, 1)[torch.arange(len(z)), target]
+
+    def events(self) -> tuple[dict, torch.Tensor]:
+        start, end = self.stream.bounds[self.index]
+        ids = {
+            side.name: getattr(self.stream, side.name)[start:end].tolist() for side in self.sides
+        }
+        return ids, self.stream.labels(start, end)
+
+    def step(self) -> torch.Tensor:
+        ids, target = self.events()
+        chosen = [self.grow(side, ids[side.name]) for side in self.sides]
+        losses = self.losses(ids, target)
+        to_outputs = gradients_of(losses.sum(), {side.name: side.y for side in self.sides})
+        other = self.look_ahead(ids, target)
+        for side, choices in zip(self.sides, chosen, strict=True):
+            mine, g = ids[side.name], to_outputs[side.name]
+            self.learn_policy(side, mine, choices, losses.detach(), other)
+            side.remember(mine, losses.tolist(), g, self.index)
+        self.learn(losses)
+        self.index += 1
+        return losses.detach()
+
+    def grow(self, side: SlowSide, mine: list[int]) -> list[Choice]:
+        """Positions that decide, their probabilities and actions; rows grow."""
+        u = torch.rand(len(mine), generator=self.generator)
+        side.before = {i: len(row) for i, row in side.rows.items()}
+        for i in mine:
+            side.count[i] += 1
+        where = side.deciding(mine)
+        assert where
+        pi = torch.softmax(side.logits([mine[p] for p in where], self.index), 1)
+        choices = [
+            Choice(p, q, int((u[p] if self.config.acting == "sample" else 0.5) < q[1]), size)
+            for p, q, size in zip(where, pi, [len(side.rows[mine[p]]) for p in where], strict=True)
+        ]
+        for p, _, action, _ in choices:
+            if action:
+                row = side.rows[mine[p]]
+                weight, bias = side.hops[side.sizes.index(len(row))]
+                side.rows[mine[p]] = leaf(weight @ row + bias)
+                self.row_optimizer.grown((side.name, mine[p]), row, side.rows[mine[p]])
+        return choices
+
+    def look_ahead(self, ids: dict, target: torch.Tensor) -> torch.Tensor:
+        """Losses of outputs as larger rows would have had them, which then learn on their own."""
+        values: dict = {}
+        outputs = {}
+        for side in self.sides:
+            for p, i in enumerate(ids[side.name]):
+                known = side.shadow_size.get(i) == side.before[i]
+                values[side.name, p] = leaf(side.shadow[i] if known else side.y[p].detach())
+            outputs[side.name] = torch.stack(
+                [
+                    values[side.name, p] if side.before[i] < side.sizes[-1] else side.y[p].detach()
+                    for p, i in enumerate(ids[side.name])
+                ]
+            )
+        other = self.losses(ids, target, outputs)
+        found = torch.autograd.grad(other.sum(), list(values.values()), allow_unused=True)
+        gradient = dict(zip(values, found, strict=True))
+        for side in self.sides:
+            basis, width = side.basis(), side.sizes[-1]
+            last = {i: position for position, i in enumerate(ids[side.name])}
+            for i, p in last.items():
+                if side.before[i] == width:
+                    continue
+                end = side.larger(side.before[i])
+                g = basis.T @ gradient[side.name, p]
+                g[end:] = 0
+                side.squares[i] = side.squares[i] + g**2
+                step = self.config.row_lr * math.sqrt(width / end)
+                step = step * g / (side.squares[i].sqrt() + 1e-10)
+                side.shadow[i] = values[side.name, p].detach() - basis @ step
+                side.shadow_size[i] = side.before[i]
+        return other.detach()
+
+    def learn_policy(
+        self,
+        side: SlowSide,
+        mine: list[int],
+        choices: list[Choice],
+        now: torch.Tensor,
+        other: torch.Tensor,
+    ) -> None:
+        config = self.config
+        loss = 0 * sum(c.probabilities.sum() for c in choices)
+        known = [c for c in choices if side.losses[mine[c.position]]]
+        if config.reward == "lookahead":
+            gains = [(now - other)[c.position].item() for c in known]
+            rms = max(math.sqrt(side.moments(gains)[1]), 1e-12)
+            for c, gain in zip(known, gains, strict=True):
+                added = side.larger(c.size) - c.size
+                price = config.byte_price * added / side.count[mine[c.position]]
+                loss = loss - c.probabilities[1] * (gain / rms - price)
+        else:
+            gains = []
+            for c in known:
+                before = side.losses[mine[c.position]][-HISTORY:]
+                gains.append(sum(before) / len(before) - now[c.position].item())
+            if config.advantage == "normalised":
+                mean, square = side.moments(gains)
+                deviation = math.sqrt(max(square - mean**2, 1e-12))
+                gains = [(gain - mean) / deviation for gain in gains]
+            for c, gain in zip(known, gains, strict=True):
+                loss = loss - gain * torch.log(c.probabilities[c.action])
+        for _, q, _, _ in choices:
+            loss = loss + config.entropy * (q * torch.log(q)).sum()
+        side.adam.step(side.policy, gradients_of(loss, side.policy))
+
+    def learn(self, losses: torch.Tensor) -> None:
+        rows: dict = {}
+        rest = dict(self.head)
+        for side in self.sides:
+            rows |= {(side.name, i): row for i, row in side.rows.items()}
+            if self.config.hops == "padded":  # as they were made
+                continue
+            for k, (weight, bias) in enumerate(side.hops):
+                rest |= {(side.name, "W", k): weight, (side.name, "b", k): bias}
+        gradients = gradients_of(losses.sum(), rows | rest)
+        self.row_optimizer.step(rows, gradients)
+        self.adam.step(rest, gradients)
+
+
+TUNED = {
+    "row_optimizer": "adagrad",
+    "row_lr": 0.05,
+    "hops": "padded",
+    "tower": "plain",
+    "head": "plain",
+    "init_std": 0.3,
+}
+VARIANTS = {
+    "paper": {},
+    "own rate of rows": {"row_lr": 3e-2},
+    "tuned": TUNED,
+    "normalised": {"advantage": "normalised"},
+    "entropy": {"entropy": 0.3},
+    "rich": {"state": "rich"},
+    "lookahead": {"reward": "lookahead"},
+    "all": {"reward": "lookahead", "state": "rich", "entropy": 0.1, "byte_price": 0.2} | TUNED,
+    "argmax": {"reward": "lookahead", "acting": "argmax", "byte_price": 0.1},
+}
+
+
+@pytest.mark.parametrize("task", ["binary", "multiclass"])
+@pytest.mark.parametrize("sizes", [(1, 2, 3), (2, 5)])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_steps_equal_those_of_the_slow_search(variant, task, sizes):
+    stream = build_stream(
+        synthetic_ratings(200, n_users=30, n_items=40), task=task, batch_size=20, history=HISTORY
+    )
+    if task == "binary":
+        stream = replace(stream, target=stream.target.double())
+    assert stream.user[:20].bincount().max() > HISTORY
+    settings = {
+        "task": task,
+        "sizes": sizes,
+        "batch_size": 20,
+        "hidden": 5,
+        "history": HISTORY,
+        "policy_hidden": 6,
+        "frequency_dim": 3,
+        "max_frequency": 2,
+        "lr": 1e-2,
+        "row_lr": 1e-2,
+        "policy_lr": 1e-2,
+        "seed": 3,
+    }
+    run = Run(SearchConfig(**settings | VARIANTS[variant]), stream)
+    for optimizer in (*run.optimizers, run.search.optimizer):
+        if isinstance(optimizer, torch.optim.Adam):
+            optimizer.param_groups[0]["eps"] = ADAM_EPS
+    slow = SlowSearch(run)
+    for _ in range(5):
+        torch.testing.assert_close(run.step(), slow.step(), atol=1e-9, rtol=1e-8)
+    moved = 0
+    for field, expected in zip(run.search.fields, slow.sides, strict=True):
+        for i, row in expected.rows.items():
+            moved += len(row) > sizes[0]
+            torch.testing.assert_close(
+                field.embedding.arena.read(i), row.detach(), atol=1e-8, rtol=0
+            )
+        hops = split_chain(field.embedding.chain.detach(), sizes)
+        for pair, other in zip(hops, expected.hops, strict=True):
+            for x, y in zip(pair, other, strict=True):
+                torch.testing.assert_close(x, y.detach(), atol=1e-8, rtol=0)
+        for name, p in field.policy.named_parameters():
+            torch.testing.assert_close(
+                p.detach(), expected.policy[name].detach(), atol=1e-7, rtol=0
+            )
+    assert moved > (20 if run.config.acting == "sample" else 5)

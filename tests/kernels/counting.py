@@ -1,0 +1,51 @@
+"""Counts what Triton would compile, in a process without a GPU: import it first.
+
+Launchers take the path of a GPU with tensors on a CPU, and Triton makes its real cache keys for
+sm_90; a hook notes every new one in place of compiling.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from esapn_kernels.ops import backend
+
+marks: list[list[str]] = []
+_seen: set[Any] = set()
+_new: list[str] = []
+
+
+class _NoDevice:
+    """What Triton asks of a driver until it would compile."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+
+def _note(*, key: Any, fn: Any, **_: Any) -> bool:
+    if (fn.name, key) not in _seen:
+        _seen.add((fn.name, key))
+        _new.append(fn.name)
+    return True  # stands for "compiled already": nothing is compiled or run
+
+
+def mark() -> None:
+    """Note what is new since the last call."""
+    marks.append(sorted(_new))
+    _new.clear()
+
+
+driver.set_active(_NoDevice())
+triton.knobs.runtime.jit_cache_hook = _note
+# Tensors on a CPU reach the launchers of a GPU.
+backend.INTERPRETED = True

@@ -1,0 +1,687 @@
+"""arena.py: rows keep their values through any history, and every element is accounted for."""
+
+import copy
+import io
+import itertools
+import math
+import pickle
+import random
+from unittest import mock
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from esapn_kernels.gpu.resize import NOBODY
+from esapn_kernels.ops.compose import chain_numel
+from esapn_kernels.reference import promote_reference
+from esapn_kernels.storage import arena as arena_file
+from esapn_kernels.storage.arena import Arena, page_elements
+from esapn_kernels.storage.ledger import Snapshot
+
+SIZES = [(1, 3, 5, 33), (2, 4, 8), (7,), (5, 6), (2, 64), (1, 2, 3), (2, 4, 8, 16, 64, 128)]
+
+
+def name(sizes):
+    return "-".join(map(str, sizes))
+
+
+def pages_of(arena):
+    return arena.page_level.numel() - 1
+
+
+def stack(arena, k):
+    begin = int(arena.free_base[k])
+    return arena.free_rows[begin : begin + int(arena.free_count[k])].tolist()
+
+
+def check_accounts(arena):
+    """Rows in use, free rows, free pages and page tails cover each page exactly once."""
+    page_level = arena.page_level.tolist()
+    assert page_level.pop() == -1 and int(arena.row_start[-1]) == -1
+    assert arena.storage.shape == (len(page_level) * arena.page,)
+    height = int(arena.free_count[-1])
+    assert 0 <= height < arena.free_pages.numel()
+    free_pages = arena.free_pages[:height].tolist()
+    assert sorted(free_pages) == [p for p, k in enumerate(page_level) if k == -1]
+
+    held = [[] for _ in page_level]
+    for start in arena.row_start[:-1].tolist():
+        if start >= 0:
+            held[start // arena.page].append(start)
+    for k in range(len(arena.sizes)):
+        count, base = int(arena.free_count[k]), arena.free_base.tolist()
+        assert 0 <= count <= base[k + 1] - base[k]
+        for start in stack(arena, k):
+            assert page_level[start // arena.page] == k
+            held[start // arena.page].append(start)
+    assert int(arena.free_base[-1]) == arena.free_rows.numel() - 1
+    assert arena.row_start[arena.row_start >= 0].unique().numel() == (arena.row_start >= 0).sum()
+    if arena._owner is not None:
+        assert (arena._owner == NOBODY).all()
+    for page, (k, starts) in enumerate(zip(page_level, held, strict=True)):
+        slots = arena.rows_per_page[k] if k >= 0 else 0
+        step = arena.sizes[k]
+        assert sorted(starts) == [page * arena.page + i * step for i in range(slots)]
+
+
+def check_bytes(arena):
+    tensors = [*arena.parameters(recurse=False), *arena.buffers(recurse=False)]
+    level = arena.level()
+    payload = sum(arena.sizes[k] for k in level.tolist() if k >= 0)
+    found = arena.bytes()
+    assert found.payload == payload * arena.storage.element_size()
+    assert found.total == sum(t.untyped_storage().nbytes() for t in tensors)
+    assert found.slack >= 0
+    scratch = 0 if arena._owner is None else 4 * arena.num_rows
+    assert found.scratch == scratch
+
+
+def arriving(chance):
+    """Copies of the counters are there when ``chance`` says so; the host waits for those."""
+
+    def arrived(snapshot):
+        there = chance()
+        if there and snapshot.event is not None:
+            snapshot.event.synchronize()
+        return there
+
+    return mock.patch.object(Snapshot, "arrived", arrived)
+
+
+def with_page(page, *args, **kwargs):
+    """An arena with pages of ``page`` elements: small ones come and go, odd ones have tails."""
+    with mock.patch.object(arena_file, "page_elements", return_value=page):
+        return Arena(*args, **kwargs)
+
+
+class History(RuleBasedStateMachine):
+    """Every operation on an arena beside a plain dict of its rows and of their gradients."""
+
+    n_rows = 40
+    backend = "torch"
+    device = torch.device("cpu")
+
+    @initialize(
+        sizes=st.sampled_from(SIZES),
+        level=st.one_of(st.integers(-1, 6), st.lists(st.integers(-1, 6), min_size=40, max_size=40)),
+        spare=st.one_of(st.integers(0, 100), st.just(4096)),
+    )
+    def build(self, sizes, level, spare):
+        self.sizes, last = sizes, len(sizes) - 1
+        if isinstance(level, list):
+            level = torch.tensor([min(k, last) for k in level])
+        else:
+            level = min(level, last)
+        self.page = sizes[-1] + spare
+        self.arena = self.fresh(level)
+        generator = torch.Generator().manual_seed(0)
+        self.chain = torch.randn(chain_numel(sizes), generator=generator, dtype=torch.float64) * 0.5
+        self.identity = self.arena.storage
+        self.fill_rows(self.held())
+
+    def fresh(self, level):
+        options = {"level": level, "dtype": torch.float64, "device": self.device}
+        return with_page(self.page, self.n_rows, self.sizes, **options)
+
+    def ids(self, ids):
+        return torch.tensor(ids, device=self.device)
+
+    def move(self, ids, mask=None):
+        """Promote; the model's own numbers stay on the host."""
+        chain = self.chain.to(self.device)
+        return self.arena.promote(self.ids(ids), chain, mask, backend=self.backend)
+
+    def held(self):
+        return [i for i, k in enumerate(self.arena.level().tolist()) if k >= 0]
+
+    def fill_rows(self, ids):
+        """Random rows and gradients, in the arena and in the model."""
+        arena, generator = self.arena, torch.Generator().manual_seed(1)
+        arena.storage.grad = torch.zeros_like(arena.storage)
+        self.rows, self.grads = {}, {}
+        for i in ids:
+            start, dim = int(arena.row_start[i]), self.sizes[int(arena.level()[i])]
+            for model, tensor in ((self.rows, arena.storage), (self.grads, arena.storage.grad)):
+                model[i] = torch.randn(dim, generator=generator, dtype=torch.float64)
+                tensor.data[start : start + dim] = model[i]
+
+    def grow(self, ids):
+        for i in set(ids) & set(self.rows):
+            level = self.sizes.index(len(self.rows[i]))
+            if level + 1 < len(self.sizes):
+                self.rows[i] = promote_reference(self.rows[i], level, self.chain, self.sizes)
+                self.grads[i] = torch.zeros(self.sizes[level + 1], dtype=torch.float64)
+
+    def some(self, data, ids, *, unique=True):
+        return data.draw(st.lists(st.sampled_from(ids), min_size=1, unique=unique))
+
+    @rule(data=st.data(), level=st.integers(0, 6))
+    @precondition(lambda self: len(self.rows) < self.n_rows)
+    def insert(self, data, level):
+        level = min(level, len(self.sizes) - 1)
+        ids = self.some(data, sorted(set(range(self.n_rows)) - set(self.rows)))
+        given = self.arena.insert(self.ids(ids), level, backend=self.backend)
+        assert given.all() and given.shape == (len(ids),)
+        for i in ids:
+            self.rows[i] = torch.zeros(self.sizes[level], dtype=torch.float64)
+            self.grads[i] = self.rows[i].clone()
+
+    @rule(data=st.data(), masked=st.booleans())
+    @precondition(lambda self: self.rows)
+    def promote(self, data, masked):
+        ids = self.some(data, sorted(self.rows), unique=False)
+        size = len(ids)
+        mask = data.draw(st.lists(st.booleans(), min_size=size, max_size=size)) if masked else None
+        moved = self.move(ids, self.ids(mask) if masked else None)
+        admitted = mask if masked else [True] * size
+        last = self.sizes[-1]
+        expected = [ok and len(self.rows[i]) < last for i, ok in zip(ids, admitted, strict=True)]
+        assert moved.tolist() == expected
+        self.grow(itertools.compress(ids, mask) if masked else ids)
+
+    @rule(data=st.data(), hops=st.integers(1, 5))
+    @precondition(lambda self: self.rows)
+    def resize_by_hops(self, data, hops):
+        ids = self.some(data, sorted(self.rows))
+        for _ in range(hops):
+            self.move(ids)
+            self.grow(ids)
+
+    @rule()
+    @precondition(lambda self: self.rows)
+    def promote_everything(self):
+        self.move(sorted(self.rows))
+        self.grow(list(self.rows))
+
+    @rule(data=st.data())
+    @precondition(lambda self: self.rows)
+    def free(self, data):
+        ids = self.some(data, sorted(self.rows))
+        assert self.arena.free(self.ids(ids), backend=self.backend).all()
+        for i in ids:
+            del self.rows[i], self.grads[i]
+
+    @rule()
+    def compact(self):
+        self.arena.compact()
+        counts = [0] * len(self.sizes)
+        for row in self.rows.values():
+            counts[self.sizes.index(len(row))] += 1
+        per = self.arena.rows_per_page
+        assert pages_of(self.arena) == sum(-(-c // p) for c, p in zip(counts, per, strict=True))
+
+    @rule()
+    def reclaim(self):
+        in_use = {s // self.arena.page for s in self.arena.row_start[:-1].tolist() if s >= 0}
+        self.arena.reclaim()
+        free = int(self.arena.free_count[-1])
+        assert free == pages_of(self.arena) - len(in_use)
+        assert self.arena.reclaim() == 0
+
+    @rule(through=st.sampled_from(["deepcopy", "pickle", "state_dict"]))
+    def copy(self, through):
+        grad = self.arena.storage.grad
+        if through == "state_dict":
+            fresh = self.fresh(0)
+            fresh.load_state_dict(self.arena.state_dict())
+            self.arena = fresh
+        elif through == "pickle":
+            self.arena = pickle.loads(pickle.dumps(self.arena))
+        else:
+            self.arena = copy.deepcopy(self.arena)
+        self.arena.storage.grad = grad
+        self.identity = self.arena.storage
+
+    @invariant()
+    def accounts_balance(self):
+        if hasattr(self, "arena"):
+            check_accounts(self.arena)
+            check_bytes(self.arena)
+
+    @invariant()
+    def rows_survive(self):
+        if not hasattr(self, "arena"):
+            return
+        arena = self.arena
+        assert arena.storage is self.identity and arena.storage.grad.shape == arena.storage.shape
+        assert self.held() == sorted(self.rows)
+        free = torch.ones_like(arena.storage, dtype=torch.bool)
+        for i, row in self.rows.items():
+            torch.testing.assert_close(arena.read(i).cpu(), row, rtol=1e-12, atol=1e-12)
+            start = int(arena.row_start[i])
+            free[start : start + len(row)] = False
+            grad = arena.storage.grad[start : start + len(row)].cpu()
+            assert torch.equal(grad, self.grads[i])
+        # Nothing of what lies between the rows may ever reach one.
+        arena.storage.data[free] = float("nan")
+        arena.storage.grad[free] = float("nan")
+
+
+class KernelHistory(History):
+    backend = "triton"
+
+
+class DeviceHistory(KernelHistory):
+    """As on a GPU: the host sees the counters only when a copy of them happens to arrive."""
+
+    def __init__(self):
+        super().__init__()
+        arrives = random.Random(0)
+        self.patches = [
+            mock.patch.object(arena_file, "_can_look", return_value=False),
+            arriving(lambda: arrives.random() < 0.3),
+        ]
+        for patch in self.patches:
+            patch.start()
+
+    def teardown(self):
+        for patch in self.patches:
+            patch.stop()
+
+
+@pytest.fixture(autouse=True)
+def kernels_on(device, monkeypatch):
+    """The histories of the kernels run on the device; hypothesis' machines take no fixture."""
+    monkeypatch.setattr(KernelHistory, "device", device)
+
+
+quick = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True}
+TestHistory = History.TestCase
+TestHistory.settings = settings(max_examples=30, stateful_step_count=20, **quick)
+TestDeviceHistory = DeviceHistory.TestCase
+TestDeviceHistory.settings = settings(max_examples=5, stateful_step_count=12, **quick)
+TestKernelHistory = KernelHistory.TestCase
+TestKernelHistory.settings = settings(max_examples=5, stateful_step_count=8, **quick)
+
+
+@pytest.mark.parametrize("sizes", [*SIZES, (127, 130), (2, 512), (127, 4097)], ids=name)
+@pytest.mark.parametrize("num_rows", [0, 1, 1000, 1_000_000])
+def test_page_elements(sizes, num_rows):
+    page, common = page_elements(sizes, num_rows), math.lcm(*sizes)
+    assert max(sizes) <= page <= max(4 * 4096, 8 * max(sizes))
+    if common <= 4096:
+        assert page % common == 0 and (num_rows < 1_000_000 or page >= 4096)
+
+
+def test_a_small_table_has_small_pages():
+    # A page begun for every level costs a small table at most as much as its rows.
+    for num_rows in (1000, 10_000):
+        sizes = (2, 4, 8, 16, 64, 128)
+        assert page_elements(sizes, num_rows) * len(sizes) <= num_rows * sizes[0]
+
+
+@pytest.mark.parametrize("sizes", [(2, 4), (127, 130), (1, 3, 5, 33)], ids=name)
+def test_emptied_pages_serve_other_levels(sizes):
+    arena = with_page(4 * sizes[-1], 200, sizes, dtype=torch.float64)
+    chain = torch.randn(chain_numel(sizes), dtype=torch.float64)
+    ids = torch.arange(200)
+    pages = []
+    for _ in sizes[1:]:
+        arena.promote(ids, chain)
+        pages.append(pages_of(arena))
+    for _ in range(6):
+        # Everything goes and comes back at another size: no page more than the worst round.
+        for k in range(len(sizes)):
+            arena.free(ids)
+            arena.insert(ids, k)
+            check_accounts(arena)
+    worst = -(-200 // arena.rows_per_page[-1])
+    assert pages_of(arena) <= 2 * max(*pages, worst) + worst // 4
+    used = {int(s) // arena.page for s in arena.row_start[:-1]}
+    assert len(used) == worst
+
+
+def test_growth_is_geometric_and_keeps_the_parameter(device):
+    arena = Arena(20_000, (2, 64), device=device)
+    storage = arena.storage
+    chain = torch.zeros(chain_numel((2, 64)), device=device)
+    shapes = set()
+    for ids in torch.arange(20_000, device=device).split(500):
+        arena.promote(ids, chain)
+        shapes.add(tuple(arena.storage.shape))
+    assert arena.storage is storage
+    assert len(shapes) < 40  # fewer growths than promotions
+    needed = -(-20_000 // arena.rows_per_page[1])
+    assert pages_of(arena) <= needed * 9 / 8 + 12
+    check_accounts(arena)
+
+
+def test_compact_shrinks_to_the_minimum(device):
+    arena = Arena(5000, (2, 8, 64), device=device)
+    arena.promote(torch.arange(5000, device=device), torch.ones(chain_numel((2, 8, 64))).to(device))
+    arena.free(torch.arange(1, 5000, device=device))
+    row = arena.read(0)
+    arena.compact()
+    assert arena.storage.numel() == arena.page and torch.equal(arena.read(0), row)
+    check_accounts(arena)
+    check_bytes(arena)
+
+
+@pytest.mark.parametrize("spare_pages", [0, 4000])
+@pytest.mark.parametrize("sizes", [(1, 2, 3), (2, 17)], ids=name)
+def test_many_small_promotions(sizes, spare_pages):
+    """What the host knows of pages and stacks is never wrong."""
+    n_rows, last = 1500, len(sizes) - 1
+    arena = with_page(18, n_rows, sizes, dtype=torch.float64)
+    arena.storage.data.normal_()
+    arena._grow(spare_pages)
+    chain = torch.randn(chain_numel(sizes), dtype=torch.float64)
+    rows = [arena.read(i) for i in range(n_rows)]
+    levels = [0] * n_rows
+    for ids in torch.randperm(n_rows).repeat(last).split(30):
+        assert arena.promote(ids, chain, backend="torch").all()
+        for i in ids.tolist():
+            rows[i] = promote_reference(rows[i], levels[i], chain, sizes)
+            levels[i] += 1
+        check_accounts(arena)
+    assert levels == [last] * n_rows == arena.level().tolist()
+    for i, row in enumerate(rows):
+        torch.testing.assert_close(arena.read(i), row, rtol=1e-12, atol=1e-12)
+
+
+@pytest.fixture
+def on_a_device(monkeypatch):
+    """Where looking costs: the host's part of a call may read no tensor but a snapshot."""
+    monkeypatch.setattr(arena_file, "_can_look", lambda tensor: False)
+
+    def unread(run):
+        def wrapper(arena, *args, **kwargs):
+            allowed = [] if arena._ledger.snapshot is None else [arena._ledger.snapshot.values]
+
+            def watched(read):
+                def wrapped(tensor, *args, **kwargs):
+                    assert any(tensor is a for a in allowed), "the host waits for the device"
+                    return read(tensor, *args, **kwargs)
+
+                return wrapped
+
+            with pytest.MonkeyPatch.context() as patch:
+                for method in ("tolist", "item", "__int__", "__bool__", "nonzero", "__index__"):
+                    patch.setattr(torch.Tensor, method, watched(getattr(torch.Tensor, method)))
+                return run(arena, *args, **kwargs)
+
+        return wrapper
+
+    for part in ("_begin", "_end"):
+        monkeypatch.setattr(Arena, part, unread(getattr(Arena, part)))
+
+
+def fill(arena, generator=None):
+    """Standard normal numbers; drawn by the host, whose generators a GPU does not take."""
+    drawn = torch.randn(arena.storage.shape, generator=generator, dtype=arena.storage.dtype)
+    arena.storage.data.copy_(drawn)
+
+
+def promote_all(arrives, device, batch=40, n_rows=300):
+    """Three rounds of promotion in batches; returns the arena, and what it should hold."""
+    sizes = (2, 3, 5, 17)
+    arena = with_page(36, n_rows, sizes, dtype=torch.float64, device=device)
+    generator = torch.Generator().manual_seed(0)
+    fill(arena, generator)
+    arena.storage.grad = torch.ones_like(arena.storage)
+    chain = torch.randn(chain_numel(sizes), generator=generator, dtype=torch.float64).to(device)
+    rows = [arena.read(i) for i in range(n_rows)]
+    with arriving(arrives):
+        for level in range(3):
+            for ids in torch.randperm(n_rows, generator=generator).to(device).split(batch):
+                assert arena.promote(ids, chain, backend="triton").all()
+            rows = [promote_reference(row, level, chain, sizes) for row in rows]
+    check_accounts(arena)
+    assert (arena.level() == 3).all()
+    for i, row in enumerate(rows):
+        torch.testing.assert_close(arena.read(i), row, rtol=1e-12, atol=1e-12)
+        start = int(arena.row_start[i])
+        assert not arena.storage.grad[start : start + 17].any()
+    return arena
+
+
+def test_growth_without_looking(on_a_device, device):
+    """Every row finds room whenever the counters arrive; how much is kept in reserve depends."""
+    chance = random.Random(1)
+    capacity = {}
+    for name, arrives in (
+        ("at once", lambda: True),
+        ("at times", lambda: chance.random() < 0.2),
+        ("never", lambda: False),
+    ):
+        capacity[name] = promote_all(arrives, device).storage.numel()
+    # Rows of the three sizes before are never reclaimed here; a batch or two lie in reserve.
+    assert capacity["at once"] <= 300 * (2 + 3 + 5 + 17) * 1.5 + 36 * (2 * 20 + 12)
+    assert capacity["at once"] <= capacity["at times"] <= capacity["never"]
+    # Even never seen, every row promised takes one row of the largest size at most.
+    assert capacity["never"] <= 300 * 2 + (3 * 300 * 17) * 36 / 34 * 9 / 8 + 36 * 12
+
+
+def test_rows_do_not_depend_on_when_counters_arrive(on_a_device, device):
+    first, second = (promote_all(lambda there=there: there, device) for there in (True, False))
+    assert torch.equal(first.level(), second.level())
+    for i in range(300):
+        assert torch.equal(first.read(i), second.read(i))
+
+
+@pytest.mark.parametrize("captured", [True, False], ids=["captured", "before"])
+def test_reserved_room_does(captured, on_a_device, device, monkeypatch):
+    """As many rows as were reserved move without growth, in calls of any size."""
+    sizes = (2, 3, 17)
+    arena = with_page(36, 200, sizes, device=device)
+    chain = torch.randn(chain_numel(sizes), device=device)
+    arena.reserve(300)
+    shape, base = arena.storage.shape, arena.free_base
+    if captured:
+        monkeypatch.setattr(arena_file, "is_capturing", lambda tensor: True)
+        with pytest.raises(RuntimeError, match="before capturing"):
+            arena.reserve(1)
+    order = torch.cat([torch.arange(150), torch.arange(150).flip(0)])
+    for ids in order.to(device).split([1, 2, 97, 50, 60, 90]):
+        assert arena.promote(ids, chain, backend="triton").all()
+        check_accounts(arena)
+    assert arena.storage.shape == shape and arena.free_base is base
+    assert arena.level().tolist() == [2] * 150 + [0] * 50
+
+
+def test_nothing_grows_while_captured_nor_after(on_a_device, device):
+    sizes = (2, 17)
+    arena = with_page(36, 100, sizes, device=device)
+    fill(arena)
+    rows = [arena.read(i) for i in range(100)]
+    chain = torch.randn(chain_numel(sizes), device=device)
+    arena.reserve(20)
+    shape, ids = arena.storage.shape, torch.arange(100, device=device)
+    capturing = mock.patch.object(arena_file, "is_capturing", return_value=True)
+    with capturing:
+        moved = arena.promote(ids, chain, backend="triton")
+        assert arena._ledger.snapshot is None
+    # Room for 20, and for what else the pages for them hold; the first positions take it.
+    count = int(moved.sum())
+    assert 20 <= count < 60 and moved[:count].all()
+    assert not arena.promote(ids, chain, backend="triton").any()
+    assert arena.storage.shape == shape
+    check_accounts(arena)
+    assert arena.level().tolist() == moved.long().tolist()
+    for i in range(count, 100):
+        assert torch.equal(arena.read(i), rows[i])
+    # The counters are read anew: replays were not counted.
+    arena.reserve(100)
+    assert torch.equal(arena.promote(ids, chain, backend="triton"), ~moved)
+    check_accounts(arena)
+
+
+def test_a_cap_on_the_host_raises_before_anything_moves():
+    arena = with_page(32, 64, (2, 8), max_elements=320)
+    arena.storage.data.normal_()
+    rows, levels = [arena.read(i) for i in range(64)], arena.level()
+    chain = torch.randn(chain_numel((2, 8)))
+    for call in (
+        lambda: arena.promote(torch.arange(64), chain),
+        lambda: arena.reserve(64),
+    ):
+        with pytest.raises(RuntimeError, match="arena is full.*max_elements=320 allows 6"):
+            call()
+        assert torch.equal(arena.level(), levels)
+        for i in range(64):
+            assert torch.equal(arena.read(i), rows[i])
+        check_accounts(arena)
+    # Six more pages of 4 rows; and a page of small rows that is emptied comes back.
+    assert arena.promote(torch.arange(24), chain).all()
+    assert arena.promote(torch.arange(24, 28), chain).all()
+    assert arena.storage.numel() == 320
+    check_accounts(arena)
+    with pytest.raises(ValueError, match="max_elements=100"):
+        Arena(1000, (2, 8), max_elements=100)
+
+
+@pytest.mark.parametrize("looks", [True, False], ids=["cpu", "as-on-a-gpu"])
+def test_a_cap_on_a_device_leaves_rows(looks, device, monkeypatch):
+    monkeypatch.setattr(arena_file, "_can_look", lambda tensor: looks)
+    arena = with_page(32, 64, (2, 8), max_elements=330, device=device)
+    fill(arena)
+    rows = [arena.read(i) for i in range(64)]
+    chain, ids = torch.randn(chain_numel((2, 8)), device=device), torch.arange(64, device=device)
+    moved = arena.promote(ids, chain, backend="triton")
+    assert moved.tolist() == [True] * 24 + [False] * 40
+    assert arena.storage.numel() == 320
+    assert not arena.promote(ids, chain, backend="triton").any()
+    check_accounts(arena)
+    for i in range(64):
+        row = rows[i] if i >= 24 else promote_reference(rows[i], 0, chain, (2, 8))
+        torch.testing.assert_close(arena.read(i), row)
+    assert arena.free(ids[:4], backend="triton").all()
+    assert arena.promote(ids, chain, backend="triton").sum() == 4
+    check_accounts(arena)
+
+
+def test_growth_keeps_what_the_stacks_hold(on_a_device, device):
+    """Segments are copied whole, fresh pages go below those that were free."""
+    arena = with_page(32, 60, (2, 8), level=torch.arange(60) % 2, device=device)
+    arena.free(torch.arange(0, 60, 3, device=device), backend="triton")
+    arena.reclaim()
+    arena._grow(3)
+    before = [stack(arena, 0), stack(arena, 1)]
+    height = int(arena.free_count[-1])
+    pages = arena.free_pages[:height].tolist()
+    arena._grow_stacks([1000, 10])
+    assert [stack(arena, 0), stack(arena, 1)] == before
+    arena._grow(5)
+    assert arena.free_pages[: height + 5].tolist()[5:] == pages
+    check_accounts(arena)
+
+
+def test_misuse_on_a_device_is_passed_over(device):
+    arena = Arena(6, (2, 4), level=torch.tensor([0, 1, 0, -1, -1, -1]), device=device)
+    ids = torch.tensor([3, 0, 3, 9, -1, 4], device=device)
+    given = arena.insert(ids, 1, backend="triton")
+    assert given.tolist() == [True, False, True, False, False, True]
+    assert arena.level().tolist() == [0, 1, 0, 1, 1, -1]
+    assert not arena.read(3).any() and not arena.read(4).any()
+    ids = torch.tensor([5, 1, 7, 1, -3], device=device)
+    assert arena.free(ids, backend="triton").tolist() == [False, True, False, True, False]
+    assert arena.level().tolist() == [0, -1, 0, 1, 1, -1]
+    check_accounts(arena)
+
+
+def test_a_copy_has_its_own_scratch(device):
+    arena = Arena(20, (2, 4), device=device)
+    chain, ids = torch.randn(chain_numel((2, 4)), device=device), torch.arange(8, device=device)
+    arena.promote(ids[:3], chain, backend="triton")
+    assert arena.bytes().scratch == 80 and "_owner" not in arena.state_dict()
+    for other in (copy.deepcopy(arena), pickle.loads(pickle.dumps(arena))):
+        assert other.bytes().scratch == 0
+        assert other.promote(ids[3:], chain, backend="triton").all()
+        check_accounts(other)
+
+
+@pytest.mark.cuda
+def test_promote_does_not_synchronise(device, no_waiting):
+    """Growth included: the host waits for nothing."""
+    sizes = (2, 4, 8)
+    arena = Arena(100_000, sizes, device=device)
+    chain = torch.randn(chain_numel(sizes), device=device)
+    ids = torch.arange(100_000, device=device).split(640)
+    arena.promote(ids[0], chain)
+    shape = arena.storage.shape
+    with no_waiting():
+        for part in ids[1:40]:
+            arena.promote(part, chain)
+        arena.free(ids[50])
+        arena.insert(ids[50], 2)
+        arena.reserve(1000)
+    assert arena.storage.shape != shape
+    assert (arena.level()[: 40 * 640] == 1).all() and (
+        arena.level()[40 * 640 : 50 * 640] == 0
+    ).all()
+    check_accounts(arena.cpu())
+
+
+@pytest.mark.cuda
+def test_promote_in_a_graph(device):
+    sizes = (2, 4, 8)
+    arena = Arena(10_000, sizes, device=device)
+    arena.storage.data.normal_()
+    chain = torch.randn(chain_numel(sizes), device=device)
+    ids = torch.zeros(500, dtype=torch.long, device=device)
+    # Kernels are loaded before: the very ones, whose number of ids may be compiled in.
+    arena.promote(ids, chain)
+    rows = [arena.read(i) for i in range(1, 2000, 7)]
+    arena.reserve(6000)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        moved = arena.promote(ids, chain)
+    for begin in range(1, 2001, 500):
+        for _ in range(2):
+            ids.copy_(torch.arange(begin, begin + 500))
+            graph.replay()
+            assert moved.all()
+    assert (arena.level()[1:2001] == 2).all() and (arena.level()[2001:] == 0).all()
+    chain = chain.cpu()
+    for i, row in zip(range(1, 2000, 7), rows, strict=True):
+        for level in range(2):
+            row = promote_reference(row.cpu(), level, chain, sizes)
+        torch.testing.assert_close(arena.read(i).cpu(), row, rtol=1e-3, atol=1e-3)
+    check_accounts(arena.cpu())
+
+
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda a: a.insert(torch.tensor([3, 3]), 0), "distinct"),
+        (lambda a: a.insert(torch.tensor([0]), 0), "no row"),
+        (lambda a: a.free(torch.tensor([0, 0])), "distinct"),
+        (lambda a: a.free(torch.tensor([3])), "have a row"),
+    ],
+    ids=["insert-twice", "insert-held", "free-twice", "free-nothing"],
+)
+def test_misuse_changes_nothing(call, words):
+    arena = Arena(4, (2, 4), level=torch.tensor([0, 1, 0, -1]))
+    before = {key: value.clone() for key, value in arena.state_dict().items()}
+    with pytest.raises(ValueError, match=words):
+        call(arena)
+    for key, value in arena.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+@pytest.mark.parametrize("other", [(1, 6), (2, 4, 8)], ids=name)
+def test_a_state_of_other_sizes_is_refused(other):
+    arena = Arena(5, (2, 4))
+    before = {key: value.clone() for key, value in arena.state_dict().items()}
+    with pytest.raises(RuntimeError, match=r"other sizes than \[2, 4\]"):
+        arena.load_state_dict(Arena(5, other).state_dict())
+    for key, value in arena.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+def test_state_survives_torch_save():
+    arena = Arena(50, (2, 4, 8))
+    arena.storage.data.normal_()
+    arena.promote(torch.arange(20), torch.randn(chain_numel((2, 4, 8))))
+    file = io.BytesIO()
+    torch.save(arena.state_dict(), file)
+    file.seek(0)
+    fresh = Arena(50, (2, 4, 8), level=2)
+    fresh.load_state_dict(torch.load(file, weights_only=True))
+    for i in range(50):
+        assert torch.equal(fresh.read(i), arena.read(i))
+    check_accounts(fresh)
+    check_bytes(fresh)

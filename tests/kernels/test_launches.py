@@ -1,0 +1,143 @@
+"""Launches: on the device of their tensors, and compiled once whatever the numbers of a step."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from esapn_kernels.ops.backend import TRITON_ERROR, is_capturing, launch_kernel
+
+ROOT = Path(__file__).resolve().parents[2]
+SIZES = (2, 4, 8, 16, 64, 128)
+
+pytestmark = pytest.mark.skipif(TRITON_ERROR is not None, reason=str(TRITON_ERROR))
+
+
+@pytest.fixture
+def two_devices(monkeypatch) -> list[int]:
+    """CUDA's notion of a current device without CUDA; the only element is its number."""
+    current = [0]
+
+    def exchange(device: int) -> int:
+        before, current[0] = current[0], current[0] if device < 0 else device
+        return before
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "_exchange_device", exchange)
+    monkeypatch.setattr(torch.cuda, "_maybe_exchange_device", exchange)
+    return current
+
+
+@pytest.mark.parametrize("current", [0, 1])
+@pytest.mark.parametrize("n_ids", [500, 1 << 18], ids=["small", "grouped"])
+def test_launches_run_on_the_device_of_their_tensors(n_ids, current, two_devices, monkeypatch):
+    from triton.runtime.jit import KernelInterface
+
+    from tests.kernels.launches import calls
+
+    two_devices[0] = current
+    launched = []
+
+    def launch(kernel, grid):
+        def run(*args, **known):
+            tensors = [a for a in args if isinstance(a, torch.Tensor)]
+            assert tensors and all(t.device == torch.device("cuda:1") for t in tensors), kernel
+            launched.append((kernel.__name__, two_devices[0]))
+
+        return run
+
+    monkeypatch.setattr(KernelInterface, "__getitem__", launch)
+    for label, call in calls(SIZES, torch.float32, torch.int32, n_ids, device="cuda:1"):
+        before = len(launched)
+        call()
+        assert len(launched) > before, label
+        assert two_devices == [current], label
+    assert {device for _, device in launched} == {1}
+    assert len({name for name, _ in launched}) >= 15
+
+
+def test_a_graph_is_looked_for_on_the_device_of_the_tensor(two_devices, monkeypatch):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: two_devices == [1])
+    with FakeTensorMode():
+        there, here = (torch.empty(1, device=f"cuda:{i}") for i in (1, 0))
+    assert is_capturing(there) and not is_capturing(here) and two_devices == [0]
+    assert not is_capturing(torch.empty(1))
+
+
+def test_every_launch_goes_through_launch_kernel():
+    """Triton launches on the current device, so only a function that sets it may launch."""
+    assert launch_kernel.__module__ == "esapn_kernels.ops.backend"
+    launches, calls = [], 0
+    for path in sorted((ROOT / "esapn_kernels").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
+                if ast.unparse(node.func.value).endswith("kernel"):
+                    launches.append(f"{path.name}:{node.lineno}")
+            elif isinstance(node, ast.Call) and ast.unparse(node.func) == "launch_kernel":
+                calls += 1
+    assert len(launches) == 1 and launches[0].startswith("backend.py:")
+    assert calls >= 15
+
+
+def compiled(script: str) -> list[list[str]]:
+    """For every ``mark()`` in a script, the kernels that it would have compiled since the last.
+
+    A process of its own, with Triton's real cache keys and a device that is not there: whatever
+    would be compiled is noted, and nothing runs.
+    """
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    ends = "import json\nprint(json.dumps(marks))"
+    code = f"from tests.kernels.counting import mark, marks\n{script}\n{ends}"
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    marks: list[list[str]] = json.loads(done.stdout.splitlines()[-1])
+    return marks
+
+
+PREPARED = """
+import torch
+from esapn_kernels import ResizableEmbedding, optim
+sizes = (2, 4, 8, 16, 64, 128)
+module = ResizableEmbedding(
+    5000, initial_size=torch.tensor(sizes)[torch.arange(5000) % 6], backend="triton"
+)
+rows = optim.{optimizer}(module, lr=0.1)
+def step(n_ids):
+    ids = torch.randint(5000, (n_ids,))
+    module(ids).backward(torch.randn(n_ids, 128))
+    module.promote(ids[: n_ids // 2])
+"""
+
+
+@pytest.mark.parametrize("optimizer", ["Adam", "Adagrad", "SGD"])
+def test_batches_of_other_lengths_compile_nothing(optimizer):
+    lengths = (512, 500, 333, 1, 2, 1024, 4096)
+    script = PREPARED.format(optimizer=optimizer)
+    first, *others = compiled(script + f"for n in {lengths}:\n    step(n)\n    mark()")
+    assert "_rows_kernel" in first and "_move_kernel" in first
+    assert others == [[]] * (len(lengths) - 1)
+
+
+def test_a_schedule_of_momentum_compiles_nothing():
+    script = PREPARED.format(optimizer="Adam") + (
+        "schedule = torch.optim.lr_scheduler.OneCycleLR(rows, max_lr=0.2, total_steps=20)\n"
+        "seen = set()\n"
+        "for _ in range(20):\n"
+        "    seen.add(rows.param_groups[0]['betas'])\n"
+        "    step(512)\n"
+        "    rows.step()\n"
+        "    schedule.step() if len(seen) < 20 else None\n"
+        "    mark()\n"
+        "assert len(seen) > 15\n"
+    )
+    first, *others = compiled(script)
+    assert "_rows_kernel" in first and "_sums_kernel" in first
+    assert others == [[]] * 19

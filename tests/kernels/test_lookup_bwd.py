@@ -1,0 +1,366 @@
+"""lookup_bwd.py: the passes over distinct rows, hot rows, and rules applied in place."""
+
+import pytest
+import torch
+
+from esapn_kernels import ResizableEmbedding, optim
+from esapn_kernels.cpu import lookup as torch_path
+from esapn_kernels.gpu import launch
+from esapn_kernels.gpu.lookup_bwd import launch_bwd, launch_bwd_update
+from esapn_kernels.ops.backend import TRITON_ERROR
+from esapn_kernels.ops.compose import compose
+from esapn_kernels.ops.lookup import lookup
+from esapn_kernels.ops.update import RULES, Update, rule_numbers
+from esapn_kernels.reference import lookup_grad_reference, update_reference
+from esapn_kernels.testing import assert_matches, make_case, poison_unused, row_elements
+
+pytestmark = pytest.mark.skipif(TRITON_ERROR is not None, reason=str(TRITON_ERROR))
+PAPER = (2, 4, 8, 16, 64, 128)
+LR, EPS, BETAS, STEP = 0.1, 1e-3, (0.8, 0.95), 5
+
+
+def with_ids(case, ids):
+    ids = torch.as_tensor(ids, device=case.ids.device)
+    grad_out = torch.randn(*ids.shape, case.module.embedding_dim).to(case.grad_out)
+    return type(case)(case.module, ids, grad_out)
+
+
+def operands(case, dtype=None):
+    storage, chain, *where = case.operands(dtype)
+    composed = compose(chain.detach(), case.module.sizes)
+    return storage.detach(), composed, *where, case.module.sizes, case.module.arena.page
+
+
+@pytest.mark.parametrize("traffic", ["uniform", "zipf"])
+def test_hot_rows(traffic, device, nan_empty):
+    """Runs of every kind: alone, a few, longer than a walk, over whole stretches."""
+    case = make_case((2, 3, 8), 30, 0, device=device)
+    counts = [1, 1, 2, 3, 31, 32, 33, 40, 300, 600]
+    ids = torch.repeat_interleave(torch.arange(10), torch.tensor(counts))
+    if traffic == "zipf":
+        ids = 29 - ids
+    case = with_ids(case, ids[torch.randperm(len(ids))])
+    actual = launch_bwd(case.grad_out, case.ids, *operands(case))
+    out, grad_storage, grad_chain = case.expected()
+    eager = case.expected(torch.float32)
+    assert_matches(actual[0], grad_storage, eager[1], name="storage gradient")
+    assert_matches(case.run("triton")[2], grad_chain, eager[2], name="chain gradient")
+    for a, b in zip(actual, launch_bwd(case.grad_out, case.ids, *operands(case)), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_hot_rows_at_the_edges_of_stretches(device, nan_empty):
+    """Runs that begin, end or leave their first occurrences behind where a stretch begins."""
+    case = make_case((2, 3), 10, 0, device=device, mix=(1, 0))
+    rows = case.module.arena.row_start[:10].argsort()[:5]
+    # Positions 0, 224, 768, 1025 and 1279 of 1280, whole stretches of 256.
+    ids = rows.repeat_interleave(torch.tensor([224, 544, 257, 254, 1], device=device))
+    case = with_ids(case, ids[torch.randperm(1280, device=device)])
+    exact, eager = case.expected(), case.expected(torch.float32)
+    for part, a, x, e in zip("yeW", case.run("triton"), exact, eager, strict=True):
+        assert_matches(a, x, e, name=part)
+
+
+@pytest.mark.parametrize("n_rows", [15, 16, 17, 32])
+def test_rows_that_fill_a_block(n_rows, device, nan_empty):
+    """So many distinct rows of every level, every third of them more than once."""
+    case = make_case((2, 3, 5), 3 * n_rows, 0, device=device)
+    every = torch.arange(3 * n_rows, device=device)
+    case = with_ids(case, torch.cat([every, every[::3]]))
+    exact, eager = case.expected(), case.expected(torch.float32)
+    for part, a, x, e in zip("yeW", case.run("triton"), exact, eager, strict=True):
+        assert_matches(a, x, e, name=part)
+
+
+def test_more_programs_than_are_added_at_once(device, nan_empty):
+    """A level of 33 tiles, which as many programs share."""
+    case = make_case((1, 2), 33 * 16, 0, device=device, mix=(1, 0))
+    case = with_ids(case, torch.randperm(33 * 16, device=device))
+    exact, eager = case.expected(), case.expected(torch.float32)
+    for part, a, x, e in zip("yeW", case.run("triton"), exact, eager, strict=True):
+        assert_matches(a, x, e, name=part)
+
+
+@pytest.mark.parametrize("programs", [1, 3])
+def test_programs_share_the_tiles(programs, device, monkeypatch, nan_empty):
+    """Few programs cross levels, many leave some idle: the sums are the same to rounding."""
+    case = make_case((2, 3, 5, 8), 120, 200, device=device)
+    exact, eager = case.expected(), case.expected(torch.float32)
+    original = launch.choose_bwd
+
+    def choose(*args):
+        config = original(*args)
+        for each in (config.sums, config.chain, config.rows):
+            object.__setattr__(each, "programs", programs)
+        return config
+
+    monkeypatch.setattr(launch, "choose_bwd", choose)
+    actual = case.run("triton")
+    for part, a, x, e in zip("yeW", actual, exact, eager, strict=True):
+        assert_matches(a, x, e, name=part)
+
+
+def make_update(rule, case, dtype):
+    """An update whose state was random before, and the state by itself."""
+    module = case.module
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    device = module.arena.storage.device
+    generator = torch.Generator().manual_seed(1)
+
+    def positive(*shape):
+        return (torch.rand(*shape, generator=generator) + 0.1).to(device, compute)
+
+    capacity = module.arena.storage.numel()
+    state = tuple(positive(capacity) for _ in range({"adagrad": 1, "adam": 2}.get(rule, 0)))
+    per_id = clock = None
+    if rule == "rowwise_adagrad":
+        per_id = positive(module.num_embeddings)
+    if rule == "adam":
+        per_id = torch.randint(0, STEP, (module.num_embeddings,), generator=generator)
+        per_id = per_id.int().to(device)
+        clock = torch.tensor([STEP, BETAS[0] ** STEP, BETAS[1] ** STEP], dtype=torch.float64)
+        clock = clock.to(device)
+    numbers = rule_numbers(LR, EPS, BETAS if rule == "adam" else (0.0, 0.0))
+    numbers = torch.tensor(numbers, dtype=torch.float64, device=device)
+    return Update(rule, numbers, state, per_id, clock)
+
+
+def expected_update(case, update, dtype):
+    """Rows, state and per-id numbers after the step, row by row by the definition in ``dtype``."""
+    arena = case.module.arena
+    storage, chain, *where = case.operands(dtype)
+    storage = storage.detach().clone()
+    page, sizes = arena.page, case.module.sizes
+    grad, _ = lookup_grad_reference(
+        case.grad_out.to(dtype), case.ids, storage, chain.detach(), *where, sizes, page
+    )
+    compute = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+    state = [t.to(compute).clone() for t in update.state]
+    per_id = None if update.per_id is None else update.per_id.clone()
+    if per_id is not None and update.rule != "adam":
+        per_id = per_id.to(compute)
+    for i in case.ids.unique().tolist():
+        if not 0 <= i < arena.num_rows:
+            continue
+        start = int(arena.row_start[i])
+        row = slice(start, start + sizes[int(arena.page_level[start // page])])
+        held = tuple(t[row] for t in state)
+        if update.rule == "rowwise_adagrad":
+            held = (per_id[i],)
+        last = int(per_id[i]) if update.rule == "adam" else 0
+        new, kept = update_reference(
+            update.rule,
+            storage[row].to(compute),
+            grad[row].to(compute),
+            held,
+            lr=LR,
+            eps=EPS,
+            betas=BETAS,
+            step=STEP,
+            last_step=last,
+        )
+        storage[row] = new.to(dtype)
+        if update.rule == "rowwise_adagrad":
+            per_id[i] = kept[0]
+        else:
+            for tensor, value in zip(state, kept, strict=True):
+                tensor[row] = value
+        if update.rule == "adam":
+            per_id[i] = STEP
+    return storage, state, per_id
+
+
+LAYOUTS = [
+    *((sizes, torch.float32) for sizes in (PAPER, (1, 3, 5, 33), (7,), (2, 130), (70, 260))),
+    *(
+        (sizes, dtype)
+        for sizes in ((1, 3, 5, 33), (2, 130))
+        for dtype in (torch.float64, torch.bfloat16, torch.float16)
+    ),
+    # One number more than whole blocks.
+    ((33, 65), torch.float64),
+]
+
+
+@pytest.mark.parametrize("sizes, dtype", LAYOUTS, ids=str)
+@pytest.mark.parametrize("rule", RULES)
+def test_rules_in_place(rule, sizes, dtype, device, nan_empty):
+    case = make_case(sizes, 24, 30, dtype, device)
+    ids = torch.cat([case.ids, torch.tensor([24, -1], device=device), case.ids[:4]])
+    case = with_ids(case, ids)
+    valid = (ids >= 0) & (ids < 24)
+    known = type(case)(case.module, ids[valid], case.grad_out[valid])
+    update = make_update(rule, case, dtype)
+    exact = expected_update(known, update, torch.float64)
+    eager = expected_update(known, update, dtype)
+    storage, composed, *where = operands(case)
+    before = storage.clone()
+    old_composed = launch_bwd(known.grad_out, known.ids, storage, composed, *where)[1]
+    touched = row_elements(case.module, known.ids)
+
+    grad_composed = launch_bwd_update(
+        case.grad_out, case.ids, storage, composed, *where, update=update
+    )
+    assert_matches(storage, exact[0], eager[0], name="rows")
+    assert torch.equal(storage[~touched], before[~touched])
+    for own, x, e in zip(update.state, exact[1], eager[1], strict=True):
+        assert_matches(own[touched], x[touched], e[touched], name="state")
+    if rule == "adam":
+        assert torch.equal(update.per_id, exact[2])
+    elif rule == "rowwise_adagrad":
+        assert_matches(update.per_id, exact[2].double(), eager[2], name="sums of rows")
+    # From the rows as they were; ids that do not exist add nothing to the chain either.
+    tolerance = 1e-12 if dtype == torch.float64 else 2e-5
+    scale = float(old_composed.abs().max()) if len(composed) else 1.0
+    torch.testing.assert_close(grad_composed, old_composed, rtol=0, atol=tolerance * scale)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_an_update_reads_and_writes_nothing_beside_its_rows(rule, device, nan_empty):
+    case = with_ids(make_case((1, 3, 5, 33), 40, 0, device=device), list(range(0, 40, 3)) * 2)
+    update = make_update(rule, case, torch.float32)
+    used = row_elements(case.module, case.ids)
+    for tensor in update.state:
+        tensor[~used] = float("nan")
+    poison_unused(case.module, case.ids)
+    storage, composed, *where = operands(case)
+    grad = launch_bwd_update(case.grad_out, case.ids, storage, composed, *where, update=update)
+    assert grad.isfinite().all() and storage[used].isfinite().all()
+    assert storage[~used].isnan().all()
+    for tensor in update.state:
+        assert tensor[used].isfinite().all() and tensor[~used].isnan().all()
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_ids_that_do_not_exist_change_no_row(rule, device):
+    case = with_ids(make_case((2, 3, 8), 12, 0, device=device), [-1, 12, -(2**40), 2**40])
+    update = make_update(rule, case, torch.float32)
+    held = [
+        t.clone() for t in (*update.state, *([update.per_id] if update.per_id is not None else []))
+    ]
+    storage, composed, *where = operands(case)
+    before = storage.clone()
+    grad = launch_bwd_update(case.grad_out, case.ids, storage, composed, *where, update=update)
+    assert torch.equal(storage, before) and not grad.any()
+    now = [*update.state, *([update.per_id] if update.per_id is not None else [])]
+    assert all(torch.equal(a, b) for a, b in zip(held, now, strict=True))
+
+
+def test_rows_past_2_31_elements(device):
+    """fp16 rows at the far end of a storage whose memory is never touched in between."""
+    if device.type != "cpu":
+        pytest.skip("untouched virtual memory is a CPU's; test_native.py has this for a GPU")
+    page, far = 16, 2**31 + 64
+    storage = torch.empty(far + page, dtype=torch.float16)
+    storage[far : far + page] = torch.arange(page)
+    row_start = torch.tensor([far, far + 4])
+    levels = torch.zeros(storage.numel() // page, dtype=torch.int8)
+    levels[far // page] = 0
+    composed = torch.tensor([[2.0] * 8] * 4 + [[1.0] * 8])
+    ids = torch.tensor([1, 0, 1])
+    grad_out = torch.ones(3, 8, dtype=torch.float16)
+    update = Update("sgd", torch.tensor(rule_numbers(lr=0.25), dtype=torch.float64))
+    grad = launch_bwd_update(
+        grad_out, ids, storage, composed, row_start, levels, (4, 8), page, update=update
+    )
+    # d e = M^T g, g = 1 or 2 in each of 8 columns: 16 and 32; e -= lr d e.
+    assert storage[far : far + 8].tolist() == [i - (4 if i < 4 else 8) for i in range(8)]
+    assert storage[far + 8 :].tolist() == list(range(8, page))
+    # d M = sum g e^T with e before: rows 0..3 once and 4..7 twice.
+    assert grad[:, 0].tolist() == [8.0, 11.0, 14.0, 17.0, 3.0]
+
+
+@pytest.mark.parametrize("make", [optim.SGD, optim.Adagrad, optim.Adam])
+def test_both_backends_train_alike(make, device):
+    results = []
+    for backend in ("torch", "triton"):
+        torch.manual_seed(0)
+        module = ResizableEmbedding(40, sizes=(2, 3, 8), backend=backend, device=device)
+        module.promote(torch.arange(0, 40, 3, device=device))
+        rows = make(module, lr=0.1)
+        dense = torch.optim.SGD(module.parameters(), lr=0.1)
+        for step in range(4):
+            ids = torch.randint(40, (30,), generator=torch.Generator().manual_seed(step)).to(device)
+            dense.zero_grad()
+            module(ids).square().mean().backward()
+            assert module.arena.storage.grad is None
+            dense.step()
+            rows.step()
+        # Outputs: where a row lies is the backend's own affair.
+        results.append((module(torch.arange(40, device=device)).detach(), module.chain.detach()))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_two_lookups_of_one_step_are_refused(backend, device):
+    module = ResizableEmbedding(10, sizes=(2, 4), backend=backend, device=device)
+    rows = optim.SGD(module, lr=0.1)
+    ids = torch.tensor([1, 2], device=device)
+    loss = module(ids).sum() + module(ids).sum()
+    before = module.arena.storage.detach().clone()
+    with pytest.raises(RuntimeError, match="look up all ids of a step in one call"):
+        loss.backward()
+    # The first of the two was stepped once; nothing else.
+    changed = (module.arena.storage != before).nonzero().numel()
+    assert 0 < changed <= 4 and rows.param_groups
+
+
+def test_frozen_rows_or_chain(backend, device):
+    for frozen in ("rows", "chain"):
+        module = ResizableEmbedding(10, sizes=(2, 4), backend=backend, device=device)
+        rows = optim.SGD(module, lr=0.1)
+        parameter = module.arena.storage if frozen == "rows" else module.chain
+        parameter.requires_grad_(False)
+        before = module.arena.storage.detach().clone()
+        module(torch.tensor([1, 2], device=device)).sum().backward()
+        assert torch.equal(module.arena.storage, before) == (frozen == "rows")
+        assert (module.chain.grad is None) == (frozen == "chain")
+        assert rows.rule == "sgd"
+
+
+def test_strided_ids_and_gradients(device):
+    case = make_case((2, 3, 8), 30, 40, device=device)
+    ids, grad_out = case.ids[::2], case.grad_out[::2]
+    plain = launch_bwd(grad_out.contiguous(), ids.contiguous(), *operands(case))
+    strided = launch_bwd(grad_out, ids, *operands(case))
+    assert all(torch.equal(a, b) for a, b in zip(plain, strided, strict=True))
+
+
+def test_bf16_output_of_fp32_rows(backend, device):
+    case = make_case((2, 3, 8), 30, 40, device=device)
+    storage, chain, *where = case.operands()
+    layout = {**case.layout, "backend": backend, "out_dtype": torch.bfloat16}
+    out = lookup(case.ids, storage, chain, *where, **layout)
+    assert out.dtype == torch.bfloat16
+    grad_out = case.grad_out.bfloat16()
+    out.backward(grad_out)
+    rounded = type(case)(case.module, case.ids, grad_out.float())
+    exact, eager = rounded.expected(), rounded.expected(torch.float32)
+    assert_matches(out.detach(), exact[0], eager[0].bfloat16(), name="output")
+    assert_matches(storage.grad, exact[1], eager[1], name="storage gradient")
+    assert_matches(chain.grad, exact[2], eager[2], name="chain gradient")
+
+
+def test_out(backend, device):
+    case = make_case((2, 3, 8), 30, 40, device=device)
+    operands = case.operands()
+    layout = {**case.layout, "backend": backend}
+    with torch.no_grad():
+        expected = lookup(case.ids, *operands, **layout)
+        out = torch.full_like(expected, float("nan"))
+        assert lookup(case.ids, *operands, **layout, out=out) is out
+        assert torch.equal(out, expected)
+        for wrong in (out[:-1], out.double(), out.t().contiguous().t()):
+            with pytest.raises(ValueError, match="^out must be"):
+                lookup(case.ids, *operands, **layout, out=wrong)
+    with pytest.raises(RuntimeError, match="don't support automatic differentiation"):
+        lookup(case.ids, *operands, **layout, out=out)
+
+
+def test_the_chain_is_left_out_where_it_is_frozen(backend, device):
+    case = make_case((2, 3, 8), 30, 40, device=device)
+    run = {"torch": torch_path.lookup_bwd, "triton": launch_bwd}[backend]
+    rows, chain = run(case.grad_out, case.ids, *operands(case))
+    alone, nothing = run(case.grad_out, case.ids, *operands(case), want_composed=False)
+    assert nothing is None and chain.any()
+    assert torch.equal(alone, rows)

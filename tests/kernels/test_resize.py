@@ -1,0 +1,561 @@
+"""resize.py: a promotion does not change the output, and touches nothing else."""
+
+import pytest
+import torch
+
+from esapn_kernels import ResizableEmbedding
+from esapn_kernels.cpu.lookup import promote_rows
+from esapn_kernels.gpu import launch, resize
+from esapn_kernels.gpu.resize import NOBODY, fill_rows
+from esapn_kernels.ops.compose import chain_numel
+from esapn_kernels.reference import lookup_reference, promote_reference
+from esapn_kernels.storage import arena as arena_file
+from esapn_kernels.storage.arena import Arena
+from esapn_kernels.testing import assert_matches, make_case, row_elements
+
+PAPER = (2, 4, 8, 16, 64, 128)
+SIZES = [PAPER, (1, 3, 5, 33), (127, 130), (2, 512), (1, 2, 3)]
+# One below, at and one above whole blocks, and multiples of them.
+FILLED = [(15, 16, 17, 33), (16, 32, 64, 128), (31, 32, 33), (63, 64, 65), (128, 144), (127, 128)]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+
+
+def name(value):
+    return "-".join(map(str, value)) if isinstance(value, tuple) else str(value).split(".")[-1]
+
+
+def definition(module, ids, dtype):
+    arena = module.arena
+    operands = (arena.storage.detach().to(dtype), module.chain.detach().to(dtype))
+    return lookup_reference(ids, *operands, *arena.locations, module.sizes, arena.page)
+
+
+@pytest.mark.parametrize(
+    "sizes, dtype",
+    [
+        *((sizes, dtype) for sizes in SIZES for dtype in DTYPES),
+        *((sizes, dtype) for sizes in FILLED for dtype in (torch.float32, torch.float64)),
+    ],
+    ids=name,
+)
+def test_the_output_stays(sizes, dtype, backend, device, nan_empty):
+    case = make_case(sizes, 25, 18, dtype, device, backend=backend)
+    module, ids = case.module, case.ids
+    every = torch.arange(25, device=device)
+    exact = definition(module, every, torch.float64)
+    sizes_before = module.sizes_of()
+    rows = [module.arena.read(i) for i in range(25)]
+    levels = module.arena.level().tolist()
+    chain = module.chain.detach()
+    said = module.promote(ids)
+
+    moved = torch.zeros(25, dtype=torch.bool, device=device)
+    moved[ids] = sizes_before[ids] < sizes[-1]
+    assert moved.any() and torch.equal(said, moved[ids])
+    sizes_now = module.sizes_of()
+    assert torch.equal(sizes_now != sizes_before, moved)
+    for i in moved.nonzero()[:, 0].tolist():
+        assert int(sizes_now[i]) == sizes[levels[i] + 1]
+        expected = promote_reference(rows[i].double(), levels[i], chain.double(), sizes)
+        eager = promote_reference(rows[i], levels[i], chain, sizes)
+        assert_matches(module.arena.read(i), expected, eager, name=f"row {i}")
+    for i in (~moved).nonzero()[:, 0].tolist():
+        assert torch.equal(module.arena.read(i), rows[i])
+
+    # Rounding the new row to its dtype is the price; the definition pays it as well.
+    after = module(every).detach()
+    eager = torch.stack([carry(module, rows[i], levels[i], moved[i]) for i in range(25)])
+    assert_matches(after, exact, eager, name="output after promotion")
+
+
+def carry(module, row, level, moved):
+    """The output of one row by the hops in its own dtype, after a promotion where ``moved``."""
+    if moved:
+        row, level = promote_reference(row, level, module.chain.detach(), module.sizes), level + 1
+    for k in range(level, len(module.sizes) - 1):
+        row = promote_reference(row, k, module.chain.detach(), module.sizes)
+    return row
+
+
+def test_duplicates_masks_and_full_rows(backend, device):
+    case = make_case((2, 3, 8), 9, 0, device=device, backend=backend)
+    module = case.module
+    module.arena.promote(torch.arange(9, device=device), module.chain, backend=backend)
+    before = module.sizes_of().tolist()
+    assert 3 in before and 8 in before
+    values = [module.arena.read(i) for i in range(9)]
+    ids = torch.tensor([[0, 1, 2, 0], [3, 4, 4, 4]], device=device)
+    mask = torch.tensor([[1, 0, 1, 0], [0, 1, 0, 1]], device=device).bool()
+    moved = module.promote(ids, mask)
+    chosen = {0, 2, 4}
+    assert moved.shape == ids.shape
+    for position, i in enumerate(ids.view(-1).tolist()):
+        asked = bool(mask.view(-1)[position])
+        assert bool(moved.view(-1)[position]) == (asked and before[i] == 3)
+    for i in range(9):
+        grown = i in chosen and before[i] == 3
+        assert int(module.sizes_of()[i]) == (8 if grown else before[i])
+        if not grown:
+            assert torch.equal(module.arena.read(i), values[i])
+
+
+@pytest.mark.parametrize("mask", [None, False], ids=["empty", "all-false"])
+def test_nothing_to_do(mask, backend, device):
+    case = make_case((2, 3, 8), 9, 0, device=device, backend=backend)
+    ids = torch.arange(0 if mask is None else 9, device=device)
+    chosen = None if mask is None else torch.zeros(9, dtype=torch.bool, device=device)
+    # A device makes room for all ids before it knows how many move.
+    case.module.reserve(9)
+    before = {key: value.clone() for key, value in case.module.state_dict().items()}
+    moved = case.module.promote(ids, chosen)
+    assert moved.dtype == torch.bool and moved.shape == ids.shape and not moved.any()
+    for key, value in case.module.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+def test_the_order_of_ids_does_not_matter(backend, device):
+    ids = torch.tensor([5, 1, 8, 0, 3], device=device)
+    """The CPU path gives the same bits; the kernels hand rows out in the order of positions."""
+    states, rows = [], []
+    for order in (ids, ids.flip(0), torch.cat([ids, ids])):
+        module = make_case((2, 3, 8), 9, 0, device=device, backend=backend).module
+        module.promote(order)
+        states.append(module.state_dict())
+        rows.append([module.arena.read(i) for i in range(9)])
+    for other in rows[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(rows[0], other, strict=True))
+    if backend == "torch":
+        for key, value in states[0].items():
+            assert torch.equal(value, states[1][key]) and torch.equal(value, states[2][key]), key
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name)
+def test_the_cpu_path_writes_new_rows_only(dtype, device, nan_empty):
+    case = make_case((2, 3, 8), 12, 0, dtype, device)
+    arena = case.module.arena
+    ids = torch.tensor([0, 1, 2, 3, 4, 5], device=device)
+    level = arena.level(ids)
+    old = arena.row_start[ids].long()
+    # Fresh pages behind those in use, one for each row, the new row at its second place.
+    old_end, dims = arena.storage.numel(), torch.tensor([3, 8, 0], device=device)
+    new = torch.where(level < 2, old_end + ids * 2 * arena.page + dims[level], -1)
+    level = level.clamp(max=1)
+    storage = arena.storage.detach()
+    storage = torch.cat([storage, storage.new_zeros(12 * arena.page)])
+    written = torch.zeros_like(storage, dtype=torch.bool)
+    for start, k in zip(new.tolist(), level.tolist(), strict=True):
+        if start >= 0:
+            written[start : start + (3, 8)[k]] = True
+    storage[written] = float("nan")
+    before = storage.clone()
+    chain = case.module.chain.detach()
+    promote_rows(storage, chain, old, new, level, case.module.sizes)
+    assert written.any() and storage[written].isfinite().all()
+    assert torch.equal(storage[~written], before[~written])
+
+
+@pytest.mark.parametrize("sizes", [(2, 4), (1, 3, 5, 33), (127, 130)], ids=name)
+def test_fill_rows(sizes, backend, device):
+    case = make_case(sizes, 10, 0, device=device)
+    arena = case.module.arena
+    ids = torch.tensor([1, 4, 7], device=device)
+    start = arena.row_start[ids].long()
+    start[1] = -1
+    storage = arena.storage.detach()
+    # The rows and two states of theirs, one of them in another dtype.
+    targets = [(storage.clone(), 0.25), (storage.clone(), 0.0), (storage.bfloat16(), -2.0)]
+    expected = [tensor.clone() for tensor, _ in targets]
+    for i in (1, 7):
+        begin, size = int(arena.row_start[i]), int(case.module.sizes_of()[i])
+        for tensor, (_, value) in zip(expected, targets, strict=True):
+            tensor[begin : begin + size] = value
+    fill_rows(targets, start, arena.level(ids), sizes=sizes, backend=backend)
+    for (tensor, _), filled in zip(targets, expected, strict=True):
+        assert torch.equal(tensor, filled) and not torch.equal(filled, storage.to(filled.dtype))
+
+
+def test_a_written_storage_is_stale_for_autograd(backend, device):
+    case = make_case((2, 3, 8), 9, 5, device=device, backend=backend)
+    out = case.module(case.ids)
+    case.module.promote(case.ids)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_other_backends_are_refused():
+    module = make_case((2, 8), 3, 0).module
+    for call in (
+        lambda: module.arena.promote(torch.arange(3), module.chain, backend="cuda"),
+        lambda: module.arena.insert(torch.arange(3), 0, backend="cuda"),
+        lambda: module.arena.free(torch.arange(3), backend="cuda"),
+    ):
+        with pytest.raises(ValueError, match="backend"):
+            call()
+
+
+# ---- the three kernels --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_steps(monkeypatch):
+    """Many steps of the scan for few ids."""
+    choose = launch.choose_scan
+
+    def choose_scan(n_levels):
+        return {**choose(n_levels), "BLOCK_IDS": 64, "num_warps": 4}
+
+    monkeypatch.setattr(launch, "choose_scan", choose_scan)
+
+
+@pytest.fixture
+def wide_tiles(device, monkeypatch):
+    """Few programs for many ids: interpreted, the number of programs is what costs."""
+    if device.type != "cpu":
+        return
+    config = launch.LaunchConfig(512, 16, 16, 4)
+    monkeypatch.setattr(launch, "choose_promote", lambda *_: config)
+    monkeypatch.setattr(resize, "CLAIM_IDS", 512)
+
+
+def fill(arena, generator=None):
+    """Standard normal numbers; drawn by the host, whose generators a GPU does not take."""
+    drawn = torch.randn(arena.storage.shape, generator=generator, dtype=arena.storage.dtype)
+    arena.storage.data.copy_(drawn)
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Names of the kernels launched, in order."""
+    found = []
+
+    class Watched:
+        def __init__(self, name, kernel):
+            self.name, self.kernel = name, kernel
+
+        def __getitem__(self, grid):
+            found.append(self.name)
+            return self.kernel[grid]
+
+    for name in ("_claim_kernel", "_scan_kernel", "_move_kernel", "_fill_rows_kernel"):
+        monkeypatch.setattr(resize, name, Watched(name, getattr(resize, name)))
+    return found
+
+
+class Free:
+    """Free rows and pages of an arena, and where rows go, told one by one."""
+
+    def __init__(self, arena):
+        self.arena = arena
+        *self.rows, self.pages = arena.free_count.tolist()
+        base = arena.free_base.tolist()
+        self.room = [b - a for a, b in zip(base, base[1:], strict=False)]
+
+    def take(self, level):
+        if not self.rows[level]:
+            if not self.pages:
+                return False
+            self.pages -= 1
+            self.rows[level] = self.arena.rows_per_page[level]
+        self.rows[level] -= 1
+        return True
+
+    def promote(self, ids, mask):
+        """Ids that move: by level, then in the order of their first positions."""
+        level = self.arena.level().tolist()
+        first = dict.fromkeys(
+            i for i, m in zip(ids, mask, strict=True) if m and 0 <= i < len(level)
+        )
+        moved = set()
+        for k in range(len(self.arena.sizes) - 1):
+            # Rows are given back after all have been taken.
+            given = 0
+            for i in first:
+                if level[i] != k or self.rows[k] + given >= self.room[k]:
+                    continue
+                if not self.take(k + 1):
+                    break
+                moved.add(i)
+                given += 1
+            self.rows[k] += given
+        return moved
+
+
+def consistent(arena):
+    """Every row and every free row has its own elements, in a page of its level; counts agree."""
+    owner = torch.zeros(arena.storage.numel(), dtype=torch.int64)
+    level = arena.level().tolist()
+    starts = [(s, k) for s, k in zip(arena.row_start[:-1].tolist(), level, strict=True) if s >= 0]
+    for k, (begin, end) in enumerate(zip(arena.free_base[:-1], arena.free_base[1:], strict=True)):
+        count = int(arena.free_count[k])
+        assert 0 <= count <= end - begin
+        starts += [(s, k) for s in arena.free_rows[begin : begin + count].tolist()]
+    for start, k in starts:
+        assert int(arena.page_level[start // arena.page]) == k
+        owner[start : start + arena.sizes[k]] += 1
+    assert owner.max() <= 1
+    pages = arena.free_pages[: int(arena.free_count[-1])].tolist()
+    assert len(set(pages)) == len(pages)
+    for page in pages:
+        assert int(arena.page_level[page]) == -1
+        assert not owner[page * arena.page : (page + 1) * arena.page].any()
+    assert int(arena.row_start[-1]) == -1 and (arena._owner == NOBODY).all()
+
+
+@pytest.mark.parametrize("ids_dtype", [torch.int64, torch.int32], ids=name)
+@pytest.mark.parametrize(
+    "spare_pages, room",
+    [(0, True), (0, False), (1, True), (3, False), (40, False), (None, True)],
+    ids=["no-page", "nothing", "a-page", "pages", "pages-only", "growth"],
+)
+def test_rows_that_fit_move_and_the_others_stay(
+    spare_pages, room, ids_dtype, small_steps, device, monkeypatch, nan_empty
+):
+    sizes, n_rows, n_ids = (1, 3, 5, 33), 300, 333
+    generator = torch.Generator().manual_seed(1)
+    level = torch.randint(-1, 4, (n_rows,), generator=generator)
+    arena = Arena(n_rows, sizes, level=level, dtype=torch.float64, device=device)
+    if spare_pages is not None:
+        # Exactly so many pages, and no growth.
+        arena._grow(spare_pages, at_once=True)
+        monkeypatch.setattr(Arena, "_make_room", lambda arena, rows, **_: None)
+    if room:
+        arena._grow_stacks([1000] * 4)
+    fill(arena, generator)
+    arena.storage.grad = torch.ones_like(arena.storage)
+    chain = torch.randn(chain_numel(sizes), generator=generator, dtype=torch.float64).to(device)
+    for _ in range(3):
+        rows = [arena.read(i) if k >= 0 else None for i, k in enumerate(arena.level().tolist())]
+        levels = arena.level().tolist()
+        ids = torch.randint(-20, n_rows + 20, (n_ids,), generator=generator).to(device, ids_dtype)
+        mask = (torch.rand(n_ids, generator=generator) < 0.7).to(device)
+        arena._begin(n_ids)
+        expected = Free(arena).promote(ids.tolist(), mask.tolist())
+        arena.storage.grad[:] = 1.0
+        moved = arena.promote(ids, chain, mask, backend="triton")
+
+        consistent(arena)
+        assert moved.tolist() == [
+            m and i in expected for i, m in zip(ids.tolist(), mask.tolist(), strict=True)
+        ]
+        for i, k in enumerate(arena.level().tolist()):
+            if i in expected:
+                assert k == levels[i] + 1
+                row = promote_reference(rows[i], levels[i], chain, sizes)
+                torch.testing.assert_close(arena.read(i), row, rtol=1e-12, atol=1e-12)
+            else:
+                assert k == levels[i]
+                assert k < 0 or torch.equal(arena.read(i), rows[i])
+            if k >= 0:
+                begin = int(arena.row_start[i])
+                grad = arena.storage.grad[begin : begin + sizes[k]]
+                assert (grad == (0.0 if i in expected else 1.0)).all()
+    stayed = {i for i, m in zip(ids.tolist(), mask.tolist(), strict=True) if m} - expected
+    could = [i for i in stayed if 0 <= i < n_rows and 0 <= levels[i] < 3]
+    assert bool(could) == (spare_pages is not None)
+
+
+def test_many_ids_at_once(small_steps, wide_tiles, device):
+    """3,000 positions over 47 steps of the scan, every level at once, against the CPU path."""
+    sizes, n_rows = (2, 4, 8, 16), 2000
+    generator = torch.Generator().manual_seed(2)
+    level = torch.randint(0, 4, (n_rows,), generator=generator)
+    ids = torch.randint(0, n_rows, (3000,), generator=generator).to(device)
+    arenas, moved = [], []
+    for backend in ("torch", "triton", "triton"):
+        arena = Arena(n_rows, sizes, level=level, device=device)
+        fill(arena, torch.Generator().manual_seed(3))
+        chain = torch.randn(chain_numel(sizes), generator=torch.Generator().manual_seed(4))
+        moved.append(arena.promote(ids, chain.to(device), backend=backend))
+        arenas.append(arena)
+    consistent(arenas[1])
+    assert torch.equal(moved[0], level.to(device)[ids] < 3) and torch.equal(moved[0], moved[1])
+    assert torch.equal(arenas[0].level(), arenas[1].level())
+    assert arenas[0].free_count[:-1].tolist() == arenas[1].free_count[:-1].tolist()
+    for i in range(0, n_rows, 7):
+        torch.testing.assert_close(arenas[0].read(i), arenas[1].read(i), rtol=1e-5, atol=1e-5)
+    # Two equal runs agree in every bit.
+    for key, value in arenas[1].state_dict().items():
+        assert torch.equal(value, arenas[2].state_dict()[key]), key
+
+
+@pytest.mark.parametrize("level", range(4))
+def test_insert_and_free_round_trip(level, small_steps, device, nan_empty):
+    sizes = (1, 3, 5, 33)
+    arena = Arena(200, sizes, level=torch.arange(200) % 5 - 1, device=device)
+    fill(arena)
+    arena.storage.grad = torch.ones_like(arena.storage)
+    empty = (arena.level() < 0).nonzero()[:, 0]
+    before = [arena.read(i) if i % 5 else None for i in range(200)]
+    ids = torch.cat([empty, empty.flip(0), torch.arange(30, device=device)])
+    for _ in range(3):
+        capacity = arena.storage.numel()
+        assert torch.equal(arena.insert(ids, level, backend="triton"), ids % 5 == 0)
+        consistent(arena)
+        assert (arena.level(empty) == level).all()
+        for i in range(200):
+            if i % 5:
+                assert torch.equal(arena.read(i), before[i])
+            else:
+                assert not arena.read(i).any()
+                start = int(arena.row_start[i])
+                assert not arena.storage.grad[start : start + sizes[level]].any()
+                arena.storage.data[start : start + sizes[level]] = 7.0
+        assert arena.free(ids[: 2 * len(empty)], backend="triton").all()
+        consistent(arena)
+        assert (arena.level(empty) == -1).all()
+    # Freed rows serve again: no growth after the first round.
+    assert arena.storage.numel() == capacity
+
+
+@pytest.mark.parametrize("n_ids", [15, 16, 17, 64, 65, 256, 257])
+def test_ids_behind_the_last_take_no_part(n_ids, small_steps, nan_empty):
+    """So many ids of a longer tensor, at whole blocks and one beside them."""
+    module = make_case((2, 3, 8), n_ids + 8, 0, backend="triton", mix=(1, 1, 0)).module
+    arena, before = module.arena, module.sizes_of()
+    ids, mask = torch.randperm(n_ids + 8), torch.ones(n_ids + 8, dtype=torch.bool)
+    assert module.promote(ids[:n_ids], mask[:n_ids]).all()
+    consistent(arena)
+    behind = ids[n_ids:]
+    assert torch.equal(module.sizes_of(behind), before[behind])
+    assert arena.free(ids[:n_ids], backend="triton").all()
+    consistent(arena)
+    assert torch.equal(module.sizes_of(behind), before[behind])
+    assert arena.insert(ids[:n_ids], 0, backend="triton").all()
+    consistent(arena)
+
+
+@pytest.mark.parametrize("n_rows", [5, 16])
+def test_ids_that_do_not_exist_get_no_row(n_rows):
+    arena = Arena(n_rows, (2, 4), level=torch.full((n_rows,), -1))
+    ids = torch.tensor([-1, n_rows, 0, n_rows - 1, n_rows + 1])
+    exists = [False, False, True, True, False]
+    assert arena.insert(ids, 0, backend="triton").tolist() == exists
+    consistent(arena)
+    assert arena.free(ids, backend="triton").tolist() == exists
+    consistent(arena)
+    assert (arena.level() == -1).all()
+
+
+@pytest.mark.parametrize("beside", [-1, 0, 1])
+def test_pages_that_are_full(beside, wide_tiles):
+    """As many rows as a page holds, two pages, and what is left: no row is lost."""
+    sizes = (64, 96)
+    per = Arena(1, sizes).rows_per_page[1]
+    arena = Arena(4 * per, sizes, level=torch.full((4 * per,), -1))
+    ids, used = torch.arange(4 * per), 0
+    for count in (per + beside, 2 * per, per - beside):
+        assert arena.insert(ids[used : used + count], 1, backend="triton").all()
+        used += count
+        consistent(arena)
+        assert int((arena.level() == 1).sum()) == used
+        assert int(arena.free_count[1]) == -used % per
+        assert int((arena.page_level == 1).sum()) == -(-used // per)
+
+
+class PerId(torch.optim.Adam):
+    """Adam that also holds numbers per id, as the fused optimizers do."""
+
+    state_per_id = {"touched": 5.0, "sum": 0.25}
+
+
+@pytest.mark.parametrize("optimizers", [1, 2])
+def test_state_of_moved_rows_is_fresh(optimizers, backend, launches, device):
+    """One Adam fits in the three launches; of two, what is left over takes its own."""
+    module = ResizableEmbedding(40, sizes=(2, 3, 8), backend=backend, device=device)
+    arena, ids = module.arena, torch.tensor([1, 5, 5, 39, 20], device=device)
+    every = torch.arange(40, device=device)
+    held = [PerId(module.parameters(), amsgrad=k > 0) for k in range(optimizers)]
+    for optimizer in held:
+        module(every).square().sum().backward()
+        optimizer.step()
+        state = optimizer.state[arena.storage]
+        state["touched"] = torch.full((40,), 2, dtype=torch.int32, device=device)
+        state["sum"] = torch.full((40,), 3.0, device=device)
+    names = [[k for k, v in o.state[arena.storage].items() if v.dim()] for o in held]
+    before = [{k: v.clone() for k, v in o.state[arena.storage].items() if v.dim()} for o in held]
+    others = torch.ones_like(every, dtype=torch.bool).index_fill_(0, ids, False).nonzero()[:, 0]
+    kept = row_elements(module, others)
+    launches.clear()
+    assert module.promote(ids).all()
+    if backend == "triton":
+        # Gradient and moments; the second number per id; of the second Adam all but one.
+        assert launches == ["_claim_kernel", "_scan_kernel", "_move_kernel"] + [
+            "_fill_rows_kernel"
+        ] * (1 if optimizers == 1 else 2 + 3)
+    fresh = row_elements(module, ids)
+    assert not arena.storage.grad[fresh].any()
+    assert arena.storage.grad[row_elements(module, others)].any()
+    for optimizer, keys, old in zip(held, names, before, strict=True):
+        state = optimizer.state[arena.storage]
+        assert {"touched", "sum", "exp_avg", "exp_avg_sq"} <= set(keys)
+        for key in keys:
+            if key in PerId.state_per_id:
+                assert (state[key][ids] == PerId.state_per_id[key]).all()
+                assert torch.equal(state[key][others], old[key][others])
+            else:
+                assert not state[key][fresh].any()
+                assert torch.equal(state[key][row_elements(module, others)], old[key][kept])
+
+
+def test_three_launches_for_ten_thousand_ids(launches, wide_tiles, device):
+    """10,240 ids with Adam's moments and a gradient."""
+    module = ResizableEmbedding(10_240, sizes=(2, 4), backend="torch", device=device)
+    optimizer = torch.optim.Adam(module.parameters())
+    every = torch.arange(10_240, device=device)
+    module(every).sum().backward()
+    optimizer.step()
+    before = module(every).detach()
+    module.backend = "triton"
+    assert module.promote(every.flip(0)).all()
+    assert launches == ["_claim_kernel", "_scan_kernel", "_move_kernel"]
+    module.backend = "torch"
+    torch.testing.assert_close(module(every).detach(), before, rtol=1e-4, atol=1e-4)
+    for state in ("exp_avg", "exp_avg_sq"):
+        moments = optimizer.state[module.arena.storage][state]
+        assert not moments[row_elements(module, every)].any()
+    consistent(module.arena)
+
+
+def test_fresh_values_are_exact_in_fp64(backend, device):
+    """A fresh value that fp32 does not hold."""
+    options = {"dtype": torch.float64, "backend": backend, "device": device}
+    module, ids = ResizableEmbedding(10, sizes=(2, 4), **options), torch.arange(10, device=device)
+    optimizer = torch.optim.Adagrad(module.parameters(), initial_accumulator_value=0.1)
+    module(ids).sum().backward()
+    optimizer.step()
+    module.promote(ids[:4])
+    state = optimizer.state[module.arena.storage]["sum"]
+    assert (state[row_elements(module, ids[:4])] == 0.1).all()
+
+
+def test_rows_past_two_to_the_31(device, monkeypatch):
+    """Starts in int64: on a CPU, a storage whose pages nobody touches costs no memory."""
+    if device.type == "cuda" and torch.cuda.mem_get_info()[0] < 6 << 30:
+        pytest.skip("needs 6 GiB of GPU memory")
+    sizes = (2, 4)
+    monkeypatch.setattr(arena_file, "page_elements", lambda *_: 4096)
+    arena = Arena(4, sizes, dtype=torch.float16, device=device)
+    page, pages = arena.page, 2**31 // 4096 + 2
+    rows = torch.randn(4, 2).half().to(device)
+    chain = torch.randn(chain_numel(sizes)).half().to(device)
+    arena.storage.data = torch.empty(pages * page, dtype=torch.float16, device=device)
+    # The rows in the last page but one, the last page free.
+    begin = (pages - 2) * page
+    assert begin + 4 > 2**31 - 1
+    for name in ("row_start", "free_rows"):
+        setattr(arena, name, getattr(arena, name).long())
+    arena.row_start[:4] = torch.arange(4) * 2 + begin
+    arena.storage.data[begin : begin + 8] = rows.view(-1)
+    arena.page_level = torch.full((pages + 1,), -1, dtype=torch.int8, device=device)
+    arena.page_level[-3] = 0
+    arena.free_pages = torch.tensor([pages - 1, 0], dtype=torch.int32, device=device)
+    arena.free_count[:] = torch.tensor([0, 0, 1])
+    monkeypatch.setattr(Arena, "_make_room", lambda arena, rows, **_: None)
+    ids = torch.tensor([2, 0, 2], device=device)
+    assert arena.promote(ids, chain, backend="triton").all()
+    assert arena.level().tolist() == [1, 0, 1, 0]
+    for i in range(4):
+        expected = promote_reference(rows[i], 0, chain, sizes) if i in (0, 2) else rows[i]
+        torch.testing.assert_close(arena.read(i), expected, rtol=1e-2, atol=1e-2)
+    assert arena.row_start[[2, 0]].tolist() == [begin + page, begin + page + 4]
+    assert sorted(arena.free_rows[: int(arena.free_count[0])].tolist()) == [begin, begin + 4]

@@ -1,0 +1,153 @@
+"""runs.py: the sorted batch against a dictionary of positions, and sums over hot runs."""
+
+import pytest
+import torch
+
+from esapn_kernels.gpu import launch
+from esapn_kernels.gpu.segments import find_runs, key_layout, sum_hot
+from esapn_kernels.ops.backend import TRITON_ERROR
+from esapn_kernels.testing import make_case
+
+pytestmark = pytest.mark.skipif(TRITON_ERROR is not None, reason=str(TRITON_ERROR))
+SIZES = [(2, 4, 8, 16, 64, 128), (1, 3, 5, 33), (4,), (127, 130)]
+
+
+def positions(case):
+    """``{(level, row start): positions in order}`` of the ids that have a row."""
+    arena, found = case.module.arena, {}
+    for at, i in enumerate(case.ids.tolist()):
+        if 0 <= i < arena.num_rows and (start := int(arena.row_start[i])) >= 0:
+            found.setdefault((int(arena.page_level[start // arena.page]), start), []).append(at)
+    return found
+
+
+def runs_of(case):
+    arena = case.module.arena
+    row_start, page_level = arena.locations
+    return find_runs(case.ids, row_start, page_level, capacity=arena.storage.numel(), **case.layout)
+
+
+def check(case):
+    runs, expected = runs_of(case), positions(case)
+    n_levels = len(case.module.sizes)
+    begin, level_begin = runs.run_begin.tolist(), runs.level_begin.tolist()
+    n_runs = level_begin[n_levels]
+    assert n_runs == len(expected)
+    assert begin[n_runs] == sum(map(len, expected.values()))
+    keys = sorted(expected)  # by level, then by row
+    for run, (level, start) in enumerate(keys):
+        mine = runs.order[begin[run] : begin[run + 1]].tolist()
+        assert mine == expected[level, start]
+        assert int(runs.run_start[run]) == start
+        assert int(runs.run_first[run]) == (mine[0] if len(mine) == 1 else -1 - mine[0])
+    for k in range(n_levels + 1):
+        assert level_begin[k] == sum(level < k for level, _ in keys)
+
+
+@pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_runs(sizes, index, device):
+    case = make_case(sizes, 60, 100, device=device)
+    check(type(case)(case.module, case.ids.to(index), case.grad_out))
+
+
+@pytest.mark.parametrize("block", [16, 64])
+@pytest.mark.parametrize("n_ids", [1, 15, 16, 17, 63, 64, 300])
+def test_runs_across_blocks(n_ids, block, device, monkeypatch):
+    monkeypatch.setitem(launch.SCAN, "BLOCK", block)
+    check(make_case((2, 3, 8), 25, n_ids, device=device, traffic="zipf"))
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [[-1], [12, 13], [3, -1, 3, 12, 2**40, -(2**40), 5], [7] * 70, [-1] * 70 + [4]],
+    ids=["one-missing", "all-missing", "some", "one-hot", "missing-hot"],
+)
+def test_ids_that_do_not_exist_are_in_no_run(ids, device):
+    case = make_case((2, 3, 8), 12, 0, device=device)
+    case.module.arena.free(torch.tensor([9], device=device))
+    check(type(case)(case.module, torch.tensor([*ids, 9], device=device), case.grad_out))
+
+
+@pytest.mark.parametrize("n_ids", [1, 15, 16, 17])
+def test_no_key_is_read_beside_the_sorted_ones(n_ids, device, monkeypatch):
+    """The first key stands before itself and the last one behind: read, they would end no run."""
+    sort = torch.sort
+
+    def guarded(keys, stable):
+        keys, order = sort(keys, stable=stable)
+        return torch.cat([keys[:1], keys, keys[-1:]])[1:-1], order
+
+    monkeypatch.setattr(torch, "sort", guarded)
+    monkeypatch.setitem(launch.SCAN, "BLOCK", 16)
+    check(make_case((2, 3, 8), 25, n_ids, device=device, traffic="zipf"))
+
+
+@pytest.mark.parametrize("n_ids", [15, 16, 17])
+def test_runs_stay_inside_their_memory(n_ids, device, monkeypatch):
+    """Ids that all differ fill it: the allocations lie between margins, which stay as they are."""
+    new_empty, buffers = torch.Tensor.new_empty, []
+
+    def guarded(self, size, **options):
+        buffers.append(new_empty(self, size + 32, **options).fill_(-7))
+        return buffers[-1][16:-16]
+
+    case = make_case((2, 3, 8), 25, 0, device=device)
+    case = type(case)(case.module, torch.randperm(25, device=device)[:n_ids], case.grad_out)
+    monkeypatch.setattr(torch.Tensor, "new_empty", guarded)
+    monkeypatch.setitem(launch.SCAN, "BLOCK", 16)
+    check(case)
+    for buffer in buffers:
+        assert (buffer[:16] == -7).all() and (buffer[-16:] == -7).all()
+    assert len(buffers) >= 6
+
+
+def test_keys_of_32_and_64_bits(device, monkeypatch):
+    # 30 bits of place and 2 of level fit, 31 and 2 do not.
+    assert key_layout(1 << 30, (1, 2, 3), 6)[2:] == (30, 1 << 31)
+    assert key_layout((1 << 30) + 1, (1, 2, 3), 6)[2:] == (31, 0)
+    # What divides every start is not stored: 8 elements a unit.
+    assert key_layout(1 << 33, (8, 16), 4096) == (4096, 8, 30, 1 << 31)
+    for capacity in (1 << 29, 1 << 34):
+        case = make_case((8, 16), 30, 50, device=device)
+        row_start, page_level = case.module.arena.locations
+        found = find_runs(case.ids, row_start, page_level, capacity=capacity, **case.layout)
+        plain = runs_of(case)
+        assert found.key.dtype == (torch.int32 if capacity == 1 << 29 else torch.int64)
+        assert torch.equal(found.order, plain.order)
+        n_runs = int(plain.level_begin[-1])
+        assert torch.equal(found.run_start[:n_runs], plain.run_start[:n_runs])
+
+
+@pytest.mark.parametrize(
+    "dtype, dim",
+    [
+        *((dtype, 8) for dtype in (torch.float32, torch.bfloat16, torch.float64)),
+        # The last column falls into a block of its own.
+        (torch.float32, 129),
+        (torch.float64, 65),
+    ],
+    ids=str,
+)
+def test_hot_stretches(dtype, dim, device, nan_empty):
+    case = make_case((2, 8), 6, 0, device=device)
+    # Positions after sorting: 40 of row 0, 700 of one hot row, the rest of another.
+    ids = torch.cat([torch.zeros(40), torch.full((700,), 1), torch.full((60,), 2)]).long()
+    ids = ids[torch.randperm(800)].to(device)
+    case = type(case)(case.module, ids, case.grad_out)
+    runs = runs_of(case)
+    config = launch.choose_bwd(800, (2, dim), dtype)
+    hot, rows = config.walk[2], torch.randn(800, dim, device=device).to(dtype)
+    sums = sum_hot(runs, rows, 2, config)
+    order, key = runs.order, runs.key
+    whole = 0
+    for chunk in range(800 // hot):
+        inside = slice(chunk * hot, (chunk + 1) * hot)
+        if key[inside].unique().numel() == 1:
+            whole += 1
+            expected = rows[order[inside]].double().sum(0)
+            tolerance = {"rtol": 1e-5, "atol": 1e-4}
+            torch.testing.assert_close(sums[chunk].double(), expected, **tolerance)
+        else:
+            assert sums[chunk].isnan().all()
+    assert whole >= 1

@@ -1,0 +1,205 @@
+"""update.py: rows and state step as the definition says, row by row."""
+
+import pytest
+import torch
+
+from esapn_kernels.ops.update import RULES, Update, rule_numbers, update_rows
+from esapn_kernels.reference import update_reference
+from esapn_kernels.testing import assert_matches
+
+N_ROWS, EPS, LR, BETAS = 9, 1e-3, 0.1, (0.8, 0.95)
+every_rule = pytest.mark.parametrize("rule", RULES)
+
+
+class Table:
+    """Rows of one size, with NaN between them and in every place of their state but their own."""
+
+    def __init__(self, rule, dim, dtype, seed=0):
+        self.generator = torch.Generator().manual_seed(seed)
+        self.rule, self.dim = rule, dim
+        self.state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        # Neither a multiple of dim nor in the order of the ids.
+        self.start = 3 + (dim + 1) * torch.randperm(N_ROWS, generator=self.generator)
+        self.ids = 2 * torch.arange(N_ROWS) + 1
+        self.mask = torch.zeros((dim + 1) * N_ROWS + 5, dtype=torch.bool)
+        self.mask[self.elements] = True
+        self.storage = self.per_element(dtype)
+        self.storage[self.elements] = torch.randn(N_ROWS, dim, generator=self.generator).to(dtype)
+        count = {"adagrad": 1, "adam": 2}.get(rule, 0)
+        self.state = tuple(self.per_element(self.state_dtype) for _ in range(count))
+        for tensor in self.state:
+            tensor[self.elements] = 0.0
+        self.per_id = self.clock = None
+        if rule == "rowwise_adagrad":
+            self.per_id = torch.full((2 * N_ROWS + 2,), float("nan"), dtype=self.state_dtype)
+            self.per_id[self.ids] = 0.0
+        if rule == "adam":
+            self.per_id = torch.zeros(2 * N_ROWS + 2, dtype=torch.int32)
+            self.clock = torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64)
+        self.step = 0
+
+    @property
+    def elements(self):
+        return self.start[:, None] + torch.arange(self.dim)
+
+    def per_element(self, dtype):
+        return torch.full(self.mask.shape, float("nan"), dtype=dtype)
+
+    def run(self, rows, grad):
+        """One step on the rows numbered ``rows``."""
+        self.step += 1
+        if self.clock is not None:
+            t = torch.tensor(float(self.step), dtype=torch.float64)
+            self.clock = torch.stack([t, BETAS[0] ** t, BETAS[1] ** t])
+        numbers = torch.tensor(rule_numbers(LR, EPS, BETAS), dtype=torch.float64)
+        step = Update(self.rule, numbers, self.state, self.per_id, self.clock)
+        update_rows(step, self.storage, self.start[rows], self.ids[rows], grad)
+
+
+class Expected:
+    """The same table as separate rows, stepped by the definition in ``dtype``."""
+
+    def __init__(self, table, dtype, row_dtype):
+        self.table, self.dtype, self.row_dtype, self.step = table, dtype, row_dtype, 0
+        self.rows = table.storage[table.elements].to(dtype)
+        shape = () if table.rule == "rowwise_adagrad" else (table.dim,)
+        count = 2 if table.rule == "adam" else 1
+        zero = torch.zeros(shape, dtype=dtype)
+        self.state = [() if table.rule == "sgd" else (zero,) * count for _ in range(N_ROWS)]
+        self.last = [0] * N_ROWS
+
+    def run(self, rows, grad):
+        self.step += 1
+        for x, g in zip(rows.tolist(), grad.to(self.dtype), strict=True):
+            stepped, self.state[x] = update_reference(
+                self.table.rule,
+                self.rows[x],
+                g,
+                self.state[x],
+                lr=LR,
+                eps=EPS,
+                betas=BETAS,
+                step=self.step,
+                last_step=self.last[x],
+            )
+            self.rows[x] = stepped.to(self.row_dtype).to(self.dtype)
+            self.last[x] = self.step
+
+
+def pair(rule, dim, dtype, n_steps=7):
+    """A stepped table, and the definition's rows in fp64 and in the table's own precision."""
+    table = Table(rule, dim, dtype)
+    exact = Expected(table, torch.float64, torch.float64)
+    eager = Expected(table, table.state_dtype, dtype)
+    for _ in range(n_steps):
+        count = int(torch.randint(0, N_ROWS, (1,), generator=table.generator))
+        rows = torch.randperm(N_ROWS, generator=table.generator)[:count]
+        grad = torch.randn(count, dim, generator=table.generator).to(table.state_dtype)
+        given = grad.clone()
+        for run in (table.run, exact.run, eager.run):
+            run(rows, grad)
+        assert torch.equal(grad, given)
+    return table, exact, eager
+
+
+@every_rule
+@pytest.mark.parametrize("dim", [1, 3, 5, 33, 64])
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
+)
+def test_steps_are_the_definition(rule, dim, dtype):
+    table, exact, eager = pair(rule, dim, dtype)
+    actual = table.storage[table.elements]
+    assert_matches(actual, exact.rows, eager.rows.to(dtype), name=rule)
+    assert table.storage[~table.mask].isnan().all()
+    for i, state in enumerate(table.state):
+        wanted, same = (torch.stack([s[i] for s in e.state]) for e in (exact, eager))
+        assert_matches(state[table.elements], wanted, same, name=f"{rule} state {i}")
+        assert state[~table.mask].isnan().all()
+    if rule == "rowwise_adagrad":
+        wanted, same = (torch.stack([s[0] for s in e.state]) for e in (exact, eager))
+        assert_matches(table.per_id[table.ids], wanted, same, name=rule)
+        assert table.per_id.isnan().sum() == len(table.per_id) - N_ROWS
+    if rule == "adam":
+        assert table.per_id[table.ids].tolist() == exact.last
+        others = torch.ones_like(table.per_id, dtype=torch.bool)
+        others[table.ids] = False
+        assert (table.per_id[others] == 0).all()
+
+
+@every_rule
+def test_a_long_absence(rule):
+    """24 steps are skipped, and both moments still count."""
+    table = Table(rule, 3, torch.float32)
+    table.step = 4
+    grad = torch.tensor([[1.0, -2.0, 0.5]])
+    row = torch.tensor([4])
+    table.run(row, grad)
+    before = table.storage[table.elements[4]].double()
+    state = [s[table.elements[4]].double() for s in table.state]
+    if rule == "rowwise_adagrad":
+        state = [table.per_id[table.ids[4]].double()]
+    table.step = 29
+    table.run(row, 1e-3 * grad)
+    expected, _ = update_reference(
+        rule,
+        before,
+        1e-3 * grad[0].double(),
+        tuple(state),
+        lr=LR,
+        eps=EPS,
+        betas=BETAS,
+        step=30,
+        last_step=5,
+    )
+    torch.testing.assert_close(
+        table.storage[table.elements[4]].double(), expected, rtol=1e-6, atol=1e-6
+    )
+
+
+@every_rule
+def test_nothing_to_step(rule):
+    table = Table(rule, 3, torch.float32)
+    before = table.storage.clone()
+    table.run(torch.zeros(0, dtype=torch.long), torch.zeros(0, 3))
+    torch.testing.assert_close(table.storage, before, rtol=0, atol=0, equal_nan=True)
+
+
+def test_the_definition_by_hand():
+    row, grad = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 1.0])
+    zero = torch.zeros(2)
+    assert update_reference("sgd", row, grad, lr=0.5)[0].tolist() == [-0.5, 1.5]
+    # sqrt(0 + 9) + 1 = 4 and sqrt(3 + 1) + 1 = 3; mean (9 + 1) / 2 = 5, 11 + 5 = 16.
+    new, (total,) = update_reference(
+        "adagrad", row, grad, (torch.tensor([0.0, 3.0]),), lr=1, eps=1.0
+    )
+    assert new.tolist() == pytest.approx([1 - 3 / 4, 2 - 1 / 3]) and total.tolist() == [9, 4]
+    new, (total,) = update_reference("rowwise_adagrad", row, grad, (torch.tensor(11.0),), lr=2)
+    assert new.tolist() == [1 - 2 * 3 / 4, 2 - 2 * 1 / 4] and float(total) == 16
+    # First step: m_hat = g and v_hat = g^2, so the row moves by lr * sign(g).
+    new, moments = update_reference("adam", row, grad, (zero, zero), lr=0.25, betas=(0.5, 0.75))
+    assert new.tolist() == [0.75, 1.75]
+    assert [m.tolist() for m in moments] == [[1.5, 0.5], [2.25, 0.25]]
+    # Two steps later, one of them skipped: m = 0.25 * 1.5 + 0.5 * 1, v = 0.5625 * 2.25 + 0.25 * 1.
+    new, (m, v) = update_reference(
+        "adam",
+        row[:1],
+        torch.ones(1),
+        (moments[0][:1], moments[1][:1]),
+        lr=1.0,
+        betas=(0.5, 0.75),
+        step=3,
+        last_step=1,
+    )
+    assert float(m) == 0.875 and float(v) == 1.515625
+    quotient = (0.875 / (1 - 0.125)) / (1.515625 / (1 - 0.421875)) ** 0.5
+    assert float(new) == pytest.approx(1 - quotient)
+
+
+def test_an_unknown_rule_is_refused():
+    row, numbers = torch.ones(2), torch.tensor(rule_numbers(lr=0.1))
+    with pytest.raises(ValueError, match="rule must be one of"):
+        update_rows(Update("lion", numbers), row, *torch.zeros(2, 1, dtype=int), torch.ones(1, 2))
+    with pytest.raises(ValueError, match="unknown rule"):
+        update_reference("lion", row, row, lr=0.1)
+    assert row.tolist() == [1.0, 1.0]
