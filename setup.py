@@ -83,6 +83,7 @@ setup(
             "pytest-benchmark>=4.0",
             "ruff>=0.9",
             "mypy>=1.15",
+            "import-linter>=2.17",
         ],
     },
     zip_safe=False,

@@ -50,10 +50,10 @@ import torch
 from torch import Tensor, nn
 
 from esapn_kernels import ResizableEmbedding
-from esapn_kernels.ops.compose import compose, operand_offsets
+from esapn_kernels.ops.chain import operand_offsets
+from esapn_kernels.ops.compose import compose
 
 from .config import SearchConfig
-from .growth import promote_keeping
 from .idstate import IdStatistics
 from .policy import (
     LossHistory,
@@ -346,17 +346,7 @@ class SizeSearch(nn.Module):
             action = sample_actions(logits.detach(), even)
             field.choice = Choice(rows, mask, logits, action, level)
             enlarge = action.bool()
-        self._promote(field, ids[rows], enlarge if mask is None else enlarge & mask)
-
-    def _promote(self, field: Field, ids: Tensor, enlarge: Tensor) -> None:
-        table = field.embedding
-        fused = table.arena.fused_optimizer
-        # Hops that nobody trains: Adagrad's sums can go along.
-        padded = table.init == "padded" and not table.chain.requires_grad
-        if padded and fused is not None and "sum" in fused.state_per_element:
-            promote_keeping(table, ids, enlarge, "sum")
-        else:
-            table.promote(ids, enlarge)
+        field.embedding.promote(ids[rows], enlarge if mask is None else enlarge & mask)
 
     def look_ahead(self, loss: Tensor, again: Callable[[], Tensor]) -> None:
         """For ``reward="lookahead"``, after the forward pass: what larger rows would have lost.

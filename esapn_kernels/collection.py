@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .module import ResizableEmbedding
-from .ops.lookup import check_ids
+from .ops.checks import check_ids
 from .ops.memory import MemoryReport
 
 __all__ = ["Jagged", "ResizableEmbeddingCollection"]
@@ -89,14 +89,14 @@ class ResizableEmbeddingCollection(nn.Module):
         self.sizes = self.rows.sizes
 
     def _row_ids(self, feature: str, ids: Tensor) -> Tensor:
-        """Rows of the whole that ``ids`` of a feature are; those out of its table, of nobody."""
+        """Rows of the whole for a feature's ``ids``; out of range for ids out of its table."""
         if feature not in self.features:
             raise KeyError(f"unknown feature {feature!r}: known are {list(self.features)}")
-        check_ids(ids, 0, look=False)
+        check_ids(ids, 0, read=False)
         table = self.features[feature]
         ids = ids.long()
         outside = (ids < 0) | (ids >= self.tables[table])
-        # Not looked at here, which would wait for a GPU: the lookup itself refuses them.
+        # Not read here, which would wait for a GPU: the lookup itself refuses them.
         return torch.where(outside, self.rows.num_embeddings, ids + self._first[table])
 
     def _together(self, ids: Mapping[str, Tensor]) -> Tensor:

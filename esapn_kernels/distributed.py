@@ -87,7 +87,7 @@ def replicate(
     parameters: set[nn.Parameter] = set()
     for table in tables.values():
         _send(table, process_group)
-        table._agree = _Agreement(process_group)
+        table.agree = _Agreement(process_group)
         for parameter in table.parameters():
             # A frozen one takes no hook, and may be thawed later.
             wanted = parameter.requires_grad
@@ -101,7 +101,7 @@ def replicate(
 
 
 def _refuse(name: str, table: ResizableEmbedding) -> None:
-    if table._agree is not None:
+    if table.agree is not None:
         raise RuntimeError(f"{name} is replicated already")
     if table.arena.fused_optimizer is not None:
         raise RuntimeError(
@@ -142,7 +142,7 @@ def _send(table: ResizableEmbedding, group: dist.ProcessGroup | None) -> None:
     if dist.get_rank() != source:
         table.load_state_dict(state)
     # What the host knew of its own free rows would have the arenas grow apart.
-    table.arena._forget()
+    table.arena.forget_counters()
 
 
 class _Averaging:

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .ops.compose import ComposedCache, chain_numel
-from .ops.lookup import check_ids, is_eager, lookup, lookup_eager
+from .ops.chain import chain_numel, split_chain
+from .ops.checks import check_ids
+from .ops.compose import ComposedCache
+from .ops.layout import row_table
+from .ops.lookup import Options, lookup
 from .ops.memory import MemoryReport
-from .ops.update import row_table
-from .reference import split_chain
-from .storage import followers as companions
 from .storage.arena import Arena
 
 __all__ = ["ResizableEmbedding"]
@@ -82,7 +82,9 @@ class ResizableEmbedding(nn.Module):
         init: how hops start. ``linear``: as ``nn.Linear``, uniform in ``+-1/sqrt(d_k)``, like the
             paper's authors. ``isometric``: orthonormal columns times ``sqrt(d_{k+1} / d_k)``, no
             bias, so that outputs have the variance ``init_std^2`` at every size. ``padded``: the
-            same with the columns of the identity, so that growing a row appends zeros to it.
+            same with the columns of the identity, so that growing a row appends zeros to it; if
+            such hops are not trained (``chain.requires_grad_(False)``), Adagrad's sums of the old
+            numbers go along with a grown row.
         backend: ``auto`` | ``triton`` | ``torch`` | ``reference``; ``auto`` takes Triton on a GPU
             and torch elsewhere.
         out_dtype: of the output, rounded once from fp32 sums; default: that of the rows.
@@ -120,8 +122,8 @@ class ResizableEmbedding(nn.Module):
         True
     """
 
-    # Of a replica (see distributed): the ids that all ranks promote together.
-    _agree: Callable[..., Tensor] | None = None
+    # Of a replica (see distributed): gives the ids that all ranks promote together.
+    agree: Callable[..., Tensor] | None = None
     # torch's words, which begin otherwise for a bag.
     _padding_refused = "Padding_idx must be within num_embeddings"
     _shown = ("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
@@ -263,7 +265,7 @@ class ResizableEmbedding(nn.Module):
         if storage.is_meta:
             return
         level = self.arena.level()
-        start = self.arena.locations[0].long()
+        start = self.arena.layout.row_start.long()
         storage.zero_()
         for k, dim in enumerate(self.sizes):
             mine = start[level == k]
@@ -295,7 +297,7 @@ class ResizableEmbedding(nn.Module):
         """Set all rows, which are of the largest size, to those of ``weight``."""
         if self.num_embeddings and not weight.is_meta:
             table = row_table(self.arena.storage, self.embedding_dim)
-            table.index_copy_(0, self.arena.locations[0].long(), weight)
+            table.index_copy_(0, self.arena.layout.row_start.long(), weight)
 
     @classmethod
     def from_pretrained(
@@ -414,53 +416,23 @@ class ResizableEmbedding(nn.Module):
         # Past nn.Module's own lookup of attributes, for the sake of small batches.
         arena: Any = self._modules["arena"]
         storage: Any = arena._parameters["storage"]
-        chain: Any = self._parameters["chain"]
-        fused = arena.fused_optimizer
+        # The torch path finds ids out of range itself, in the same words, if rows are ragged.
+        read = arena.is_table or self.backend not in ("auto", "torch")
+        check_ids(ids, self.num_embeddings, read=read)
         if self.max_norm is not None:
-            check_ids(ids, self.num_embeddings)
             table = self._table().detach()
             torch.embedding_renorm_(table, ids.contiguous(), self.max_norm, self.norm_type)
-        is_plain = arena.is_table and fused is None and not self.sparse
-        if is_plain and self.backend in ("auto", "torch") and self.out_dtype is None:
-            return self._look_up_plain(ids, storage)
-        row_start, page_level = arena.locations
-        on_cpu = storage.device.type == "cpu" and self.backend in ("auto", "torch")
-        if on_cpu and fused is None and is_eager():
-            # Past the public function's checks: of few ids, calls are the cost.
-            check_ids(ids, self.num_embeddings, look=False)
-            composed = self._composed(chain, self.sizes)
-            layout = (self.sizes, arena.page, "torch", self.out_dtype)
-            options = (self.padding_idx, self.scale_grad_by_freq, self.sparse)
-            where = (composed, row_start, page_level, *layout)
-            return lookup_eager(ids, storage, chain, where, options)
+        fused = arena.fused_optimizer
         return lookup(
             ids,
             storage,
-            chain,
-            row_start,
-            page_level,
-            sizes=self.sizes,
-            page=arena.page,
-            padding_idx=self.padding_idx,
-            scale_grad_by_freq=self.scale_grad_by_freq,
-            sparse=self.sparse,
+            self._parameters["chain"],  # type: ignore[arg-type]
+            arena.layout,
+            Options(self.padding_idx, self.scale_grad_by_freq, self.sparse, self.out_dtype),
             backend=self.backend,
-            out_dtype=self.out_dtype,
-            begin_step=None if fused is None else partial(fused.begin_step, arena),
+            begin_step=None if fused is None else partial(fused.begin_step, storage),
+            cache=self._composed,
         )
-
-    def _look_up_plain(self, ids: Tensor, storage: Tensor) -> Tensor:
-        """One size, in order: what ``nn.Embedding`` does, by torch's own operator."""
-        if storage.device.type == "cpu" and is_eager():
-            # The ids are looked at so that the spare rows can stay: cutting them off would cost a
-            # copy of the gradient.
-            check_ids(ids, self.num_embeddings)
-            table = storage.view(-1, self.embedding_dim)
-        else:
-            check_ids(ids, self.num_embeddings, look=False)
-            table = self._table()
-        padding_idx = -1 if self.padding_idx is None else self.padding_idx
-        return torch.embedding(table, ids, padding_idx, self.scale_grad_by_freq)
 
     def sizes_of(self, ids: Tensor | None = None) -> Tensor:
         """Size of every row of ``ids`` (of all rows), int64, shape of ``ids``; 0: no row."""
@@ -484,7 +456,7 @@ class ResizableEmbedding(nn.Module):
             Bool, shape of ``ids``: True where the row was enlarged by this call, for every
             occurrence of its id that ``mask`` admits. False: masked out, of the largest size
             already, or no room was left. Of replicas (see ``distributed``) every rank promotes what
-            any of them asks for, and the mask says so for masked ids too.
+            any of them promotes, and the mask says so for masked ids too.
 
         Raises:
             IndexError, RuntimeError: as for :meth:`forward`; nothing is changed. On a GPU an id out
@@ -498,13 +470,16 @@ class ResizableEmbedding(nn.Module):
                 mask = mask.reshape(-1)
         backend = "torch" if self.backend == "reference" else self.backend
         flat = ids.reshape(-1)
-        if self._agree is None:
-            moved = self.arena.promote(flat, self.chain, mask, backend=backend)
+        # Hops that pad with zeros and stay so: Adagrad's sums go along.
+        carries = self.init == "padded" and not self.chain.requires_grad
+        promote = partial(self.arena.promote, chain=self.chain, carries=carries, backend=backend)
+        if self.agree is None:
+            moved = promote(flat, mask=mask)
         else:
-            everyones = self._agree(flat if mask is None else flat[mask])
-            enlarged = self.arena.promote(everyones, self.chain, backend=backend)
-            # What the host has heard of a device differs between ranks; growth must not.
-            self.arena._forget()
+            everyones = self.agree(flat if mask is None else flat[mask])
+            enlarged = promote(everyones)
+            # What the host knows of a device differs between ranks; growth must not.
+            self.arena.forget_counters()
             moved = torch.isin(flat, everyones[enlarged])
         return moved.view(ids.shape)
 
@@ -514,9 +489,9 @@ class ResizableEmbedding(nn.Module):
         try:
             yield
         except Exception:
-            if self._agree is not None:
+            if self.agree is not None:
                 with contextlib.suppress(RuntimeError):
-                    self._agree(torch.empty(0, device=self.chain.device), refused=True)
+                    self.agree(torch.empty(0, device=self.chain.device), refused=True)
             raise
 
     def reserve(self, rows: int) -> None:
@@ -570,7 +545,7 @@ class ResizableEmbedding(nn.Module):
             slack=parts.slack,
             locations=parts.locations,
             chain=self.chain.untyped_storage().nbytes(),
-            optimizer=companions.state_bytes(self.arena),
+            optimizer=self.arena.followers.state_bytes(),
             scratch=parts.scratch,
             fixed=self.num_embeddings * self.embedding_dim * itemsize,
             rows_per_size=dict(zip(self.sizes, counts, strict=True)),

@@ -16,7 +16,7 @@ may be given ``module.parameters()`` as a whole: it skips the storage, which has
 Memory picture, per row of size d: SGD nothing, Adagrad ``4 d`` bytes, row-wise Adagrad 4, Adam
 ``8 d + 4``, in fp32 whatever the rows' own dtype (fp64 for fp64 rows). The state lies in the
 arena's layout or holds one number per id; it grows and moves with the rows, and is a fresh row's
-where a row is resized (``companions``). The rules themselves are in ``update``.
+where a row is resized (``storage.followers``). The rules themselves are in ``update``.
 
 Because a row steps when its gradient is known, whatever comes between backward and ``step`` in
 other training loops does not apply to the rows: gradient clipping, loss scaling
@@ -29,7 +29,6 @@ rows under the other: look up all ids of a step in one call. The ``reference`` b
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -38,9 +37,8 @@ from torch import Tensor
 
 from .module import ResizableEmbedding
 from .ops.backend import is_capturing
-from .ops.compose import compute_dtype
+from .ops.chain import compute_dtype
 from .ops.update import Update, rule_numbers
-from .storage import followers as companions
 from .storage.arena import Arena
 
 __all__ = ["SGD", "Adagrad", "Adam", "FusedOptimizer"]
@@ -73,8 +71,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             if state:
                 self.state[storage] = state
         for arena in arenas:
-            arena._fused = weakref.ref(self)
-            companions.follow(arena, self)
+            arena.attach(self)
 
     @property
     def rule(self) -> str:
@@ -115,17 +112,15 @@ class FusedOptimizer(torch.optim.Optimizer):
         Python collects it (a scheduler built on it makes a reference cycle).
         """
         for arena in self._arenas:
-            if arena.fused_optimizer is self:
-                arena._fused = None
-                companions.unfollow(arena, self)
+            arena.detach(self)
+        self._arenas = []
 
-    def begin_step(self, arena: Arena) -> Update:
-        """Count one step of ``arena`` and say what it does to a row; backward calls this once.
+    def begin_step(self, storage: Tensor) -> Update:
+        """Count one step of an arena's rows and say what it does to one; backward calls this once.
 
         Works on the device alone, and can be captured in a CUDA graph.
         """
-        storage = arena.storage
-        if arena.fused_optimizer is not self:
+        if not self._arenas:
             raise RuntimeError("the fused optimizer was detached between forward and backward")
         if storage not in self._numbers or self._numbers[storage].device != storage.device:
             raise RuntimeError(
@@ -430,7 +425,7 @@ def _check_modules(
             raise ValueError("optimizer got a ResizableEmbedding without rows")
         if any(module.arena is other.arena for other in found[:i]):
             raise ValueError("optimizer got the same ResizableEmbedding twice")
-        if module._agree is not None:
+        if module.agree is not None:
             raise ValueError(
                 "the module is a replica, whose gradients are averaged, and a fused optimizer "
                 "leaves none: use an optimizer of torch.optim"

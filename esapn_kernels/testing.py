@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from .module import ResizableEmbedding
 from .ops import backend as _backend
+from .ops.layout import Layout
 from .ops.lookup import lookup
 from .reference import lookup_grad_reference, lookup_reference
 
@@ -41,22 +41,22 @@ class Case:
     grad_out: Tensor
 
     @property
-    def layout(self) -> dict[str, Any]:
-        """``sizes`` and ``page`` as keyword arguments."""
-        return {"sizes": self.module.sizes, "page": self.module.arena.page}
+    def layout(self) -> Layout:
+        """Where the rows lie; never as a table, so that the package's own paths run."""
+        return replace(self.module.arena.layout, is_table=False)
 
-    def operands(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """``(storage, chain, row_start, page_level)``, the first two as fresh leaves."""
-        leaves = [
+    def leaves(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        """Copies of ``(storage, chain)`` that take gradients."""
+        storage, chain = (
             p.detach().to(dtype or p.dtype, copy=True).requires_grad_()
             for p in (self.module.arena.storage, self.module.chain)
-        ]
-        return (leaves[0], leaves[1], *self.module.arena.locations)
+        )
+        return storage, chain
 
     def run(self, backend: str) -> tuple[Tensor, Tensor, Tensor]:
         """Output, storage gradient and chain gradient of the public function."""
-        storage, chain, *where = self.operands()
-        out = lookup(self.ids, storage, chain, *where, **self.layout, backend=backend)
+        storage, chain = self.leaves()
+        out = lookup(self.ids, storage, chain, self.layout, backend=backend)
         out.backward(self.grad_out)
         assert storage.grad is not None and chain.grad is not None
         return out.detach(), storage.grad, chain.grad
@@ -64,10 +64,9 @@ class Case:
     @torch.no_grad()
     def expected(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
         """The same three by the literal definition, computed in ``dtype``."""
-        operands = self.operands(dtype)
-        sizes, page = self.module.sizes, self.module.arena.page
-        out = lookup_reference(self.ids, *operands, sizes, page)
-        grads = lookup_grad_reference(self.grad_out.to(dtype), self.ids, *operands, sizes, page)
+        operands = (self.ids, *self.leaves(dtype), *self.layout.flat)
+        out = lookup_reference(*operands)
+        grads = lookup_grad_reference(self.grad_out.to(dtype), *operands)
         return (out, *grads)
 
 
@@ -141,7 +140,7 @@ def row_elements(module: ResizableEmbedding, ids: Tensor) -> Tensor:
     """Bool ``[capacity]``: the elements of ``arena.storage`` that belong to the rows of ``ids``."""
     mask = torch.zeros_like(module.arena.storage, dtype=torch.bool)
     row_sizes = module.sizes_of(ids).reshape(-1).tolist()
-    starts = module.arena.locations[0][ids.reshape(-1).long()].tolist()
+    starts = module.arena.layout.row_start[ids.reshape(-1).long()].tolist()
     for start, size in zip(starts, row_sizes, strict=True):
         mask[start : start + size] = True
     return mask

@@ -105,7 +105,7 @@ def check_promotion(ours: Ours, ids: Tensor) -> dict[str, float]:
     eager.promote(ids)
     if not torch.equal(ready.module(others).detach(), before):
         raise GateError("ours, promotion: other rows changed")
-    start = ready.module.arena.locations[0]
+    start = ready.module.arena.layout.row_start
     moments = [ready.optimizer.state[ready.module.arena.storage][name] for name in _MOMENTS]
     errors: dict[str, dict[str, float]] = {"ours": {}, "eager": {}}
     for k, mine, rows in old.groups[:-1]:

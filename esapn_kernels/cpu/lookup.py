@@ -4,17 +4,13 @@ Forward, a tile of ids at a time: per level a gather and an ``addmm``, then one 
 order of the ids. Backward: occurrences sorted by level and row, so that one ``embedding_bag`` per
 level sums them per distinct row and the products are taken once per row.
 
-What lies between the calls is scratch that later calls reuse, and large results ask for huge pages:
-a page fault for every 4 KB of fresh memory costs more than the arithmetic. Works on any device; on
-a GPU the group sizes cost a synchronisation, which is why ``auto`` takes the Triton kernels there.
+What lies between the calls is scratch that later calls reuse (``cpu/scratch.py``). Works on any
+device; on a GPU the group sizes cost a synchronisation, so ``auto`` takes the Triton kernels there.
 """
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import functools
-import mmap
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -23,88 +19,28 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..ops.backend import own_precision
-from ..ops.compose import compute_dtype, operand_offsets
-from ..ops.update import Update, row_table, update_rows
+from ..ops.chain import operand_offsets
+from ..ops.layout import Layout, row_table
+from ..ops.update import Update
+from .scratch import TILE, Scratch, borrow_scratch, with_huge_pages
+from .update import update_rows
 
 __all__ = [
-    "fill_rows",
-    "gather_rows",
+    "group_levels",
     "lookup_bwd",
     "lookup_bwd_sparse",
     "lookup_bwd_update",
     "lookup_fwd",
-    "promote_rows",
+    "spans",
 ]
-
-_TILE = 1 << 22
-"""Numbers of output at a time, which bounds the scratch: 16 MB of fp32."""
-
-_SMALL = 1 << 14
-"""So few numbers come sooner from the allocator than from scratch."""
 
 _FEW = 1 << 10
 """Up to so many ids, NumPy takes less time than torch."""
 
 _NUMPY = (torch.float32, torch.float64)
 
-_HUGE = 1 << 24
-"""Bytes from which a result asks for huge pages; smaller memory is mostly used again."""
 
-
-class _Scratch:
-    """Memory that one call after the other uses; never part of a result."""
-
-    def __init__(self) -> None:
-        self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
-
-    def __call__(
-        self, name: str, rows: int, dim: int, dtype: torch.dtype, device: torch.device
-    ) -> Tensor:
-        """``[rows, dim]``, not initialised; ``name`` tells apart what is in use together."""
-        numel = rows * dim
-        if numel <= _SMALL or device.type != "cpu":
-            return torch.empty(rows, dim, dtype=dtype, device=device)
-        buffer = self._buffers.get((name, dtype))
-        if buffer is None or buffer.numel() < numel:
-            # Memory from inference mode could not be written outside of it.
-            with torch.inference_mode(False):
-                buffer = torch.empty(max(numel, _TILE), dtype=dtype, device=device)
-            self._buffers[name, dtype] = buffer
-        return buffer[:numel].view(rows, dim)
-
-
-_idle: list[_Scratch] = []
-_IDLE = 4
-
-
-@contextlib.contextmanager
-def _scratch() -> Iterator[_Scratch]:
-    """Scratch that is nobody else's meanwhile: no other thread's, and no call's inside a call."""
-    try:
-        scratch = _idle.pop()
-    except IndexError:
-        scratch = _Scratch()
-    yield scratch
-    if len(_idle) < _IDLE:
-        _idle.append(scratch)
-
-
-def _with_huge_pages(fresh: Tensor) -> Tensor:
-    """``fresh``, after asking for huge pages if it is large: 37 MB of zeros in 3 ms, not in 9."""
-    if fresh.device.type == "cpu" and fresh.nbytes >= _HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
-        first = -(-fresh.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-        length = ctypes.c_size_t(fresh.data_ptr() + fresh.nbytes - first)
-        # Advice only: where it is not taken, nothing changes.
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), length, mmap.MADV_HUGEPAGE)
-    return fresh
-
-
-def gather_rows(storage: Tensor, start: Tensor, dim: int) -> Tensor:
-    """``storage[start_i : start_i + dim]`` as ``[len(start), dim]``, for any alignment."""
-    return row_table(storage, dim).index_select(0, start)
-
-
-def _group(level: Tensor, n_levels: int) -> tuple[Tensor | None, list[int]]:
+def group_levels(level: Tensor, n_levels: int) -> tuple[Tensor | None, list[int]]:
     """Positions by level (int8), in order within one, and their number in each.
 
     ``None`` for the positions if there is one level only.
@@ -116,7 +52,7 @@ def _group(level: Tensor, n_levels: int) -> tuple[Tensor | None, list[int]]:
     return torch.sort(level, stable=True).indices, counts
 
 
-def _spans(counts: Sequence[int], limit: int) -> Iterator[tuple[int, slice]]:
+def spans(counts: Sequence[int], limit: int) -> Iterator[tuple[int, slice]]:
     """Level and place of every group, in parts of at most ``limit``."""
     end, limit = 0, max(limit, 1)
     for k, count in enumerate(counts):
@@ -125,13 +61,13 @@ def _spans(counts: Sequence[int], limit: int) -> Iterator[tuple[int, slice]]:
             yield k, slice(first, min(first + limit, end))
 
 
-def _map(composed: Tensor, k: int, sizes: Sequence[int]) -> tuple[slice, int]:
+def _block(k: int, sizes: Sequence[int]) -> tuple[slice, int]:
     """Rows of ``composed`` that hold ``M_k^T``, and the row ``c_k`` behind them."""
     first = operand_offsets(sizes)[k]
     return slice(first, first + sizes[k]), first + sizes[k]
 
 
-def _select(scratch: _Scratch, table: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
+def _select(scratch: Scratch, table: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
     """``table[index]`` in ``dtype``, in scratch."""
     shape = index.numel(), table.shape[1]
     rows = scratch("rows", *shape, table.dtype, table.device)
@@ -143,10 +79,7 @@ def lookup_fwd(
     ids: Tensor,
     storage: Tensor,
     composed: Tensor,
-    row_start: Tensor,
-    page_level: Tensor,
-    sizes: Sequence[int],
-    page: int,
+    layout: Layout,
     out: Tensor | None = None,
 ) -> Tensor:
     """``[len(ids), d_n]``: see :func:`esapn_kernels.lookup.lookup`; ids are in range.
@@ -155,19 +88,19 @@ def lookup_fwd(
     """
     few = 0 < ids.numel() <= _FEW and storage.device.type == "cpu" and storage.dtype in _NUMPY
     if out is None:
-        out = storage.new_empty(ids.numel(), sizes[-1])
+        out = storage.new_empty(ids.numel(), layout.dim)
         if not few:
-            _with_huge_pages(out)
+            with_huge_pages(out)
     if few:
-        where = row_start, page_level, tuple(sizes), page
         with np.errstate(all="ignore"):  # torch does not warn of an overflow either
-            _lookup_few(ids, storage.detach(), composed, *where, out)
+            _lookup_few(ids, storage.detach(), composed, layout, out)
         return out
-    with own_precision(storage), _scratch() as scratch:
-        for _, span in _spans([ids.numel()], _TILE // sizes[-1]):
-            start = row_start.index_select(0, ids[span])
-            level = page_level.index_select(0, start // page)
-            _lookup_tile(start, level, storage.detach(), composed, sizes, out[span], scratch)
+    with own_precision(storage), borrow_scratch() as scratch:
+        for _, span in spans([ids.numel()], TILE // layout.dim):
+            start = layout.row_start.index_select(0, ids[span])
+            level = layout.page_level.index_select(0, start // layout.page)
+            tile = start, level, storage.detach(), composed, layout.sizes
+            _lookup_tile(*tile, out[span], scratch)
     return out
 
 
@@ -175,17 +108,15 @@ def _lookup_few(
     ids: Tensor,
     storage: Tensor,
     composed: Tensor,
-    row_start: Tensor,
-    page_level: Tensor,
-    sizes: tuple[int, ...],
-    page: int,
+    layout: Layout,
     out: Tensor,
 ) -> None:
-    """:func:`lookup_fwd` of few ids, where calls cost more than work: by NumPy, whose are short."""
-    start = row_start.index_select(0, ids).numpy()
+    """:func:`lookup_fwd` of few ids, where calls cost more than work: NumPy's are the shortest."""
+    sizes = layout.sizes
+    start = layout.row_start.index_select(0, ids).numpy()
     if np.minimum.reduce(start) < 0:
         raise IndexError("index out of range in self")
-    level = page_level.numpy().take(start // page)
+    level = layout.page_level.numpy().take(start // layout.page)
     order = level.argsort(kind="stable")
     counts = np.bincount(level, minlength=len(sizes)).tolist()
     # All rows with their 1, one behind the other by level, in one gather. What lies behind the
@@ -225,20 +156,20 @@ def _lookup_tile(
     composed: Tensor,
     sizes: Sequence[int],
     out: Tensor,
-    scratch: _Scratch,
+    scratch: Scratch,
 ) -> None:
-    order, counts = _group(level, len(sizes))
+    order, counts = group_levels(level, len(sizes))
     grouped = out
     if order is not None:
         start = start.index_select(0, order)
         grouped = scratch("grouped", out.shape[0], out.shape[1], out.dtype, out.device)
-    for k, span in _spans(counts, out.shape[0]):
+    for k, span in spans(counts, out.shape[0]):
         table, y = row_table(storage, sizes[k]), grouped[span]
         if k == len(sizes) - 1:
             torch.index_select(table, 0, start[span], out=y)
             continue
         x = _select(scratch, table, start[span], composed.dtype)
-        matrix, bias = _map(composed, k, sizes)
+        matrix, bias = _block(k, sizes)
         if y.dtype == composed.dtype:
             torch.addmm(composed[bias], x, composed[matrix], out=y)
         else:
@@ -256,10 +187,7 @@ def _row_grads(
     ids: Tensor,
     storage: Tensor,
     composed: Tensor,
-    row_start: Tensor,
-    page_level: Tensor,
-    sizes: Sequence[int],
-    page: int,
+    layout: Layout,
     grad_composed: Tensor | None,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Gradients of the distinct rows, summed over their occurrences, in blocks of one size.
@@ -267,27 +195,27 @@ def _row_grads(
     Yields where in ``ids`` each row first stands and where it begins (int64 ``[U]``), and its
     gradient ``[U, d_k]``, in scratch. What is due to ``grad_composed`` of a block is added before.
     """
-    dtype = composed.dtype
+    dtype, sizes = composed.dtype, layout.sizes
     grad_out = grad_out.detach().to(dtype).contiguous()
     # By level, then by row, then as they came.
-    start, order = torch.sort(row_start.index_select(0, ids), stable=True)
-    by_level, _ = _group(page_level.index_select(0, start // page), len(sizes))
+    start, order = torch.sort(layout.row_start.index_select(0, ids), stable=True)
+    by_level, _ = group_levels(layout.page_level.index_select(0, start // layout.page), len(sizes))
     if by_level is not None:
         start, order = start.index_select(0, by_level), order.index_select(0, by_level)
     is_first = torch.ones_like(start, dtype=torch.bool)
     torch.ne(start[1:], start[:-1], out=is_first[1:])
     first = is_first.nonzero()[:, 0]
     start = start.index_select(0, first).long()
-    level = page_level.index_select(0, start // page)
+    level = layout.page_level.index_select(0, start // layout.page)
     counts = torch.bincount(level, minlength=len(sizes)).tolist()
-    with _scratch() as scratch:
-        for k, span in _spans(counts, _TILE // sizes[-1]):
+    with borrow_scratch() as scratch:
+        for k, span in spans(counts, TILE // layout.dim):
             bags = first[span]
             last = int(first[span.stop]) if span.stop < first.numel() else order.numel()
             begin = int(bags[0])
             grad = F.embedding_bag(order[begin:last], grad_out, bags - begin, mode="sum")
             if k < len(sizes) - 1:
-                matrix, bias = _map(composed, k, sizes)
+                matrix, bias = _block(k, sizes)
                 if grad_composed is not None:
                     x = _select(scratch, row_table(storage, sizes[k]), start[span], dtype)
                     grad_composed[matrix].addmm_(x.t(), grad)
@@ -302,18 +230,14 @@ def lookup_bwd(
     ids: Tensor,
     storage: Tensor,
     composed: Tensor,
-    row_start: Tensor,
-    page_level: Tensor,
-    sizes: Sequence[int],
-    page: int,
+    layout: Layout,
     want_composed: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of the storage (dense, same shape) and, if wanted, of ``composed``."""
     storage = storage.detach()
-    grad_storage = _with_huge_pages(torch.empty_like(storage)).zero_()
+    grad_storage = with_huge_pages(torch.empty_like(storage)).zero_()
     grad_composed = torch.zeros_like(composed) if want_composed else None
-    where = row_start, page_level, sizes, page
-    for _, start, grad in _row_grads(grad_out, ids, storage, composed, *where, grad_composed):
+    for _, start, grad in _row_grads(grad_out, ids, storage, composed, layout, grad_composed):
         table = row_table(grad_storage, grad.shape[1])
         table.index_copy_(0, start, grad.to(storage.dtype))
     return grad_storage, grad_composed
@@ -324,10 +248,7 @@ def lookup_bwd_sparse(
     ids: Tensor,
     storage: Tensor,
     composed: Tensor,
-    row_start: Tensor,
-    page_level: Tensor,
-    sizes: Sequence[int],
-    page: int,
+    layout: Layout,
     padding_idx: int | None = None,
     want_composed: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
@@ -338,17 +259,16 @@ def lookup_bwd_sparse(
     """
     storage = storage.detach()
     grad_composed = torch.zeros_like(composed) if want_composed else None
-    where = row_start, page_level, sizes, page
-    if len(sizes) == 1:
+    if len(layout.sizes) == 1:
         # One entry per occurrence, as nn.Embedding has it: SGD applies them one after the other.
         kept = slice(None) if padding_idx is None else ids != padding_idx
-        start = row_start.index_select(0, ids[kept])
-        index = _elements(start, sizes[0])
+        start = layout.row_start.index_select(0, ids[kept])
+        index = _elements(start, layout.dim)
         value = grad_out[kept].to(storage.dtype, copy=True).reshape(-1)
         return _coo(index, value, storage), grad_composed
     elements = [ids.new_empty(0, dtype=torch.int64)]
     values = [storage.new_empty(0)]
-    for at, start, grad in _row_grads(grad_out, ids, storage, composed, *where, grad_composed):
+    for at, start, grad in _row_grads(grad_out, ids, storage, composed, layout, grad_composed):
         if padding_idx is not None:
             kept = ids.index_select(0, at) != padding_idx
             start, grad = start[kept], grad[kept]
@@ -373,10 +293,7 @@ def lookup_bwd_update(
     ids: Tensor,
     storage: Tensor,
     composed: Tensor,
-    row_start: Tensor,
-    page_level: Tensor,
-    sizes: Sequence[int],
-    page: int,
+    layout: Layout,
     update: Update,
     want_composed: bool = True,
 ) -> Tensor | None:
@@ -386,42 +303,6 @@ def lookup_bwd_update(
     """
     storage = storage.detach()
     grad_composed = torch.zeros_like(composed) if want_composed else None
-    where = row_start, page_level, sizes, page
-    for at, start, grad in _row_grads(grad_out, ids, storage, composed, *where, grad_composed):
+    for at, start, grad in _row_grads(grad_out, ids, storage, composed, layout, grad_composed):
         update_rows(update, storage, start, ids.index_select(0, at).long(), grad)
     return grad_composed
-
-
-def promote_rows(
-    storage: Tensor,
-    chain: Tensor,
-    old_start: Tensor,
-    new_start: Tensor,
-    level: Tensor,
-    sizes: Sequence[int],
-) -> None:
-    """``storage[new] = W_k storage[old] + b_k`` for every entry with ``new_start >= 0``."""
-    # Entries that stay count as rows of the last level, which nothing leaves.
-    level = torch.where(new_start >= 0, level, len(sizes) - 1).to(torch.int8)
-    dtype = compute_dtype(storage.dtype)
-    hops = chain.split([(a + 1) * b for a, b in zip(sizes, sizes[1:], strict=False)])
-    order, counts = _group(level, len(sizes))
-    if order is not None:
-        old_start, new_start = old_start.index_select(0, order), new_start.index_select(0, order)
-    for k, span in _spans(counts[:-1], len(level)):
-        hop = hops[k].view(sizes[k] + 1, sizes[k + 1]).to(dtype)
-        rows = gather_rows(storage, old_start[span], sizes[k]).to(dtype)
-        rows = torch.addmm(hop[-1], rows, hop[:-1]).to(storage.dtype)
-        row_table(storage, sizes[k + 1]).index_copy_(0, new_start[span].long(), rows)
-
-
-def fill_rows(
-    targets: Sequence[tuple[Tensor, float]], start: Tensor, level: Tensor, sizes: Sequence[int]
-) -> None:
-    """Set the rows ``(start, level)`` with ``start >= 0`` of every tensor to its value."""
-    dim = torch.tensor([*sizes, 0], device=start.device)[torch.where(start >= 0, level, -1)]
-    before = dim.cumsum(0) - dim
-    elements = torch.repeat_interleave(start - before, dim)
-    elements += torch.arange(elements.numel(), device=start.device)
-    for tensor, value in targets:
-        tensor[elements] = value

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..ops.backend import launch_kernel, tl, triton
 from . import launch
-from .segments import _rows_of_runs, _share, _sources, _summed
+from .segments import rows_of_runs, share, sources, summed_grads
 
 __all__ = ["launch_chain_grad"]
 
@@ -52,9 +52,9 @@ def _chain_level(
     for tile in range(tile_lo, tile_hi):
         first_run = level_run + tile * BLOCK_ROWS
         mask_run = tl.arange(0, BLOCK_ROWS) < level_end - first_run
-        start = _rows_of_runs(run_start_ptr, first_run, mask_run, D, PAGE, BLOCK_ROWS)
-        alone, summed = _sources(run_first_ptr, first_run, mask_run, BLOCK_ROWS)
-        total = _summed(grad_out_ptr, sums_ptr, alone, summed, offs_dim, DIM, ACC)
+        start = rows_of_runs(run_start_ptr, first_run, mask_run, D, PAGE, BLOCK_ROWS)
+        alone, summed = sources(run_first_ptr, first_run, mask_run, BLOCK_ROWS)
+        total = summed_grads(grad_out_ptr, sums_ptr, alone, summed, offs_dim, DIM, ACC)
         row = tl.load(
             storage_ptr + start[None, :] + offs_d[:, None],
             mask=mask_run[None, :] & (offs_d < D)[:, None],
@@ -93,7 +93,7 @@ def _chain_kernel(
     BLOCK_DIM: tl.constexpr,
 ):
     pid = tl.program_id(0).to(tl.int64)
-    lo, hi = _share(level_begin_ptr, pid, tl.num_programs(0), len(SIZES) - 1, BLOCK_ROWS)
+    lo, hi = share(level_begin_ptr, pid, tl.num_programs(0), len(SIZES) - 1, BLOCK_ROWS)
     tile_base = tl.zeros_like(pid)
     offset = 0
     for k in tl.static_range(len(SIZES) - 1):

@@ -18,7 +18,6 @@ per id beside the location: 8 (id), 8 (found), 8 (order, start).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ..ops.backend import launch_kernel, tl, triton
+from ..ops.layout import Layout
 from . import launch
 
 __all__ = ["Groups", "assertions", "find_rows", "group_by_level"]
@@ -147,29 +147,27 @@ class Groups:
 
 
 def assertions(ids: Tensor) -> dict[str, Any]:
-    """Launch options under which a kernel refuses ids out of range: on a GPU, where no host looks.
+    """Launch options under which a kernel refuses ids out of range: on a GPU.
 
-    Overflow checks, which ``debug`` would bring too, stay off.
+    There the host does not read them. Overflow checks, which ``debug`` would bring too, stay off.
     """
     return {"debug": True, "sanitize_overflow": False} if ids.is_cuda else {}
 
 
-def group_by_level(
-    ids: Tensor, row_start: Tensor, page_level: Tensor, sizes: Sequence[int], page: int
-) -> Groups:
+def group_by_level(ids: Tensor, layout: Layout) -> Groups:
     """Sort a batch by level with Triton; nothing waits for the device.
 
     Args:
         ids: int32 or int64 ``[B]``, B < 2^31; an id out of range has no row (on a GPU it also
             fails a device assertion).
-        row_start, page_level, sizes, page: as for ``lookup``.
+        layout: where the rows lie.
 
     Returns:
         :class:`Groups`; stable, hence the same in every run.
     """
-    n_ids, n_levels = ids.numel(), len(sizes)
+    n_ids, n_levels = ids.numel(), len(layout.sizes)
     order = torch.empty(n_ids, dtype=torch.int32, device=ids.device)
-    start = row_start.new_empty(n_ids)
+    start = layout.row_start.new_empty(n_ids)
     if not n_ids:
         level_begin = torch.zeros(n_levels + 2, dtype=torch.int32, device=ids.device)
         return Groups(order, start, level_begin)
@@ -177,17 +175,17 @@ def group_by_level(
     level_begin = torch.empty(n_levels + 2, dtype=torch.int32, device=ids.device)
     counts = torch.empty(config.programs, config.levels, dtype=torch.int32, device=ids.device)
     found = torch.empty_like(start)
-    constants = {"N": n_levels, "PAGE": page, **config.constants()}
+    constants = {"N": n_levels, "PAGE": layout.page, **config.constants()}
     launch_kernel(
         _group_count_kernel,
         (config.programs,),
         ids,
-        row_start,
-        page_level,
+        layout.row_start,
+        layout.page_level,
         found,
         counts,
         n_ids,
-        row_start.numel(),
+        layout.num_rows,
         config.stretch,
         **constants,
         **assertions(ids),
@@ -196,7 +194,7 @@ def group_by_level(
         _group_place_kernel,
         (config.programs,),
         found,
-        page_level,
+        layout.page_level,
         counts,
         order,
         start,

@@ -229,7 +229,7 @@ def choose_fwd(n_ids: int, dim: int, dtype: torch.dtype) -> FwdConfig:
     return FwdConfig(32, 32, _block_dim(dim, 128), 8)
 
 
-def choose_promote(n_ids: int, dim: int, dtype: torch.dtype) -> LaunchConfig:
+def choose_promote(dim: int, dtype: torch.dtype) -> LaunchConfig:
     """Rows are few and every hop has its own shape: one modest tile for all.
 
     Tiles 64 columns wide spill beside the fills of four states.

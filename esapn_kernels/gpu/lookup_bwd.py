@@ -25,18 +25,25 @@ that occurs more than once. Source of the operator: Liu et al., SIGIR 2020.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from ..ops.backend import launch_kernel, tl, triton
-from ..ops.update import Update, _finish, _ids_of_runs, _step_rows, rule_state
+from ..ops.layout import Layout
+from ..ops.update import Update
 from . import launch
 from .chain_grad import launch_chain_grad
 from .launch import kernel_constants
-from .segments import _rows_of_runs, _run_sums, _share, _sources, _summed, find_runs, sum_hot
+from .segments import (
+    find_runs,
+    rows_of_runs,
+    run_sums,
+    share,
+    sources,
+    sum_hot,
+    summed_grads,
+)
+from .update import finish_rows, ids_of_runs, rule_state, step_rows
 
 __all__ = ["launch_bwd", "launch_bwd_update"]
 
@@ -68,8 +75,11 @@ def _sums_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
 ):
+    batch = (run_begin_ptr, order_ptr, grad_out_ptr, hot_ptr)
+    rows = (storage_ptr, target_ptr)
+    state = (moment_ptr, square_ptr, per_id_ptr, clock_ptr, numbers_ptr)
     pid = tl.program_id(0).to(tl.int64)
-    lo, hi = _share(level_begin_ptr, pid, tl.num_programs(0), N_LEVELS, BLOCK_ROWS)
+    lo, hi = share(level_begin_ptr, pid, tl.num_programs(0), N_LEVELS, BLOCK_ROWS)
     tile_base = tl.zeros_like(pid)
     for k in tl.static_range(N_LEVELS):
         level_run = tl.load(level_begin_ptr + k)
@@ -85,130 +95,44 @@ def _sums_kernel(
             begin = tl.load(run_begin_ptr + first_run + lane, mask=mask_run, other=0)
             end = tl.load(run_begin_ptr + first_run + lane + 1, mask=mask_run, other=0)
             if k == N_LEVELS - 1:
-                start = _rows_of_runs(run_start_ptr, first_run, mask_run, DIM, PAGE, BLOCK_ROWS)
-                ids = _ids_of_runs(ids_ptr, run_first_ptr, first_run, mask_run, RULE, BLOCK_ROWS)
+                runs = (first_run, n_runs, begin, end)
+                start = rows_of_runs(run_start_ptr, first_run, mask_run, DIM, PAGE, BLOCK_ROWS)
+                ids = ids_of_runs(ids_ptr, run_first_ptr, first_run, mask_run, RULE, BLOCK_ROWS)
                 square = tl.zeros([BLOCK_ROWS], dtype=ACC)
                 if DIM <= BLOCK_DIM:
+                    # One block: its sums are taken once, for the rule and for the rows.
                     offs_d = tl.arange(0, BLOCK_DIM)
-                    total = _run_sums(
-                        run_begin_ptr,
-                        order_ptr,
-                        grad_out_ptr,
-                        hot_ptr,
-                        first_run,
-                        n_runs,
-                        begin,
-                        end,
-                        offs_d,
-                        DIM,
-                        ACC,
-                        WALK,
-                        BLOCK_ROWS,
-                        BLOCK_DIM,
-                    )
+                    total = run_sums(batch, runs, offs_d, DIM, ACC, WALK, BLOCK_ROWS, BLOCK_DIM)
                     if RULE == "rowwise_adagrad":
                         square = tl.sum(total * total, axis=1)
-                    decay, keep = _step_rows(
-                        per_id_ptr, clock_ptr, numbers_ptr, ids, square, mask_run, DIM, RULE, ACC
-                    )
-                    _finish(
-                        storage_ptr,
-                        target_ptr,
-                        moment_ptr,
-                        square_ptr,
-                        clock_ptr,
-                        numbers_ptr,
-                        start,
-                        mask_run,
-                        offs_d,
-                        total,
-                        decay,
-                        keep,
-                        DIM,
-                        RULE,
-                        ACC,
-                    )
+                    decay, keep = step_rows(state, ids, square, mask_run, DIM, RULE, ACC)
+                    kept = (decay, keep)
+                    finish_rows(rows, state, kept, start, mask_run, offs_d, total, DIM, RULE, ACC)
                 else:
                     if RULE == "rowwise_adagrad":
                         for j in range(0, DIM, BLOCK_DIM):
                             offs_d = j + tl.arange(0, BLOCK_DIM)
-                            total = _run_sums(
-                                run_begin_ptr,
-                                order_ptr,
-                                grad_out_ptr,
-                                hot_ptr,
-                                first_run,
-                                n_runs,
-                                begin,
-                                end,
-                                offs_d,
-                                DIM,
-                                ACC,
-                                WALK,
-                                BLOCK_ROWS,
-                                BLOCK_DIM,
+                            total = run_sums(
+                                batch, runs, offs_d, DIM, ACC, WALK, BLOCK_ROWS, BLOCK_DIM
                             )
                             square += tl.sum(total * total, axis=1)
-                    decay, keep = _step_rows(
-                        per_id_ptr, clock_ptr, numbers_ptr, ids, square, mask_run, DIM, RULE, ACC
-                    )
+                    decay, keep = step_rows(state, ids, square, mask_run, DIM, RULE, ACC)
+                    kept = (decay, keep)
                     for j in range(0, DIM, BLOCK_DIM):
                         offs_d = j + tl.arange(0, BLOCK_DIM)
-                        total = _run_sums(
-                            run_begin_ptr,
-                            order_ptr,
-                            grad_out_ptr,
-                            hot_ptr,
-                            first_run,
-                            n_runs,
-                            begin,
-                            end,
-                            offs_d,
-                            DIM,
-                            ACC,
-                            WALK,
-                            BLOCK_ROWS,
-                            BLOCK_DIM,
-                        )
-                        _finish(
-                            storage_ptr,
-                            target_ptr,
-                            moment_ptr,
-                            square_ptr,
-                            clock_ptr,
-                            numbers_ptr,
-                            start,
-                            mask_run,
-                            offs_d,
-                            total,
-                            decay,
-                            keep,
-                            DIM,
-                            RULE,
-                            ACC,
+                        total = run_sums(batch, runs, offs_d, DIM, ACC, WALK, BLOCK_ROWS, BLOCK_DIM)
+                        finish_rows(
+                            rows, state, kept, start, mask_run, offs_d, total, DIM, RULE, ACC
                         )
             else:
                 many = end - begin > 1
                 if tl.max(many.to(tl.int32), axis=0) > 0:
-                    end = tl.where(many, end, begin)
+                    runs = (first_run, n_runs, begin, tl.where(many, end, begin))
                     run = (first_run + lane).to(tl.int64)
                     for n in range(0, DIM, BLOCK_DIM):
                         offs_dim = n + tl.arange(0, BLOCK_DIM)
-                        total = _run_sums(
-                            run_begin_ptr,
-                            order_ptr,
-                            grad_out_ptr,
-                            hot_ptr,
-                            first_run,
-                            n_runs,
-                            begin,
-                            end,
-                            offs_dim,
-                            DIM,
-                            ACC,
-                            WALK,
-                            BLOCK_ROWS,
-                            BLOCK_DIM,
+                        total = run_sums(
+                            batch, runs, offs_dim, DIM, ACC, WALK, BLOCK_ROWS, BLOCK_DIM
                         )
                         tl.store(
                             sums_ptr + run[:, None] * DIM + offs_dim[None, :],
@@ -220,11 +144,8 @@ def _sums_kernel(
 
 @triton.jit
 def _row_grad(
-    grad_out_ptr,
-    sums_ptr,
+    grads,
     a_ptr,
-    alone,
-    summed,
     offs_d,
     D: tl.constexpr,
     DIM: tl.constexpr,
@@ -234,11 +155,15 @@ def _row_grad(
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Columns ``offs_d`` of ``d e = M_k^T g`` for a tile of runs."""
+    """Columns ``offs_d`` of ``d e = M_k^T g`` for a tile of runs.
+
+    ``grads``: ``(grad_out_ptr, sums_ptr, alone, summed)``, see ``segments.sources``.
+    """
+    grad_out_ptr, sums_ptr, alone, summed = grads
     grad = tl.zeros([BLOCK_ROWS, BLOCK_D], dtype=ACC)
     for n in range(0, DIM, BLOCK_N):
         offs_dim = n + tl.arange(0, BLOCK_N)
-        total = _summed(grad_out_ptr, sums_ptr, alone, summed, offs_dim, DIM, ACC)
+        total = summed_grads(grad_out_ptr, sums_ptr, alone, summed, offs_dim, DIM, ACC)
         a = tl.load(
             a_ptr + offs_d[None, :] * DIM + offs_dim[:, None],
             mask=(offs_d < D)[None, :] & (offs_dim < DIM)[:, None],
@@ -250,19 +175,10 @@ def _row_grad(
 
 @triton.jit
 def _rows_level(
-    ids_ptr,
-    run_start_ptr,
-    run_first_ptr,
-    grad_out_ptr,
-    sums_ptr,
+    batch,
+    rows,
+    state,
     a_ptr,
-    storage_ptr,
-    target_ptr,
-    moment_ptr,
-    square_ptr,
-    per_id_ptr,
-    clock_ptr,
-    numbers_ptr,
     first_run,
     n_runs,
     D: tl.constexpr,
@@ -275,108 +191,43 @@ def _rows_level(
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """A tile of rows of one level below the last."""
+    """A tile of rows of one level below the last.
+
+    ``batch``: pointers ``(ids, run_start, run_first, grad_out, sums)``; ``rows``, ``state``: as in
+    ``update.finish_rows``.
+    """
+    ids_ptr, run_start_ptr, run_first_ptr, grad_out_ptr, sums_ptr = batch
     mask_run = tl.arange(0, BLOCK_ROWS) < n_runs
-    start = _rows_of_runs(run_start_ptr, first_run, mask_run, D, PAGE, BLOCK_ROWS)
-    ids = _ids_of_runs(ids_ptr, run_first_ptr, first_run, mask_run, RULE, BLOCK_ROWS)
-    alone, summed = _sources(run_first_ptr, first_run, mask_run, BLOCK_ROWS)
+    start = rows_of_runs(run_start_ptr, first_run, mask_run, D, PAGE, BLOCK_ROWS)
+    ids = ids_of_runs(ids_ptr, run_first_ptr, first_run, mask_run, RULE, BLOCK_ROWS)
+    alone, summed = sources(run_first_ptr, first_run, mask_run, BLOCK_ROWS)
+    grads = (grad_out_ptr, sums_ptr, alone, summed)
     square = tl.zeros([BLOCK_ROWS], dtype=ACC)
     if D <= BLOCK_D:
+        # One block: its product is taken once, for the rule and for the rows.
         offs_d = tl.arange(0, BLOCK_D)
-        grad = _row_grad(
-            grad_out_ptr,
-            sums_ptr,
-            a_ptr,
-            alone,
-            summed,
-            offs_d,
-            D,
-            DIM,
-            ACC,
-            PRECISION,
-            BLOCK_ROWS,
-            BLOCK_D,
-            BLOCK_N,
-        )
+        grad = _row_grad(grads, a_ptr, offs_d, D, DIM, ACC, PRECISION, BLOCK_ROWS, BLOCK_D, BLOCK_N)
         if RULE == "rowwise_adagrad":
             square = tl.sum(grad * grad, axis=1)
-        decay, keep = _step_rows(
-            per_id_ptr, clock_ptr, numbers_ptr, ids, square, mask_run, D, RULE, ACC
-        )
-        _finish(
-            storage_ptr,
-            target_ptr,
-            moment_ptr,
-            square_ptr,
-            clock_ptr,
-            numbers_ptr,
-            start,
-            mask_run,
-            offs_d,
-            grad,
-            decay,
-            keep,
-            D,
-            RULE,
-            ACC,
-        )
+        decay, keep = step_rows(state, ids, square, mask_run, D, RULE, ACC)
+        kept = (decay, keep)
+        finish_rows(rows, state, kept, start, mask_run, offs_d, grad, D, RULE, ACC)
     else:
         if RULE == "rowwise_adagrad":
             for j in range(0, D, BLOCK_D):
                 offs_d = j + tl.arange(0, BLOCK_D)
                 grad = _row_grad(
-                    grad_out_ptr,
-                    sums_ptr,
-                    a_ptr,
-                    alone,
-                    summed,
-                    offs_d,
-                    D,
-                    DIM,
-                    ACC,
-                    PRECISION,
-                    BLOCK_ROWS,
-                    BLOCK_D,
-                    BLOCK_N,
+                    grads, a_ptr, offs_d, D, DIM, ACC, PRECISION, BLOCK_ROWS, BLOCK_D, BLOCK_N
                 )
                 square += tl.sum(grad * grad, axis=1)
-        decay, keep = _step_rows(
-            per_id_ptr, clock_ptr, numbers_ptr, ids, square, mask_run, D, RULE, ACC
-        )
+        decay, keep = step_rows(state, ids, square, mask_run, D, RULE, ACC)
+        kept = (decay, keep)
         for j in range(0, D, BLOCK_D):
             offs_d = j + tl.arange(0, BLOCK_D)
             grad = _row_grad(
-                grad_out_ptr,
-                sums_ptr,
-                a_ptr,
-                alone,
-                summed,
-                offs_d,
-                D,
-                DIM,
-                ACC,
-                PRECISION,
-                BLOCK_ROWS,
-                BLOCK_D,
-                BLOCK_N,
+                grads, a_ptr, offs_d, D, DIM, ACC, PRECISION, BLOCK_ROWS, BLOCK_D, BLOCK_N
             )
-            _finish(
-                storage_ptr,
-                target_ptr,
-                moment_ptr,
-                square_ptr,
-                clock_ptr,
-                numbers_ptr,
-                start,
-                mask_run,
-                offs_d,
-                grad,
-                decay,
-                keep,
-                D,
-                RULE,
-                ACC,
-            )
+            finish_rows(rows, state, kept, start, mask_run, offs_d, grad, D, RULE, ACC)
 
 
 @triton.jit
@@ -406,8 +257,11 @@ def _rows_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    batch = (ids_ptr, run_start_ptr, run_first_ptr, grad_out_ptr, sums_ptr)
+    rows = (storage_ptr, target_ptr)
+    state = (moment_ptr, square_ptr, per_id_ptr, clock_ptr, numbers_ptr)
     pid = tl.program_id(0).to(tl.int64)
-    lo, hi = _share(level_begin_ptr, pid, tl.num_programs(0), len(SIZES) - 1, BLOCK_ROWS)
+    lo, hi = share(level_begin_ptr, pid, tl.num_programs(0), len(SIZES) - 1, BLOCK_ROWS)
     tile_base = tl.zeros_like(pid)
     offset = 0
     for k in tl.static_range(len(SIZES) - 1):
@@ -419,19 +273,10 @@ def _rows_kernel(
         for tile in range(tile_lo, tile_hi):
             first_run = level_run + tile * BLOCK_ROWS
             _rows_level(
-                ids_ptr,
-                run_start_ptr,
-                run_first_ptr,
-                grad_out_ptr,
-                sums_ptr,
+                batch,
+                rows,
+                state,
                 composed_ptr + offset * DIM,
-                storage_ptr,
-                target_ptr,
-                moment_ptr,
-                square_ptr,
-                per_id_ptr,
-                clock_ptr,
-                numbers_ptr,
                 first_run,
                 level_end - first_run,
                 SIZES[k],
@@ -453,30 +298,27 @@ def _launch(
     ids: Tensor,
     storage: Tensor,
     composed: Tensor,
-    row_start: Tensor,
-    page_level: Tensor,
-    sizes: Sequence[int],
-    page: int,
+    layout: Layout,
     *,
     target: Tensor,
     update: Update | None,
     want_composed: bool,
 ) -> Tensor | None:
     """The three passes; returns the gradient of ``composed``, if wanted."""
-    n_ids, dim = ids.numel(), sizes[-1]
+    n_ids, sizes = ids.numel(), layout.sizes
     lower = len(sizes) > 1
     if not n_ids:
         return torch.zeros_like(composed) if want_composed else None
     # Kernels count from the first number: of a strided view, that is not where the second lies.
     grad_out, ids = grad_out.contiguous(), ids.contiguous()
     config = launch.choose_bwd(n_ids, sizes, storage.dtype)
-    runs = find_runs(ids, row_start, page_level, capacity=storage.numel(), sizes=sizes, page=page)
+    runs = find_runs(ids, layout, capacity=storage.numel())
     hot = sum_hot(runs, grad_out, len(sizes), config)
-    sums = composed.new_empty(runs.run_start.numel() if lower else 0, dim)
+    sums = composed.new_empty(runs.run_start.numel() if lower else 0, layout.dim)
     rule, state = "gradient", [storage] * 5
     if update is not None:
         rule, state = update.rule, rule_state(update, storage)
-    constants = kernel_constants(sizes, page, storage.dtype)
+    constants = kernel_constants(sizes, layout.page, storage.dtype)
     shared = {name: constants[name] for name in ("PAGE", "DIM", "ACC")}
     where = (runs.run_start, runs.run_first, runs.level_begin, grad_out)
     launch_kernel(
@@ -524,41 +366,36 @@ def _launch(
 
 
 def launch_bwd(
-    grad_out: Tensor, ids: Tensor, storage: Tensor, *where: Any, want_composed: bool = True
+    grad_out: Tensor,
+    ids: Tensor,
+    storage: Tensor,
+    composed: Tensor,
+    layout: Layout,
+    want_composed: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of the storage (dense, same shape and dtype) and, if wanted, of ``composed``.
-
-    ``where``: ``composed, row_start, page_level, sizes, page``.
-    """
+    """Gradients of the storage (dense, same shape and dtype) and, if wanted, of ``composed``."""
     target = torch.zeros_like(storage)
-    grad_composed = _launch(
-        grad_out, ids, storage, *where, target=target, update=None, want_composed=want_composed
-    )
-    return target, grad_composed
+    operands = (grad_out, ids, storage, composed, layout)
+    wanted = _launch(*operands, target=target, update=None, want_composed=want_composed)
+    return target, wanted
 
 
 def launch_bwd_update(
     grad_out: Tensor,
     ids: Tensor,
     storage: Tensor,
-    *where: Any,
+    composed: Tensor,
+    layout: Layout,
     update: Update,
     want_composed: bool = True,
 ) -> Tensor | None:
     """Apply ``update`` to the rows of ``ids``, in place, each once with its summed gradient.
 
     Ids that do not exist change nothing. Returns the gradient of ``composed`` from the rows as they
-    were before, or ``None`` if it is not wanted. ``where``: as for :func:`launch_bwd`.
+    were before, or ``None`` if it is not wanted.
     """
-    grad_composed = _launch(
-        grad_out,
-        ids,
-        storage,
-        *where,
-        target=storage,
-        update=update,
-        want_composed=want_composed,
-    )
+    operands = (grad_out, ids, storage, composed, layout)
+    wanted = _launch(*operands, target=storage, update=update, want_composed=want_composed)
     # The kernels write through pointers; autograd must know that saved rows are stale.
     torch.autograd.graph.increment_version(storage)
-    return grad_composed
+    return wanted

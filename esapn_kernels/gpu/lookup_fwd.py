@@ -16,16 +16,15 @@ Bytes per id, fp32: 8 (id) + 4 (location) + 4 d_k (row) + 4 d_n (out).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from ..ops.backend import launch_kernel, tl, triton
+from ..ops.layout import Layout
 from . import launch
 from .group import assertions, find_rows, group_by_level
 
-__all__ = ["launch_fwd"]
+__all__ = ["launch_fwd", "launch_grouped", "launch_small"]
 
 
 @triton.jit
@@ -196,47 +195,41 @@ def _lookup_grouped_kernel(
             base += SIZES[k] + 1
 
 
-def _launch_small(
+def launch_small(
     out: Tensor,
     ids: Tensor,
     storage: Tensor,
     composed: Tensor,
-    row_start: Tensor,
-    page_level: Tensor,
-    sizes: Sequence[int],
-    page: int,
+    layout: Layout,
 ) -> None:
-    config = launch.choose_fwd(ids.numel(), sizes[-1], storage.dtype)
-    grid = (triton.cdiv(ids.numel(), config.block_rows), triton.cdiv(sizes[-1], config.block_dim))
+    config = launch.choose_fwd(ids.numel(), layout.dim, storage.dtype)
+    grid = (triton.cdiv(ids.numel(), config.block_rows), triton.cdiv(layout.dim, config.block_dim))
     launch_kernel(
         _lookup_fwd_kernel,
         grid,
         ids,
         storage,
         composed,
-        row_start,
-        page_level,
+        layout.row_start,
+        layout.page_level,
         out,
         ids.numel(),
-        row_start.numel(),
-        PAGE=page,
-        **config.constants(sizes, page, storage.dtype),
+        layout.num_rows,
+        PAGE=layout.page,
+        **config.constants(layout.sizes, layout.page, storage.dtype),
         **assertions(ids),
     )
 
 
-def _launch_grouped(
+def launch_grouped(
     out: Tensor,
     ids: Tensor,
     storage: Tensor,
     composed: Tensor,
-    row_start: Tensor,
-    page_level: Tensor,
-    sizes: Sequence[int],
-    page: int,
+    layout: Layout,
 ) -> None:
-    groups = group_by_level(ids, row_start, page_level, sizes, page)
-    config = launch.choose_fwd_grouped(ids.numel(), sizes, storage.dtype)
+    groups = group_by_level(ids, layout)
+    config = launch.choose_fwd_grouped(ids.numel(), layout.sizes, storage.dtype)
     launch_kernel(
         _lookup_grouped_kernel,
         (config.programs,),
@@ -246,7 +239,7 @@ def _launch_grouped(
         storage,
         composed,
         out,
-        **config.constants(sizes, page, storage.dtype),
+        **config.constants(layout.sizes, layout.page, storage.dtype),
     )
 
 
@@ -254,19 +247,16 @@ def launch_fwd(
     ids: Tensor,
     storage: Tensor,
     composed: Tensor,
-    row_start: Tensor,
-    page_level: Tensor,
-    sizes: Sequence[int],
-    page: int,
+    layout: Layout,
     out_dtype: torch.dtype | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """``[B, d_n]`` in ``out_dtype`` (that of ``storage``), or into the contiguous ``out``."""
+    """``[B, D]`` in ``out_dtype`` (that of ``storage``), or into the contiguous ``out``."""
     if out is None:
-        out = storage.new_empty(ids.numel(), sizes[-1], dtype=out_dtype)
+        out = storage.new_empty(ids.numel(), layout.dim, dtype=out_dtype)
     if ids.numel():
-        grouped = launch.groups_ids(ids.numel(), sizes, storage.dtype)
-        run = _launch_grouped if grouped else _launch_small
+        grouped = launch.groups_ids(ids.numel(), layout.sizes, storage.dtype)
+        run = launch_grouped if grouped else launch_small
         # Kernels count from the first id: of a strided view, that is not where the second lies.
-        run(out, ids.contiguous(), storage, composed, row_start, page_level, sizes, page)
+        run(out, ids.contiguous(), storage, composed, layout)
     return out

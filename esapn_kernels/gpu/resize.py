@@ -8,7 +8,7 @@ A promotion changes no output: M_k e + c_k = M_{k+1} (W_k e + b_k) + c_{k+1}.
 
 Three launches for any number of ids, R positions in ``ids``, nothing read by the host:
 
-    claim   owner[id] = first position that asks for id, an atomic minimum             [N]
+    claim   owner[id] = first position that names the id, an atomic minimum             [N]
             group = the level that it leaves (insert: enters), -1: nothing to do       [R]
     scan    one program ranks the owners of every group in the order of their positions and hands
             out rows: free rows of the level's stack from its top, then rows of fresh pages; the
@@ -26,28 +26,17 @@ Source: Liu et al., SIGIR 2020.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..cpu import lookup as torch_path
-from ..ops.backend import launch_kernel, resolve_backend, tl, triton
+from ..ops.backend import launch_kernel, tl, triton
+from ..ops.layout import UNCLAIMED, Filled, Places
 from . import launch
 from .launch import block_constants, kernel_constants
 
-__all__ = [
-    "NOBODY",
-    "Places",
-    "fill_rows",
-    "launch_free",
-    "launch_insert",
-    "launch_promote",
-]
-
-NOBODY = 2**31 - 1
-"""What ``owner`` holds for an id that no position asks for."""
+__all__ = ["launch_fill", "launch_free", "launch_insert", "launch_promote"]
 
 CLAIM_IDS = 256
 """Positions that a program of the first launch looks at."""
@@ -93,7 +82,7 @@ def _claim_kernel(
             group = tl.where(mask_id & (level < 0), target, -1)
     tl.store(group_ptr + offs, group.to(group_ptr.dtype.element_ty), mask=inside)
     tl.store(old_start_ptr + offs, start.to(old_start_ptr.dtype.element_ty), mask=inside)
-    # Whoever comes first in ids, not in time: the same in every run.
+    # The first position in ids, not the first program in time: the same in every run.
     tl.atomic_min(owner_ptr + ids, offs.to(tl.int32), mask=group >= 0, sem="relaxed")
 
 
@@ -116,7 +105,7 @@ def _scan_kernel(
     TAKE: tl.constexpr,
     GIVE: tl.constexpr,
     HOP: tl.constexpr,
-    NOBODY: tl.constexpr,
+    UNCLAIMED: tl.constexpr,
     LEVELS: tl.constexpr,
     BLOCK_IDS: tl.constexpr,
 ):
@@ -129,7 +118,7 @@ def _scan_kernel(
         offs = begin + tl.arange(0, BLOCK_IDS)
         group = tl.load(group_ptr + offs, mask=offs < n_ids, other=-1).to(tl.int32)
         ids = tl.load(ids_ptr + offs, mask=group >= 0, other=0).to(tl.int64)
-        first = tl.load(owner_ptr + ids, mask=group >= 0, other=NOBODY)
+        first = tl.load(owner_ptr + ids, mask=group >= 0, other=UNCLAIMED)
         rank = tl.zeros_like(group) - 1
         for g in tl.static_range(len(SIZES)):
             owned = ((group == g) & (first == offs)).to(tl.int32)
@@ -270,7 +259,7 @@ def _move_kernel(
     TAKE: tl.constexpr,
     GIVE: tl.constexpr,
     HOP: tl.constexpr,
-    NOBODY: tl.constexpr,
+    UNCLAIMED: tl.constexpr,
     LEVELS: tl.constexpr,
     FRESH: tl.constexpr,
     FRESH_ID: tl.constexpr,
@@ -282,8 +271,8 @@ def _move_kernel(
     inside = offs_row < n_ids
     ids = tl.load(ids_ptr + offs_row, mask=inside, other=-1).to(tl.int64)
     mask_id = (ids >= 0) & (ids < n_rows)
-    nobody = tl.zeros([BLOCK_ROWS], dtype=tl.int32) + NOBODY
-    tl.store(owner_ptr + ids, nobody, mask=mask_id)
+    unclaimed = tl.zeros([BLOCK_ROWS], dtype=tl.int32) + UNCLAIMED
+    tl.store(owner_ptr + ids, unclaimed, mask=mask_id)
 
     group = tl.load(group_ptr + offs_row, mask=inside, other=-1).to(tl.int32)
     asks = group >= 0
@@ -388,26 +377,6 @@ def _fill_rows_kernel(
     _fill(target_ptr, start, dim, VALUE, DIM, BLOCK_ROWS, BLOCK_DIM)
 
 
-@dataclass(frozen=True)
-class Places:
-    """Where an arena's rows are and may be, as the kernels take it (see ``arena.Arena``).
-
-    ``owner``: int32 ``[N]``, ``NOBODY`` everywhere, before a call and after.
-    """
-
-    row_start: Tensor
-    page_level: Tensor
-    free_rows: Tensor
-    free_pages: Tensor
-    free_count: Tensor
-    free_base: Tensor
-    owner: Tensor
-
-
-Filled = Sequence[tuple[Tensor, float]]
-"""Tensors whose rows start afresh, each with the value that they take."""
-
-
 def launch_promote(
     ids: Tensor,
     mask: Tensor | None,
@@ -416,27 +385,12 @@ def launch_promote(
     places: Places,
     states: Filled,
     per_id: Filled,
-    *,
-    sizes: Sequence[int],
-    page: int,
 ) -> Tensor:
-    """Move the rows of ``ids`` (where ``mask``) one level up, as far as there is room.
+    """Move rows one level up, as far as there is room; see ``ops.resize.promote``.
 
-    Args:
-        ids: int ``[R]``; others than ``0 .. N - 1``, ids without a row and rows at the last level
-            are passed over; the first of equal ids counts.
-        mask: bool ``[R]`` or ``None``.
-        storage: flat ``[capacity]``; the new rows are written.
-        chain: packed hops, dtype of ``storage``.
-        places: locations and free lists; brought up to date.
-        states, per_id: in the layout of ``storage``, and ``[N]``: set where rows moved. Up to four
-            and one of them cost no further launch.
-        sizes, page: of the arena.
-
-    Returns:
-        Bool ``[R]``: True where the position asked for a row that moved.
+    Up to four ``states`` and one of ``per_id`` cost no further launch.
     """
-    return _launch(ids, mask, storage, chain, places, states, per_id, sizes, page, (True, True))
+    return _launch(ids, mask, storage, chain, places, states, per_id, (True, True))
 
 
 def launch_insert(
@@ -446,20 +400,14 @@ def launch_insert(
     places: Places,
     states: Filled,
     per_id: Filled,
-    *,
-    sizes: Sequence[int],
-    page: int,
 ) -> Tensor:
     """Give ``ids`` without a row a zero row of ``level``; as :func:`launch_promote` otherwise."""
-    action = (True, False)
-    return _launch(ids, None, storage, None, places, states, per_id, sizes, page, action, level)
+    return _launch(ids, None, storage, None, places, states, per_id, (True, False), level)
 
 
-def launch_free(
-    ids: Tensor, storage: Tensor, places: Places, *, sizes: Sequence[int], page: int
-) -> Tensor:
+def launch_free(ids: Tensor, storage: Tensor, places: Places) -> Tensor:
     """Give the rows of ``ids`` back; as :func:`launch_promote` otherwise."""
-    return _launch(ids, None, storage, None, places, (), (), sizes, page, (False, True))
+    return _launch(ids, None, storage, None, places, (), (), (False, True))
 
 
 def _launch(
@@ -470,12 +418,12 @@ def _launch(
     places: Places,
     states: Filled,
     per_id: Filled,
-    sizes: Sequence[int],
-    page: int,
     action: tuple[bool, bool],
     target: int = 0,
 ) -> Tensor:
-    n_ids, n_rows = ids.numel(), places.owner.numel()
+    layout, owner = places.layout, places.owner
+    assert owner is not None
+    sizes, n_ids, n_rows = layout.sizes, ids.numel(), owner.numel()
     take, give = action
     hop = int(take and give)
     moved = torch.empty(n_ids, dtype=torch.bool, device=ids.device)
@@ -484,7 +432,7 @@ def _launch(
     ids = ids.contiguous()
     # Rows of a multiple of 16: the kernels know how their pointers are aligned.
     padded = -(-n_ids // 16) * 16
-    work = torch.empty(5, padded, dtype=places.row_start.dtype, device=ids.device)
+    work = torch.empty(5, padded, dtype=layout.row_start.dtype, device=ids.device)
     group, old_start, first, rank, new_start = work.unbind(0)
     flags: dict[str, Any] = {"TAKE": take, "GIVE": give}
     launch_kernel(
@@ -492,16 +440,16 @@ def _launch(
         (triton.cdiv(n_ids, CLAIM_IDS),),
         ids,
         ids if mask is None else mask.contiguous().view(torch.uint8),
-        places.row_start,
-        places.page_level,
-        places.owner,
+        layout.row_start,
+        layout.page_level,
+        owner,
         group,
         old_start,
         n_ids,
         n_rows,
         target,
         N_LEVELS=len(sizes),
-        PAGE=page,
+        PAGE=layout.page,
         **flags,
         MASKED=mask is not None,
         BLOCK_IDS=CLAIM_IDS,
@@ -510,12 +458,12 @@ def _launch(
     )
     scan = launch.choose_scan(len(sizes))
     plan = torch.empty(4, scan["LEVELS"], dtype=torch.int64, device=ids.device)
-    flags.update(HOP=hop, NOBODY=NOBODY)
+    flags.update(HOP=hop, UNCLAIMED=UNCLAIMED)
     launch_kernel(
         _scan_kernel,
         (1,),
         ids,
-        places.owner,
+        owner,
         group,
         first,
         rank,
@@ -526,14 +474,14 @@ def _launch(
         places.free_count,
         places.free_base,
         n_ids,
-        SIZES=tuple(sizes),
-        PAGE=page,
+        SIZES=sizes,
+        PAGE=layout.page,
         **flags,
         **scan,
         enable_fp_fusion=True,
     )
-    config = launch.choose_promote(n_ids, sizes[-1], storage.dtype)
-    constants = kernel_constants(sizes, page, storage.dtype)
+    config = launch.choose_promote(sizes[-1], storage.dtype)
+    constants = kernel_constants(sizes, layout.page, storage.dtype)
     kept, kept_ids = states[:_STATES], per_id[:1]
     tensors = [tensor for tensor, _ in kept] + [storage] * (_STATES - len(kept))
     launch_kernel(
@@ -549,9 +497,9 @@ def _launch(
         old_start,
         new_start,
         moved.view(torch.uint8),
-        places.owner,
-        places.row_start,
-        places.page_level,
+        owner,
+        layout.row_start,
+        layout.page_level,
         places.free_rows,
         places.free_pages,
         *tensors,
@@ -571,52 +519,22 @@ def _launch(
         for tensor in (storage, *(tensor for tensor, _ in kept)):
             torch.autograd.graph.increment_version(tensor)
         if states[_STATES:] or per_id[1:]:
-            level = group[:n_ids] + hop
-            _fill_rest(states[_STATES:], per_id[1:], ids, moved, level, places, sizes)
+            # More state than the kernel has arguments for: a launch each.
+            known = torch.where(moved, ids.long(), 0)
+            start = torch.where(moved, layout.row_start[known], -1)
+            launch_fill(states[_STATES:], start, group[:n_ids] + hop, sizes)
+            only = torch.where(moved, known, -1)
+            launch_fill(per_id[1:], only, torch.zeros_like(only), (1,))
     return moved
 
 
-def _fill_rest(
-    states: Filled,
-    per_id: Filled,
-    ids: Tensor,
-    moved: Tensor,
-    level: Tensor,
-    places: Places,
-    sizes: Sequence[int],
-) -> None:
-    """More state than ``_move_kernel`` has arguments for, a launch each."""
-    known = torch.where(moved, ids.long(), 0)
-    start = torch.where(moved, places.row_start[known], -1)
-    fill_rows(states, start, level, sizes=sizes, backend="triton")
-    only = torch.where(moved, known, -1)
-    fill_rows(per_id, only, torch.zeros_like(only), sizes=(1,), backend="triton")
-
-
-def fill_rows(
-    targets: Filled,
-    start: Tensor,
-    level: Tensor,
-    *,
-    sizes: Sequence[int],
-    backend: str = "auto",
-) -> None:
-    """Set every element of the rows ``(start, level)`` with ``start >= 0``, in place.
-
-    Args:
-        targets: flat tensors of the storage's shape, each with the value that its rows take.
-        start, level: int ``[R]``, first elements and levels.
-        sizes: of the levels.
-        backend: ``auto`` | ``triton`` | ``torch``.
-    """
+def launch_fill(targets: Filled, start: Tensor, level: Tensor, sizes: Sequence[int]) -> None:
+    """Set the rows ``(start, level)`` with ``start >= 0`` of every tensor to its value."""
     n_rows = level.numel()
-    if not n_rows or not targets:
-        return
-    if resolve_backend(backend, start.device) != "triton":
-        torch_path.fill_rows(targets, start, level, sizes)
+    if not n_rows:
         return
     for tensor, value in targets:
-        config = launch.choose_promote(n_rows, sizes[-1], tensor.dtype)
+        config = launch.choose_promote(sizes[-1], tensor.dtype)
         launch_kernel(
             _fill_rows_kernel,
             (triton.cdiv(n_rows, config.block_rows),),

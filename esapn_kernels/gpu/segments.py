@@ -28,10 +28,21 @@ import torch
 from torch import Tensor
 
 from ..ops.backend import launch_kernel, tl, triton
+from ..ops.layout import Layout
 from . import launch
 from .group import find_rows
 
-__all__ = ["Runs", "find_runs", "sum_hot"]
+__all__ = [
+    "Runs",
+    "find_runs",
+    "pack_keys",
+    "rows_of_runs",
+    "run_sums",
+    "share",
+    "sources",
+    "sum_hot",
+    "summed_grads",
+]
 
 _INT32 = 32
 
@@ -188,15 +199,9 @@ def _hot_kernel(
 
 
 @triton.jit
-def _run_sums(
-    run_begin_ptr,
-    order_ptr,
-    grad_out_ptr,
-    hot_ptr,
-    first_run,
-    n_runs,
-    begin,
-    end,
+def run_sums(
+    batch,
+    tile,
     offs_dim,
     DIM: tl.constexpr,
     ACC: tl.constexpr,
@@ -204,7 +209,13 @@ def _run_sums(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
 ):
-    """Sum of every run's gradients; ``begin``, ``end``: the runs ``first_run + lane``."""
+    """Sum of every run's gradients ``[BLOCK_ROWS, BLOCK_DIM]``, their columns ``offs_dim``.
+
+    ``batch``: pointers ``(run_begin, order, grad_out, hot)``. ``tile``: ``(first_run, n_runs,
+    begin, end)``, the last two the positions of the runs ``first_run + lane``.
+    """
+    run_begin_ptr, order_ptr, grad_out_ptr, hot_ptr = batch
+    first_run, n_runs, begin, end = tile
     WALK: tl.constexpr = WALKS[0]
     UNROLL: tl.constexpr = WALKS[1]
     HOT: tl.constexpr = WALKS[2]
@@ -267,7 +278,7 @@ def _run_sums(
 
 
 @triton.jit
-def _rows_of_runs(
+def rows_of_runs(
     run_start_ptr,
     first_run,
     mask_run,
@@ -285,7 +296,7 @@ def _rows_of_runs(
 
 
 @triton.jit
-def _share(level_begin_ptr, program, n_programs, N_LEVELS: tl.constexpr, BLOCK_ROWS: tl.constexpr):
+def share(level_begin_ptr, program, n_programs, N_LEVELS: tl.constexpr, BLOCK_ROWS: tl.constexpr):
     """Tiles ``[lo, hi)`` of a program: tiles are numbered through the levels, shares are equal."""
     tiles = tl.zeros_like(program).to(tl.int64)
     for k in tl.static_range(N_LEVELS):
@@ -295,7 +306,7 @@ def _share(level_begin_ptr, program, n_programs, N_LEVELS: tl.constexpr, BLOCK_R
 
 
 @triton.jit
-def _sources(run_first_ptr, first_run, mask_run, BLOCK_ROWS: tl.constexpr):
+def sources(run_first_ptr, first_run, mask_run, BLOCK_ROWS: tl.constexpr):
     """Where a tile's summed gradients are: rows of the output's gradient and of ``sums``, or -1."""
     lane = tl.arange(0, BLOCK_ROWS)
     first = tl.load(run_first_ptr + first_run + lane, mask=mask_run, other=0)
@@ -304,7 +315,9 @@ def _sources(run_first_ptr, first_run, mask_run, BLOCK_ROWS: tl.constexpr):
 
 
 @triton.jit
-def _summed(grad_out_ptr, sums_ptr, alone, summed, offs_dim, DIM: tl.constexpr, ACC: tl.constexpr):
+def summed_grads(
+    grad_out_ptr, sums_ptr, alone, summed, offs_dim, DIM: tl.constexpr, ACC: tl.constexpr
+):
     """Their columns ``offs_dim``: in either place, zero in the other."""
     mask_dim = (offs_dim < DIM)[None, :]
     one = tl.load(
@@ -322,7 +335,7 @@ def _summed(grad_out_ptr, sums_ptr, alone, summed, offs_dim, DIM: tl.constexpr, 
 
 @dataclass(frozen=True)
 class Runs:
-    """The sorted batch; see the memory picture of this file. ``layout``: how keys are packed."""
+    """The sorted batch; see the memory picture of this file. ``packing``: see :func:`pack_keys`."""
 
     key: Tensor
     order: Tensor
@@ -330,17 +343,17 @@ class Runs:
     run_start: Tensor
     run_first: Tensor
     level_begin: Tensor
-    layout: tuple[int, int, int, int]
+    packing: tuple[int, int, int, int]
 
 
-def key_layout(capacity: int, sizes: Sequence[int], page: int) -> tuple[int, int, int, int]:
+def pack_keys(capacity: int, sizes: Sequence[int], page: int) -> tuple[int, int, int, int]:
     """How a row's level and place are packed into its key: ``(page, unit, bits, bias)``.
 
     ``unit`` divides every row start. The levels 0 .. n (n: no row) stand above the ``bits`` of the
     place. A key of at most 32 bits is an int32, moved by ``bias`` so that all its bits count; a
     longer one an int64 (bias 0).
 
-    >>> key_layout(9_216_000, (2, 4, 8, 16, 64, 128), 4096)
+    >>> pack_keys(9_216_000, (2, 4, 8, 16, 64, 128), 4096)
     (4096, 2, 23, 2147483648)
     """
     unit = math.gcd(page, *sizes)
@@ -349,36 +362,27 @@ def key_layout(capacity: int, sizes: Sequence[int], page: int) -> tuple[int, int
     return page, unit, bits, 0 if wide else 1 << (_INT32 - 1)
 
 
-def find_runs(
-    ids: Tensor,
-    row_start: Tensor,
-    page_level: Tensor,
-    *,
-    capacity: int,
-    sizes: Sequence[int],
-    page: int,
-) -> Runs:
+def find_runs(ids: Tensor, layout: Layout, *, capacity: int) -> Runs:
     """Sort the batch by level and row and find the runs of equal rows.
 
     Args:
         ids: int ``[B]``, B > 0; ids that do not exist or have no row take part in no run.
-        row_start, page_level: as for ``lookup``.
+        layout: where the rows lie.
         capacity: elements of the storage.
-        sizes, page: as for ``lookup``.
     """
-    n_ids, n_levels = ids.numel(), len(sizes)
-    layout = key_layout(capacity, sizes, page)
-    constants: dict[str, Any] = {"N_LEVELS": n_levels, "KEY": layout, **launch.SCAN}
-    key = ids.new_empty(n_ids, dtype=torch.int32 if layout[3] else torch.int64)
+    n_ids, n_levels = ids.numel(), len(layout.sizes)
+    packing = pack_keys(capacity, layout.sizes, layout.page)
+    constants: dict[str, Any] = {"N_LEVELS": n_levels, "KEY": packing, **launch.SCAN}
+    key = ids.new_empty(n_ids, dtype=torch.int32 if packing[3] else torch.int64)
     launch_kernel(
         _key_kernel,
         (triton.cdiv(n_ids, constants["BLOCK"]),),
         ids,
-        row_start,
-        page_level,
+        layout.row_start,
+        layout.page_level,
         key,
         n_ids,
-        row_start.numel(),
+        layout.num_rows,
         **constants,
     )
     key, order = torch.sort(key, stable=True)
@@ -387,14 +391,14 @@ def find_runs(
     count = ids.new_empty(blocks, dtype=torch.int32)
     run_begin = ids.new_empty(n_ids + 1, dtype=torch.int32)
     # The last run may be that of ids without a row, and count as one of the table's and one more.
-    runs = min(n_ids, row_start.numel() + 1)
-    run_start = ids.new_empty(runs, dtype=row_start.dtype)
+    runs = min(n_ids, layout.num_rows + 1)
+    run_start = ids.new_empty(runs, dtype=layout.row_start.dtype)
     run_first = ids.new_empty(runs, dtype=torch.int32)
     level_begin = ids.new_empty(n_levels + 1, dtype=torch.int32)
     launch_kernel(_run_count_kernel, (blocks,), key, count, n_ids, **constants)
     found = (run_begin, run_start, run_first, level_begin)
     launch_kernel(_run_begin_kernel, (blocks,), key, order, count, *found, n_ids, **constants)
-    return Runs(key, order, *found, layout)
+    return Runs(key, order, *found, packing)
 
 
 def sum_hot(runs: Runs, rows: Tensor, n_levels: int, config: launch.BwdConfig) -> Tensor:
@@ -416,7 +420,7 @@ def sum_hot(runs: Runs, rows: Tensor, n_levels: int, config: launch.BwdConfig) -
             sums,
             n_ids,
             N_LEVELS=n_levels,
-            KEY=runs.layout,
+            KEY=runs.packing,
             DIM=dim,
             ACC=launch.accumulator(rows.dtype),
             HOT=hot,

@@ -16,6 +16,7 @@ __all__ = [
     "BACKENDS",
     "INTERPRETED",
     "TRITON_ERROR",
+    "host_reads",
     "is_capturing",
     "launch_kernel",
     "own_precision",
@@ -79,6 +80,11 @@ def launch_kernel(
     """
     with _on_device(first):
         kernel[grid](first, *args, **known)
+
+
+def host_reads(tensor: Tensor) -> bool:
+    """Whether the host reads a tensor's values without waiting for a device."""
+    return tensor.device.type == "cpu"
 
 
 def is_capturing(tensor: Tensor) -> bool:

@@ -1,41 +1,52 @@
 """Ragged embedding lookup fused with the projection to the largest size.
 
-    y(x) = M_k e + c_k        e in R^{d_k} the row of x, k its level, y in R^{d_n}
+    y(x) = M_k e + c_k        e in R^{d_k} the row of x, k its level, y in R^D, D = d_{n-1}
 
-with ``(M_k, c_k)`` from ``ops.compose``. The kernels are in ``lookup_fwd`` and
-``lookup_bwd``, the CPU path in ``torch_path``; here they become operators with gradients. Source of
-the operator: Liu et al., "Automated Embedding Size Search in Deep Recommender Systems", SIGIR 2020.
+with ``(M_k, c_k)`` from :mod:`esapn_kernels.ops.compose`. The kernels are in ``gpu/lookup_fwd`` and
+``gpu/lookup_bwd``, the same for CPUs in ``cpu/lookup``; here they become operators with gradients,
+and :func:`lookup` chooses which of them runs. Source of the operator: Liu et al., "Automated
+Embedding Size Search in Deep Recommender Systems", SIGIR 2020.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
-from ..cpu import lookup as torch_path
+from ..cpu import lookup as cpu
 from ..gpu.lookup_bwd import launch_bwd, launch_bwd_update
 from ..gpu.lookup_fwd import launch_fwd
-from ..reference import lookup_reference, split_chain
+from ..reference import lookup_reference
 from .backend import own_precision, resolve_backend
-from .compose import compose, compose_bwd, compute_dtype
+from .chain import compute_dtype, split_chain
+from .checks import check_out, is_eager
+from .compose import ComposedCache, compose, compose_bwd
+from .layout import Layout
 from .update import Update
 
-__all__ = ["check_ids", "is_eager", "lookup", "lookup_eager"]
+__all__ = ["Options", "lookup"]
 
 
-def is_eager() -> bool:
-    """Whether plain eager code runs: nobody compiles, traces or transforms it."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or torch._C._len_torch_dispatch_stack() > 0
-    )
+class Options(NamedTuple):
+    """What ``nn.Embedding`` can be told of a lookup, and the dtype of the output.
+
+    Attributes:
+        padding_idx: this id has no gradient, neither for its row nor for the chain.
+        scale_grad_by_freq: divide the gradient of every occurrence by the count of its id in
+            ``ids``, for the rows and the chain alike.
+        sparse: the gradient of ``storage`` is COO, one entry per element of a row looked up; torch
+            calls on every backend, which wait for a GPU. Dense under ``torch.func``.
+        out_dtype: of the output, rounded once from the sum in fp32; default: that of ``storage``.
+    """
+
+    padding_idx: int | None = None
+    scale_grad_by_freq: bool = False
+    sparse: bool = False
+    out_dtype: torch.dtype | None = None
 
 
 def _is_opaque(storage: Tensor) -> bool:
@@ -48,20 +59,16 @@ def _lookup_fwd(
     ids: Tensor,
     storage: Tensor,
     composed: Tensor,
-    row_start: Tensor,
-    page_level: Tensor,
-    sizes: Sequence[int],
-    page: int,
+    layout: Layout,
     backend: str,
     out_dtype: torch.dtype | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    where = (ids, storage, composed, row_start, page_level, sizes, page)
     if backend == "triton":
-        return launch_fwd(*where, out_dtype, out)
+        return launch_fwd(ids, storage, composed, layout, out_dtype, out)
     if out_dtype is None or out_dtype == storage.dtype:
-        return torch_path.lookup_fwd(*where, out)
-    wide = torch_path.lookup_fwd(*where)
+        return cpu.lookup_fwd(ids, storage, composed, layout, out)
+    wide = cpu.lookup_fwd(ids, storage, composed, layout)
     return wide.to(out_dtype) if out is None else out.copy_(wide)
 
 
@@ -70,17 +77,13 @@ def _lookup_bwd(
     ids: Tensor,
     storage: Tensor,
     composed: Tensor,
-    row_start: Tensor,
-    page_level: Tensor,
-    sizes: Sequence[int],
-    page: int,
+    layout: Layout,
     backend: str,
     want_composed: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    run = launch_bwd if backend == "triton" else torch_path.lookup_bwd
-    where = (storage, composed, row_start, page_level, sizes, page)
+    run = launch_bwd if backend == "triton" else cpu.lookup_bwd
     with own_precision(storage):
-        return run(grad_out, ids, *where, want_composed=want_composed)
+        return run(grad_out, ids, storage, composed, layout, want_composed)
 
 
 @torch.library.custom_op("esapn_kernels::lookup_fwd", mutates_args=())
@@ -96,8 +99,8 @@ def lookup_fwd_op(
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Forward as an opaque operator, for ``torch.compile``."""
-    where = (ids, storage, composed, row_start, page_level, sizes, page, backend)
-    return _lookup_fwd(*where, out_dtype)
+    layout = Layout(row_start, page_level, tuple(sizes), page)
+    return _lookup_fwd(ids, storage, composed, layout, backend, out_dtype)
 
 
 @lookup_fwd_op.register_fake
@@ -118,8 +121,8 @@ def lookup_bwd_op(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Backward as an opaque operator, for ``torch.compile``."""
-    where = (storage, composed, row_start, page_level, sizes, page, backend)
-    grad_storage, grad_composed = _lookup_bwd(grad_out, ids, *where)
+    layout = Layout(row_start, page_level, tuple(sizes), page)
+    grad_storage, grad_composed = _lookup_bwd(grad_out, ids, storage, composed, layout, backend)
     assert grad_composed is not None
     return grad_storage, grad_composed
 
@@ -129,23 +132,15 @@ def _(grad_out, ids, storage, composed, row_start, page_level, sizes, page, back
     return torch.empty_like(storage), torch.empty_like(composed)
 
 
-def _formula(
-    ids: Tensor,
-    storage: Tensor,
-    chain: Tensor,
-    row_start: Tensor,
-    page_level: Tensor,
-    sizes: Sequence[int],
-    page: int,
-) -> Tensor:
+def _formula(ids: Tensor, storage: Tensor, chain: Tensor, layout: Layout) -> Tensor:
     """The lookup hop by hop for all ids at once, in operators that torch differentiates itself."""
     storage, chain = storage.to(compute_dtype(storage.dtype)), chain.to(compute_dtype(chain.dtype))
-    start = row_start[ids].long()
-    level = page_level[start // page]
-    y = storage.new_zeros(*ids.shape, sizes[0])
-    for k, dim in enumerate(sizes):
+    start = layout.row_start[ids].long()
+    level = layout.page_level[start // layout.page]
+    y = storage.new_zeros(*ids.shape, layout.sizes[0])
+    for k, dim in enumerate(layout.sizes):
         if k > 0:
-            weight, bias = split_chain(chain, sizes)[k - 1]
+            weight, bias = split_chain(chain, layout.sizes)[k - 1]
             # Only rows of lower levels pass this hop, forward and in the derivatives.
             y = torch.where((level < k)[:, None], y, 0) @ weight.t() + bias
         # Of a longer row only the first entries, of a shorter one also what lies behind it: both
@@ -201,25 +196,25 @@ class _LookupBwd(torch.autograd.Function):
         page: int,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
-        where = (row_start, page_level, sizes, page, backend)
-        grad_storage, grad_composed = _lookup_bwd(grad_out, ids, storage, composed, *where)
+        layout = Layout(row_start, page_level, sizes, page)
+        grad_storage, grad_composed = _lookup_bwd(grad_out, ids, storage, composed, layout, backend)
         assert grad_composed is not None
         return grad_storage, compose_bwd(grad_composed, chain, composed, sizes, backend=backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        grad_out, ids, storage, chain, _, *where = inputs
-        ctx.save_for_backward(grad_out, ids, storage, chain, *where[:2])
-        ctx.layout = where[2:4]
+        grad_out, ids, storage, chain, _, row_start, page_level, sizes, page, _ = inputs
+        ctx.save_for_backward(grad_out, ids, storage, chain, row_start, page_level)
+        ctx.sizes, ctx.page = sizes, page
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_out, ids, storage, chain, row_start, page_level = ctx.saved_tensors
-        where = (row_start, page_level, *ctx.layout)
+        layout = Layout(row_start, page_level, ctx.sizes, ctx.page)
 
         def vjp(g: Tensor, rows: Tensor, hops: Tensor) -> tuple[Tensor, Tensor]:
             def formula(rows: Tensor, hops: Tensor) -> Tensor:
-                return _formula(ids, rows, hops, *where).to(g.dtype)
+                return _formula(ids, rows, hops, layout).to(g.dtype)
 
             gradients: tuple[Tensor, Tensor] = torch.func.vjp(formula, rows, hops)[1](g)
             return gradients
@@ -253,27 +248,30 @@ class _Lookup(torch.autograd.Function):
         scale_grad_by_freq: bool,
     ) -> Tensor:
         # The operator's boundary costs as much as a small lookup: only for those who need it.
-        run = lookup_fwd_op if _is_opaque(storage) else _lookup_fwd
-        return run(ids, storage, composed, row_start, page_level, sizes, page, backend, out_dtype)
+        if _is_opaque(storage):
+            flat = (row_start, page_level, sizes, page)
+            return lookup_fwd_op(ids, storage, composed, *flat, backend, out_dtype)
+        layout = Layout(row_start, page_level, sizes, page)
+        return _lookup_fwd(ids, storage, composed, layout, backend, out_dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:6])
-        ctx.layout, ctx.weights = inputs[6:9], inputs[10:12]
+        *tensors, sizes, page, backend, _, padding_idx, scale_grad_by_freq = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.flat, ctx.weights = (sizes, page, backend), (padding_idx, scale_grad_by_freq)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        ids, storage, chain, composed, *where = ctx.saved_tensors
-        grad_out = _weigh(grad_out, ids, where[0].numel(), *ctx.weights)
-        where += ctx.layout
+        ids, storage, chain, composed, row_start, page_level = ctx.saved_tensors
+        grad_out = _weigh(grad_out, ids, row_start.numel(), *ctx.weights)
+        flat = (row_start, page_level, *ctx.flat)
         if _is_opaque(storage):
-            grad_storage, grad_composed = lookup_bwd_op(grad_out, ids, storage, composed, *where)
-            sizes, _, backend = ctx.layout
+            grad_storage, grad_composed = lookup_bwd_op(grad_out, ids, storage, composed, *flat)
+            sizes, _, backend = ctx.flat
             grad_chain = compose_bwd(grad_composed, chain, composed, sizes, backend=backend)
         else:
-            grad_storage, grad_chain = _LookupBwd.apply(
-                grad_out, ids, storage, chain, composed, *where
-            )
+            operands = (grad_out, ids, storage, chain, composed)
+            grad_storage, grad_chain = _LookupBwd.apply(*operands, *flat)
         return None, grad_storage, grad_chain, *[None] * 9
 
     @staticmethod
@@ -287,7 +285,7 @@ class _Lookup(torch.autograd.Function):
 
 
 class _EagerLookup(torch.autograd.Function):
-    """:class:`_Lookup` in plain eager code: less overhead, and no gradient that nobody asked for.
+    """:class:`_Lookup` in plain eager code: less overhead, and no gradient that is not needed.
 
     With ``sparse`` the gradient of the storage is a COO tensor.
     """
@@ -298,52 +296,60 @@ class _EagerLookup(torch.autograd.Function):
         ids: Tensor,
         storage: Tensor,
         chain: Tensor,
-        where: tuple[Any, ...],
-        options: tuple[int | None, bool, bool],
+        composed: Tensor,
+        layout: Layout,
+        options: Options,
+        backend: str,
     ) -> Tensor:
         # Locations need no guard against writing: rows that move write to the storage too.
         ctx.save_for_backward(ids, storage, chain)
-        ctx.where, ctx.options = where[:-1], options
-        return _lookup_fwd(ids, storage, *where)
+        ctx.composed, ctx.layout, ctx.options, ctx.backend = composed, layout, options, backend
+        return _lookup_fwd(ids, storage, composed, layout, backend, options.out_dtype)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         ids, storage, chain = ctx.saved_tensors
-        composed, row_start, page_level, sizes, page, backend = ctx.where
-        padding_idx, scale_grad_by_freq, sparse = ctx.options
-        grad_out = _weigh(grad_out, ids, row_start.numel(), padding_idx, scale_grad_by_freq)
+        composed, layout, backend = ctx.composed, ctx.layout, ctx.backend
+        padding_idx, scale_grad_by_freq, sparse, _ = ctx.options
+        grad_out = _weigh(grad_out, ids, layout.num_rows, padding_idx, scale_grad_by_freq)
         if torch.is_grad_enabled():
             if sparse:
                 raise RuntimeError("a sparse gradient has no derivative: use sparse=False")
-            grads = _LookupBwd.apply(grad_out, ids, storage, chain, *ctx.where)
-            return None, *grads, None, None
+            operands = (grad_out, ids, storage, chain, composed)
+            grads = _LookupBwd.apply(*operands, *layout.flat, backend)
+            return None, *grads, *[None] * 4
         wanted = ctx.needs_input_grad[2]
-        operands = (grad_out, ids, storage, composed, row_start, page_level, sizes, page)
+        operands = (grad_out, ids, storage, composed, layout)
         if sparse:
             with own_precision(storage):
-                grad_storage, grad_composed = torch_path.lookup_bwd_sparse(
-                    *operands, padding_idx=padding_idx, want_composed=wanted
-                )
+                grad_storage, grad_composed = cpu.lookup_bwd_sparse(*operands, padding_idx, wanted)
         else:
-            grad_storage, grad_composed = _lookup_bwd(*operands, backend, want_composed=wanted)
+            grad_storage, grad_composed = _lookup_bwd(*operands, backend, wanted)
         grad_chain = None
         if grad_composed is not None:
-            grad_chain = compose_bwd(grad_composed, chain, composed, sizes, backend=backend)
-        return None, grad_storage, grad_chain, None, None
+            grad_chain = compose_bwd(grad_composed, chain, composed, layout.sizes, backend=backend)
+        return None, grad_storage, grad_chain, *[None] * 4
 
 
 class _FusedLookup(torch.autograd.Function):
     """:class:`_Lookup` whose backward steps the rows instead of returning their gradient."""
 
     @staticmethod
-    def forward(*inputs: Any) -> Tensor:
-        return _lookup_fwd(*inputs[:2], *inputs[3:10])
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:6])
-        ctx.layout, ctx.weights, ctx.begin_step = inputs[6:9], inputs[10:12], inputs[-1]
-        ctx.storage, ctx.version = inputs[1], inputs[1]._version
+    def forward(
+        ctx: Any,
+        ids: Tensor,
+        storage: Tensor,
+        chain: Tensor,
+        composed: Tensor,
+        layout: Layout,
+        options: Options,
+        backend: str,
+        begin_step: Callable[[], Update],
+    ) -> Tensor:
+        ctx.save_for_backward(ids, storage, chain, composed, layout.row_start, layout.page_level)
+        ctx.layout, ctx.options, ctx.backend = layout, options, backend
+        ctx.begin_step, ctx.storage, ctx.version = begin_step, storage, storage._version
+        return _lookup_fwd(ids, storage, composed, layout, backend, options.out_dtype)
 
     @staticmethod
     @once_differentiable
@@ -354,197 +360,154 @@ class _FusedLookup(torch.autograd.Function):
                 "them in backward, so look up all ids of a step in one call, and resize between "
                 "steps"
             )
-        ids, storage, chain, composed, *where = ctx.saved_tensors
-        sizes, page, backend = ctx.layout
-        grad_out = _weigh(grad_out, ids, where[0].numel(), *ctx.weights)
-        run: Callable[..., Tensor | None] = torch_path.lookup_bwd_update
-        if backend == "triton":
-            run = launch_bwd_update
-        grad_composed = run(
-            grad_out,
-            ids,
-            storage,
-            composed,
-            *where,
-            sizes,
-            page,
-            update=ctx.begin_step(),
-            want_composed=ctx.needs_input_grad[2],
-        )
+        ids, storage, chain, composed, _, _ = ctx.saved_tensors
+        layout, backend = ctx.layout, ctx.backend
+        padding_idx, scale_grad_by_freq, _, _ = ctx.options
+        grad_out = _weigh(grad_out, ids, layout.num_rows, padding_idx, scale_grad_by_freq)
+        run = launch_bwd_update if backend == "triton" else cpu.lookup_bwd_update
+        operands = (grad_out, ids, storage, composed, layout)
+        grad_composed = run(*operands, ctx.begin_step(), ctx.needs_input_grad[2])
         grad_chain = None
         if grad_composed is not None:
-            grad_chain = compose_bwd(grad_composed, chain, composed, sizes, backend=backend)
-        return None, None, grad_chain, *[None] * 10
+            grad_chain = compose_bwd(grad_composed, chain, composed, layout.sizes, backend=backend)
+        return None, None, grad_chain, *[None] * 5
 
 
+# Both are graph breaks under torch.compile.
 @torch.compiler.disable
 def _fused(*inputs: Any) -> Tensor:
     out: Tensor = _FusedLookup.apply(*inputs)
     return out
 
 
-def lookup_eager(
+def _eager(
     ids: Tensor,
     storage: Tensor,
     chain: Tensor,
-    where: tuple[Any, ...],
-    options: tuple[int | None, bool, bool],
+    composed: Tensor,
+    layout: Layout,
+    options: Options,
+    backend: str,
 ) -> Tensor:
-    """:func:`lookup` in plain eager code, of arguments that are checked.
-
-    Args:
-        where: ``(composed, row_start, page_level, sizes, page, backend, out_dtype)``.
-        options: ``(padding_idx, scale_grad_by_freq, sparse)``.
-    """
-    flat = ids if ids.dim() == 1 else ids.reshape(-1)
-    y: Tensor
     if torch.is_grad_enabled() and (storage.requires_grad or chain.requires_grad):
-        y = _EagerLookup.apply(flat, storage, chain, where, options)
-    else:
-        y = _lookup_fwd(flat, storage, *where)
-    return y if flat is ids else y.view(*ids.shape, y.shape[1])
+        y: Tensor = _EagerLookup.apply(ids, storage, chain, composed, layout, options, backend)
+        return y
+    return _lookup_fwd(ids, storage, composed, layout, backend, options.out_dtype)
 
 
-_sparse = torch.compiler.disable(lookup_eager)
+_sparse = torch.compiler.disable(_eager)
 
 
-def check_ids(ids: Tensor, num_rows: int, *, look: bool = True) -> None:
-    """Refuse ids that are not int32 / int64 or, where a look costs nothing, out of range.
+def _look_up_table(ids: Tensor, storage: Tensor, layout: Layout, options: Options) -> Tensor:
+    """One size, in order: what ``nn.Embedding`` does, by torch's own operator."""
+    table = storage.view(-1, layout.dim)
+    if storage.device.type != "cpu" or not is_eager():
+        # Elsewhere the ids have been read, so that the spare rows can stay: cutting them off would
+        # cost a copy of the gradient.
+        table = table[: layout.num_rows]
+    padding_idx = -1 if options.padding_idx is None else options.padding_idx
+    return torch.embedding(table, ids, padding_idx, options.scale_grad_by_freq)
 
-    Args:
-        look: on a CPU, look at the numbers too.
 
-    Raises:
-        TypeError: no tensor at all.
-        RuntimeError: other dtypes, in torch's own words.
-        IndexError: an id outside ``[0, num_rows)``, on a CPU. On a GPU the lookup's kernels fail
-            an assertion of their own and those that move rows pass over the id; neither reads or
-            writes outside.
-    """
-    if not isinstance(ids, Tensor):
-        raise TypeError(
-            f"embedding(): argument 'indices' (position 2) must be Tensor, not {type(ids).__name__}"
+def _look_up_reference(
+    ids: Tensor, storage: Tensor, chain: Tensor, layout: Layout, options: Options
+) -> Tensor:
+    y = lookup_reference(ids, storage, chain, *layout.flat).to(options.out_dtype or storage.dtype)
+    weights = options.padding_idx, options.scale_grad_by_freq
+    if y.requires_grad and weights != (None, False):
+        flat, dim = ids.reshape(-1), layout.dim
+        y.register_hook(
+            lambda g: _weigh(g.reshape(-1, dim), flat, layout.num_rows, *weights).view(g.shape)
         )
-    if ids.dtype not in (torch.int64, torch.int32):
-        raise RuntimeError(
-            "Expected tensor for argument #1 'indices' to have one of the following scalar types: "
-            f"Long, Int; but got {ids.type()} instead (while checking arguments for embedding)"
-        )
-    if look and ids.device.type == "cpu" and ids.numel() and is_eager():
-        low, high = torch.aminmax(ids)
-        if low.item() < 0 or high.item() >= num_rows:
-            raise IndexError("index out of range in self")
-
-
-def _check_out(out: Tensor, shape: tuple[int, ...], dtype: torch.dtype, storage: Tensor) -> None:
-    if out.requires_grad or (torch.is_grad_enabled() and storage.requires_grad):
-        raise RuntimeError(
-            "lookup(): functions with out=... arguments don't support automatic differentiation, "
-            "but one of the arguments requires grad."
-        )
-    if out.shape != shape or out.dtype != dtype or out.device != storage.device:
-        raise ValueError(
-            f"out must be {list(shape)}, {dtype}, on {storage.device}; "
-            f"got {list(out.shape)}, {out.dtype}, on {out.device}"
-        )
-    if not out.is_contiguous():
-        raise ValueError("out must be contiguous")
+    return y
 
 
 def lookup(
     ids: Tensor,
     storage: Tensor,
     chain: Tensor,
-    row_start: Tensor,
-    page_level: Tensor,
+    layout: Layout,
+    options: Options = Options(),  # noqa: B008 - immutable
     *,
-    sizes: Sequence[int],
-    page: int,
-    padding_idx: int | None = None,
-    scale_grad_by_freq: bool = False,
-    sparse: bool = False,
     backend: str = "auto",
-    out_dtype: torch.dtype | None = None,
     out: Tensor | None = None,
     begin_step: Callable[[], Update] | None = None,
+    cache: ComposedCache | None = None,
 ) -> Tensor:
     """Look up ragged rows and carry each to the largest size: ``y(x) = M_k e + c_k``.
 
     Args:
-        ids: any shape, int32 or int64, in ``[0, len(row_start))``; duplicates allowed.
+        ids: any shape, int32 or int64, in ``[0, N)``; duplicates allowed. Not checked here: see
+            ``checks.check_ids``, which the modules call. Ids out of range raise ``IndexError`` on
+            the torch backend and fail an assertion on a GPU; interpreted kernels give zeros.
         storage: all rows, flat ``[capacity]``, fp32 / bf16 / fp16 / fp64; gradient flows (dense).
-        chain: packed hops (see ``compose``), same dtype; gradient flows.
-        row_start: first element of every row, int32 or int64 ``[N]``.
-        page_level: level of every page of ``page`` elements, int8.
-        sizes: increasing row sizes ``d_1 < ... < d_n``.
-        page: elements per page; a row never crosses a page.
-        padding_idx: this id has no gradient, neither for its row nor for the chain.
-        scale_grad_by_freq: divide the gradient of every occurrence by the count of its id in
-            ``ids``, for the rows and the chain alike.
-        sparse: the gradient of ``storage`` is COO, one entry per element of a row looked up; torch
-            calls on every backend, which wait for a GPU. Dense under ``torch.func``.
+        chain: packed hops (see ``chain``), same dtype; gradient flows.
+        layout: where the rows lie.
+        options: see :class:`Options`.
         backend: ``auto`` (Triton on a GPU, torch elsewhere), ``triton``, ``torch``, ``reference``.
-        out_dtype: of the output, rounded once from the sum in fp32; default: that of ``storage``.
-        out: contiguous memory for the output, where no gradient is wanted.
+        out: contiguous memory for the output, where no gradient is recorded.
         begin_step: a fused optimizer's step (see ``optim``). Called in backward, which then steps
             the rows in place; ``storage`` has no gradient.
+        cache: keeps the composed hops between calls on a CPU.
 
     Returns:
-        ``[*ids.shape, d_n]`` in ``out_dtype``, accumulated in fp32 (fp64 for fp64 rows).
+        ``[*ids.shape, D]`` in ``out_dtype``, accumulated in fp32 (fp64 for fp64 rows).
 
     Raises:
-        IndexError: an id out of range (CPU; an asynchronous assertion on a GPU).
-        RuntimeError: ids of another dtype; the Triton backend asked for where it cannot run;
-            ``out`` where a gradient is wanted.
+        RuntimeError: the Triton backend where it cannot run; ``out`` where a gradient is recorded.
         ValueError: an unknown backend; ``out`` of another shape, dtype or device.
 
     Notes:
         Deterministic on every backend. Empty ``ids`` give an empty output and zero gradients. The
         gradient is computed from ``storage`` at backward time: changing rows in between raises.
         Differentiable any number of times; ``torch.func`` and ``torch.compile`` apply (``vmap``
-        over anything but ids runs the elements in turn). Forward-mode derivatives raise.
+        over anything but ids runs the elements in turn). Forward-mode derivatives raise. A table
+        (``layout.is_table``) is looked up by torch's own operator unless something else than torch
+        could do is needed: Triton, ``out``, a fused step, a sparse gradient, another dtype.
 
     Example:
         >>> storage = torch.tensor([1.0, 2.0, 5.0, 6.0])  # two rows of size 1, one of size 2
         >>> chain = torch.tensor([10.0, 20.0, 0.5, 0.25])  # W = [[10], [20]], b = [0.5, 0.25]
-        >>> lookup(torch.tensor([0, 2]), storage, chain,
-        ...        torch.tensor([0, 1, 2]), torch.tensor([0, 1], dtype=torch.int8),
-        ...        sizes=(1, 2), page=2)
+        >>> page_level = torch.tensor([0, 1], dtype=torch.int8)
+        >>> layout = Layout(torch.tensor([0, 1, 2]), page_level, sizes=(1, 2), page=2)
+        >>> lookup(torch.tensor([0, 2]), storage, chain, layout)
         tensor([[10.5000, 20.2500],
                 [ 5.0000,  6.0000]])
     """
+    fuses = begin_step is not None and storage.requires_grad
+    as_torch = not (fuses or options.sparse or options.out_dtype) and out is None
+    if layout.is_table and as_torch and backend in ("auto", "torch"):
+        return _look_up_table(ids, storage, layout, options)
     backend = resolve_backend(backend, storage.device)
-    # The torch path finds ids out of range itself, in the same words.
-    check_ids(ids, row_start.numel(), look=backend != "torch")
-    sizes = tuple(sizes)
-    shape = (*ids.shape, sizes[-1])
-    dtype = storage.dtype if out_dtype is None else out_dtype
+    shape = (*ids.shape, layout.dim)
     if out is not None:
-        _check_out(out, shape, dtype, storage)
-    flat = ids if ids.dim() == 1 else ids.reshape(-1)
-    weights = padding_idx, scale_grad_by_freq
+        check_out(out, shape, options.out_dtype or storage.dtype, storage)
     if backend == "reference":
-        y = lookup_reference(ids, storage, chain, row_start, page_level, sizes, page).to(dtype)
-        if y.requires_grad and weights != (None, False):
-            y.register_hook(
-                lambda g: _weigh(g.reshape(-1, sizes[-1]), flat, row_start.numel(), *weights).view(
-                    shape
-                )
-            )
+        y = _look_up_reference(ids, storage, chain, layout, options)
         return y if out is None else out.copy_(y)
+    flat = ids if ids.dim() == 1 else ids.reshape(-1)
     eager = is_eager()
-    # torch.func hands over tensors that no kernel can read.
-    readable = eager or torch.compiler.is_compiling()
-    composed = compose(chain, sizes, backend=backend if readable else "torch")
-    where = (row_start, page_level, sizes, page, backend, dtype)
+    if cache is not None and eager and backend == "torch" and storage.device.type == "cpu":
+        composed = cache(chain, layout.sizes)
+    else:
+        # torch.func hands over tensors that no kernel can read.
+        readable = eager or torch.compiler.is_compiling()
+        composed = compose(chain, layout.sizes, backend=backend if readable else "torch")
     if out is not None:
-        _lookup_fwd(flat, storage.detach(), composed, *where, out.view(-1, sizes[-1]))
+        into = out.view(-1, layout.dim)
+        _lookup_fwd(flat, storage.detach(), composed, layout, backend, options.out_dtype, into)
         return out
-    operands = (flat, storage, chain, composed, *where, *weights)
-    if begin_step is not None and storage.requires_grad:
-        return _fused(*operands, begin_step).view(shape)
-    if eager and not storage.is_meta:
-        return lookup_eager(ids, storage, chain, (composed, *where), (*weights, sparse))
-    if sparse and torch.is_grad_enabled() and torch.compiler.is_dynamo_compiling():
-        return _sparse(ids, storage, chain, (composed, *where), (*weights, True))
-    return _Lookup.apply(*operands).view(shape)
+    operands = (flat, storage, chain, composed)
+    if fuses:
+        y = _fused(*operands, layout, options, backend, begin_step)
+    elif eager and not storage.is_meta:
+        y = _eager(*operands, layout, options, backend)
+    elif options.sparse and torch.is_grad_enabled() and torch.compiler.is_dynamo_compiling():
+        y = _sparse(*operands, layout, options, backend)
+    else:
+        y = _Lookup.apply(
+            *operands,
+            *(*layout.flat, backend),
+            *(options.out_dtype, options.padding_idx, options.scale_grad_by_freq),
+        )
+    return y if flat is ids else y.view(shape)

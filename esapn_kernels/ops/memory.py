@@ -1,10 +1,31 @@
-"""``MemoryReport``: what a table really takes."""
+"""What an arena and a table really take."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["MemoryReport"]
+__all__ = ["ArenaBytes", "MemoryReport"]
+
+
+@dataclass(frozen=True)
+class ArenaBytes:
+    """Bytes really allocated by an arena.
+
+    ``payload``: rows in use, ``sum_x d(x) * itemsize``. ``slack``: the rest of ``storage`` (free
+    rows, page tails, free pages). ``locations``: row starts, page levels, free lists and their
+    counters. ``scratch``: 4 bytes per row once rows have moved by the Triton backend; training
+    memory like optimizer state, in no checkpoint and not in ``total``.
+    """
+
+    payload: int
+    slack: int
+    locations: int
+    scratch: int = 0
+
+    @property
+    def total(self) -> int:
+        """What serving takes."""
+        return self.payload + self.slack + self.locations
 
 
 @dataclass(frozen=True)

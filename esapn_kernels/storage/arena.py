@@ -8,7 +8,7 @@ A row is found by its first element; its level is that of its page. Free rows of
 stack, and so do free pages; rows are taken from and given back to them by prefix sums. A page whose
 rows are all free can serve another level (``reclaim``); ``compact`` closes every hole. ``storage``
 keeps its identity as a Parameter while it grows, and every tensor of its shape (gradient, optimizer
-state: see ``companions``) grows and moves with it.
+state: see ``followers``) grows and moves with it.
 
 With the Triton backend rows move in three launches (``resize``) and the host waits for nothing: it
 keeps bounds of the device's counters (``ledger``) and grows the arena by the worst case when rows
@@ -21,79 +21,38 @@ what the report says.
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..cpu.lookup import gather_rows, promote_rows
-from ..gpu.resize import NOBODY, Places, fill_rows, launch_free, launch_insert, launch_promote
-from ..ops.backend import is_capturing, resolve_backend
-from . import followers as companions
+from ..ops import resize
+from ..ops.backend import host_reads, is_capturing, resolve_backend
+from ..ops.layout import (
+    UNCLAIMED,
+    Layout,
+    Places,
+    gather_rows,
+    index_dtype,
+    is_table,
+    page_elements,
+    place_densely,
+)
+from ..ops.memory import ArenaBytes
+from ..ops.update import RowStep
+from .followers import Follower, Followers, with_dense_gradient
 from .ledger import Ledger
 
-if TYPE_CHECKING:
-    from ..optim import FusedOptimizer
-
-__all__ = ["Arena", "ArenaBytes", "page_elements"]
-
-_PAGE = 4096
-_INT32_LIMIT = 2**31 - 1
-
-
-def page_elements(sizes: Sequence[int], num_rows: int = 1 << 30) -> int:
-    """Elements per page: a common multiple of the sizes where their own is small.
-
-    About 4,096 for a large table; a sixteenth of a small table at its smallest size, so that a page
-    begun for every level costs a small table little.
-
-    >>> page_elements((2, 4, 8, 16, 64, 128)), page_elements((2, 4, 8, 16, 64, 128), num_rows=1000)
-    (4096, 128)
-    >>> page_elements((1, 3, 5, 33)), page_elements((127, 512))
-    (4125, 4096)
-    """
-    small = num_rows * sizes[0] // 16
-    common = math.lcm(*sizes)
-    if common <= 4 * _PAGE:
-        return common * max(-(-min(_PAGE, small) // common), 1)
-    # The largest rows fill a page to 7 / 8 at least, unless the table is small.
-    return max(min(max(_PAGE, 8 * max(sizes)), small), max(sizes))
-
-
-def _can_look(tensor: Tensor) -> bool:
-    """Whether the host reads values without waiting for a device."""
-    return tensor.device.type == "cpu"
+__all__ = ["Arena"]
 
 
 def _upload(values: Sequence[int], device: torch.device) -> Tensor:
     """``torch.tensor(values, device=device)`` that does not wait for the device."""
     pinned = torch.tensor(values, pin_memory=device.type == "cuda")
     return pinned.to(device, non_blocking=True)
-
-
-@dataclass(frozen=True)
-class ArenaBytes:
-    """Bytes really allocated by an arena.
-
-    ``payload``: rows in use, ``sum_x d(x) * itemsize``. ``slack``: the rest of ``storage`` (free
-    rows, page tails, free pages). ``locations``: row starts, page levels, free lists and their
-    counters. ``scratch``: 4 bytes per row once rows have moved by the Triton backend; training
-    memory like optimizer state, in no checkpoint and not in ``total``.
-    """
-
-    payload: int
-    slack: int
-    locations: int
-    scratch: int = 0
-
-    @property
-    def total(self) -> int:
-        """What serving takes."""
-        return self.payload + self.slack + self.locations
 
 
 class Arena(nn.Module):
@@ -133,13 +92,13 @@ class Arena(nn.Module):
     free_base: Tensor
     row_size: Tensor
     _rows_per_page: Tensor
-    _fused: weakref.ref[FusedOptimizer] | None = None
+    is_table: bool
+    followers: Followers
+    _fused: weakref.ref[Any] | None = None
     _owner: Tensor | None
     _room: list[int]
     _initial_level: Tensor | None
-    is_table: bool
-    loaded_layout: tuple[Tensor, Tensor] | None
-    _located: tuple[Any, ...] | None
+    _layout: tuple[Tensor, Tensor, Layout] | None
 
     def __init__(
         self,
@@ -161,7 +120,7 @@ class Arena(nn.Module):
             if not isinstance(level, Tensor):
                 level = torch.full((num_rows,), level, dtype=torch.int8)
             level = level.cpu()
-            starts, page_level, free = self._layout(level)
+            starts, page_level, free = self._place(level)
         if max_elements is not None and len(page_level) * self.page > max_elements:
             raise ValueError(
                 f"the rows take {len(page_level) * self.page} elements, "
@@ -175,14 +134,12 @@ class Arena(nn.Module):
         self._initial_level = level if self.storage.is_meta else None
         self._owner = None
         self._captured = False
-        self._located = None
-        self._was_loaded = False
-        self.loaded_layout = None
-        companions.track(self)
+        self._layout = None
+        self.followers = Followers(self)
 
     def _lay_out(self, starts: Tensor, page_level: Tensor, free: Sequence[Tensor]) -> None:
         """Make every buffer, from a layout on the CPU."""
-        index = self._index_dtype(self.storage.numel())
+        index = index_dtype(self.storage.numel())
         # A level's stack holds at least a page of rows: the leftover of the page in use.
         room = [max(len(rows), per) for rows, per in zip(free, self.rows_per_page, strict=True)]
         counts = [*(len(rows) for rows in free), 0]
@@ -202,59 +159,38 @@ class Arena(nn.Module):
             self._set("_rows_per_page", torch.tensor(self.rows_per_page), persistent=False)
         self._room = room
         self._ledger = Ledger(self.rows_per_page, counts)
-        self.is_table = self._is_table(starts)
+        self.is_table = is_table(starts, self.sizes, self.page)
+
+    def _place(self, level: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        return place_densely(level, self.sizes, self.page)
 
     def _set(self, name: str, value: Tensor, persistent: bool = True) -> None:
         self.register_buffer(name, value.to(self.storage.device), persistent)
-
-    def _is_table(self, starts: Tensor) -> bool:
-        """Whether ``storage`` is a table of all rows in order: one size, and none ever moved."""
-        dim = self.sizes[0]
-        if len(self.sizes) > 1 or self.page % dim:
-            return False
-        return torch.equal(starts.long(), torch.arange(len(starts), device=starts.device) * dim)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Arena:
         super()._apply(fn, recurse)
         if self._initial_level is not None and not self.storage.is_meta:
             with torch.device("cpu"):
-                self._lay_out(*self._layout(self._initial_level))
+                self._lay_out(*self._place(self._initial_level))
             self._initial_level = None
         return self
 
-    @staticmethod
-    def _index_dtype(numel: int) -> torch.dtype:
-        return torch.int32 if numel <= _INT32_LIMIT else torch.int64
-
-    def _layout(self, level: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Densest placement: row starts, page levels, and the free rows of every level."""
-        starts = torch.full((len(level),), -1, dtype=torch.int64)
-        page_level: list[Tensor] = []
-        free: list[Tensor] = []
-        pages = 0
-        for k, (dim, per) in enumerate(zip(self.sizes, self.rows_per_page, strict=True)):
-            mine = (level == k).nonzero()[:, 0]
-            need = -(-len(mine) // per)
-            slots = torch.arange(need * per)
-            place = (pages + slots // per) * self.page + slots % per * dim
-            starts[mine] = place[: len(mine)]
-            free.append(place[len(mine) :].flip(0))
-            page_level.append(torch.full((need,), k, dtype=torch.int8))
-            pages += need
-        return starts, torch.cat(page_level), free
-
     # ---- room ---------------------------------------------------------------------------------
 
-    def _forget(self) -> None:
-        """Other tensors than before: look at them, once, before the next row moves."""
+    def forget_counters(self) -> None:
+        """Read the free lists' counters anew, once, before the next row moves.
+
+        For tensors that were replaced, and for replicas, whose hosts must know the same.
+        """
         self._ledger.see([])
         self._room = []
 
-    def _glance(self) -> None:
+    def _refresh(self) -> None:
+        """Bring what the host knows of the free lists up to date, as far as that costs nothing."""
         if not self._room:
             base = self.free_base.tolist()
             self._room = [b - a for a, b in zip(base, base[1:], strict=False)]
-        self._ledger.glance(self.free_count, look=_can_look(self.free_count))
+        self._ledger.refresh(self.free_count, read=host_reads(self.free_count))
 
     def _pages_allowed(self) -> int:
         """Pages by which the arena may still grow."""
@@ -262,26 +198,66 @@ class Arena(nn.Module):
             return 1 << 62
         return max(self.max_elements // self.page - (self.page_level.numel() - 1), 0)
 
-    def _make_room(self, rows: int, *, takes: bool = True, strict: bool = False) -> None:
-        """Grow, if ``rows`` more rows might not find room, as far as ``max_elements`` allows."""
-        self._glance()
-        missing = self._ledger.worst(rows)[0] if takes else 0
-        if strict and missing > self._pages_allowed():
-            raise self._full(rows, missing)
+    def _make_room(
+        self,
+        rows: int,
+        *,
+        takes: bool = True,
+        strict: bool = False,
+        exact: Callable[[], tuple[list[int], list[int]]] | None = None,
+    ) -> None:
+        """Grow, if ``rows`` more rows might not find room, as far as ``max_elements`` allows.
+
+        Args:
+            rows: rows that move, at most.
+            takes: whether they take places; rows that are freed only give theirs back.
+            strict: refuse where ``max_elements`` allows less, and grow by no more than is missing.
+            exact: gives the rows that every level takes and gives back. It is called if the bounds
+                of the ledger do not suffice; then what it says decides, strictly.
+
+        Raises:
+            RuntimeError: ``max_elements`` allows less, where that is refused.
+        """
+        self._refresh()
+        missing, heights = self._ledger.worst(rows)
+        missing = missing if takes else 0
+        suffices = missing <= 0 and all(h <= r for h, r in zip(heights, self._room, strict=True))
+        if exact is not None and not suffices:
+            taken, given = exact()
+            missing, heights = self._needs(taken, given)
+            rows = max(sum(taken), sum(given))
+        if missing > self._pages_allowed() and (strict or exact is not None):
+            raise RuntimeError(
+                f"the arena is full: {rows} more rows may need {missing} more pages of {self.page} "
+                f"elements, max_elements={self.max_elements} allows {self._pages_allowed()}"
+            )
         if missing > 0:
             self._grow(missing, at_once=strict)
-        self._grow_stacks(self._ledger.worst(rows)[1])
+        self._grow_stacks(heights)
 
-    def _full(self, rows: int, missing: int) -> RuntimeError:
-        return RuntimeError(
-            f"the arena is full: {rows} more rows may need {missing} more pages of {self.page} "
-            f"elements, max_elements={self.max_elements} allows {self._pages_allowed()}"
-        )
+    def _needs(self, taken: list[int], given: list[int]) -> tuple[int, list[int]]:
+        """Pages missing for rows of every level, and how high their stacks will stand at most."""
+        pages = self._pages_for(taken)
+        if int(self.free_count[-1]) < pages:
+            self.reclaim()
+            pages = self._pages_for(taken)
+        counts = self.free_count.tolist()
+        self._ledger.see(counts)
+        levels = zip(counts[:-1], self.rows_per_page, given, strict=True)
+        return pages - counts[-1], [max(count, per) + give for count, per, give in levels]
 
-    def _begin(self, rows: int, *, takes: bool = True) -> Places:
-        """What a launch that moves up to ``rows`` rows works on."""
-        self.remember_layout()
-        owner = self._owner
+    def _pages_for(self, taken: list[int]) -> int:
+        """Fresh pages that so many rows of every level need beyond those on the stacks."""
+        levels = zip(taken, self.free_count.tolist(), self.rows_per_page, strict=False)
+        return sum(-(-max(take - free, 0) // per) for take, free, per in levels)
+
+    def _begin(self, rows: int, **needs: Any) -> Places:
+        """What a call that moves up to ``rows`` rows works on; ``needs``: see :meth:`_make_room`.
+
+        The torch backend, which says its exact needs, has no use for ``owner``.
+        """
+        self.followers.remember_layout()
+        owner = None if "exact" in needs else self._owner
         if is_capturing(self.free_count):
             # The graph holds the addresses: from here on nothing is replaced unasked.
             self._captured = True
@@ -290,23 +266,30 @@ class Arena(nn.Module):
         else:
             if not self._captured:
                 rows = min(rows, self.num_rows)
-                self._make_room(rows, takes=takes)
+                self._make_room(rows, **needs)
                 self._ledger.promise(rows)
-            if owner is None or owner.device != self.storage.device:
+            if "exact" not in needs and (owner is None or owner.device != self.storage.device):
                 owner = self._owner = self._new_owner()
-        lists = self.free_rows, self.free_pages, self.free_count, self.free_base
-        return Places(self.row_start, self.page_level, *lists, owner)
+        return Places(
+            Layout(self.row_start, self.page_level, self.sizes, self.page),
+            self.free_rows,
+            self.free_pages,
+            self.free_count,
+            self.free_base,
+            self.row_size,
+            self._rows_per_page,
+            owner,
+        )
 
     def _new_owner(self) -> Tensor:
-        return torch.full_like(self.row_start[:-1], NOBODY, dtype=torch.int32)
+        return torch.full_like(self.row_start[:-1], UNCLAIMED, dtype=torch.int32)
 
     def _end(self) -> None:
-        """Send for the counters, unless somebody is under way."""
-        quiet = _can_look(self.free_count) or is_capturing(self.free_count)
-        if not quiet:
-            self._ledger.send_for(self.free_count)
+        """Request a copy of the counters, where the host does not read them anyway."""
+        if not host_reads(self.free_count) and not is_capturing(self.free_count):
+            self._ledger.request(self.free_count)
 
-    @companions.with_dense_gradient
+    @with_dense_gradient
     def reserve(self, rows: int) -> None:
         """Make room so that ``rows`` more rows can move, in any number of calls.
 
@@ -327,32 +310,55 @@ class Arena(nn.Module):
         """
         if is_capturing(self.free_count):
             raise RuntimeError("reserve before capturing a graph, not while it is captured")
-        self.remember_layout()  # a graph would record the copying
+        self.followers.remember_layout()  # a graph would record the copying
         if self._captured:
             self._ledger.see(self.free_count.tolist())
         self._make_room(rows, strict=True)
         self._captured = False
-        if self._owner is None and not _can_look(self.storage):
+        if self._owner is None and not host_reads(self.storage):
             self._owner = self._new_owner()
 
+    # ---- who steps the rows -------------------------------------------------------------------
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """``optimizer``, a fused one, steps the rows from now on, and its state follows them."""
+        self._fused = weakref.ref(optimizer)
+        self.followers.add(optimizer)
+
+    def detach(self, optimizer: torch.optim.Optimizer) -> None:
+        """The opposite of :meth:`attach`."""
+        if self.fused_optimizer is optimizer:
+            self._fused = None
+            self.followers.discard(optimizer)
+
     @property
-    def fused_optimizer(self) -> FusedOptimizer | None:
+    def fused_optimizer(self) -> RowStep | None:
         """The optimizer that steps the rows in backward, see ``optim``."""
         return None if self._fused is None else self._fused()
 
     # ---- reading ----------------------------------------------------------------------------
 
     @property
-    def locations(self) -> tuple[Tensor, Tensor]:
-        """``(row_start [N], page_level [pages])`` as the lookup takes them."""
+    def layout(self) -> Layout:
+        """Where the rows lie, as the lookup takes it."""
+        # Past nn.Module's own lookup of attributes, for the sake of small batches.
+        buffers: Any = self._buffers
+        row_start, page_level = buffers["row_start"], buffers["page_level"]
         if torch.compiler.is_compiling():
-            return self.row_start[:-1], self.page_level[:-1]
-        # Sliced once for the tensors of the moment, for the sake of small batches.
-        whole: tuple[Any, ...] = self._buffers["row_start"], self._buffers["page_level"]
-        located = self._located
-        if located is None or located[0] is not whole[0] or located[1] is not whole[1]:
-            located = self._located = (*whole, whole[0][:-1], whole[1][:-1])
-        return located[2], located[3]
+            return self._sliced(row_start, page_level)
+        # Sliced once for the tensors of the moment.
+        held = self._layout
+        if (
+            held is None
+            or held[0] is not row_start
+            or held[1] is not page_level
+            or held[2].is_table is not self.is_table
+        ):
+            held = self._layout = row_start, page_level, self._sliced(row_start, page_level)
+        return held[2]
+
+    def _sliced(self, row_start: Tensor, page_level: Tensor) -> Layout:
+        return Layout(row_start[:-1], page_level[:-1], self.sizes, self.page, self.is_table)
 
     def level(self, ids: Tensor | None = None) -> Tensor:
         """Level of every row of ``ids`` (of all rows), int64; -1 where there is no row."""
@@ -377,115 +383,58 @@ class Arena(nn.Module):
         scratch = 0 if self._owner is None else self._owner.untyped_storage().nbytes()
         return ArenaBytes(payload, allocated - payload, locations, scratch)
 
-    # ---- taking and giving rows --------------------------------------------------------------
-
-    def _rank(self, level: Tensor) -> tuple[Tensor, Tensor]:
-        """Position of every entry among those of its level, and their number per level."""
-        levels = torch.arange(len(self.sizes), device=level.device)
-        chosen = (level[:, None] == levels).long()
-        rank = (chosen.cumsum(0) - 1).gather(1, level[:, None])[:, 0]
-        return rank, chosen.sum(0)
-
-    def _reserve(self, target: Tensor, source: Tensor) -> None:
-        """Make room for one :meth:`take` of levels ``target`` and one :meth:`give` of ``source``.
-
-        The counters are read only when what the host knows of them does not do.
-
-        Raises:
-            RuntimeError: ``max_elements`` does not allow it.
-        """
-        rows = target.numel()
-        if self._ledger.counts and self._room:
-            missing, heights = self._ledger.worst(rows)
-            if missing <= 0 and all(h <= r for h, r in zip(heights, self._room, strict=True)):
-                self._ledger.promise(rows)
-                return
-        pages = self._pages_for(target)
-        if int(self.free_count[-1]) < pages:
-            self.reclaim()
-            pages = self._pages_for(target)
-        self._ledger.see(self.free_count.tolist())
-        self._glance()
-        missing = pages - self._ledger.counts[-1]
-        if missing > self._pages_allowed():
-            raise self._full(rows, missing)
-        if missing > 0:
-            self._grow(missing)
-        given = torch.bincount(source[source >= 0], minlength=len(self.sizes)).tolist()
-        *counts, free = self._ledger.counts
-        heights = [
-            max(count, per) + give
-            for count, per, give in zip(counts, self.rows_per_page, given, strict=True)
-        ]
-        self._grow_stacks(heights)
-        self._ledger.see([*heights, free - pages])
-
-    def _pages_for(self, target: Tensor) -> int:
-        """Fresh pages that rows of these levels need beyond what lies on the stacks."""
-        taken = torch.bincount(target[target >= 0], minlength=len(self.sizes)).tolist()
-        free = self.free_count.tolist()
-        return sum(
-            -(-max(t - f, 0) // per)
-            for t, f, per in zip(taken, free, self.rows_per_page, strict=False)
-        )
-
-    def take(self, level: Tensor) -> Tensor:
-        """Take one free row of every level; returns their starts, int64.
-
-        Rows on the level's stack first, then rows of fresh pages, whose rest goes on the stack.
-        Room must have been reserved.
-        """
-        rank, need = self._rank(level)
-        n = len(self.sizes)
-        device = level.device
-        sizes, per = self.row_size, self._rows_per_page
-        free, n_pages = self.free_count[:n], self.free_count[n]
-        short = (need - free).clamp(min=0)
-        pages = (short + per - 1) // per
-        first = pages.cumsum(0) - pages
-
-        on_stack = rank < free[level]
-        sink = self.free_rows.numel() - 1
-        stacked = self.free_rows[
-            torch.where(on_stack, self.free_base[level] + free[level] - 1 - rank, sink)
-        ].long()
-        beyond = rank - free[level]
-        entry = n_pages - 1 - first[level] - beyond.div(per[level], rounding_mode="floor")
-        page = self.free_pages[torch.where(on_stack, self.free_pages.numel() - 1, entry)].long()
-        fresh = page * self.page + beyond.remainder(per[level]) * sizes[level]
-        start = torch.where(on_stack, stacked, fresh)
-        self.page_level[start.div(self.page, rounding_mode="floor")] = level.to(torch.int8)
-
-        if bool(pages.any()):
-            leftover = pages * per - short
-            last = self.free_pages[
-                torch.where(pages > 0, n_pages - first - pages, self.free_pages.numel() - 1)
-            ].long()
-            slot = torch.arange(max(self.rows_per_page), device=device)
-            valid = slot < leftover[:, None]
-            value = (last * self.page)[:, None] + (per[:, None] - 1 - slot) * sizes[:, None]
-            place = torch.where(valid, self.free_base[:n, None] + slot, sink)
-            self.free_rows[place] = value.to(self.free_rows.dtype)
-            self.free_count[:n] = torch.where(pages > 0, leftover, free - need)
-            self.free_count[n] -= pages.sum()
-        else:
-            self.free_count[:n] -= need
-        return start
-
-    def give(self, start: Tensor, level: Tensor) -> None:
-        """Put the rows ``(start, level)`` back on their level's stack."""
-        rank, count = self._rank(level)
-        place = self.free_base[level] + self.free_count[level] + rank
-        self.free_rows[place] = start.to(self.free_rows.dtype)
-        self.free_count[: len(self.sizes)] += count
-
-    def place(self, ids: Tensor, start: Tensor) -> None:
-        """``row_start[ids] = start``; state per id starts afresh."""
-        self.row_start[ids] = start.to(self.row_start.dtype)
-        companions.reset_ids(self, ids)
+    # ---- rows that move -----------------------------------------------------------------------
 
     @torch.no_grad()
-    @companions.with_dense_gradient
+    @with_dense_gradient
+    def promote(
+        self,
+        ids: Tensor,
+        chain: Tensor,
+        mask: Tensor | None = None,
+        *,
+        carries: bool = False,
+        backend: str = "auto",
+    ) -> Tensor:
+        """Move the rows of ``ids`` (where ``mask``) one level up: ``e' = W_k e + b_k``.
+
+        An id twice moves once; rows at the last level stay. The state of moved rows starts afresh.
+
+        Args:
+            ids: int ``[R]``, in range (the Triton backend passes over others).
+            chain: packed hops.
+            mask: bool ``[R]``.
+            carries: the hops pad with zeros and are not trained: Adagrad's sums go along, see
+                ``followers``.
+            backend: ``auto`` | ``triton`` | ``torch``.
+
+        Returns:
+            Bool ``[R]``: True where the position named a row that this call moved; every
+            occurrence of an id that ``mask`` admits says the same.
+
+        Raises:
+            RuntimeError: ``max_elements`` does not allow it; no row is changed. The Triton backend
+                moves the rows that fit, by level and then in the order of ``ids``.
+        """
+        backend = resolve_backend(backend, ids.device)
+        needs: dict[str, Any] = {}
+        if backend == "torch":
+            needs["exact"] = partial(self._count_promoted, ids, mask)
+        before = (self.row_start[ids], self.level(ids)) if carries else None
+        places = self._begin(ids.numel(), **needs)
+        operands = ids, mask, self.storage.detach(), chain.detach(), places
+        moved = resize.promote(*operands, *self.followers.fresh(), backend=backend)
+        if before is not None:
+            self.followers.carry(ids, *before, moved, self.row_size)
+        self._end()
+        return moved
+
+    def _count_promoted(self, ids: Tensor, mask: Tensor | None) -> tuple[list[int], list[int]]:
+        layout = Layout(self.row_start, self.page_level, self.sizes, self.page)
+        return resize.count_promoted(ids, mask, layout)
+
+    @torch.no_grad()
+    @with_dense_gradient
     def insert(self, ids: Tensor, level: int, *, backend: str = "auto") -> Tensor:
         """Give ``ids`` that have no row a zero row of ``level``, with fresh state.
 
@@ -502,26 +451,20 @@ class Arena(nn.Module):
                 backend passes over the former and inserts the latter once.
             RuntimeError: as for :meth:`promote`.
         """
-        if resolve_backend(backend, ids.device) == "triton":
-            places = self._begin(ids.numel())
-            self.is_table = False
-            rows = ids, level, self.storage.detach(), places
-            moved = launch_insert(*rows, *self._state(), sizes=self.sizes, page=self.page)
-            self._end()
-            return moved
-        if ids.numel() != ids.unique().numel():
-            raise ValueError("insert takes distinct ids")
-        if bool((self.row_start[ids] >= 0).any()):
-            raise ValueError("insert takes ids that have no row")
-        self.remember_layout()
+        backend = resolve_backend(backend, ids.device)
+        needs: dict[str, Any] = {}
+        if backend == "torch":
+            _refuse_repeated(ids, "insert")
+            if bool((self.row_start[ids] >= 0).any()):
+                raise ValueError("insert takes ids that have no row")
+            taken = [ids.numel() if k == level else 0 for k in range(len(self.sizes))]
+            needs["exact"] = lambda: (taken, [0] * len(taken))
+        places = self._begin(ids.numel(), **needs)
         self.is_table = False
-        target = torch.full((ids.numel(),), level, device=ids.device)
-        self._reserve(target, torch.full_like(target, -1))
-        start = self.take(target)
-        self.place(ids, start)
-        fill_rows([(self.storage.detach(), 0.0)], start, target, sizes=self.sizes, backend="torch")
-        self._reset_companions(start, target)
-        return torch.ones_like(ids, dtype=torch.bool)
+        operands = ids, level, self.storage.detach(), places
+        moved = resize.insert(*operands, *self.followers.fresh(), backend=backend)
+        self._end()
+        return moved
 
     @torch.no_grad()
     def free(self, ids: Tensor, *, backend: str = "auto") -> Tensor:
@@ -538,96 +481,26 @@ class Arena(nn.Module):
             ValueError: an id without a row, or an id twice; nothing is changed. The Triton backend
                 passes over the former and frees the latter once.
         """
-        if resolve_backend(backend, ids.device) == "triton":
-            places = self._begin(ids.numel(), takes=False)
-            self.is_table = False
-            rows = ids, self.storage.detach(), places
-            moved = launch_free(*rows, sizes=self.sizes, page=self.page)
-            self._end()
-            return moved
-        if ids.numel() != ids.unique().numel():
-            raise ValueError("free takes distinct ids")
-        if bool((self.row_start[ids] < 0).any()):
-            raise ValueError("free takes ids that have a row")
-        self.remember_layout()
+        backend = resolve_backend(backend, ids.device)
+        needs: dict[str, Any] = {}
+        if backend == "torch":
+            _refuse_repeated(ids, "free")
+            if bool((self.row_start[ids] < 0).any()):
+                raise ValueError("free takes ids that have a row")
+            given = torch.bincount(self.level(ids), minlength=len(self.sizes)).tolist()
+            needs["exact"] = lambda: ([0] * len(given), given)
+        places = self._begin(ids.numel(), takes=False, **needs)
         self.is_table = False
-        level = self.level(ids)
-        self._reserve(torch.full_like(level, -1), level)
-        self.give(self.row_start[ids].long(), level)
-        self.row_start[ids] = -1
-        return torch.ones_like(ids, dtype=torch.bool)
-
-    @torch.no_grad()
-    @companions.with_dense_gradient
-    def promote(
-        self, ids: Tensor, chain: Tensor, mask: Tensor | None = None, *, backend: str = "auto"
-    ) -> Tensor:
-        """Move the rows of ``ids`` (where ``mask``) one level up: ``e' = W_k e + b_k``.
-
-        An id twice moves once; rows at the last level stay. The state of moved rows starts afresh.
-
-        Args:
-            ids: int ``[R]``, in range (the Triton backend passes over others).
-            chain: packed hops.
-            mask: bool ``[R]``.
-            backend: ``auto`` | ``triton`` | ``torch``.
-
-        Returns:
-            Bool ``[R]``: True where the position asked for a row that this call moved; every
-            occurrence of an id that ``mask`` admits says the same.
-
-        Raises:
-            RuntimeError: ``max_elements`` does not allow it; no row is changed. The Triton backend
-                moves the rows that fit, by level and then in the order of ``ids``.
-        """
-        if resolve_backend(backend, ids.device) == "triton":
-            places = self._begin(ids.numel())
-            rows = ids, mask, self.storage.detach(), chain.detach(), places
-            moved = launch_promote(*rows, *self._state(), sizes=self.sizes, page=self.page)
-            self._end()
-            return moved
-        chosen = ids if mask is None else ids[mask]
-        level = self.level(chosen)
-        moved = (level >= 0) & (level < len(self.sizes) - 1)
-        # One decision per id, and an order that does not depend on that of ids.
-        key, order = chosen[moved].long().sort()
-        if key.numel():
-            first = torch.ones_like(key, dtype=torch.bool)
-            first[1:] = key[1:] != key[:-1]
-            self._promote_distinct(key[first], level[moved][order[first]], chain.detach())
-        if mask is None:
-            return moved
-        return torch.zeros_like(mask).masked_scatter_(mask, moved)
-
-    def _promote_distinct(self, ids: Tensor, source: Tensor, chain: Tensor) -> None:
-        target = source + 1
-        self.remember_layout()
-        self._reserve(target, source)
-        old_start = self.row_start[ids].long()
-        start = self.take(target)
-        storage = self.storage.detach()
-        promote_rows(storage, chain, old_start, start, source, self.sizes)
-        self._reset_companions(start, target)
-        self.place(ids, start)
-        self.give(old_start, source)
-
-    def _state(self) -> tuple[list[tuple[Tensor, float]], list[tuple[Tensor, float]]]:
-        """Gradient and optimizer state, per element and per id, with a fresh row's values."""
-        return (
-            [(c.tensor, c.fresh) for c in companions.of(self)],
-            [(c.tensor, c.fresh) for c in companions.of_ids(self)],
-        )
-
-    def _reset_companions(self, start: Tensor, level: Tensor) -> None:
-        """Gradient and optimizer state of the rows ``(start, level)`` become a fresh row's."""
-        fill_rows(self._state()[0], start, level, sizes=self.sizes, backend="torch")
+        moved = resize.free(ids, self.storage.detach(), places, backend=backend)
+        self._end()
+        return moved
 
     # ---- between steps: growth, reclaiming, compaction ----------------------------------------
 
-    def _everything(self) -> Iterator[companions.Companion]:
+    def _everything(self) -> Iterator[Follower]:
         """``storage`` itself, then every tensor that moves with it."""
-        yield companions.Companion(self.storage.detach(), 0.0, self._replace_storage)
-        yield from companions.of(self)
+        yield Follower("storage", self.storage.detach(), 0.0, self._replace_storage)
+        yield from self.followers.per_element()
 
     def _replace_storage(self, value: Tensor) -> None:
         # A graph that is still alive (the last step's loss) holds the node that accumulates into
@@ -645,11 +518,11 @@ class Arena(nn.Module):
             return
         new = old + pages
         torch.autograd.graph.increment_version(self.storage)
-        for companion in list(self._everything()):
-            grown = companion.tensor.new_full((new * self.page,), companion.fresh)
-            grown[: companion.tensor.numel()] = companion.tensor
-            companion.replace(grown)
-        index = self._index_dtype(self.storage.numel())
+        for follower in list(self._everything()):
+            grown = follower.tensor.new_full((new * self.page,), follower.fresh)
+            grown[: follower.tensor.numel()] = follower.tensor
+            follower.replace(grown)
+        index = index_dtype(self.storage.numel())
         self.row_start = self.row_start.to(index)
         self.free_rows = self.free_rows.to(index)
         levels = self.page_level.new_full((new + 1,), -1)
@@ -723,27 +596,27 @@ class Arena(nn.Module):
         return len(found)
 
     @torch.no_grad()
-    @companions.with_dense_gradient
+    @with_dense_gradient
     def compact(self) -> None:
         """Rewrite the arena without holes: the fewest pages that hold the rows in use."""
         # Places saved for a pending backward are no longer where the rows are.
         torch.autograd.graph.increment_version(self.storage)
-        self.remember_layout()
+        self.followers.remember_layout()
         level = self.level()
         old_start = self.row_start[:-1].long()
-        starts, page_level, free = self._layout(level.cpu())
+        starts, page_level, free = self._place(level.cpu())
         device = self.storage.device
         starts = starts.to(device)
-        for companion in list(self._everything()):
-            packed = companion.tensor.new_full((len(page_level) * self.page,), companion.fresh)
+        for follower in list(self._everything()):
+            packed = follower.tensor.new_full((len(page_level) * self.page,), follower.fresh)
             for k, dim in enumerate(self.sizes):
                 mine = (level == k).nonzero()[:, 0]
                 if len(mine):
-                    rows = gather_rows(companion.tensor, old_start[mine], dim)
+                    rows = gather_rows(follower.tensor, old_start[mine], dim)
                     into = starts[mine][:, None] + torch.arange(dim, device=device)
                     packed[into] = rows
-            companion.replace(packed)
-        index = self._index_dtype(self.storage.numel())
+            follower.replace(packed)
+        index = index_dtype(self.storage.numel())
         sink = torch.tensor([-1], device=device)
         self.row_start = torch.cat([starts, sink]).to(index)
         self.page_level = torch.cat([page_level.to(device), sink.to(torch.int8)])
@@ -754,7 +627,7 @@ class Arena(nn.Module):
         self.free_pages = self.free_pages.new_zeros(1)
         self.free_count[-1] = 0
         self._ledger.see([*(len(rows) for rows in free), 0])
-        self.is_table = self._is_table(starts)
+        self.is_table = is_table(starts, self.sizes, self.page)
 
     # ---- state --------------------------------------------------------------------------------
 
@@ -771,18 +644,18 @@ class Arena(nn.Module):
         if held:
             saved = {name: state_dict[prefix + name] for name in self._keys()}
             if saved["storage"].shape != self.storage.shape:
-                for companion in list(self._everything()):
-                    fresh = companion.tensor.new_full(saved["storage"].shape, companion.fresh)
-                    companion.replace(fresh)
+                for follower in list(self._everything()):
+                    fresh = follower.tensor.new_full(saved["storage"].shape, follower.fresh)
+                    follower.replace(fresh)
             for name, buffer in list(self.named_buffers(recurse=False)):
                 if name in saved:
                     setattr(self, name, torch.empty_like(saved[name], device=buffer.device))
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
-        self._forget()
+        self.forget_counters()
         if held and not self.storage.is_meta:
-            self.is_table = self._is_table(self.row_start[:-1])
+            self.is_table = is_table(self.row_start[:-1], self.sizes, self.page)
             self._initial_level = None
-            self._was_loaded, self.loaded_layout = True, None
+            self.followers.note_loading()
 
     def _keys(self) -> list[str]:
         return ["storage", *(name for name in self._buffers if name != "_rows_per_page")]
@@ -813,26 +686,18 @@ class Arena(nn.Module):
             ]
         return []
 
-    def remember_layout(self) -> None:
-        """Before rows move: keep where a checkpoint had them, until an optimizer has stepped.
-
-        The state of an optimizer that is loaded as well lies there, and no step has shown it yet.
-        """
-        if self._was_loaded and self.loaded_layout is None:
-            self.loaded_layout = self.row_start.clone(), self.page_level.clone()
-
-    def forget_layout(self) -> None:
-        """An optimizer has stepped, and its state goes with the rows from now on."""
-        self._was_loaded, self.loaded_layout = False, None
-
     def __getstate__(self) -> dict[str, Any]:
         # A copy has no fused optimizer, and its own scratch.
-        ledger = Ledger(self.rows_per_page, [])
-        alone = {"_fused": None, "_owner": None, "_ledger": ledger, "_located": None}
-        return {**self.__dict__, **alone, "_was_loaded": False, "loaded_layout": None}
+        alone = {"_fused": None, "_owner": None, "_layout": None, "followers": None}
+        return {**self.__dict__, **alone, "_ledger": Ledger(self.rows_per_page, [])}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._forget()
+        self.forget_counters()
         self._captured = False
-        companions.track(self)
+        self.followers = Followers(self)
+
+
+def _refuse_repeated(ids: Tensor, call: str) -> None:
+    if ids.numel() != ids.unique().numel():
+        raise ValueError(f"{call} takes distinct ids")

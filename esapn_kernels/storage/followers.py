@@ -1,160 +1,232 @@
-"""Optimizer state of rows that move.
+"""Gradient and optimizer state of rows that move.
 
 Any ``torch.optim`` optimizer that holds an arena's ``storage`` keeps, per element, state of the
 same shape (Adam's moments, Adagrad's sum, SGD's momentum). When a row moves, that state must move
 or be reset, and when the arena grows, it must grow. One hook, run before every optimizer step,
 finds the optimizers that hold an arena, so user code does not register anything; rows that move
-before an optimizer's first step find no state to move. State that is older than that step,
-Adagrad's, made when it is built, or loaded with a checkpoint, is brought to the rows' places then:
+before an optimizer's first step find no state to move. State that is older than that step
+(Adagrad's is made when it is built; a checkpoint brings some) is taken to the rows' places then:
 the arena remembers the layout that its own checkpoint had. The optimizers of ``optim`` are followed
 from construction on, and say themselves which of their state goes with rows
 (``state_per_element``) and which with ids (``state_per_id``).
 
 Documented behaviour: the state of a *resized* row starts afresh (zero; Adagrad's configured
 ``initial_accumulator_value``, Rprop's ``lr``), as that of a row never seen; the state of every
-other row is untouched wherever the row moves. The shared step counter of Adam goes on.
+other row is untouched wherever the row moves. The shared step counter of Adam goes on. There is one
+exception, Adagrad's sums under zero-padding hops that are not trained,
+
+    e' = [g e; 0],   g = sqrt(d_{k+1} / d_k)        dL/de_j = g dL/de'_j   (j < d_k)
+
+where the sum of squared gradients of the old numbers carries over exactly, ``s'_j = s_j / g^2``,
+and only the new numbers start afresh: without it, a grown row moves by the whole learning rate
+again.
 """
 
 from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from ..ops.update import row_table
+from ..ops.backend import host_reads
+from ..ops.layout import Filled, Layout, row_table
 
-if TYPE_CHECKING:
-    from .arena import Arena
+__all__ = ["Follower", "Followers", "with_dense_gradient"]
 
-__all__ = [
-    "Companion",
-    "follow",
-    "of",
-    "of_ids",
-    "reset_ids",
-    "state_bytes",
-    "track",
-    "unfollow",
-    "with_dense_gradient",
-]
+SUM = "sum"
+"""The name of Adagrad's state."""
 
-_arenas: weakref.WeakSet[Arena] = weakref.WeakSet()
-_optimizers: weakref.WeakKeyDictionary[Arena, weakref.WeakSet[torch.optim.Optimizer]] = (
-    weakref.WeakKeyDictionary()
-)
+
+class Rows(Protocol):
+    """What is followed: an arena."""
+
+    storage: nn.Parameter
+
+    @property
+    def layout(self) -> Layout:
+        """Where its rows lie."""
 
 
 @dataclass(frozen=True)
-class Companion:
+class Follower:
     """A tensor that goes with the rows; ``fresh`` is what it holds for a row never seen."""
 
+    name: str
     tensor: Tensor
     fresh: float
     replace: Callable[[Tensor], None]
 
 
-def track(arena: Arena) -> None:
-    """Follow ``arena``: optimizers that step it are found from now on."""
-    _arenas.add(arena)
+class Followers:
+    """Everything that goes with the rows of one arena.
 
-
-def follow(arena: Arena, optimizer: torch.optim.Optimizer) -> None:
-    """From now on ``optimizer``'s state goes with the rows of ``arena``."""
-    _optimizers.setdefault(arena, weakref.WeakSet()).add(optimizer)
-
-
-def unfollow(arena: Arena, optimizer: torch.optim.Optimizer) -> None:
-    """The opposite of :func:`follow`."""
-    _optimizers.setdefault(arena, weakref.WeakSet()).discard(optimizer)
-
-
-def _find(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    if not _arenas:
-        return
-    # The optimizers of optim say themselves when to follow.
-    followed = hasattr(optimizer, "state_per_element")
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for arena in _arenas:
-        if id(arena.storage) in held:
-            if not followed and optimizer not in _optimizers.get(arena, ()):
-                follow(arena, optimizer)
-                _fit(arena, optimizer)
-            arena.forget_layout()
-
-
-def _fresh(group: dict[str, Any], name: str) -> float:
-    """What an element of the state ``name`` starts as."""
-    if name == "sum":
-        return group.get("initial_accumulator_value", 0.0)
-    return float(group["lr"]) if name == "step_size" else 0.0  # Rprop's
-
-
-def _fit(arena: Arena, optimizer: torch.optim.Optimizer) -> None:
-    """Bring state that was made, or loaded, before rows moved to where they are now."""
-    storage = arena.storage
-    for name, value in optimizer.state.get(storage, {}).items():
-        whole = isinstance(value, Tensor) and value.dim() == 1 and value.numel() % arena.page == 0
-        if not whole or not value.numel():
-            continue
-        fresh = _fresh(_group(optimizer, storage), name)
-        if arena.loaded_layout is not None:
-            optimizer.state[storage][name] = _relocated(arena, value, fresh)
-        elif value.shape != storage.shape:
-            fitted = value.new_full(storage.shape, fresh)
-            if value.numel() < storage.numel():
-                fitted[: value.numel()] = value  # growth moves no row
-            optimizer.state[storage][name] = fitted
-
-
-def _relocated(arena: Arena, state: Tensor, fresh: float) -> Tensor:
-    """``state`` as it lay in the layout that the arena was loaded with, in the present one.
-
-    Rows that were resized since hold ``fresh``, as does a tensor of another layout.
+    Args:
+        rows: the arena, which owns this object.
     """
-    assert arena.loaded_layout is not None
-    row_start, page_level = arena.loaded_layout
-    moved = state.new_full(arena.storage.shape, fresh)
-    if state.numel() != (page_level.numel() - 1) * arena.page:
-        return moved
-    old_start, new_start = row_start[:-1].long(), arena.row_start[:-1].long()
-    level = page_level[old_start // arena.page]
-    stays = level == arena.level()
-    for k, dim in enumerate(arena.sizes):
-        mine = stays & (level == k)
-        rows = row_table(state, dim).index_select(0, old_start[mine])
-        row_table(moved, dim).index_copy_(0, new_start[mine], rows)
-    return moved
+
+    def __init__(self, rows: Rows) -> None:
+        self._rows = weakref.ref(rows)
+        self._optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+        self._was_loaded = False
+        self._loaded: tuple[Tensor, Tensor] | None = None
+        _every.add(self)
+
+    @property
+    def _arena(self) -> Rows:
+        arena = self._rows()
+        assert arena is not None
+        return arena
+
+    def add(self, optimizer: torch.optim.Optimizer) -> None:
+        """From now on ``optimizer``'s state goes with the rows."""
+        self._optimizers.add(optimizer)
+
+    def discard(self, optimizer: torch.optim.Optimizer) -> None:
+        """The opposite of :meth:`add`."""
+        self._optimizers.discard(optimizer)
+
+    def per_element(self) -> Iterator[Follower]:
+        """Tensors of the storage's shape: its gradient, and what optimizers hold for it."""
+        storage = self._arena.storage
+        if storage.grad is not None and not storage.grad.is_sparse:
+            yield Follower("grad", storage.grad, 0.0, lambda value: setattr(storage, "grad", value))
+        for optimizer in self._optimizers:
+            state = optimizer.state.get(storage)
+            if state:
+                yield from _followers(state, _per_element(optimizer, storage))
+
+    def per_id(self) -> Iterator[Follower]:
+        """State with one number per id, ``[N]``, that the optimizers of ``optim`` hold."""
+        for optimizer in self._optimizers:
+            declared = getattr(optimizer, "state_per_id", None)
+            if declared:
+                yield from _followers(optimizer.state[self._arena.storage], declared)
+
+    def fresh(self) -> tuple[Filled, Filled]:
+        """All of them, per element and per id, with what a fresh row holds."""
+        return (
+            [(f.tensor, f.fresh) for f in self.per_element()],
+            [(f.tensor, f.fresh) for f in self.per_id()],
+        )
+
+    def state_bytes(self) -> int:
+        """Bytes of the optimizer state; the gradient is not among it."""
+        found = [f for f in self.per_element() if f.name != "grad"]
+        found += self.per_id()
+        return sum(f.tensor.untyped_storage().nbytes() for f in found)
+
+    def carry(
+        self, ids: Tensor, start: Tensor, level: Tensor, moved: Tensor, row_size: Tensor
+    ) -> None:
+        """Adagrad's sums of promoted rows, ``s'_j = s_j d_k / d_{k+1}`` for ``j < d_k``.
+
+        Reads nothing on the host where ``ids`` are on a GPU.
+
+        Args:
+            ids: int ``[R]``, as they were given to a promotion by zero-padding hops.
+            start, level: ``[R]``, where the rows lay before it.
+            moved: bool ``[R]``, what it returned.
+            row_size: int64 ``[n]``, the sizes.
+        """
+        sums = [follower for follower in self.per_element() if follower.name == SUM]
+        if not sums:
+            return
+        layout = self._arena.layout
+        if host_reads(ids):
+            kept = moved.nonzero()[:, 0]
+            ids, start, level, moved = ids[kept], start[kept], level[kept], moved[kept]
+        moved = moved & _first_of_equal(ids, moved, layout.num_rows)
+        width = row_size[level.clamp(min=0)]
+        grown = row_size[(level + 1).clamp(max=len(layout.sizes) - 1)]
+        column = torch.arange(layout.dim, device=ids.device)
+        carried = moved[:, None] & (column < width[:, None])
+        new_start = layout.row_start[ids]
+        for follower in sums:
+            flat = follower.tensor
+            # Promoted rows left their old places as they were: no row of the call enters them.
+            old = flat[_elements(start, column, flat)]
+            ratio = (width / grown)[:, None].to(flat.dtype)
+            # Beyond what a fresh row has, so that adding is setting; the rest adds nothing.
+            value = torch.where(carried, old * ratio - follower.fresh, 0.0)
+            flat.index_put_((_elements(new_start, column, flat),), value, accumulate=True)
+
+    def note_loading(self) -> None:
+        """The arena was loaded: state that is loaded with it lies in the present layout."""
+        self._was_loaded, self._loaded = True, None
+
+    def remember_layout(self) -> None:
+        """Before rows move: keep where a checkpoint had them, until an optimizer has stepped.
+
+        The state of an optimizer that is loaded as well lies there, and no step has shown it yet.
+        """
+        if self._was_loaded and self._loaded is None:
+            layout = self._arena.layout
+            self._loaded = layout.row_start.clone(), layout.page_level.clone()
+
+    def _forget_layout(self) -> None:
+        """An optimizer has stepped, and its state goes with the rows from now on."""
+        self._was_loaded, self._loaded = False, None
+
+    def holds_any(self, parameters: set[int]) -> bool:
+        """Whether the storage is one of ``parameters``, by ``id``; False once the arena is gone."""
+        arena = self._rows()
+        return arena is not None and id(arena.storage) in parameters
+
+    def before_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """``optimizer``, which holds the storage, is about to step."""
+        # The optimizers of optim say themselves when to follow.
+        declares = hasattr(optimizer, "state_per_element")
+        if not declares and optimizer not in self._optimizers:
+            self.add(optimizer)
+            self._fit(optimizer)
+        self._forget_layout()
+
+    def _fit(self, optimizer: torch.optim.Optimizer) -> None:
+        """Bring state that was made, or loaded, before rows moved to where they are now."""
+        storage, layout = self._arena.storage, self._arena.layout
+        for name, value in optimizer.state.get(storage, {}).items():
+            if not isinstance(value, Tensor) or value.dim() != 1 or value.numel() % layout.page:
+                continue
+            if not value.numel():
+                continue
+            fresh = _fresh(_group(optimizer, storage), name)
+            if self._loaded is not None:
+                moved = value.new_full(storage.shape, fresh)
+                _relocate(value, moved, self._loaded, layout)
+                optimizer.state[storage][name] = moved
+            elif value.shape != storage.shape:
+                fitted = value.new_full(storage.shape, fresh)
+                if value.numel() < storage.numel():
+                    fitted[: value.numel()] = value  # growth moves no row
+                optimizer.state[storage][name] = fitted
 
 
-def _group(optimizer: torch.optim.Optimizer, storage: Tensor) -> dict[str, Any]:
-    return next(g for g in optimizer.param_groups if any(p is storage for p in g["params"]))
+_every: weakref.WeakSet[Followers] = weakref.WeakSet()
 
 
-register_optimizer_step_pre_hook(_find)
+def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    if not _every:
+        return
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for followers in _every:
+        if followers.holds_any(held):
+            followers.before_step(optimizer)
 
 
-def of(arena: Arena) -> Iterator[Companion]:
-    """Tensors of the storage's shape: its gradient, and the state that optimizers hold for it."""
-    storage = arena.storage
-    if storage.grad is not None and not storage.grad.is_sparse:
-        yield Companion(storage.grad, 0.0, lambda value: setattr(storage, "grad", value))
-    for optimizer in _optimizers.get(arena, ()):
-        state = optimizer.state.get(storage)
-        if state:
-            yield from _companions(state, _per_element(optimizer, storage))
+register_optimizer_step_pre_hook(_before_step)
 
 
 def with_dense_gradient(move: Callable[..., Any]) -> Callable[..., Any]:
     """Decorate a method that moves an arena's rows: a sparse gradient is dense meanwhile."""
 
     @functools.wraps(move)
-    def moving(arena: Arena, *args: Any, **kwargs: Any) -> Any:
+    def moving(arena: Rows, *args: Any, **kwargs: Any) -> Any:
         storage = arena.storage
         if storage.grad is None or not storage.grad.is_sparse:
             return move(arena, *args, **kwargs)
@@ -171,7 +243,50 @@ def with_dense_gradient(move: Callable[..., Any]) -> Callable[..., Any]:
     return moving
 
 
-def _per_element(optimizer: torch.optim.Optimizer, storage: Tensor) -> dict[str, float]:
+def _relocate(state: Tensor, into: Tensor, loaded: tuple[Tensor, Tensor], layout: Layout) -> None:
+    """Copy ``state`` of the rows that kept their size, from the layout ``loaded`` to the present.
+
+    A tensor of another layout leaves ``into`` as it is, and so do rows that were resized.
+    """
+    row_start, page_level = loaded
+    if state.numel() != page_level.numel() * layout.page:
+        return
+    old_start, new_start = row_start.long(), layout.row_start.long()
+    old, new = (
+        torch.where(start >= 0, level[start.clamp(min=0) // layout.page], -1)
+        for start, level in ((old_start, page_level), (new_start, layout.page_level))
+    )
+    for k, dim in enumerate(layout.sizes):
+        mine = (old == k) & (new == k)
+        rows = row_table(state, dim).index_select(0, old_start[mine])
+        row_table(into, dim).index_copy_(0, new_start[mine], rows)
+
+
+def _first_of_equal(ids: Tensor, chosen: Tensor, beyond: int) -> Tensor:
+    """Bool ``[R]``: whether a position is the first of the ``chosen`` ones with its id."""
+    key, order = torch.where(chosen, ids, beyond).sort(stable=True)
+    first = torch.ones_like(chosen)
+    first[1:] = key[1:] != key[:-1]
+    return torch.empty_like(chosen).scatter_(0, order, first)
+
+
+def _elements(start: Tensor, column: Tensor, flat: Tensor) -> Tensor:
+    """Positions ``[R, len(column)]`` from each row's first element on, inside ``flat``."""
+    return (start.long()[:, None] + column).clamp(min=0, max=flat.numel() - 1)
+
+
+def _fresh(group: dict[str, Any], name: str) -> float:
+    """What an element of the state ``name`` starts as."""
+    if name == SUM:
+        return group.get("initial_accumulator_value", 0.0)
+    return float(group["lr"]) if name == "step_size" else 0.0  # Rprop's
+
+
+def _group(optimizer: torch.optim.Optimizer, storage: Tensor) -> dict[str, Any]:
+    return next(g for g in optimizer.param_groups if any(p is storage for p in g["params"]))
+
+
+def _per_element(optimizer: torch.optim.Optimizer, storage: Tensor) -> Mapping[str, float]:
     """Names of the state in the arena's layout, and what an element of it starts as."""
     declared = getattr(optimizer, "state_per_element", None)
     if declared is not None:
@@ -188,31 +303,10 @@ def _per_element(optimizer: torch.optim.Optimizer, storage: Tensor) -> dict[str,
     }
 
 
-def _companions(state: dict[str, Any], fresh: dict[str, float]) -> Iterator[Companion]:
+def _followers(state: dict[str, Any], fresh: Mapping[str, float]) -> Iterator[Follower]:
     for name, value in fresh.items():
 
         def replace(moved: Tensor, name: str = name) -> None:
             state[name] = moved
 
-        yield Companion(state[name], value, replace)
-
-
-def of_ids(arena: Arena) -> Iterator[Companion]:
-    """State with one number per id, ``[num_rows]``, that the optimizers of ``optim`` hold."""
-    for optimizer in _optimizers.get(arena, ()):
-        declared = getattr(optimizer, "state_per_id", None)
-        if declared:
-            yield from _companions(optimizer.state[arena.storage], declared)
-
-
-def reset_ids(arena: Arena, ids: Tensor) -> None:
-    """State with one number per id becomes that of an id never seen."""
-    for companion in of_ids(arena):
-        companion.tensor.index_fill_(0, ids.long(), companion.fresh)
-
-
-def state_bytes(arena: Arena) -> int:
-    """Bytes of the optimizer state held for ``arena.storage``."""
-    found = [c for c in of(arena) if c.tensor is not arena.storage.grad]
-    found += of_ids(arena)
-    return sum(c.tensor.untyped_storage().nbytes() for c in found)
+        yield Follower(name, state[name], value, replace)

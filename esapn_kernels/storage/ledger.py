@@ -56,22 +56,22 @@ class Ledger:
         self.see(counts)
 
     def see(self, counts: list[int], rows: int = 0) -> None:
-        """The counters as they were ``rows`` rows ago; none: they have to be looked at."""
+        """The counters as they were ``rows`` rows ago; none: they have to be read."""
         self.counts = counts
         self.rows = rows
         self.snapshot: Snapshot | None = None
 
-    def glance(self, counters: Tensor, *, look: bool) -> None:
-        """Take a copy that has arrived; read the counters if one may or must ``look``."""
+    def refresh(self, counters: Tensor, *, read: bool) -> None:
+        """Take a copy that has arrived; or ``read`` the counters, as where none is known."""
         snapshot = self.snapshot
-        if look or not self.counts:
+        if read or not self.counts:
             self.see(counters.tolist())
         elif snapshot is not None and snapshot.arrived():
             *heights, pages = snapshot.values.tolist()
             self.see([*heights, pages + snapshot.pages], snapshot.rows)
 
-    def send_for(self, counters: Tensor) -> None:
-        """Have a copy made of the counters, unless one is under way."""
+    def request(self, counters: Tensor) -> None:
+        """Request a copy of the counters, unless one is on its way."""
         if self.snapshot is None:
             self.snapshot = Snapshot(counters)
 

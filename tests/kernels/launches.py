@@ -6,23 +6,19 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from esapn_kernels.gpu.compose import launch_compose, launch_compose_bwd
 from esapn_kernels.gpu.lookup_bwd import launch_bwd, launch_bwd_update
 from esapn_kernels.gpu.lookup_fwd import launch_fwd
-from esapn_kernels.gpu.resize import Places, fill_rows, launch_free, launch_insert, launch_promote
+from esapn_kernels.gpu.resize import launch_fill, launch_free, launch_insert, launch_promote
 from esapn_kernels.ops.backend import launch_kernel
-from esapn_kernels.ops.compose import (
-    _launch_compose,
-    _launch_compose_bwd,
-    chain_numel,
-    compute_dtype,
-)
+from esapn_kernels.ops.chain import chain_numel, compute_dtype
+from esapn_kernels.ops.layout import Layout, Places
 from esapn_kernels.ops.update import RULES, Update
 
 N_ROWS, PAGE = 10_000, 4096
@@ -94,36 +90,35 @@ def calls(
     storage, chain = made(capacity), made(chain_numel(sizes))
     row_start, page_level = made(N_ROWS, dtype=index), made(pages, dtype=torch.int8)
     composed = made(sum(d + 1 for d in sizes[:-1]), sizes[-1], dtype=wide)
-    where = (composed, row_start, page_level, sizes, PAGE)
-    yield "compose", call(_launch_compose, chain, sizes)
-    yield "compose", call(_launch_compose_bwd, composed, chain, composed, sizes)
+    layout = Layout(row_start, page_level, sizes, PAGE)
+    yield "compose", call(launch_compose, chain, sizes)
+    yield "compose", call(launch_compose_bwd, composed, chain, composed, sizes)
     for out_dtype in (dtype, torch.bfloat16) if full else (dtype,):
-        yield f"to-{TYPES[out_dtype]}", call(launch_fwd, ids, storage, *where, out_dtype)
-    yield "gradient", call(launch_bwd, grad_out, ids, storage, *where)
+        yield f"to-{TYPES[out_dtype]}", call(launch_fwd, ids, storage, composed, layout, out_dtype)
+    yield "gradient", call(launch_bwd, grad_out, ids, storage, composed, layout)
     for rule in RULES if full else ("adam",):
         per_id = made(N_ROWS, dtype=torch.int32 if rule == "adam" else wide)
         numbers, clock = (made(n, dtype=torch.float64) for n in (7, 3))
         state = made(capacity, dtype=wide)
         update = Update(rule, numbers, (state, state), per_id, clock)
-        yield rule, call(launch_bwd_update, grad_out, ids, storage, *where, update=update)
+        yield rule, call(launch_bwd_update, grad_out, ids, storage, composed, layout, update=update)
     places = Places(
-        row_start,
-        page_level,
+        layout,
         made(N_ROWS, dtype=index),
         made(pages, dtype=torch.int32),
         *(made(len(sizes) + 1, dtype=torch.int64) for _ in range(2)),
+        *(made(len(sizes), dtype=torch.int64) for _ in range(2)),
         made(N_ROWS, dtype=torch.int32),
     )
     # Gradient and Adam's moments, and one more; the step that last touched an id.
     state = made(capacity, dtype=wide)
     states = [(storage, 0.0), (state, 0.0), (state, 0.0), (state, 0.5)]
     per_ids = [(made(N_ROWS, dtype=torch.int32), 0.0)]
-    move = partial(call, sizes=sizes, page=PAGE)
     mask = made(n_ids, dtype=torch.bool)
-    yield "promote", move(launch_promote, ids, mask, storage, chain, places, states, per_ids)
-    yield "insert", move(launch_insert, ids, 0, storage, places, states, per_ids)
-    yield "free", move(launch_free, ids, storage, places)
-    yield "fill", call(fill_rows, [(state, 0.25)], ids, ids, sizes=sizes)
+    yield "promote", call(launch_promote, ids, mask, storage, chain, places, states, per_ids)
+    yield "insert", call(launch_insert, ids, 0, storage, places, states, per_ids)
+    yield "free", call(launch_free, ids, storage, places)
+    yield "fill", call(launch_fill, [(state, 0.25)], ids, ids, sizes)
 
 
 @contextlib.contextmanager

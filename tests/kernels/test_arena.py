@@ -14,11 +14,11 @@ import torch
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from esapn_kernels.gpu.resize import NOBODY
-from esapn_kernels.ops.compose import chain_numel
+from esapn_kernels.ops.chain import chain_numel
+from esapn_kernels.ops.layout import UNCLAIMED, page_elements
 from esapn_kernels.reference import promote_reference
 from esapn_kernels.storage import arena as arena_file
-from esapn_kernels.storage.arena import Arena, page_elements
+from esapn_kernels.storage.arena import Arena
 from esapn_kernels.storage.ledger import Snapshot
 
 SIZES = [(1, 3, 5, 33), (2, 4, 8), (7,), (5, 6), (2, 64), (1, 2, 3), (2, 4, 8, 16, 64, 128)]
@@ -60,7 +60,7 @@ def check_accounts(arena):
     assert int(arena.free_base[-1]) == arena.free_rows.numel() - 1
     assert arena.row_start[arena.row_start >= 0].unique().numel() == (arena.row_start >= 0).sum()
     if arena._owner is not None:
-        assert (arena._owner == NOBODY).all()
+        assert (arena._owner == UNCLAIMED).all()
     for page, (k, starts) in enumerate(zip(page_level, held, strict=True)):
         slots = arena.rows_per_page[k] if k >= 0 else 0
         step = arena.sizes[k]
@@ -271,7 +271,7 @@ class DeviceHistory(KernelHistory):
         super().__init__()
         arrives = random.Random(0)
         self.patches = [
-            mock.patch.object(arena_file, "_can_look", return_value=False),
+            mock.patch.object(arena_file, "host_reads", return_value=False),
             arriving(lambda: arrives.random() < 0.3),
         ]
         for patch in self.patches:
@@ -385,7 +385,7 @@ def test_many_small_promotions(sizes, spare_pages):
 @pytest.fixture
 def on_a_device(monkeypatch):
     """Where looking costs: the host's part of a call may read no tensor but a snapshot."""
-    monkeypatch.setattr(arena_file, "_can_look", lambda tensor: False)
+    monkeypatch.setattr(arena_file, "host_reads", lambda tensor: False)
 
     def unread(run):
         def wrapper(arena, *args, **kwargs):
@@ -535,7 +535,7 @@ def test_a_cap_on_the_host_raises_before_anything_moves():
 
 @pytest.mark.parametrize("looks", [True, False], ids=["cpu", "as-on-a-gpu"])
 def test_a_cap_on_a_device_leaves_rows(looks, device, monkeypatch):
-    monkeypatch.setattr(arena_file, "_can_look", lambda tensor: looks)
+    monkeypatch.setattr(arena_file, "host_reads", lambda tensor: looks)
     arena = with_page(32, 64, (2, 8), max_elements=330, device=device)
     fill(arena)
     rows = [arena.read(i) for i in range(64)]

@@ -64,7 +64,7 @@ def test_bags(make, mode, padding_idx, bags):
     # The gradient of the dense table, carried on through the definition of the lookup.
     arena = ours.arena
     storage, chain = (p.detach().clone().requires_grad_() for p in (arena.storage, ours.chain))
-    rows = lookup_reference(torch.arange(N), storage, chain, *arena.locations, SIZES, arena.page)
+    rows = lookup_reference(torch.arange(N), storage, chain, *arena.layout.flat)
     rows.backward(theirs.weight.grad)
     torch.testing.assert_close(arena.storage.grad, storage.grad)
     torch.testing.assert_close(ours.chain.grad, chain.grad)

@@ -3,15 +3,10 @@
 import pytest
 import torch
 
-from esapn_kernels.ops import compose as compose_file
+from esapn_kernels.gpu import compose as compose_file
 from esapn_kernels.ops.backend import TRITON_ERROR
-from esapn_kernels.ops.compose import (
-    chain_numel,
-    compose,
-    compose_bwd,
-    compute_dtype,
-    operand_offsets,
-)
+from esapn_kernels.ops.chain import chain_numel, compute_dtype, operand_offsets
+from esapn_kernels.ops.compose import compose, compose_bwd
 from esapn_kernels.reference import split_chain
 from esapn_kernels.testing import assert_matches
 

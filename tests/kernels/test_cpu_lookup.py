@@ -1,4 +1,4 @@
-"""torch_path.py: blocks, scratch, given outputs and the fused update, against the definition."""
+"""cpu/lookup.py: blocks, scratch, given outputs and the fused update, against the definition."""
 
 import threading
 
@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from esapn_kernels.cpu import lookup as torch_path
+from esapn_kernels.cpu import lookup as cpu
+from esapn_kernels.cpu import resize, scratch
 from esapn_kernels.ops.compose import compose, compose_bwd
 from esapn_kernels.ops.update import Update, rule_numbers
 from esapn_kernels.reference import lookup_reference
@@ -24,17 +25,18 @@ def name(value):
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Several blocks per level, and everything in scratch that nobody has used before."""
-    monkeypatch.setattr(torch_path, "_TILE", 300)
-    monkeypatch.setattr(torch_path, "_SMALL", 0)
-    monkeypatch.setattr(torch_path, "_FEW", 0)
-    monkeypatch.setattr(torch_path, "_idle", [])
+    monkeypatch.setattr(cpu, "TILE", 300)
+    monkeypatch.setattr(scratch, "TILE", 300)
+    monkeypatch.setattr(scratch, "_SMALL", 0)
+    monkeypatch.setattr(cpu, "_FEW", 0)
+    monkeypatch.setattr(scratch, "_idle", [])
 
 
 def arguments(case):
     """Arguments of ``lookup_fwd``."""
-    storage, chain, *where = case.operands()
+    storage, chain = case.leaves()
     composed = compose(chain, case.module.sizes)
-    return (case.ids, storage.detach(), composed, *where, *case.layout.values())
+    return (case.ids, storage.detach(), composed, case.layout)
 
 
 def assert_right(case, out):
@@ -73,7 +75,7 @@ def test_output_given(sizes, dtype, offset, n_ids, small_blocks):
     case = make_case(sizes, 30, n_ids, dtype)
     buffer = torch.full((n_ids * sizes[-1] + 2 * offset,), float("nan"), dtype=dtype)
     given = buffer[offset:-offset].view(n_ids, sizes[-1])
-    out = torch_path.lookup_fwd(*arguments(case), out=given)
+    out = cpu.lookup_fwd(*arguments(case), out=given)
     assert out is given
     assert_right(case, out)
     assert buffer[:offset].isnan().all() and buffer[-offset:].isnan().all()
@@ -81,38 +83,38 @@ def test_output_given(sizes, dtype, offset, n_ids, small_blocks):
 
 def test_results_are_not_scratch(small_blocks):
     case, other = (make_case(PAPER, 40, 60, seed=seed) for seed in range(2))
-    results = [torch_path.lookup_fwd(*arguments(case))]
-    results += torch_path.lookup_bwd(case.grad_out, *arguments(case))
+    results = [cpu.lookup_fwd(*arguments(case))]
+    results += cpu.lookup_bwd(case.grad_out, *arguments(case))
     before = [x.clone() for x in results]
-    torch_path.lookup_fwd(*arguments(other))
-    torch_path.lookup_bwd(other.grad_out, *arguments(other))
+    cpu.lookup_fwd(*arguments(other))
+    cpu.lookup_bwd(other.grad_out, *arguments(other))
     assert all(torch.equal(x, y) for x, y in zip(results, before, strict=True))
-    (scratch,) = torch_path._idle
-    kept = {buffer.data_ptr() for buffer in scratch._buffers.values()}
+    (kept,) = scratch._idle
+    kept = {buffer.data_ptr() for buffer in kept._buffers.values()}
     assert len(kept) >= 2 and not kept & {x.data_ptr() for x in results}
 
 
 def test_scratch_is_used_again_and_bounded(small_blocks):
     for n_ids in (200, 20, 400):
-        torch_path.lookup_fwd(*arguments(make_case(PAPER, 40, n_ids)))
-    (scratch,) = torch_path._idle
-    assert set(scratch._buffers) == {("rows", torch.float32), ("grouped", torch.float32)}
-    assert all(buffer.numel() == torch_path._TILE for buffer in scratch._buffers.values())
+        cpu.lookup_fwd(*arguments(make_case(PAPER, 40, n_ids)))
+    (kept,) = scratch._idle
+    assert set(kept._buffers) == {("rows", torch.float32), ("grouped", torch.float32)}
+    assert all(buffer.numel() == scratch.TILE for buffer in kept._buffers.values())
 
 
 def test_scratch_from_inference_mode(small_blocks):
     case = make_case(PAPER, 40, 60)
     with torch.inference_mode():
-        out = torch_path.lookup_fwd(*arguments(case))
+        out = cpu.lookup_fwd(*arguments(case))
         assert out.is_inference()
-    assert torch_path._idle
+    assert scratch._idle
     # The same scratch: its tensors must not be inference tensors.
-    assert torch.equal(torch_path.lookup_fwd(*arguments(case)), out)
+    assert torch.equal(cpu.lookup_fwd(*arguments(case)), out)
 
 
 def test_threads_do_not_share_scratch(small_blocks):
     cases = [make_case(PAPER, 40, 90, seed=seed) for seed in range(6)]
-    expected = [torch_path.lookup_fwd(*arguments(case)) for case in cases]
+    expected = [cpu.lookup_fwd(*arguments(case)) for case in cases]
     for case, out in zip(cases, expected, strict=True):
         assert_right(case, out)
     wrong = []
@@ -120,7 +122,7 @@ def test_threads_do_not_share_scratch(small_blocks):
 
     def work(args, out):
         barrier.wait()
-        wrong.extend(1 for _ in range(30) if not torch.equal(torch_path.lookup_fwd(*args), out))
+        wrong.extend(1 for _ in range(30) if not torch.equal(cpu.lookup_fwd(*args), out))
 
     threads = [
         threading.Thread(target=work, args=(arguments(case), out))
@@ -131,7 +133,7 @@ def test_threads_do_not_share_scratch(small_blocks):
     for thread in threads:
         thread.join()
     assert not wrong
-    assert len(torch_path._idle) <= torch_path._IDLE
+    assert len(scratch._idle) <= scratch._IDLE
 
 
 def test_a_call_within_a_call(small_blocks):
@@ -143,12 +145,12 @@ def test_a_call_within_a_call(small_blocks):
             result = func(*args, **(kwargs or {}))
             # Between a block's product and its copy to the output.
             if func.overloadpacket is torch.ops.aten.addmm:
-                outputs.append(torch_path.lookup_fwd(*arguments(inner)))
+                outputs.append(cpu.lookup_fwd(*arguments(inner)))
             return result
 
     args = arguments(case)
     with Interrupt():
-        out = torch_path.lookup_fwd(*args)
+        out = cpu.lookup_fwd(*args)
     assert_right(case, out)
     assert outputs
     for output in outputs:
@@ -158,19 +160,17 @@ def test_a_call_within_a_call(small_blocks):
 def test_an_error_leaves_no_scratch_behind(small_blocks):
     case = make_case(PAPER, 40, 90)
     with pytest.raises(IndexError):
-        torch_path.lookup_fwd(*arguments(case), out=torch.empty(1, 128))
-    assert not torch_path._idle
-    assert_right(case, torch_path.lookup_fwd(*arguments(case)))
+        cpu.lookup_fwd(*arguments(case), out=torch.empty(1, 128))
+    assert not scratch._idle
+    assert_right(case, cpu.lookup_fwd(*arguments(case)))
 
 
 def test_huge_pages_change_nothing(monkeypatch, nan_empty):
-    monkeypatch.setattr(torch_path, "_HUGE", 1 << 14)
+    monkeypatch.setattr(scratch, "_HUGE", 1 << 14)
     case = make_case(PAPER, 300, 1200)
     asked = []
-    original = torch_path._with_huge_pages
-    monkeypatch.setattr(
-        torch_path, "_with_huge_pages", lambda x: asked.append(x.nbytes) or original(x)
-    )
+    original = cpu.with_huge_pages
+    monkeypatch.setattr(cpu, "with_huge_pages", lambda x: asked.append(x.nbytes) or original(x))
     for actual, exact, eager in zip(
         case.run("torch"), case.expected(), case.expected(torch.float32), strict=True
     ):
@@ -187,10 +187,10 @@ def sgd(lr):
 @pytest.mark.parametrize("sizes", SIZES, ids=name)
 def test_update_against_the_definition(sizes, dtype, index, small_blocks, nan_empty):
     case = make_case(sizes, 30, 70, dtype)  # ids occur several times
-    ids, storage, composed, *where = arguments(case)
+    ids, storage, composed, layout = arguments(case)
     before = storage.clone()
-    grad_composed = torch_path.lookup_bwd_update(
-        case.grad_out, ids.to(index), storage, composed, *where, sgd(0.5)
+    grad_composed = cpu.lookup_bwd_update(
+        case.grad_out, ids.to(index), storage, composed, layout, sgd(0.5)
     )
     exact, eager = case.expected(), case.expected(dtype)
     rows = row_elements(case.module, ids)
@@ -210,7 +210,7 @@ def test_update_steps_every_row_once(small_blocks, monkeypatch):
     ids = torch.tensor([7, 3, 7, 29, 0, 7, 3])
     grad_out = torch.randn(7, 8)
     case = type(case)(case.module, ids, grad_out)
-    _, storage, composed, row_start, page_level, sizes, page = arguments(case)
+    _, storage, composed, layout = arguments(case)
     calls = []
 
     def update_rows(update, rows, start, ids, grad):
@@ -218,15 +218,14 @@ def test_update_steps_every_row_once(small_blocks, monkeypatch):
         assert start.dtype == ids.dtype == torch.int64 and grad.dtype == torch.float32
         calls.append((start.clone(), ids.clone(), grad.clone()))
 
-    monkeypatch.setattr(torch_path, "update_rows", update_rows)
-    where = row_start, page_level, sizes, page
-    torch_path.lookup_bwd_update(grad_out, ids, storage, composed, *where, "rule")
+    monkeypatch.setattr(cpu, "update_rows", update_rows)
+    cpu.lookup_bwd_update(grad_out, ids, storage, composed, layout, "rule")
     stepped = torch.cat([mine for _, mine, _ in calls])
     assert sorted(stepped.tolist()) == [0, 3, 7, 29]
     exact = case.expected()[1]
     dims = case.module.sizes_of(stepped).tolist()
     for start, mine, grad in calls:
-        assert torch.equal(start, row_start[mine].long())
+        assert torch.equal(start, layout.row_start[mine].long())
         assert set(case.module.sizes_of(mine).tolist()) == {grad.shape[1]}
         wanted = torch.stack([exact[s : s + grad.shape[1]] for s in start.tolist()])
         torch.testing.assert_close(grad.double(), wanted, rtol=1e-5, atol=1e-5)
@@ -236,10 +235,10 @@ def test_update_steps_every_row_once(small_blocks, monkeypatch):
 def test_update_takes_the_rows_before_it(small_blocks):
     """A large step: the gradient of ``composed`` would show if it came from the rows after it."""
     case = make_case((2, 3, 8), 30, 90)
-    ids, storage, composed, *where = arguments(case)
-    _, expected = torch_path.lookup_bwd(case.grad_out, ids, storage, composed, *where)
+    ids, storage, composed, layout = arguments(case)
+    _, expected = cpu.lookup_bwd(case.grad_out, ids, storage, composed, layout)
     given = case.grad_out.clone(), composed.clone()
-    grad = torch_path.lookup_bwd_update(case.grad_out, ids, storage, composed, *where, sgd(1e3))
+    grad = cpu.lookup_bwd_update(case.grad_out, ids, storage, composed, layout, sgd(1e3))
     torch.testing.assert_close(grad, expected, rtol=1e-5, atol=1e-4)
     assert torch.equal(case.grad_out, given[0]) and torch.equal(composed, given[1])
 
@@ -248,9 +247,9 @@ def test_update_without_the_gradient_of_composed(small_blocks):
     case = make_case((2, 3, 8), 30, 90)
     stepped = []
     for want in (True, False):
-        ids, storage, composed, *where = arguments(case)
-        grad = torch_path.lookup_bwd_update(
-            case.grad_out, ids, storage, composed, *where, sgd(0.5), want_composed=want
+        ids, storage, composed, layout = arguments(case)
+        grad = cpu.lookup_bwd_update(
+            case.grad_out, ids, storage, composed, layout, sgd(0.5), want_composed=want
         )
         assert (grad is not None) == want
         stepped.append(storage)
@@ -259,9 +258,9 @@ def test_update_without_the_gradient_of_composed(small_blocks):
 
 def test_update_of_no_rows():
     case = make_case((2, 8), 5, 0)
-    ids, storage, composed, *where = arguments(case)
+    ids, storage, composed, layout = arguments(case)
     before = storage.clone()
-    grad = torch_path.lookup_bwd_update(case.grad_out, ids, storage, composed, *where, sgd(1.0))
+    grad = cpu.lookup_bwd_update(case.grad_out, ids, storage, composed, layout, sgd(1.0))
     assert torch.equal(storage, before)
     assert grad.shape == composed.shape and not grad.any()
 
@@ -270,8 +269,8 @@ def test_update_is_deterministic():
     case = make_case(PAPER, 50, 3000, traffic="zipf")
     results = []
     for _ in range(2):
-        ids, storage, composed, *where = arguments(case)
-        grad = torch_path.lookup_bwd_update(case.grad_out, ids, storage, composed, *where, sgd(0.5))
+        ids, storage, composed, layout = arguments(case)
+        grad = cpu.lookup_bwd_update(case.grad_out, ids, storage, composed, layout, sgd(0.5))
         results.append((storage, grad))
     for first, second in zip(*results, strict=True):
         assert torch.equal(first, second)
@@ -280,9 +279,9 @@ def test_update_is_deterministic():
 def test_update_takes_expanded_gradients():
     case = make_case((2, 3, 8), 30, 25)
     case = type(case)(case.module, case.ids, torch.ones(1, 1).expand(25, 8))
-    ids, storage, composed, *where = arguments(case)
+    ids, storage, composed, layout = arguments(case)
     expected = storage.double() - case.expected()[1]
-    torch_path.lookup_bwd_update(case.grad_out, ids, storage, composed, *where, sgd(1.0))
+    cpu.lookup_bwd_update(case.grad_out, ids, storage, composed, layout, sgd(1.0))
     torch.testing.assert_close(storage.double(), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -294,7 +293,7 @@ def test_rows_promoted_in_any_alignment():
     old, new = torch.tensor([1, 5]), torch.tensor([19, -1])
     before = storage.clone()
     weight, bias = chain[:6].view(2, 3), chain[6:]
-    torch_path.promote_rows(storage, chain, old, new, torch.zeros(2, dtype=torch.int8), sizes)
+    resize.promote_rows(storage, chain, old, new, torch.zeros(2, dtype=torch.int8), sizes)
     torch.testing.assert_close(storage[19:22], before[1:3] @ weight + bias)
     untouched = torch.ones(32, dtype=torch.bool)
     untouched[19:22] = False
@@ -305,7 +304,7 @@ def test_output_equals_the_definition_at_once():
     """Large enough for scratch as it is shipped."""
     case = make_case(PAPER, 400, 3000)
     args = arguments(case)
-    out = torch_path.lookup_fwd(*args)
-    storage, chain, *where = case.operands(torch.float64)
-    expected = lookup_reference(case.ids, storage, chain, *where, *case.layout.values())
+    out = cpu.lookup_fwd(*args)
+    storage, chain = case.leaves(torch.float64)
+    expected = lookup_reference(case.ids, storage, chain, *case.layout.flat)
     torch.testing.assert_close(out.double(), expected.detach(), rtol=1e-5, atol=1e-5)

@@ -1,4 +1,4 @@
-"""companions.py: optimizer state follows its rows; a training run equals one without an arena."""
+"""followers.py: optimizer state follows its rows; a training run equals one without an arena."""
 
 import copy
 import gc
@@ -9,7 +9,6 @@ import torch
 
 from esapn_kernels import ResizableEmbedding
 from esapn_kernels.reference import promote_reference, split_chain
-from esapn_kernels.storage import followers as companions
 from esapn_kernels.testing import row_elements
 
 SIZES = (2, 3, 5)
@@ -177,9 +176,9 @@ def test_moved_rows_start_afresh_and_others_keep_every_bit(kind, options):
         assert (value[row_elements(module, moving)] == fresh[key]).all(), key
         assert (before[key][mask] != fresh[key]).any(), key
 
-    order = [int(s) for s in module.arena.locations[0]]
+    order = [int(s) for s in module.arena.layout.row_start]
     module.compact()
-    assert [int(s) for s in module.arena.locations[0]] != order
+    assert [int(s) for s in module.arena.layout.row_start] != order
     for key, value in states(optimizer, module).items():
         for i in staying[::500].tolist():
             start, dim = int(module.arena.row_start[i]), int(module.sizes_of()[i])
@@ -311,11 +310,15 @@ def test_a_deleted_module_and_optimizer_are_forgotten():
     module = make()
     optimizer = torch.optim.Adam(module.parameters())
     train(module, optimizer, torch.arange(3))
-    arena = module.arena
-    assert arena in companions._arenas and len(list(companions.of(arena))) == 3
+    followers = module.arena.followers
+    held = {id(module.arena.storage)}
+    assert followers.holds_any(held) and len(list(followers.per_element())) == 3
     del optimizer
     gc.collect()
-    assert len(list(companions.of(arena))) == 1  # the gradient
+    assert [f.name for f in followers.per_element()] == ["grad"]
+    del module
+    gc.collect()
+    assert not followers.holds_any(held)
 
 
 def test_rprop_steps_of_a_moved_row_begin_at_the_learning_rate():

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from esapn_kernels.gpu import group as group_file
 from esapn_kernels.gpu import launch
 from esapn_kernels.gpu import lookup_fwd as lookup_file
 from esapn_kernels.gpu.group import group_by_level
-from esapn_kernels.ops.compose import chain_numel, compose
+from esapn_kernels.ops.chain import chain_numel
+from esapn_kernels.ops.compose import compose
+from esapn_kernels.ops.layout import Layout
 from esapn_kernels.reference import lookup_reference
 from esapn_kernels.testing import assert_matches, make_case, poison_unused
 
@@ -20,7 +23,7 @@ SIZES = [PAPER, (1, 3, 5, 33), (7,), (127, 130), (2, 512), (1, 2, 3), (9, 24, 40
 # fills its blocks falls into a block of its own.
 FILLED = [(15, 16, 17, 33), (16, 32, 64, 128), (31, 32, 33), (63, 64, 65), (128, 144), (127, 128)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
-LAUNCHERS = {"small": lookup_file._launch_small, "grouped": lookup_file._launch_grouped}
+LAUNCHERS = {"small": lookup_file.launch_small, "grouped": lookup_file.launch_grouped}
 
 
 def name(value):
@@ -31,12 +34,10 @@ def name(value):
 def run(request):
     """Either forward, called without the choice between them; returns a new output."""
 
-    def launched(ids, storage, composed, row_start, page_level, sizes, page, out_dtype=None):
-        out = torch.empty(
-            ids.numel(), sizes[-1], dtype=out_dtype or storage.dtype, device=ids.device
-        )
-        operands = (ids, storage, composed, row_start, page_level, sizes, page)
-        LAUNCHERS[request.param](out, *operands)
+    def launched(ids, storage, composed, layout, out_dtype=None):
+        dtype = out_dtype or storage.dtype
+        out = torch.empty(ids.numel(), layout.dim, dtype=dtype, device=ids.device)
+        LAUNCHERS[request.param](out, ids, storage, composed, layout)
         return out
 
     launched.grouped = request.param == "grouped"
@@ -52,15 +53,15 @@ def unasserted(monkeypatch):
 
 def looked_up(case, run, out_dtype=None):
     """Output of ``run`` for a case."""
-    storage, chain, *where = (t.detach() for t in case.operands())
+    storage, chain = (t.detach() for t in case.leaves())
     composed = compose(chain, case.module.sizes)
-    return run(case.ids, storage, composed, *where, *case.layout.values(), out_dtype)
+    return run(case.ids, storage, composed, case.layout, out_dtype)
 
 
 def reference(case, dtype):
     """The literal definition in ``dtype``."""
     with torch.no_grad():
-        return lookup_reference(case.ids, *case.operands(dtype), *case.layout.values())
+        return lookup_reference(case.ids, *case.leaves(dtype), *case.layout.flat)
 
 
 def with_ids(case, ids):
@@ -80,7 +81,7 @@ def test_groups_are_a_stable_sort_by_level(n_ids, n_levels, index, device, unass
     row_start[::9] = -1
     page_level = torch.randint(n_levels, (n_rows,), dtype=torch.int8, device=device)
     page_level[page_level == 1] = 0  # a level of which there is no row
-    groups = group_by_level(ids, row_start, page_level, range(1, n_levels + 1), page)
+    groups = group_by_level(ids, Layout(row_start, page_level, tuple(range(1, n_levels + 1)), page))
 
     known = ids.clamp(0, n_rows - 1)
     start = torch.where(known == ids, row_start[known.long()], -1)
@@ -101,7 +102,7 @@ def test_groups_of_many_programs(n_ids, device, monkeypatch):
     level = torch.randint(5, (700,), device=device)[:n_ids]
     page_level = torch.arange(5, dtype=torch.int8, device=device)
     row_start = torch.arange(5, dtype=torch.int32, device=device) * 4
-    groups = group_by_level(level, row_start, page_level, (1, 2, 3, 4, 5), 4)
+    groups = group_by_level(level, Layout(row_start, page_level, (1, 2, 3, 4, 5), 4))
     assert torch.equal(groups.order, torch.sort(level, stable=True).indices.int())
     assert groups.level_begin.tolist() == [int((level < k).sum()) for k in range(6)] + [n_ids]
 
@@ -119,11 +120,11 @@ def test_groups_stay_inside_their_memory(n_ids, device, monkeypatch):
         return allocated(size, **{"dtype": tensor.dtype, "device": tensor.device, **options})
 
     case = make_case((2, 3, 8), 30, n_ids, device=device)
-    where = (t.detach() for t in case.operands()[2:])
+    layout = case.layout
     monkeypatch.setattr(torch, "empty", allocated)
     monkeypatch.setattr(torch, "empty_like", lambda tensor: new_empty(tensor, tensor.numel()))
     monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
-    groups = group_by_level(case.ids, *where, *case.layout.values())
+    groups = group_by_level(case.ids, layout)
     assert groups.level_begin[-1] == n_ids and len(buffers) >= 5
     for buffer in buffers:
         assert (buffer[:32] == -7).all() and (buffer[-32:] == -7).all()
@@ -168,10 +169,10 @@ def test_ids_that_fill_a_block(n_ids, run, device, nan_empty):
 @pytest.mark.parametrize("mix", [(1, 0, 0, 1), (0, 1, 0, 0), (0, 0, 0, 1), (3, 1, 1, 0)], ids=str)
 def test_unused_levels_and_index_widths(mix, index, run, device, nan_empty):
     case = make_case((2, 5, 16, 24), 30, 50, device=device, mix=mix)
-    storage, chain, row_start, page_level = (t.detach() for t in case.operands())
+    storage, chain = (t.detach() for t in case.leaves())
     composed = compose(chain, case.module.sizes)
-    layout = case.layout.values()
-    out = run(case.ids.to(index), storage, composed, row_start.to(index), page_level, *layout)
+    layout = replace(case.layout, row_start=case.layout.row_start.to(index))
+    out = run(case.ids.to(index), storage, composed, layout)
     assert_matches(
         out, reference(case, torch.float64), reference(case, torch.float32), name="output"
     )
@@ -185,7 +186,7 @@ def test_more_tiles_than_programs(device, monkeypatch, nan_empty):
         choice = launch.GroupedConfig(16, 16, 32, 4, programs)
         monkeypatch.setattr(launch, "choose_fwd_grouped", lambda *_, choice=choice: choice)
         out = torch.full_like(expected, float("nan"))
-        looked_up(case, lambda *a, out=out: lookup_file._launch_grouped(out, *a[:-1]))
+        looked_up(case, lambda *a, out=out: lookup_file.launch_grouped(out, *a[:-1]))
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -199,8 +200,8 @@ def test_output_of_another_dtype(out_dtype, run, device, nan_empty):
 
 def test_output_into_given_memory(device):
     case = make_case((2, 5, 16), 20, 30, device=device)
-    storage, chain, *where = (t.detach() for t in case.operands())
-    operands = (case.ids, storage, compose(chain, (2, 5, 16)), *where, *case.layout.values())
+    storage, chain = (t.detach() for t in case.leaves())
+    operands = (case.ids, storage, compose(chain, (2, 5, 16)), case.layout)
     buffer = torch.full((32, 16), float("nan"), dtype=torch.float16, device=device)
     out = lookup_file.launch_fwd(*operands, out=buffer[1:-1])
     assert out.data_ptr() == buffer[1].data_ptr()
@@ -241,11 +242,13 @@ def test_ids_out_of_range_fail_an_assertion(grouped):
     """In a process of its own: a failed assertion leaves CUDA unusable."""
     script = f"""
 import torch
-from esapn_kernels import launch
+from esapn_kernels.gpu import launch
 from esapn_kernels.gpu.lookup_fwd import launch_fwd
+from esapn_kernels.ops.layout import Layout
 launch.groups_ids = lambda *_: {grouped}
-where = torch.tensor([0, 2], device="cuda"), torch.zeros(1, dtype=torch.int8, device="cuda")
-operands = torch.zeros(4, device="cuda"), torch.zeros(3, 4, device="cuda"), *where, (2, 4), 4
+row_start, page_level = torch.tensor([0, 2]).cuda(), torch.zeros(1, dtype=torch.int8).cuda()
+layout = Layout(row_start, page_level, (2, 4), 4)
+operands = torch.zeros(4, device="cuda"), torch.zeros(3, 4, device="cuda"), layout
 launch_fwd(torch.tensor([0, 1], device="cuda"), *operands)
 torch.cuda.synchronize()
 print("in range", flush=True)
@@ -276,7 +279,7 @@ def test_large_batches_group(backend, device, monkeypatch):
     case = make_case((2, 5, 16), 20, 50, device=device)
     expected = case.run(backend)
     monkeypatch.setattr(launch, "groups_ids", lambda *_: True)
-    monkeypatch.setattr(lookup_file, "_launch_grouped", grouped)
+    monkeypatch.setattr(lookup_file, "launch_grouped", grouped)
     actual = case.run(backend)
     assert len(calls) == (backend == "triton")
     for a, e in zip(actual, expected, strict=True):
@@ -298,7 +301,7 @@ def test_rows_beyond_two_billion_elements(run, device):
     chain = torch.randn(chain_numel(sizes), device=device).half()
     composed = compose(chain, sizes)
     ids = torch.tensor([2, 0, 3, 1, 2], device=device)
-    out = run(ids, storage, composed, row_start, page_level, sizes, page)
+    out = run(ids, storage, composed, Layout(row_start, page_level, sizes, page))
     rows = {0: storage[half : half + 3], 1: storage[half + 3 : half + 6], 3: storage[:3]}
     last = storage[half + page :]
     for i, y in zip(ids.tolist(), out, strict=True):

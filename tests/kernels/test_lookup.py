@@ -126,8 +126,8 @@ def test_non_contiguous_ids_and_gradients(backend, device):
 
 def test_expanded_gradient(backend, device):
     case = make_case((2, 3, 8), 30, 25, device=device)
-    storage, chain, *where = case.operands()
-    lookup(case.ids, storage, chain, *where, **case.layout, backend=backend).sum().backward()
+    storage, chain = case.leaves()
+    lookup(case.ids, storage, chain, case.layout, backend=backend).sum().backward()
     ones = type(case)(case.module, case.ids, torch.ones_like(case.grad_out))
     _, grad_storage, grad_chain = check(ones, backend)
     assert torch.equal(storage.grad, grad_storage) and torch.equal(chain.grad, grad_chain)
@@ -136,9 +136,9 @@ def test_expanded_gradient(backend, device):
 @pytest.mark.parametrize("frozen", ["storage", "chain"])
 def test_frozen_parameters(frozen, backend, device):
     case = make_case((2, 3, 8), 30, 25, device=device)
-    storage, chain, *where = case.operands()
+    storage, chain = case.leaves()
     (storage if frozen == "storage" else chain).requires_grad_(False)
-    out = lookup(case.ids, storage, chain, *where, **case.layout, backend=backend)
+    out = lookup(case.ids, storage, chain, case.layout, backend=backend)
     out.backward(case.grad_out)
     _, grad_storage, grad_chain = case.run(backend)
     if frozen == "storage":
@@ -150,7 +150,7 @@ def test_frozen_parameters(frozen, backend, device):
 def test_no_grad(backend, device):
     case = make_case((2, 3, 8), 30, 25, device=device)
     with torch.no_grad():
-        out = lookup(case.ids, *case.operands(), **case.layout, backend=backend)
+        out = lookup(case.ids, *case.leaves(), case.layout, backend=backend)
     assert not out.requires_grad and torch.equal(out, case.run(backend)[0])
 
 
@@ -183,12 +183,11 @@ def test_kernels_ignore_ids_out_of_range(dtype, device, nan_empty, monkeypatch):
     ids = torch.tensor([-1, 12, 3, -(2**40), 2**40, 5, 13, 3], device=device)
     valid = (ids >= 0) & (ids < 12)
     case = with_ids(case, ids)
-    storage, chain, *where = case.operands()
+    storage, chain = case.leaves()
     storage, _ = guarded(storage.detach())
     composed = compose(chain.detach(), case.module.sizes)
-    layout = tuple(case.layout.values())
-    out = lookup_file.launch_fwd(ids, storage, composed, *where, *layout)
-    grads = launch_bwd(case.grad_out, ids, storage, composed, *where, *layout)
+    out = lookup_file.launch_fwd(ids, storage, composed, case.layout)
+    grads = launch_bwd(case.grad_out, ids, storage, composed, case.layout)
 
     only = type(case)(case.module, ids[valid], case.grad_out[valid])
     expected_out, grad_storage, _ = only.run("triton")
@@ -196,7 +195,7 @@ def test_kernels_ignore_ids_out_of_range(dtype, device, nan_empty, monkeypatch):
     assert torch.equal(out[valid], expected_out)
     # The gradient of ids that do not exist goes to no row at all.
     assert torch.equal(grads[0], grad_storage)
-    expected = launch_bwd(only.grad_out, only.ids, storage, composed, *where, *layout)[1]
+    expected = launch_bwd(only.grad_out, only.ids, storage, composed, case.layout)[1]
     torch.testing.assert_close(grads[1], expected, rtol=1e-5, atol=1e-5)
 
 
@@ -245,12 +244,12 @@ def test_outputs_stay_inside_their_memory(device, monkeypatch):
 def test_gradcheck(sizes, backend, device):
     case = make_case(sizes, 6, 0, torch.float64, device)
     case = with_ids(case, [0, 1, 2, 3, 4, 5, 2, 2])
-    storage, chain, *where = case.operands()
+    storage, chain = case.leaves()
     elements = row_elements(case.module, case.ids).nonzero()[:, 0]
 
     def run(rows, chain):
         arena = storage.detach().index_put((elements,), rows)
-        return lookup(case.ids, arena, chain, *where, **case.layout, backend=backend)
+        return lookup(case.ids, arena, chain, case.layout, backend=backend)
 
     rows = storage.detach()[elements].requires_grad_()
     assert torch.autograd.gradcheck(run, (rows, chain))
@@ -259,9 +258,9 @@ def test_gradcheck(sizes, backend, device):
 @pytest.mark.parametrize("n_ids", [0, 9], ids=["empty", "nine"])
 def test_opcheck(n_ids, backend, device):
     case = make_case((2, 3, 8), 12, n_ids, device=device)
-    storage, chain, *where = case.operands()
+    storage, chain = case.leaves()
     composed = compose(chain, case.module.sizes).detach()
-    inputs = (case.ids, storage.detach(), composed, *where, (2, 3, 8), case.layout["page"], backend)
+    inputs = (case.ids, storage.detach(), composed, *case.layout.flat, backend)
     torch.library.opcheck(torch.ops.esapn_kernels.lookup_fwd.default, inputs)
     torch.library.opcheck(torch.ops.esapn_kernels.lookup_bwd.default, (case.grad_out, *inputs))
 
@@ -287,8 +286,8 @@ def test_second_derivatives(backend, device):
     case = make_case((2, 3, 8), 9, 6, torch.float64, device=device)
     found = []
     for one in (backend, "reference"):
-        storage, chain, *where = case.operands()
-        out = lookup(case.ids, storage, chain, *where, **case.layout, backend=one)
+        storage, chain = case.leaves()
+        out = lookup(case.ids, storage, chain, case.layout, backend=one)
         grads = torch.autograd.grad(out.pow(3).sum(), (storage, chain), create_graph=True)
         sum(g.square().sum() for g in grads).backward()
         found.append((storage.grad, chain.grad))
@@ -308,25 +307,25 @@ def test_second_derivatives(backend, device):
 )
 def test_refused_ids(ids, error, words, backend, device):
     if error is IndexError and device.type == "cuda":
-        # Nobody looks at them there: an assertion fails, see test_group.py.
+        # The host does not read them there: an assertion fails, see test_group.py.
         if backend == "triton":
             pytest.skip("a GPU asserts, and CUDA is unusable after that")
         device = "cpu"
-    case = make_case((2, 8), 5, 0, device=device)
+    module = make_case((2, 8), 5, 0, device=device, backend=backend).module
     ids = torch.tensor(ids, device=device)
     with pytest.raises(error, match=words) as caught:
-        lookup(ids, *case.operands(), **case.layout, backend=backend)
+        module(ids)
     assert "\n" not in str(caught.value)
 
 
 def test_refusals_use_the_words_of_torch():
     weight = torch.zeros(5, 8)
-    case = make_case((2, 8), 5, 0)
+    module = make_case((2, 8), 5, 0).module
     for ids in (torch.tensor([5]), torch.tensor([1.0])):
         with pytest.raises((IndexError, RuntimeError)) as theirs:
             F.embedding(ids, weight)
         with pytest.raises(theirs.type) as ours:
-            lookup(ids, *case.operands(), **case.layout)
+            module(ids)
         assert str(ours.value).split(";")[0] == str(theirs.value).split(";")[0]
 
 

@@ -1,15 +1,18 @@
 """lookup_bwd.py: the passes over distinct rows, hot rows, and rules applied in place."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from esapn_kernels import ResizableEmbedding, optim
-from esapn_kernels.cpu import lookup as torch_path
+from esapn_kernels.cpu import lookup as cpu
 from esapn_kernels.gpu import launch
 from esapn_kernels.gpu.lookup_bwd import launch_bwd, launch_bwd_update
 from esapn_kernels.ops.backend import TRITON_ERROR
 from esapn_kernels.ops.compose import compose
-from esapn_kernels.ops.lookup import lookup
+from esapn_kernels.ops.layout import Layout
+from esapn_kernels.ops.lookup import Options, lookup
 from esapn_kernels.ops.update import RULES, Update, rule_numbers
 from esapn_kernels.reference import lookup_grad_reference, update_reference
 from esapn_kernels.testing import assert_matches, make_case, poison_unused, row_elements
@@ -26,9 +29,9 @@ def with_ids(case, ids):
 
 
 def operands(case, dtype=None):
-    storage, chain, *where = case.operands(dtype)
+    storage, chain = case.leaves(dtype)
     composed = compose(chain.detach(), case.module.sizes)
-    return storage.detach(), composed, *where, case.module.sizes, case.module.arena.page
+    return storage.detach(), composed, case.layout
 
 
 @pytest.mark.parametrize("traffic", ["uniform", "zipf"])
@@ -128,11 +131,11 @@ def make_update(rule, case, dtype):
 def expected_update(case, update, dtype):
     """Rows, state and per-id numbers after the step, row by row by the definition in ``dtype``."""
     arena = case.module.arena
-    storage, chain, *where = case.operands(dtype)
+    storage, chain = case.leaves(dtype)
     storage = storage.detach().clone()
     page, sizes = arena.page, case.module.sizes
     grad, _ = lookup_grad_reference(
-        case.grad_out.to(dtype), case.ids, storage, chain.detach(), *where, sizes, page
+        case.grad_out.to(dtype), case.ids, storage, chain.detach(), *case.layout.flat
     )
     compute = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
     state = [t.to(compute).clone() for t in update.state]
@@ -193,13 +196,13 @@ def test_rules_in_place(rule, sizes, dtype, device, nan_empty):
     update = make_update(rule, case, dtype)
     exact = expected_update(known, update, torch.float64)
     eager = expected_update(known, update, dtype)
-    storage, composed, *where = operands(case)
+    storage, composed, layout = operands(case)
     before = storage.clone()
-    old_composed = launch_bwd(known.grad_out, known.ids, storage, composed, *where)[1]
+    old_composed = launch_bwd(known.grad_out, known.ids, storage, composed, layout)[1]
     touched = row_elements(case.module, known.ids)
 
     grad_composed = launch_bwd_update(
-        case.grad_out, case.ids, storage, composed, *where, update=update
+        case.grad_out, case.ids, storage, composed, layout, update=update
     )
     assert_matches(storage, exact[0], eager[0], name="rows")
     assert torch.equal(storage[~touched], before[~touched])
@@ -223,8 +226,8 @@ def test_an_update_reads_and_writes_nothing_beside_its_rows(rule, device, nan_em
     for tensor in update.state:
         tensor[~used] = float("nan")
     poison_unused(case.module, case.ids)
-    storage, composed, *where = operands(case)
-    grad = launch_bwd_update(case.grad_out, case.ids, storage, composed, *where, update=update)
+    storage, composed, layout = operands(case)
+    grad = launch_bwd_update(case.grad_out, case.ids, storage, composed, layout, update=update)
     assert grad.isfinite().all() and storage[used].isfinite().all()
     assert storage[~used].isnan().all()
     for tensor in update.state:
@@ -238,9 +241,9 @@ def test_ids_that_do_not_exist_change_no_row(rule, device):
     held = [
         t.clone() for t in (*update.state, *([update.per_id] if update.per_id is not None else []))
     ]
-    storage, composed, *where = operands(case)
+    storage, composed, layout = operands(case)
     before = storage.clone()
-    grad = launch_bwd_update(case.grad_out, case.ids, storage, composed, *where, update=update)
+    grad = launch_bwd_update(case.grad_out, case.ids, storage, composed, layout, update=update)
     assert torch.equal(storage, before) and not grad.any()
     now = [*update.state, *([update.per_id] if update.per_id is not None else [])]
     assert all(torch.equal(a, b) for a, b in zip(held, now, strict=True))
@@ -260,9 +263,8 @@ def test_rows_past_2_31_elements(device):
     ids = torch.tensor([1, 0, 1])
     grad_out = torch.ones(3, 8, dtype=torch.float16)
     update = Update("sgd", torch.tensor(rule_numbers(lr=0.25), dtype=torch.float64))
-    grad = launch_bwd_update(
-        grad_out, ids, storage, composed, row_start, levels, (4, 8), page, update=update
-    )
+    layout = Layout(row_start, levels, (4, 8), page)
+    grad = launch_bwd_update(grad_out, ids, storage, composed, layout, update)
     # d e = M^T g, g = 1 or 2 in each of 8 columns: 16 and 32; e -= lr d e.
     assert storage[far : far + 8].tolist() == [i - (4 if i < 4 else 8) for i in range(8)]
     assert storage[far + 8 :].tolist() == list(range(8, page))
@@ -328,9 +330,9 @@ def test_strided_ids_and_gradients(device):
 
 def test_bf16_output_of_fp32_rows(backend, device):
     case = make_case((2, 3, 8), 30, 40, device=device)
-    storage, chain, *where = case.operands()
-    layout = {**case.layout, "backend": backend, "out_dtype": torch.bfloat16}
-    out = lookup(case.ids, storage, chain, *where, **layout)
+    storage, chain = case.leaves()
+    options = Options(out_dtype=torch.bfloat16)
+    out = lookup(case.ids, storage, chain, case.layout, options, backend=backend)
     assert out.dtype == torch.bfloat16
     grad_out = case.grad_out.bfloat16()
     out.backward(grad_out)
@@ -343,23 +345,22 @@ def test_bf16_output_of_fp32_rows(backend, device):
 
 def test_out(backend, device):
     case = make_case((2, 3, 8), 30, 40, device=device)
-    operands = case.operands()
-    layout = {**case.layout, "backend": backend}
+    look_up = partial(lookup, case.ids, *case.leaves(), case.layout, backend=backend)
     with torch.no_grad():
-        expected = lookup(case.ids, *operands, **layout)
+        expected = look_up()
         out = torch.full_like(expected, float("nan"))
-        assert lookup(case.ids, *operands, **layout, out=out) is out
+        assert look_up(out=out) is out
         assert torch.equal(out, expected)
         for wrong in (out[:-1], out.double(), out.t().contiguous().t()):
             with pytest.raises(ValueError, match="^out must be"):
-                lookup(case.ids, *operands, **layout, out=wrong)
+                look_up(out=wrong)
     with pytest.raises(RuntimeError, match="don't support automatic differentiation"):
-        lookup(case.ids, *operands, **layout, out=out)
+        look_up(out=out)
 
 
 def test_the_chain_is_left_out_where_it_is_frozen(backend, device):
     case = make_case((2, 3, 8), 30, 40, device=device)
-    run = {"torch": torch_path.lookup_bwd, "triton": launch_bwd}[backend]
+    run = {"torch": cpu.lookup_bwd, "triton": launch_bwd}[backend]
     rows, chain = run(case.grad_out, case.ids, *operands(case))
     alone, nothing = run(case.grad_out, case.ids, *operands(case), want_composed=False)
     assert nothing is None and chain.any()

@@ -365,9 +365,7 @@ def test_hundred_promotions_in_training_stay_exact(device):
             every,
             arena.storage.detach().to(dtype),
             module.chain.detach().to(dtype),
-            *arena.locations,
-            module.sizes,
-            arena.page,
+            *arena.layout.flat,
         )
         for dtype in (torch.float64, torch.float32)
     )

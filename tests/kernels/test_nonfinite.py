@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
-from esapn_kernels.cpu import lookup as torch_path
+from esapn_kernels.cpu import lookup as cpu
 from esapn_kernels.gpu import launch
-from esapn_kernels.ops.compose import chain_numel, compose
+from esapn_kernels.ops.chain import chain_numel
+from esapn_kernels.ops.compose import compose
 from esapn_kernels.ops.lookup import lookup
 from esapn_kernels.reference import split_chain
 from esapn_kernels.testing import make_case
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning
 def path(request, monkeypatch) -> str:
     """Every way through a lookup of a few ids: the backend to ask for."""
     monkeypatch.setattr(launch, "groups_ids", lambda *_: request.param == "grouped")
-    monkeypatch.setattr(torch_path, "_FEW", 1024 if request.param == "numpy" else 0)
+    monkeypatch.setattr(cpu, "_FEW", 1024 if request.param == "numpy" else 0)
     return "torch" if request.param in ("numpy", "torch") else "triton"
 
 
@@ -68,7 +69,7 @@ def test_a_hop(levels, hop, part, value, path, device):
 def test_a_row(level, value, path, device):
     case = with_levels(list(range(5)), device)
     row = case.ids[case.module.arena.level(case.ids) == level][0]
-    start = int(case.module.arena.locations[0][row])
+    start = int(case.module.arena.layout.row_start[row])
     with torch.no_grad():
         case.module.arena.storage[start] = value
     out, grad_storage, grad_chain = finite(case.run(path))
@@ -84,8 +85,8 @@ def test_derivatives_of_derivatives(hop, path, device):
     case = with_levels([4] if hop == 3 else [1, 4], device)
     with torch.no_grad():
         split_chain(case.module.chain, SIZES)[hop][0][1, 0] = math.inf
-    storage, chain, *where = case.operands()
-    out = lookup(case.ids, storage, chain, *where, **case.layout, backend=path)
+    storage, chain = case.leaves()
+    out = lookup(case.ids, storage, chain, case.layout, backend=path)
     grads = torch.autograd.grad(out.square().sum(), (storage, chain), create_graph=True)
     again = torch.autograd.grad(sum(g.square().sum() for g in grads), (storage, chain))
     assert all(g.isfinite().all() for g in (out, *grads, *again))

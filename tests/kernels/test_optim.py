@@ -10,7 +10,6 @@ import torch
 
 from esapn_kernels import ResizableEmbedding, optim
 from esapn_kernels.reference import promote_reference, split_chain, update_reference
-from esapn_kernels.storage import followers as companions
 from esapn_kernels.testing import row_elements
 
 SIZES = (2, 3, 5)
@@ -305,7 +304,7 @@ def test_state_is_not_taken_for_what_has_its_length(sizes, n_rows):
         module.compact()
         for _ in sizes[1:]:
             module.promote(torch.zeros(0, dtype=torch.long))
-        found = [id(c.tensor) for c in companions.of(module.arena)]
+        found = [id(c.tensor) for c in module.arena.followers.per_element()]
         for name, value in own_state(optimizer, module).items():
             assert torch.equal(value, before[name]), (rule, name)
             assert (id(value) in found) == (name in optimizer.state_per_element)
@@ -363,7 +362,7 @@ def test_step_brings_lr_and_touches_nothing(rule):
     optimizer = build(rule, module)
     backward(module, torch.arange(5), torch.ones(5, SIZES[-1], dtype=torch.float64))
     before = copy.deepcopy([module.state_dict(), optimizer.state_dict()["state"]])
-    numbers = optimizer.begin_step(module.arena).numbers
+    numbers = optimizer.begin_step(module.arena.storage).numbers
     optimizer.load_state_dict({**optimizer.state_dict(), "state": before[1]})  # undo the tick
     optimizer.param_groups[0]["lr"] = 0.025
     assert optimizer.step(lambda: torch.is_grad_enabled()) is True
@@ -506,12 +505,12 @@ def test_one_at_a_time():
     scheduler = torch.optim.lr_scheduler.StepLR(second, 1)
     del second, scheduler
     gc.collect()
-    assert module.arena.fused_optimizer is None and not list(companions.of(module.arena))
+    assert module.arena.fused_optimizer is None and not list(module.arena.followers.per_element())
     third = build("adam", module)
     out = module(ids)
     third.detach()
     third.step()  # does not follow the rows again
-    assert not list(companions.of(module.arena))
+    assert not list(module.arena.followers.per_element())
     with pytest.raises(RuntimeError, match="detached between forward and backward"):
         out.backward(grad_out)
 
@@ -561,7 +560,7 @@ def test_bad_arguments(kind, options, error, match):
     module = make()
     with pytest.raises(error, match=match):
         kind(module, **options)
-    assert module.arena.fused_optimizer is None and not list(companions.of(module.arena))
+    assert module.arena.fused_optimizer is None and not list(module.arena.followers.per_element())
 
 
 @pytest.mark.parametrize(
@@ -579,7 +578,7 @@ def test_bad_modules(others, error, match):
     module = make()
     with pytest.raises(error, match=match):
         optim.Adam(others(module))
-    assert module.arena.fused_optimizer is None and not list(companions.of(module.arena))
+    assert module.arena.fused_optimizer is None and not list(module.arena.followers.per_element())
 
 
 def test_one_parameter_group():

@@ -78,14 +78,13 @@ def test_promote_by_hand():
 )
 def test_gradients_are_those_of_autograd(sizes):
     case = make_case(sizes, 20, 30, torch.float64)
-    operands = case.operands()
-    page = case.module.arena.page
-    out = lookup_reference(case.ids, *operands, sizes, page)
+    leaves = case.leaves()
+    out = lookup_reference(case.ids, *leaves, *case.layout.flat)
     expected = torch.autograd.grad(
-        out, operands[:2], case.grad_out, allow_unused=True, materialize_grads=True
+        out, leaves, case.grad_out, allow_unused=True, materialize_grads=True
     )
     actual = lookup_grad_reference(
-        case.grad_out, case.ids, *(t.detach() for t in operands), sizes, page
+        case.grad_out, case.ids, *(t.detach() for t in leaves), *case.layout.flat
     )
     for ours, theirs in zip(actual, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from esapn_kernels import ResizableEmbedding
-from esapn_kernels.cpu.lookup import promote_rows
+from esapn_kernels.cpu.resize import fill_rows, promote_rows
 from esapn_kernels.gpu import launch, resize
-from esapn_kernels.gpu.resize import NOBODY, fill_rows
-from esapn_kernels.ops.compose import chain_numel
+from esapn_kernels.gpu.resize import launch_fill
+from esapn_kernels.ops.chain import chain_numel
+from esapn_kernels.ops.layout import UNCLAIMED
 from esapn_kernels.reference import lookup_reference, promote_reference
 from esapn_kernels.storage import arena as arena_file
 from esapn_kernels.storage.arena import Arena
@@ -27,7 +28,7 @@ def name(value):
 def definition(module, ids, dtype):
     arena = module.arena
     operands = (arena.storage.detach().to(dtype), module.chain.detach().to(dtype))
-    return lookup_reference(ids, *operands, *arena.locations, module.sizes, arena.page)
+    return lookup_reference(ids, *operands, *arena.layout.flat)
 
 
 @pytest.mark.parametrize(
@@ -169,7 +170,8 @@ def test_fill_rows(sizes, backend, device):
         begin, size = int(arena.row_start[i]), int(case.module.sizes_of()[i])
         for tensor, (_, value) in zip(expected, targets, strict=True):
             tensor[begin : begin + size] = value
-    fill_rows(targets, start, arena.level(ids), sizes=sizes, backend=backend)
+    fill = {"torch": fill_rows, "triton": launch_fill}[backend]
+    fill(targets, start, arena.level(ids), sizes)
     for (tensor, _), filled in zip(targets, expected, strict=True):
         assert torch.equal(tensor, filled) and not torch.equal(filled, storage.to(filled.dtype))
 
@@ -298,7 +300,7 @@ def consistent(arena):
     for page in pages:
         assert int(arena.page_level[page]) == -1
         assert not owner[page * arena.page : (page + 1) * arena.page].any()
-    assert int(arena.row_start[-1]) == -1 and (arena._owner == NOBODY).all()
+    assert int(arena.row_start[-1]) == -1 and (arena._owner == UNCLAIMED).all()
 
 
 @pytest.mark.parametrize("ids_dtype", [torch.int64, torch.int32], ids=name)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from esapn_kernels.gpu import launch
-from esapn_kernels.gpu.segments import find_runs, key_layout, sum_hot
+from esapn_kernels.gpu.segments import find_runs, pack_keys, sum_hot
 from esapn_kernels.ops.backend import TRITON_ERROR
 from esapn_kernels.testing import make_case
 
@@ -23,8 +23,7 @@ def positions(case):
 
 def runs_of(case):
     arena = case.module.arena
-    row_start, page_level = arena.locations
-    return find_runs(case.ids, row_start, page_level, capacity=arena.storage.numel(), **case.layout)
+    return find_runs(case.ids, case.layout, capacity=arena.storage.numel())
 
 
 def check(case):
@@ -104,14 +103,13 @@ def test_runs_stay_inside_their_memory(n_ids, device, monkeypatch):
 
 def test_keys_of_32_and_64_bits(device, monkeypatch):
     # 30 bits of place and 2 of level fit, 31 and 2 do not.
-    assert key_layout(1 << 30, (1, 2, 3), 6)[2:] == (30, 1 << 31)
-    assert key_layout((1 << 30) + 1, (1, 2, 3), 6)[2:] == (31, 0)
+    assert pack_keys(1 << 30, (1, 2, 3), 6)[2:] == (30, 1 << 31)
+    assert pack_keys((1 << 30) + 1, (1, 2, 3), 6)[2:] == (31, 0)
     # What divides every start is not stored: 8 elements a unit.
-    assert key_layout(1 << 33, (8, 16), 4096) == (4096, 8, 30, 1 << 31)
+    assert pack_keys(1 << 33, (8, 16), 4096) == (4096, 8, 30, 1 << 31)
     for capacity in (1 << 29, 1 << 34):
         case = make_case((8, 16), 30, 50, device=device)
-        row_start, page_level = case.module.arena.locations
-        found = find_runs(case.ids, row_start, page_level, capacity=capacity, **case.layout)
+        found = find_runs(case.ids, case.layout, capacity=capacity)
         plain = runs_of(case)
         assert found.key.dtype == (torch.int32 if capacity == 1 << 29 else torch.int64)
         assert torch.equal(found.order, plain.order)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from esapn_kernels.ops.update import RULES, Update, rule_numbers, update_rows
+from esapn_kernels.cpu.update import update_rows
+from esapn_kernels.ops.update import RULES, Update, rule_numbers
 from esapn_kernels.reference import update_reference
 from esapn_kernels.testing import assert_matches
 

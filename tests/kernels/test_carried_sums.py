@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from esapn.growth import promote_keeping, promote_keeping_all
 from esapn_kernels import ResizableEmbedding, optim
 from esapn_kernels.reference import split_chain
+from esapn_kernels.storage import followers as followers_file
 
 SIZES = (2, 4, 5)
 LR = 0.1
@@ -81,7 +81,7 @@ def test_sums_are_carried_exactly(ids):
     before = {i: sums_of(table, optimizer, i) for i in range(12)}
     everyone = torch.arange(12)
     outputs = table(everyone).detach()
-    moved = promote_keeping(table, torch.tensor(ids), torch.ones(len(ids)).bool(), "sum")
+    moved = table.promote(torch.tensor(ids), torch.ones(len(ids)).bool())
     assert moved.tolist() == [len(before[i]) < SIZES[-1] for i in ids]
     for i, old in before.items():
         new = sums_of(table, optimizer, i)
@@ -97,46 +97,85 @@ def test_sums_are_carried_exactly(ids):
 
 def test_sums_that_do_not_start_at_zero():
     table = ResizableEmbedding(3, sizes=(2, 4), init="padded")
+    table.chain.requires_grad_(False)
     optimizer = optim.Adagrad(table, lr=LR, initial_accumulator_value=0.5)
     table(torch.tensor([1])).sum().backward()
     old = sums_of(table, optimizer, 1)
     assert old.gt(0.5).all()
-    promote_keeping(table, torch.tensor([1]), torch.tensor([True]), "sum")
+    table.promote(torch.tensor([1]), torch.tensor([True]))
     expected = torch.cat([old / 2, torch.full((2,), 0.5)])
     torch.testing.assert_close(sums_of(table, optimizer, 1), expected)
 
 
+@pytest.fixture(params=[True, False], ids=["a-cpu", "a-gpu"])
+def as_on(request, monkeypatch):
+    """Where the host reads no tensor, all rows go through the same calls, masked."""
+    monkeypatch.setattr(followers_file, "host_reads", lambda tensor: request.param)
+
+
 @pytest.mark.parametrize("seed", range(4))
-def test_mask_and_chosen_rows_agree(seed):
-    """``promote_keeping`` looks on a CPU; the form for a GPU takes all rows and the mask."""
+def test_mask_and_chosen_rows_agree(seed, as_on):
     generator = torch.Generator().manual_seed(seed)
     one, two = taught(seed=seed), taught(seed=seed)
     for _ in range(3):
         ids = torch.randperm(12, generator=generator)[:8]
         mask = torch.rand(8, generator=generator) < 0.5
-        first = promote_keeping(one[0], ids, mask, "sum")
-        second = promote_keeping_all(two[0], ids, mask, "sum")
-        assert torch.equal(first, second) and not first[~mask].any()
+        first = one[0].promote(ids, mask)
+        second = two[0].promote(ids[mask])
+        assert torch.equal(first[mask], second) and not first[~mask].any()
         for a, b in zip(everything(*one), everything(*two), strict=True):
             assert torch.equal(a, b)
 
 
-def test_nobody_moves():
+def test_an_id_given_twice_is_carried_once(as_on, backend):
+    one, two = taught(), taught()
+    one[0].backend = two[0].backend = backend
+    ids, mask = torch.tensor([6, 1, 6, 3, 1, 6]), torch.tensor([1, 1, 0, 1, 1, 1]).bool()
+    assert torch.equal(one[0].promote(ids, mask), mask)
+    assert two[0].promote(torch.tensor([6, 1, 3])).all()
+    for a, b in zip(everything(*one), everything(*two), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_sums_of_torchs_adagrad_are_carried_too():
+    table = ResizableEmbedding(3, sizes=(2, 4), init="padded")
+    table.chain.requires_grad_(False)
+    optimizer = torch.optim.Adagrad([table.arena.storage], lr=LR, initial_accumulator_value=0.25)
+    table(torch.tensor([1])).sum().backward()
+    optimizer.step()
+    old = sums_of(table, optimizer, 1)
+    table.promote(torch.tensor([1]))
+    expected = torch.cat([old / 2, torch.full((2,), 0.25)])
+    torch.testing.assert_close(sums_of(table, optimizer, 1), expected)
+
+
+@pytest.mark.parametrize("init, trained", [("padded", True), ("isometric", False)])
+def test_sums_start_afresh_under_other_hops(init, trained):
+    table = ResizableEmbedding(3, sizes=(2, 4), init=init)
+    table.chain.requires_grad_(trained)
+    optimizer = optim.Adagrad(table, lr=LR)
+    table(torch.tensor([1])).sum().backward()
+    assert sums_of(table, optimizer, 1).any()
+    table.promote(torch.tensor([1]))
+    assert not sums_of(table, optimizer, 1).any()
+
+
+def test_no_row_moves():
     table, optimizer = taught()
     before = everything(table, optimizer)
     ids = torch.tensor([3, 5])
-    assert not promote_keeping(table, ids, torch.zeros(2).bool(), "sum").any()
-    assert promote_keeping(table, ids[:0], torch.zeros(0).bool(), "sum").shape == (0,)
+    assert not table.promote(ids, torch.zeros(2).bool()).any()
+    assert table.promote(ids[:0], torch.zeros(0).bool()).shape == (0,)
     for a, b in zip(everything(table, optimizer), before, strict=True):
         assert torch.equal(a, b)
 
 
-def test_neighbours_of_moved_rows_keep_their_sums():
+def test_neighbours_of_moved_rows_keep_their_sums(as_on):
     """Windows of d_n numbers from a row's start reach into other rows, and beyond the end."""
     table, optimizer = taught(rows=40, sizes=(1, 2, 7))
     before = [sums_of(table, optimizer, i) for i in range(40)]
     ids = torch.arange(0, 40, 3)
-    promote_keeping_all(table, ids, torch.ones(len(ids)).bool(), "sum")
+    table.promote(ids)
     for i, old in enumerate(before):
         if i % 3:
             assert torch.equal(sums_of(table, optimizer, i), old)
@@ -149,7 +188,7 @@ def test_the_next_step_of_the_old_numbers_is_that_of_a_twin_that_stayed(index):
     ids = torch.tensor([index])
     width = int(twin.sizes_of(ids))
     assert torch.equal(table.arena.read(index), twin.arena.read(index))
-    assert promote_keeping(table, ids, torch.tensor([True]), "sum").all()
+    assert table.promote(ids, torch.tensor([True])).all()
     gain = math.sqrt(int(table.sizes_of(ids)) / width)
     for _ in range(3):
         weight = torch.randn(1, SIZES[-1])
@@ -170,8 +209,10 @@ def test_the_next_step_of_the_old_numbers_is_that_of_a_twin_that_stayed(index):
 def test_without_carried_sums_the_first_step_is_the_whole_rate():
     (table, optimizer), (fresh, other) = taught(steps=30), taught(steps=30)
     ids = torch.tensor([1])
-    promote_keeping(table, ids, torch.tensor([True]), "sum")
+    table.promote(ids, torch.tensor([True]))
+    fresh.chain.requires_grad_(True)
     fresh.promote(ids)
+    fresh.chain.requires_grad_(False)
     steps = []
     for module, rows in ((table, optimizer), (fresh, other)):
         before = module.arena.read(1).clone()
@@ -180,9 +221,3 @@ def test_without_carried_sums_the_first_step_is_the_whole_rate():
         steps.append((module.arena.read(1) - before)[:2].abs())
     torch.testing.assert_close(steps[1], torch.full((2,), LR))
     assert steps[0].max() < 0.3 * LR
-
-
-def test_a_fused_optimizer_is_needed():
-    table = ResizableEmbedding(4, sizes=SIZES, init="padded")
-    with pytest.raises(ValueError, match="needs a fused optimizer"):
-        promote_keeping(table, torch.tensor([1]), torch.tensor([True]), "sum")

@@ -1,0 +1,175 @@
+"""Where rows lie, as every operator takes it: :class:`Layout`, and the arithmetic of pages.
+
+    page of row x      row_start[x] // page
+    level of row x     page_level[row_start[x] // page]
+    elements of row x  row_start[x] ... row_start[x] + sizes[level] - 1
+
+All rows lie in one flat tensor that is cut into pages of ``page`` elements; a page holds rows of
+one size, so a row needs no level of its own. Nothing here allocates storage or moves a row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "UNCLAIMED",
+    "Filled",
+    "Layout",
+    "Places",
+    "gather_rows",
+    "index_dtype",
+    "is_table",
+    "page_elements",
+    "place_densely",
+    "row_table",
+]
+
+_PAGE = 4096
+_INT32_LIMIT = 2**31 - 1
+
+UNCLAIMED = 2**31 - 1
+"""What ``Places.owner`` holds for an id that no position claims."""
+
+Filled = Sequence[tuple[Tensor, float]]
+"""Tensors whose rows start afresh, each with the value that its rows take."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Locations of ``N`` rows of ``n`` sizes.
+
+    Attributes:
+        row_start: int32 or int64 ``[N]``, first element of every row; -1: the id has no row.
+        page_level: int8 ``[pages]``, index into ``sizes`` of a page's rows; -1: a free page.
+        sizes: increasing row sizes ``d_0 < ... < d_{n-1}``.
+        page: elements per page; a row never crosses a page.
+        is_table: the storage is a table of all rows in order: one size, and no row ever moved.
+    """
+
+    row_start: Tensor
+    page_level: Tensor
+    sizes: tuple[int, ...]
+    page: int
+    is_table: bool = False
+
+    @property
+    def num_rows(self) -> int:
+        """``N``."""
+        return self.row_start.numel()
+
+    @property
+    def flat(self) -> tuple[Tensor, Tensor, tuple[int, ...], int]:
+        """``(row_start, page_level, sizes, page)``, for custom operators and the reference."""
+        return self.row_start, self.page_level, self.sizes, self.page
+
+    @property
+    def dim(self) -> int:
+        """The largest size, which is the width of the output."""
+        return self.sizes[-1]
+
+
+@dataclass(frozen=True)
+class Places:
+    """A layout together with the free rows and pages that moving rows take and give back.
+
+    Attributes:
+        layout: brought up to date, in place, where rows move. ``row_start`` ``[N + 1]`` and
+            ``page_level`` ``[pages + 1]`` end with a sink that holds -1.
+        free_rows: stacks of free row starts, one segment per level, and a sink.
+        free_pages: stack of free page numbers, and a sink.
+        free_count: int64 ``[n + 1]``, height of every level's stack, then of the stack of pages.
+        free_base: int64 ``[n + 1]``, where every level's segment begins.
+        row_size, rows_per_page: int64 ``[n]``, the sizes, and how many rows of each a page holds.
+        owner: int32 ``[N]``, ``UNCLAIMED`` everywhere before a call and after it; only the Triton
+            backend has one.
+    """
+
+    layout: Layout
+    free_rows: Tensor
+    free_pages: Tensor
+    free_count: Tensor
+    free_base: Tensor
+    row_size: Tensor
+    rows_per_page: Tensor
+    owner: Tensor | None = None
+
+
+def page_elements(sizes: Sequence[int], num_rows: int = 1 << 30) -> int:
+    """Elements per page: a common multiple of the sizes where their own is small.
+
+    About 4,096 for a large table; a sixteenth of a small table at its smallest size, so that a page
+    begun for every level costs a small table little.
+
+    >>> page_elements((2, 4, 8, 16, 64, 128)), page_elements((2, 4, 8, 16, 64, 128), num_rows=1000)
+    (4096, 128)
+    >>> page_elements((1, 3, 5, 33)), page_elements((127, 512))
+    (4125, 4096)
+    """
+    small = num_rows * sizes[0] // 16
+    common = math.lcm(*sizes)
+    if common <= 4 * _PAGE:
+        return common * max(-(-min(_PAGE, small) // common), 1)
+    # The largest rows fill a page to 7 / 8 at least, unless the table is small.
+    return max(min(max(_PAGE, 8 * max(sizes)), small), max(sizes))
+
+
+def index_dtype(numel: int) -> torch.dtype:
+    """The dtype of row starts in a storage of ``numel`` elements."""
+    return torch.int32 if numel <= _INT32_LIMIT else torch.int64
+
+
+def place_densely(
+    level: Tensor, sizes: Sequence[int], page: int
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The densest placement of rows of the given levels, level after level.
+
+    Args:
+        level: int ``[N]`` on the CPU; -1: no row.
+        sizes, page: as in :class:`Layout`.
+
+    Returns:
+        Row starts int64 ``[N]``, page levels int8 ``[pages]``, and for every level the starts of
+        the rows left free in its last page, lowest last.
+    """
+    starts = torch.full((len(level),), -1, dtype=torch.int64)
+    page_level: list[Tensor] = []
+    free: list[Tensor] = []
+    pages = 0
+    for k, dim in enumerate(sizes):
+        per = page // dim
+        mine = (level == k).nonzero()[:, 0]
+        need = -(-len(mine) // per)
+        slots = torch.arange(need * per)
+        place = (pages + slots // per) * page + slots % per * dim
+        starts[mine] = place[: len(mine)]
+        free.append(place[len(mine) :].flip(0))
+        page_level.append(torch.full((need,), k, dtype=torch.int8))
+        pages += need
+    return starts, torch.cat(page_level), free
+
+
+def is_table(starts: Tensor, sizes: Sequence[int], page: int) -> bool:
+    """Whether rows of one size that start at ``starts`` form a table of all rows in order."""
+    dim = sizes[0]
+    if len(sizes) > 1 or page % dim:
+        return False
+    return torch.equal(starts.long(), torch.arange(len(starts), device=starts.device) * dim)
+
+
+def row_table(flat: Tensor, dim: int) -> Tensor:
+    """The row that begins at every element, ``[len - dim + 1, dim]``: a view that overlaps itself.
+
+    Rows in use do not overlap, so they are read and written through it, whatever their alignment.
+    """
+    return flat.as_strided((flat.numel() - dim + 1, dim), (1, 1))
+
+
+def gather_rows(storage: Tensor, start: Tensor, dim: int) -> Tensor:
+    """``storage[start_i : start_i + dim]`` as ``[len(start), dim]``, for any alignment."""
+    return row_table(storage, dim).index_select(0, start)
