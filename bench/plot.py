@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from harness.command import Parser, picture
+
 MODES = ("forward", "backward", "both", "step sgd", "step adagrad", "step adam")
 STYLES = {
     "ours": ("#0072B2", "o"),
@@ -127,17 +129,17 @@ def _caption(result: dict[str, Any], width: int) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """``plot.py results.json out.png``; a mistake is one line and status 2."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if len(arguments) != 2:
-        print("usage: python bench/plot.py results.json out.png", file=sys.stderr)
-        return 2
-    source, target = map(Path, arguments)
+    """Draws the plot and returns the exit status."""
+    parser = Parser(prog="bench/plot.py", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "source", type=Path, metavar="RESULT.json", help="what bench/lookup.py --out wrote"
+    )
+    parser.add_argument("target", type=picture, metavar="FILE.png", help="the plot to write")
+    args = parser.parse_args(argv)
     try:
-        plot(json.loads(source.read_text(encoding="utf-8")), target)
+        plot(json.loads(args.source.read_text(encoding="utf-8")), args.target)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        print(f"plot.py: error: {source}: {error}".replace("\n", " "), file=sys.stderr)
-        return 2
+        parser.error(f"{args.source}: {error}")
     return 0
 
 
