@@ -58,34 +58,21 @@ _GPU_REPEATS = 60
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads and checks the command line; a mistake ends the process with one line."""
-    parser = Parser(
-        prog="bench/lookup.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = Parser("bench/lookup.py", __doc__)
+    add = parser.add_argument
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where it runs")
+    add("--quick", action="store_true", help="under a minute on two CPU cores")
+    sizes = " ".join(map(str, BATCHES))
+    many = f"batch sizes (default: {sizes}; with --quick the first two)"
+    add("--ids", type=at_least(1), nargs="+", metavar="N", help=many)
+    often = (
+        f"per row (default: {_GPU_REPEATS} on a GPU; 3 to {CPU_REPEATS}, as time allows, on a CPU; "
+        f"{_QUICK_REPEATS} with --quick)"
     )
-    parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s"
-    )
-    parser.add_argument("--quick", action="store_true", help="under a minute on two CPU cores")
-    parser.add_argument(
-        "--ids",
-        type=at_least(1),
-        nargs="+",
-        metavar="N",
-        help=f"batch sizes (default: {' '.join(map(str, BATCHES))}; with --quick the first two)",
-    )
-    parser.add_argument(
-        "--repeats",
-        type=at_least(1),
-        metavar="N",
-        help=f"per row (default: {_GPU_REPEATS} on a GPU; 3 to {CPU_REPEATS}, as time allows, "
-        f"on a CPU; {_QUICK_REPEATS} with --quick)",
-    )
-    parser.add_argument("--seed", type=seed, default=0, metavar="S", help="default: %(default)s")
-    parser.add_argument("--out", type=output, metavar="FILE.json", help="write the result as JSON")
-    parser.add_argument(
-        "--plot", type=picture, metavar="FILE.png", help="draw the shares of the roof"
-    )
+    add("--repeats", type=at_least(1), metavar="N", help=often)
+    add("--seed", type=seed, default=0, metavar="S", help="of tables, rows and ids")
+    add("--out", type=output, metavar="FILE.json", help="write the result as JSON")
+    add("--plot", type=picture, metavar="FILE.png", help="draw the shares of the roof")
     args = parser.parse_args(argv)
     found = torch.cuda.is_available()
     if args.device == "cuda" and not found:

@@ -1,11 +1,11 @@
-"""What a call of the module costs beside ``nn.Embedding``, where the call is the cost: 64 ids.
+"""What a call of the module costs beside nn.Embedding, where the call is the cost: 64 ids.
 
     python bench/overhead.py [--ids 64] [--turns 40] [--out FILE]
 
 Module against module, on a CPU, eager. Every turn times a run of calls of each, in alternating
-order; ratios are taken turn by turn. ``hops kept``: the composed hops of the last call are used
-again, as in evaluation, or when a table is looked up several times between two steps; ``hops
-changed``: something is written to them before every call, as after every step of training.
+order; ratios are taken turn by turn. In most modes the composed hops of the last call are used
+again, as in evaluation, or when a table is looked up several times between two steps; "hops
+changed": the hops are written before every call, as after every step of training.
 """
 
 from __future__ import annotations
@@ -112,27 +112,12 @@ def lines(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads the command line; a mistake ends the process with one line."""
-    parser = Parser(
-        prog="bench/overhead.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--ids",
-        type=at_least(1),
-        default=64,
-        metavar="N",
-        help="ids in a call (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--turns",
-        type=at_least(2),
-        default=40,
-        metavar="N",
-        help="turns of every mode (default: %(default)s)",
-    )
-    parser.add_argument("--seed", type=seed, default=0, metavar="S", help="default: %(default)s")
-    parser.add_argument("--out", type=output, metavar="FILE", help="write the result as JSON")
+    parser = Parser("bench/overhead.py", __doc__)
+    add = parser.add_argument
+    add("--ids", type=at_least(1), default=64, metavar="N", help="ids in a call")
+    add("--turns", type=at_least(2), default=40, metavar="N", help="turns of every mode")
+    add("--seed", type=seed, default=0, metavar="S", help="of rows and ids")
+    add("--out", type=output, metavar="FILE", help="write the result as JSON")
     return parser.parse_args(argv)
 
 

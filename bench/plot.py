@@ -1,6 +1,6 @@
 """Plot a result of the lookup benchmark: share of the roof over the batch size.
 
-python bench/plot.py results.json out.png
+python bench/plot.py result.json plot.png
 """
 
 from __future__ import annotations
@@ -130,11 +130,10 @@ def _caption(result: dict[str, Any], width: int) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Draws the plot and returns the exit status."""
-    parser = Parser(prog="bench/plot.py", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "source", type=Path, metavar="RESULT.json", help="what bench/lookup.py --out wrote"
-    )
-    parser.add_argument("target", type=picture, metavar="FILE.png", help="the plot to write")
+    parser = Parser("bench/plot.py", __doc__)
+    add = parser.add_argument
+    add("source", type=Path, metavar="RESULT.json", help="what bench/lookup.py --out wrote")
+    add("target", type=picture, metavar="FILE.png", help="the plot to write")
     args = parser.parse_args(argv)
     try:
         plot(json.loads(args.source.read_text(encoding="utf-8")), args.target)

@@ -161,46 +161,23 @@ def print_long(result: dict[str, Any]) -> None:
 
 def parser() -> Parser:
     """The command line, its flags in groups."""
-    parser = Parser(
-        prog="bench/search.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("bench/search.py", __doc__)
+    tasks = ("binary", "multiclass")
     both = parser.add_argument_group("both")
-    both.add_argument("--task", choices=("binary", "multiclass"), default="binary")
-    both.add_argument("--seed", type=seed, default=0, metavar="S", help="default: %(default)s")
+    both.add_argument("--task", choices=tasks, default="binary", help="what is predicted")
+    both.add_argument("--seed", type=seed, default=0, metavar="S", help="of all random numbers")
     both.add_argument("--out", type=Path, metavar="FILE", help="write the result as JSON")
     turns = parser.add_argument_group("against the baseline")
-    turns.add_argument(
-        "--data", default="synthetic", metavar="PATH", help="as for python -m esapn search"
-    )
-    turns.add_argument(
-        "--events",
-        type=int,
-        default=50_000,
-        metavar="N",
-        help="of the synthetic stream (default: %(default)s)",
-    )
-    turns.add_argument(
-        "--turn",
-        type=at_least(1),
-        default=20,
-        metavar="N",
-        help="batches per turn (default: %(default)s)",
-    )
-    turns.add_argument(
-        "--baseline", choices=("full", "lean"), default="full", help="default: %(default)s"
-    )
+    add = turns.add_argument
+    add("--data", default="synthetic", metavar="PATH", help="as for python -m esapn search")
+    add("--events", type=int, default=50_000, metavar="N", help="of the synthetic stream")
+    add("--turn", type=at_least(1), default=20, metavar="N", help="batches per turn")
+    add("--baseline", choices=("full", "lean"), default="full", help="what it computes")
     long = parser.add_argument_group("one long search")
-    long.add_argument(
-        "--long", type=at_least(1), metavar="EVENTS", help="so many events of the synthetic stream"
-    )
-    long.add_argument(
-        "--mode", choices=tuple(MODES), default="paper", help="of the search (default: %(default)s)"
-    )
-    long.add_argument(
-        "--dwell", type=float, default=0.0, metavar="C", help="as for python -m esapn search"
-    )
+    add = long.add_argument
+    add("--long", type=at_least(1), metavar="EVENTS", help="so many of the synthetic stream")
+    add("--mode", choices=tuple(MODES), default="paper", help="as for python -m esapn search")
+    add("--dwell", type=float, default=0.0, metavar="C", help="as for python -m esapn search")
     return parser
 
 

@@ -11,8 +11,20 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Descriptions as they are written, and the default of every flag that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, argparse.SUPPRESS) or action.default is False:
+            return action.help
+        return f"{action.help} (default: {action.default})"
+
+
 class Parser(argparse.ArgumentParser):
     """A mistake on the command line is one line, without the usage; its status is 2."""
+
+    def __init__(self, prog: str, description: str | None) -> None:
+        super().__init__(prog=prog, description=description, formatter_class=_Formatter)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}".replace("\n", " ") + "\n")
