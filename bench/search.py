@@ -70,7 +70,7 @@ def compare(config: SearchConfig, stream: Stream, lean: bool, turn: int) -> dict
 
 def memory() -> dict[str, int]:
     """MiB of the process: its peak so far, and its present size where there is a ``/proc``."""
-    import resource  # not on Windows, where the comparison needs no memory()
+    import resource  # not on Windows, where all but --long runs
 
     unit = 2**20 if sys.platform == "darwin" else 2**10
     found = {"peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // unit}
@@ -102,9 +102,9 @@ def walk_long(config: SearchConfig, stream: Stream) -> dict[str, Any]:
     parts = {"first": windows[warm_up : warm_up + n], "last": windows[-n - 1 : -1] or windows[-1:]}
     us = {
         name: {
-            key: statistics.median(w[key] / w["events"] for w in part) for key in ("us", "us_cpu")
+            key: statistics.median(w[key] / w["events"] for w in some) for key in ("us", "us_cpu")
         }
-        for name, part in parts.items()
+        for name, some in parts.items()
     }
     return {
         "events": len(stream.user),

@@ -61,3 +61,8 @@ def test_gate_refuses_a_promotion_that_moves_nothing(spec: Any, monkeypatch: Any
     monkeypatch.setattr(promotions.Ready, "promote", lambda self, ids: torch.zeros(1).bool())
     with pytest.raises(GateError, match="left where they are"):
         promotions.check_promotion(Ours(spec, CPU), ids)
+
+
+def test_a_copy_to_the_host_is_no_launch() -> None:
+    on_gpu = ["_claim_kernel", "Memcpy DtoH (Device -> Pinned)", "Memset (Device)"]
+    assert promotions.launches(on_gpu) == ["_claim_kernel", "Memset (Device)"]
