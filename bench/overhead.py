@@ -1,26 +1,24 @@
-"""What a call of the module costs beside ``nn.Embedding``, where the call is the cost: 64 ids.
+"""What a call of the module costs beside nn.Embedding, where the call is the cost: 64 ids.
 
     python bench/overhead.py [--ids 64] [--turns 40] [--out FILE]
 
 Module against module, on a CPU, eager. Every turn times a run of calls of each, in alternating
-order; ratios are taken turn by turn. ``hops kept``: the composed hops of the last call are used
-again, as in evaluation, or when a table is looked up several times between two steps; ``hops
-changed``: something is written to them before every call, as after every step of training.
+order; ratios are taken turn by turn. In most modes the composed hops of the last call are used
+again, as in evaluation, or when a table is looked up several times between two steps; "hops
+changed": the hops are written before every call, as after every step of training.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 import torch
+from harness.command import Parser, at_least, output, record, seed, write_result
 from torch import Tensor, nn
 
 from esapn_kernels import ResizableEmbedding
@@ -112,16 +110,20 @@ def lines(rows: Sequence[dict[str, Any]]) -> list[str]:
     return text
 
 
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Reads the command line; a mistake ends the process with one line."""
+    parser = Parser("bench/overhead.py", __doc__)
+    add = parser.add_argument
+    add("--ids", type=at_least(1), default=64, metavar="N", help="ids in a call")
+    add("--turns", type=at_least(2), default=40, metavar="N", help="turns of every mode")
+    add("--seed", type=seed, default=0, metavar="S", help="of rows and ids")
+    add("--out", type=output, metavar="FILE", help="write the result as JSON")
+    return parser.parse_args(argv)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmark and returns the exit status."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--ids", type=int, default=64, help="ids in a call")
-    parser.add_argument("--turns", type=int, default=40, help="turns of every mode")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="JSON file to write")
-    args = parser.parse_args(argv)
-    if args.ids < 1 or args.turns < 2:
-        parser.error("--ids must be at least 1 and --turns at least 2")
+    args = parse(argv)
     generator = torch.Generator().manual_seed(args.seed)
     ids = torch.randint(ROWS, (args.ids,), generator=generator)
     rows = measure(ids, args.turns, args.seed)
@@ -129,17 +131,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{args.ids} ids of {ROWS} rows, {DIM} wide, fp32, CPU, {threads} threads")
     print("\n".join(lines(rows)))
     if args.out is not None:
-        result = {
-            "benchmark": "overhead",
-            "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "ids": args.ids,
-            "turns": args.turns,
-            "calls": CALLS,
-            "seed": args.seed,
-            "provenance": collect(),
-            "rows": rows,
-        }
-        args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        result = record(
+            "overhead",
+            ids=args.ids,
+            turns=args.turns,
+            calls=CALLS,
+            seed=args.seed,
+            provenance=collect(),
+            rows=rows,
+        )
+        write_result(args.out, result)
     return 0
 
 

@@ -1,6 +1,6 @@
 """Plot a result of the lookup benchmark: share of the roof over the batch size.
 
-python bench/plot.py results.json out.png
+python bench/plot.py result.json plot.png
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from harness.command import Parser, picture
 
 MODES = ("forward", "backward", "both", "step sgd", "step adagrad", "step adam")
 STYLES = {
@@ -41,8 +43,6 @@ def plot(result: dict[str, Any], path: Path) -> None:
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     rows = [r for r in result["rows"] if r["mode"] in MODES and r["roof_share"] is not None]
     if not rows:
@@ -60,36 +60,35 @@ def plot(result: dict[str, Any], path: Path) -> None:
         for axis in line[len(names) :]:
             axis.set_axis_off()
         for axis, (table, mode) in zip(line, names, strict=False):
-            mine = [r for r in rows if (r["table"], r["mode"]) == (table, mode)]
-            _draw(axis, mine)
+            _draw(axis, [r for r in rows if (r["table"], r["mode"]) == (table, mode)])
             axis.set_title(f"{mode}, {table}", fontsize=10)
-            axis.set_xscale("log")
-            axis.set_yscale("log")
-            axis.xaxis.set_major_locator(FixedLocator(sizes))
-            axis.xaxis.set_minor_locator(NullLocator())
-            axis.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{int(n):,}"))
-            axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:.3g}%"))
-            axis.set_xlim(sizes[0] / 1.6, sizes[-1] * 1.6)
-            axis.axhline(1.0, color="0.35", linewidth=0.9, linestyle=(0, (6, 3)))
-            axis.grid(which="major", color="0.9", linewidth=0.7)
-            axis.set_axisbelow(True)
-            axis.spines[["top", "right"]].set_visible(False)
-            axis.tick_params(labelsize=9)
-    for line in axes:
+            _set_scales(axis, sizes)
         line[0].set_ylabel("share of the roof")
     for axis in axes[-1]:
         axis.set_xlabel("ids in a batch")
-    used = [name for name in STYLES if any(r["provider"] == name for r in rows)]
-    handles = [_handle(Line2D, name) for name in used]
-    traffic = [t for t in _TRAFFIC if any(r["traffic"] == t for r in rows)]
-    for t in traffic:
-        face = "0.2" if t == "uniform" else "white"
-        style = {"linestyle": _TRAFFIC[t], "marker": "o", "markersize": 5, "markerfacecolor": face}
-        handles.append(Line2D([], [], color="0.2", label=t, **style))
+    handles = _handles(rows)
     many = min(len(handles), 2 * columns)
     figure.legend(handles=handles, loc="outside upper center", ncols=many, frameon=False)
     figure.supxlabel(_caption(result, 52 * columns), fontsize=8, color="0.3")
     figure.savefig(path, dpi=120)
+
+
+def _set_scales(axis: Any, sizes: Sequence[int]) -> None:
+    """Both logarithmic; a tick per batch size, a dashed line at the roof."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.xaxis.set_major_locator(FixedLocator(sizes))
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{int(n):,}"))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:.3g}%"))
+    axis.set_xlim(sizes[0] / 1.6, sizes[-1] * 1.6)
+    axis.axhline(1.0, color="0.35", linewidth=0.9, linestyle=(0, (6, 3)))
+    axis.grid(which="major", color="0.9", linewidth=0.7)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.tick_params(labelsize=9)
 
 
 def _draw(axis: Any, rows: Sequence[dict[str, Any]]) -> None:
@@ -111,9 +110,21 @@ def _draw(axis: Any, rows: Sequence[dict[str, Any]]) -> None:
             )
 
 
-def _handle(line: Any, name: str) -> Any:
-    color, marker = STYLES[name]
-    return line([], [], color=color, marker=marker, markersize=5, label=name)
+def _handles(rows: Sequence[dict[str, Any]]) -> list[Any]:
+    """Entries of the legend: providers, then traffic."""
+    from matplotlib.lines import Line2D
+
+    handles = [
+        Line2D([], [], color=color, marker=marker, markersize=5, label=name)
+        for name, (color, marker) in STYLES.items()
+        if any(r["provider"] == name for r in rows)
+    ]
+    for traffic, dashes in _TRAFFIC.items():
+        if any(r["traffic"] == traffic for r in rows):
+            face = "0.2" if traffic == "uniform" else "white"
+            style = {"linestyle": dashes, "marker": "o", "markersize": 5, "markerfacecolor": face}
+            handles.append(Line2D([], [], color="0.2", label=traffic, **style))
+    return handles
 
 
 def _caption(result: dict[str, Any], width: int) -> str:
@@ -127,17 +138,16 @@ def _caption(result: dict[str, Any], width: int) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """``plot.py results.json out.png``; a mistake is one line and status 2."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if len(arguments) != 2:
-        print("usage: python bench/plot.py results.json out.png", file=sys.stderr)
-        return 2
-    source, target = map(Path, arguments)
+    """Draws the plot and returns the exit status."""
+    parser = Parser("bench/plot.py", __doc__)
+    add = parser.add_argument
+    add("source", type=Path, metavar="RESULT.json", help="what bench/lookup.py --out wrote")
+    add("target", type=picture, metavar="FILE.png", help="the plot to write")
+    args = parser.parse_args(argv)
     try:
-        plot(json.loads(source.read_text(encoding="utf-8")), target)
+        plot(json.loads(args.source.read_text(encoding="utf-8")), args.target)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        print(f"plot.py: error: {source}: {error}".replace("\n", " "), file=sys.stderr)
-        return 2
+        parser.error(f"{args.source}: {error}")
     return 0
 
 

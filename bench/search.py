@@ -3,25 +3,23 @@
     python bench/search.py [--data PATH] [--task binary|multiclass] [--seed S] [--out FILE]
     python bench/search.py --long 20000000 [--mode paper|tuned] [--dwell C] [--out FILE]
 
-Both walk the whole stream in one process and one thread, in turns of ``--turn`` batches, on the
-same events, with the same settings, policy network, optimizer (Adam, fused) and initialisation.
+Both walk the whole stream in one process and one thread, in turns of --turn batches, on the same
+events, with the same settings, policy network, optimizer (Adam, fused) and initialisation.
 
-The baseline is the usual way to write this search, in the published alternation: a full table for
-every candidate size; every size looked up and carried to the largest for every row, BatchNorm and
-tanh of all of them, a one-hot sum that selects; a prediction under sampled sizes for the policies,
-who see every event, and a second one for the recommender; dense Adam on all tables.
-``--baseline lean`` grants it what ours does beyond storage: one prediction for both steps, and
-selection before BatchNorm and tanh. The figure is the ratio of CPU seconds, turn by turn.
+The baseline is the search as it is usually written: a full table for every candidate size, every
+size looked up and carried to the largest for every row, and a second prediction for the policies
+(harness/all_sizes.py). --baseline lean grants it what ours does beyond storage: one prediction for
+both steps, and selection before BatchNorm and tanh. The figure is the ratio of CPU seconds, turn by
+turn.
 
-``--long EVENTS`` has no baseline: one whole search on a synthetic stream of so many events. The
-figures are the time per event of the last million over that of the first (medians over the log's
-windows, the first few left out), and the memory of the process when training begins and at the end.
+--long EVENTS has no baseline: one whole search on a synthetic stream of so many events. The figures
+are the time per event of the last million over that of the first (medians over the log's windows,
+the first few left out), and the memory of the process when training begins and at the end.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -30,146 +28,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from harness.all_sizes import AllSizesSearch
+from harness.command import Parser, at_least, check_writable, seed, write_result
 
-from esapn.config import MODES, ConfigError, SearchConfig
-from esapn.data.load import NUM_CLASSES, Batch, DataError, Stream, build_stream, load_ratings
-from esapn.models.two_tower import event_losses
-from esapn.policy import LossHistory, Policy, policy_loss, reward, sample_actions
+from esapn.config import MODES, SearchConfig
+from esapn.data.load import DataError, Stream, build_stream, load_ratings
 from esapn.run.loop import Run
-from esapn.run.metrics import Prequential
 from esapn_kernels import info
-
-
-class AllSizesSide(nn.Module):
-    """A full table per size, the hops between them, and the size index of every ID."""
-
-    level: Tensor
-
-    def __init__(self, n: int, config: SearchConfig, lean: bool) -> None:
-        super().__init__()
-        sizes = config.sizes
-        self.tables = nn.ModuleList(nn.Embedding(n, d) for d in sizes)
-        self.hops = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False))
-        self.norm = nn.BatchNorm1d(sizes[-1])
-        self.register_buffer("level", torch.zeros(n, dtype=torch.int64))
-        self.lean = lean
-        for parameter in self.tables.parameters():
-            nn.init.normal_(parameter, 0.0, config.init_std)
-
-    def forward(self, ids: Tensor, level: Tensor) -> Tensor:
-        chosen = nn.functional.one_hot(level, len(self.tables)).float()
-        total = torch.zeros(())
-        for k, table in enumerate(self.tables):
-            h = table(ids)
-            for hop in self.hops[k:]:
-                h = hop(h)
-            h = h if self.lean else torch.tanh(self.norm(h))
-            total = total + chosen[:, k : k + 1] * h
-        return torch.tanh(self.norm(total)) if self.lean else total
-
-    @torch.no_grad()
-    def write_promoted(self, ids: Tensor) -> None:
-        """Write the next size's row of ``ids``; their levels stay."""
-        level = self.level[ids]
-        for k, hop in enumerate(self.hops):
-            mine = ids[level == k]
-            self.tables[k + 1].get_parameter("weight")[mine] = hop(self.tables[k](mine))
-
-
-class AllSizesModel(nn.Module):
-    """The two-tower recommender of ``esapn.models.two_tower`` on all-sizes sides."""
-
-    def __init__(self, stream: Stream, config: SearchConfig, lean: bool) -> None:
-        super().__init__()
-        self.user = AllSizesSide(stream.n_users, config, lean)
-        self.item = AllSizesSide(stream.n_items, config, lean)
-        dim = config.sizes[-1]
-        self.inference = nn.Sequential(
-            nn.BatchNorm1d(2 * dim),
-            nn.Linear(2 * dim, config.hidden),
-            nn.BatchNorm1d(config.hidden),
-            nn.Tanh(),
-            nn.Linear(config.hidden, 1 if config.task == "binary" else NUM_CLASSES),
-        )
-
-    def forward(self, batch: Batch, levels: Sequence[Tensor]) -> Tensor:
-        towers = [self.user(batch.user, levels[0]), self.item(batch.item, levels[1])]
-        logits: Tensor = self.inference(torch.cat(towers, dim=1))
-        return logits
-
-
-class AllSizesSearch:
-    """The algorithm of ``esapn.search``, every size computed for every row."""
-
-    def __init__(self, config: SearchConfig, stream: Stream, lean: bool) -> None:
-        torch.manual_seed(config.seed)
-        self.stream = stream
-        self.lean = lean
-        self.n_levels = len(config.sizes)
-        self.model = AllSizesModel(stream, config, lean)
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr, fused=True)
-        self.measures = Prequential(stream.n_train, len(stream.user))
-        self.index = 0
-        self.sides = []
-        for name, n in (("user", stream.n_users), ("item", stream.n_items)):
-            policy = Policy(self.n_levels, max_frequency=config.max_frequency)
-            optimizer = torch.optim.Adam(policy.parameters(), lr=config.policy_lr, fused=True)
-            history = LossHistory(n, config.history)
-            self.sides.append((name, getattr(self.model, name), policy, optimizer, history))
-
-    def step(self) -> None:
-        batch = self.stream.batch(self.index)
-        self.index += 1
-        if not self.lean:
-            choices = self._choose(batch)
-            with torch.no_grad():
-                levels = [level + grow.long() for _, _, grow, _, level in choices]
-                loss = event_losses(self.model(batch, levels), batch.target)
-            self._update_policies(batch, choices, loss)
-        choices = self._choose(batch)
-        levels = []
-        for (name, side, *_), (_, _, grow, _, _) in zip(self.sides, choices, strict=True):
-            ids = getattr(batch, name)
-            side.level[ids[grow]] += 1
-            levels.append(side.level[ids])
-        logits = self.model(batch, levels)
-        loss = event_losses(logits, batch.target)
-        frequency = torch.stack([batch.user_freq, batch.item_freq])
-        self.measures.record(logits.detach(), batch.target, loss.detach(), frequency)
-        if self.lean:
-            self._update_policies(batch, choices, loss.detach())
-        for name, _, _, _, history in self.sides:
-            ids, keep = getattr(batch, name), getattr(batch, f"{name}_keep")
-            history.record(ids, getattr(batch, f"{name}_freq"), loss.detach(), keep)
-        loss.sum().backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-    def _choose(self, batch: Batch) -> list[tuple[Tensor, ...]]:
-        """Per side: logits, actions, who grows, who decides, levels; writes the promoted rows."""
-        choices: list[tuple[Tensor, ...]] = []
-        for name, side, policy, _, _ in self.sides:
-            ids, last = getattr(batch, name), getattr(batch, f"{name}_last")
-            level = side.level[ids]
-            decides = last & (level < self.n_levels - 1)
-            logits = policy(getattr(batch, f"{name}_freq"), level)
-            action = sample_actions(logits.detach(), torch.rand(len(ids)))
-            grow = decides & action.bool()
-            side.write_promoted(ids[grow])
-            choices.append((logits, action, grow, decides, level))
-        return choices
-
-    def _update_policies(
-        self, batch: Batch, choices: Sequence[tuple[Tensor, ...]], loss: Tensor
-    ) -> None:
-        for (name, _, _, optimizer, history), (logits, action, _, decides, _) in zip(
-            self.sides, choices, strict=True
-        ):
-            baseline, seen = history.mean(getattr(batch, name))
-            optimizer.zero_grad()
-            policy_loss(logits, action, reward(baseline, loss, seen), decides).backward()
-            optimizer.step()
 
 
 def compare(config: SearchConfig, stream: Stream, lean: bool, turn: int) -> dict[str, Any]:
@@ -204,8 +69,8 @@ def compare(config: SearchConfig, stream: Stream, lean: bool, turn: int) -> dict
 
 
 def memory() -> dict[str, int]:
-    """MiB of the process: the most it ever took, and what it takes now (where ``/proc`` says)."""
-    import resource  # not on Windows, where the comparison runs all the same
+    """MiB of the process: its peak so far, and its present size where there is a ``/proc``."""
+    import resource  # not on Windows, where all but --long runs
 
     unit = 2**20 if sys.platform == "darwin" else 2**10
     found = {"peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // unit}
@@ -220,15 +85,15 @@ def walk_long(config: SearchConfig, stream: Stream) -> dict[str, Any]:
     """Walk the stream once, as ``python -m esapn search`` does; time of every window of the log."""
     run = Run(config, stream)
     start = memory()
-    clocks = [(0, time.process_time(), time.perf_counter())]
+    marks = [(0, time.process_time(), time.perf_counter())]
 
     def progress(done: int, line: dict[str, Any]) -> None:
-        clocks.append((line["events"], time.process_time(), time.perf_counter()))
+        marks.append((line["events"], time.process_time(), time.perf_counter()))
 
     result = run.walk(progress)
     windows = [
         {"events": b[0] - a[0], "us_cpu": (b[1] - a[1]) * 1e6, "us": (b[2] - a[2]) * 1e6}
-        for a, b in zip(clocks, clocks[1:], strict=False)
+        for a, b in zip(marks, marks[1:], strict=False)
     ]
     part = min(1_000_000, len(stream.user) // 4)
     n = max(part // (config.log_every * config.batch_size), 1)
@@ -237,9 +102,9 @@ def walk_long(config: SearchConfig, stream: Stream) -> dict[str, Any]:
     parts = {"first": windows[warm_up : warm_up + n], "last": windows[-n - 1 : -1] or windows[-1:]}
     us = {
         name: {
-            key: statistics.median(w[key] / w["events"] for w in part) for key in ("us", "us_cpu")
+            key: statistics.median(w[key] / w["events"] for w in some) for key in ("us", "us_cpu")
         }
-        for name, part in parts.items()
+        for name, some in parts.items()
     }
     return {
         "events": len(stream.user),
@@ -294,52 +159,72 @@ def print_long(result: dict[str, Any]) -> None:
     )
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python bench/search.py", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--data", default="synthetic", help="as for python -m esapn search")
-    parser.add_argument("--events", type=int, default=50_000, help="of the synthetic stream")
-    parser.add_argument("--task", choices=("binary", "multiclass"), default="binary")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--turn", type=int, default=20, help="batches per turn")
-    parser.add_argument("--baseline", choices=("full", "lean"), default="full")
-    parser.add_argument("--long", type=int, metavar="EVENTS", help="one search, so many events")
-    parser.add_argument("--mode", choices=tuple(MODES), default="paper", help="with --long")
-    parser.add_argument("--dwell", type=float, default=0.0, help="with --long")
-    parser.add_argument("--out", type=Path, help="write the result as JSON")
-    args = parser.parse_args(argv)
-    torch.set_num_threads(1)
-    try:
-        if args.turn < 1:
-            raise ConfigError(f"--turn must be at least 1, got {args.turn}")
-        if args.long is not None and args.data != "synthetic":
-            raise ConfigError(f"--long walks the synthetic stream, not {args.data}")
-        events = args.events if args.long is None else args.long
-        if args.long is None and (args.mode != "paper" or args.dwell):
-            raise ConfigError("--mode and --dwell go with --long")
-        config = SearchConfig.of_mode(
-            args.mode,
-            data=args.data,
-            task=args.task,
-            seed=args.seed,
-            events=events,
-            dwell=args.dwell,
-        )
-        ratings = load_ratings(args.data, events=events, seed=args.seed)
-        stream = build_stream(ratings, task=args.task, seed=args.seed)
-        if args.out is not None:
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.touch()
-    except (DataError, ValueError, OSError) as error:
-        print(f"bench/search.py: error: {error}", file=sys.stderr)
-        return 2
+def parser() -> Parser:
+    """The command line, its flags in groups."""
+    parser = Parser("bench/search.py", __doc__)
+    tasks = ("binary", "multiclass")
+    both = parser.add_argument_group("both")
+    both.add_argument("--task", choices=tasks, default="binary", help="what is predicted")
+    both.add_argument("--seed", type=seed, default=0, metavar="S", help="of all random numbers")
+    both.add_argument("--out", type=Path, metavar="FILE", help="write the result as JSON")
+    turns = parser.add_argument_group("against the baseline")
+    add = turns.add_argument
+    add("--data", default="synthetic", metavar="PATH", help="as for python -m esapn search")
+    add("--events", type=int, default=50_000, metavar="N", help="of the synthetic stream")
+    add("--turn", type=at_least(1), default=20, metavar="N", help="batches per turn")
+    add("--baseline", choices=("full", "lean"), default="full", help="what it computes")
+    long = parser.add_argument_group("one long search")
+    add = long.add_argument
+    add("--long", type=at_least(1), metavar="EVENTS", help="so many of the synthetic stream")
+    add("--mode", choices=tuple(MODES), default="paper", help="as for python -m esapn search")
+    add("--dwell", type=float, default=0.0, metavar="C", help="as for python -m esapn search")
+    return parser
+
+
+def prepare(args: argparse.Namespace) -> tuple[SearchConfig, Stream, dict[str, Any]]:
+    """The settings, the stream, and what the result says of them.
+
+    Raises:
+        ValueError: flags that exclude each other, or a setting that cannot be used.
+        DataError: events that cannot be read, or too few.
+        OSError: ``--out`` cannot be written.
+    """
+    if args.long is None and (args.mode != "paper" or args.dwell):
+        raise ValueError("--mode and --dwell go with --long")
+    if args.long is not None and args.data != "synthetic":
+        raise ValueError(f"--long walks the synthetic stream, not {args.data}")
+    events = args.long or args.events
+    config = SearchConfig.of_mode(
+        args.mode,
+        data=args.data,
+        task=args.task,
+        seed=args.seed,
+        events=events,
+        dwell=args.dwell,
+    )
+    ratings = load_ratings(args.data, events=events, seed=args.seed)
+    stream = build_stream(ratings, task=args.task, seed=args.seed)
+    if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        check_writable(args.out)
     about = {
         "config": config.to_json() | {"data": ratings.name},
         "sha256": ratings.checksum,
         "info": info.collect(),
     }
-    # The stream has the events: training does not hold them twice.
-    del ratings
+    return config, stream, about
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the benchmark and returns the exit status."""
+    command = parser()
+    args = command.parse_args(argv)
+    torch.set_num_threads(1)
+    try:
+        # The stream has the events: training does not hold the ratings beside them.
+        config, stream, about = prepare(args)
+    except (DataError, ValueError, OSError) as error:
+        command.error(str(error))
     if args.long is None:
         result = compare(config, stream, args.baseline == "lean", args.turn)
         result |= {"baseline": args.baseline, **about}
@@ -348,7 +233,7 @@ def main(argv: list[str] | None = None) -> int:
         result = walk_long(config, stream) | about
         print_long(result)
     if args.out is not None:
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+        write_result(args.out, result)
     return 0
 
 

@@ -1,6 +1,6 @@
 """pytest-benchmark cases of the lookup: ``pytest bench/ --benchmark-only``.
 
-Every case is compared with the float64 reference before it is timed; ``extra_info`` holds its bytes
+Every result is compared with the float64 reference before it is timed; ``extra_info`` holds bytes
 and GB/s. ``bench/lookup.py`` is the full comparison, with all baselines and interleaved timing.
 """
 
@@ -12,14 +12,20 @@ from typing import Any
 import pytest
 import torch
 from harness.gate import check, make_reference
+from harness.lookups import MODES, lookup_bytes
 from harness.promotions import EagerPromotion, Ready, check_promotion, draw_batches
-from harness.providers import Case, Fixed, Ours, Table, make_case, make_table
-from harness.roof import PAPER_ROWS, SIZES, dense_backward_bytes, forward_bytes, promotion_bytes
+from harness.providers import (
+    Fixed,
+    Ours,
+    TableSpec,
+    Workload,
+    interpreted,
+    make_table_spec,
+    make_workload,
+)
+from harness.roof import PAPER_ROWS, SIZES, promotion_bytes
 from harness.updates import RULES, check_step, make_steps
-from lookup import MODES
 from torch import Tensor
-
-from esapn_kernels.ops.backend import INTERPRETED, resolve_backend
 
 ROUNDS = 15
 
@@ -31,51 +37,49 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(kind)
-    if INTERPRETED and resolve_backend("auto", device) == "triton":
+    if interpreted(device):
         pytest.skip("TRITON_INTERPRET is set: interpreted kernels are not timed")
     return device
 
 
 @pytest.fixture(scope="module")
-def table() -> Table:
-    return make_table("ml-20m", PAPER_ROWS, torch.Generator().manual_seed(0))
+def table() -> TableSpec:
+    return make_table_spec("ml-20m", PAPER_ROWS, torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(scope="module")
-def providers(device: torch.device, table: Table) -> dict[str, Ours | Fixed]:
+def providers(device: torch.device, table: TableSpec) -> dict[str, Ours | Fixed]:
     torch.manual_seed(0)
     return {"ours": Ours(table, device), "fixed": Fixed(table, device)}
 
 
 @pytest.fixture(scope="module", params=[500, 65_536], ids=["500-ids", "65536-ids"])
-def case(request: pytest.FixtureRequest, device: torch.device, table: Table) -> Case:
+def workload(request: pytest.FixtureRequest, device: torch.device, table: TableSpec) -> Workload:
     generator = torch.Generator().manual_seed(1)
-    return make_case(table, "uniform", request.param, device, generator)
+    return make_workload(table, "uniform", request.param, device, generator)
 
 
 @pytest.mark.parametrize("name", ["ours", "fixed"])
 @pytest.mark.parametrize("mode", MODES)
 def test_lookup(
-    benchmark: Any, providers: dict[str, Ours | Fixed], case: Case, mode: str, name: str
+    benchmark: Any, providers: dict[str, Ours | Fixed], workload: Workload, mode: str, name: str
 ) -> None:
     provider = providers[name]
-    ids = case.batches[0]
+    ids = workload.batches[0]
     check(provider, ids, make_reference(provider, ids))
 
     def prepare(turn: int) -> Tensor | None:
-        return provider(case.batch(turn)) if mode == "backward" else None
+        return provider(workload.batch(turn)) if mode == "backward" else None
 
     def region(turn: int, out: Tensor | None) -> None:
         if out is None:
-            out = provider(case.batch(turn))
+            out = provider(workload.batch(turn))
         if mode != "forward":
-            provider.backward(out, case.grad)
+            provider.backward(out, workload.grad)
 
-    looked = case.looked(ragged=provider.ragged)
-    moved = forward_bytes(looked) if mode != "backward" else 0
-    if mode != "forward":
-        moved += dense_backward_bytes(looked, provider.grad_elements)
-    run(benchmark, f"lookup {mode}, {case.count:,} ids", region, moved, ids, prepare)
+    looked = workload.looked(ragged=provider.ragged)
+    moved = lookup_bytes(mode, provider.grad_elements)(looked)
+    run(benchmark, f"lookup {mode}, {workload.count:,} ids", region, moved, ids, prepare)
 
 
 # torch.optim has no row-wise Adagrad.
@@ -83,21 +87,21 @@ STEPS = [(r, n) for r in RULES for n in ("ours", "fixed") if (r, n) != ("rowwise
 
 
 @pytest.mark.parametrize(("rule", "name"), STEPS)
-def test_step(benchmark: Any, case: Case, rule: str, name: str) -> None:
-    steps = make_steps(case.table, case.grad.device, rule)
+def test_step(benchmark: Any, workload: Workload, rule: str, name: str) -> None:
+    steps = make_steps(workload.table, workload.grad.device, rule)
     step = next(step for step in steps if step.name == name)
-    check_step(step, case.batches[0], rule)
+    check_step(step, workload.batches[0], rule)
     step.settle()
-    moved = step.moved(case.looked(ragged=step.holder.ragged))
+    moved = step.moved(workload.looked(ragged=step.holder.ragged))
 
     def region(turn: int, _: Any) -> None:
-        step(case.batch(turn), case.grad)
+        step(workload.batch(turn), workload.grad)
 
-    run(benchmark, f"step {rule}, {case.count:,} ids", region, moved, case.grad)
+    run(benchmark, f"step {rule}, {workload.count:,} ids", region, moved, workload.grad)
 
 
 @pytest.mark.parametrize("name", ["ours", "eager"])
-def test_promotion(benchmark: Any, device: torch.device, table: Table, name: str) -> None:
+def test_promotion(benchmark: Any, device: torch.device, table: TableSpec, name: str) -> None:
     torch.manual_seed(0)
     ours = Ours(table, device)
     batches = draw_batches(table, device, torch.Generator().manual_seed(1))

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from esapn_kernels.reference import split_chain
-from harness.providers import Fixed, Forward, Hops, Ours, Provider
-from harness.roof import DIM, SIZES
+from .providers import Fixed, Forward, Hops, Ours, Provider
+from .roof import DIM, SIZES
 
 TOLERANCE = 5e-5
 """Largest relative error of the gate: float32 lands near 1e-6, TF32 products near 3e-4."""
@@ -18,7 +17,7 @@ TOLERANCE = 5e-5
 BF16_TOLERANCE = 4e-3
 """The same for bf16 outputs, twice what rounding an entry to nearest is off by at most, 2^-9."""
 
-_CHECKED = 4096  # ids of a batch that the gate looks at
+_CHECKED = 4096  # positions of a batch that are compared with the reference
 
 
 class GateError(Exception):
@@ -44,7 +43,7 @@ class Rows64:
         return [rows for _, _, rows in self.groups] + [p for hop in self.hops for p in hop]
 
     def look_up(self) -> Tensor:
-        """Outputs of ``distinct``, chained hop by hop: nothing of the lookups that it judges."""
+        """Outputs of ``distinct``, chained hop by hop: no code of the lookups compared."""
         outs = []
         for k, _, rows in self.groups:
             for weight, bias in self.hops[k:]:
@@ -58,18 +57,15 @@ def rows64(provider: Ours | Fixed, distinct: Tensor) -> Rows64:
     if isinstance(provider, Fixed):
         rows = provider.module.weight.detach()[distinct].double().requires_grad_()
         return Rows64(distinct, [(len(SIZES) - 1, distinct, rows)], [])
-    arena = provider.module.arena
-    chain = provider.module.chain.detach().double()
     hops = [
-        (weight.clone().requires_grad_(), bias.clone().requires_grad_())
-        for weight, bias in split_chain(chain, SIZES)
+        (weight.double().requires_grad_(), bias.double().requires_grad_())
+        for weight, bias in provider.hops()
     ]
     sizes = provider.module.sizes_of(distinct)
     groups = []
     for k, dim in enumerate(SIZES):
         mine = distinct[sizes == dim]
-        start = arena.row_start[mine].long()
-        rows = arena.storage.detach()[start[:, None] + torch.arange(dim, device=start.device)]
+        rows = provider.storage.detach()[provider.places(mine, dim)]
         groups.append((k, mine, rows.double().requires_grad_()))
     return Rows64(distinct, groups, hops)
 
@@ -94,7 +90,7 @@ class Reference:
 
 
 def draw_checked(ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions that the gate looks at, and a gradient that is zero at all others."""
+    """Positions to compare, and a gradient that is zero at all others."""
     positions = torch.randperm(ids.numel(), device=ids.device)[:_CHECKED]
     grad_out = torch.zeros(ids.numel(), DIM, device=ids.device)
     grad_out[positions] = torch.randn(positions.numel(), DIM, device=ids.device)
@@ -137,10 +133,10 @@ def check(provider: Provider, ids: Tensor, reference: Reference) -> float:
         rows = provider.row_grads(grads, k, mine)
         errors[f"gradients of rows of size {SIZES[k]}"] = relative_error(rows, expected)
         written += int(torch.count_nonzero(rows))
-    for j, (got, wanted) in enumerate(zip(provider.hop_grads(grads), reference.hops, strict=True)):
-        for name, x, y in zip(("weight", "bias"), got, wanted, strict=True):
+    for j, hop in enumerate(zip(provider.hop_grads(grads), reference.hops, strict=True)):
+        for name, x, y in zip(("weight", "bias"), *hop, strict=True):
             errors[f"gradient of the {name} of hop {j}"] = relative_error(x, y)
-    worst = judge(provider.name, errors)
+    worst = largest_error(provider.name, errors)
     if sum(int(torch.count_nonzero(g)) for g in provider.table_grads(grads)) != written:
         raise GateError(f"{provider.name}: gradient in rows that were not looked up")
     return worst
@@ -156,10 +152,10 @@ def check_forward(forward: Forward, ids: Tensor) -> float:
         raise GateError(f"{forward.mode} {forward.name}: outputs of {size} bytes a number")
     error = relative_error(out[reference.positions], reference.out)
     limit = TOLERANCE if size == 4 else BF16_TOLERANCE
-    return judge(f"{forward.mode} {forward.name}", {"outputs": error}, limit)
+    return largest_error(f"{forward.mode} {forward.name}", {"outputs": error}, limit)
 
 
-def judge(name: str, errors: dict[str, float], limit: float = TOLERANCE) -> float:
+def largest_error(name: str, errors: dict[str, float], limit: float = TOLERANCE) -> float:
     """The largest of ``errors``.
 
     Raises:

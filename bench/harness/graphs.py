@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from esapn_kernels import ResizableEmbedding, optim
-from harness.gate import GateError
-from harness.providers import Case, Eager, Ours, Provider
-from harness.roof import Looked, forward_bytes, promotion_bytes, sparse_step_bytes
-from harness.table import Row
-from harness.timing import Clock, Entry
+
+from .gate import GateError
+from .providers import Eager, Ours, Provider, Workload
+from .roof import Looked, forward_bytes, promotion_bytes, sparse_step_bytes
+from .table import Row
+from .timing import Entry, Timer
 
 GRAPH_IDS = 65_536
 GROWING = 1_024
@@ -46,18 +47,20 @@ def capture(region: Callable[[], Any], warm_up: int = _WARM_UP) -> tuple[Any, An
 
 @torch.no_grad()
 def measure_forward_graphs(
-    case: Case, providers: Sequence[Provider], clock: Clock, repeats: int | None
+    workload: Workload, providers: Sequence[Provider], timer: Timer, repeats: int | None
 ) -> list[Row]:
     """Forward without gradient.
 
     Raises:
         GateError: a replay gives other outputs than the call.
     """
-    ids = case.batches[0].clone()
+    ids = workload.batches[0].clone()
     rows, entries = [], []
     for provider in providers:
-        looked = case.looked(ragged=provider.ragged)
-        row = case.row("forward graph", provider.name, looked, forward_bytes, provider.table_bytes)
+        looked = workload.looked(ragged=provider.ragged)
+        row = workload.row(
+            "forward graph", provider.name, looked, forward_bytes, provider.table_bytes
+        )
         rows.append(row)
         if isinstance(provider, Eager):
             row.note = "not capturable: boolean masks synchronise with the host"
@@ -67,12 +70,12 @@ def measure_forward_graphs(
         except RuntimeError as error:
             row.note = "not captured: " + str(error).strip().partition("\n")[0]
             continue
-        ids.copy_(case.batches[1])
+        ids.copy_(workload.batches[1])
         graph.replay()
         if not torch.equal(out, provider(ids)):
             raise GateError(f"{provider.name}: the replayed graph gives other outputs")
-        entries.append(_replay(row, graph, lambda turn: ids.copy_(case.batch(turn))))
-    clock.measure(entries, repeats)
+        entries.append(_replay(row, graph, lambda turn: ids.copy_(workload.batch(turn))))
+    timer.measure(entries, repeats)
     return rows
 
 
@@ -108,31 +111,29 @@ class GrowingStep:
 
     def same_as(self, other: GrowingStep) -> bool:
         """Whether sizes, outputs of all rows, hops and their moments are equal, bit by bit."""
-        everyone = torch.arange(self.module.num_embeddings, device=self.module.chain.device)
+        ids = torch.arange(self.module.num_embeddings, device=self.module.chain.device)
         with torch.no_grad():
-            pairs = [
-                (s.module.sizes_of(), s.module(everyone), s.module.chain) for s in (self, other)
-            ]
+            pairs = [(s.module.sizes_of(), s.module(ids), s.module.chain) for s in (self, other)]
         states = [s.hops.state[s.module.chain] for s in (self, other)]
         equal = all(torch.equal(a, b) for a, b in zip(*pairs, strict=True))
         return equal and all(torch.equal(states[0][n], states[1][n]) for n in states[0])
 
 
-def measure_step_graph(case: Case, clock: Clock, repeats: int) -> list[Row]:
+def measure_step_graph(workload: Workload, timer: Timer, repeats: int) -> list[Row]:
     """One captured step, replayed on changing ids and gradients, beside the same calls.
 
     Raises:
         GateError: replays and calls from one state end in different states.
     """
     steps = repeats + _WARM_UP + _CHECKED_STEPS + 2
-    step = GrowingStep(Ours(case.table, clock.device).module, steps)
-    ids, grad = case.batches[0].clone(), case.grad.clone()
+    step = GrowingStep(Ours(workload.table, timer.device).module, steps)
+    ids, grad = workload.batches[0].clone(), workload.grad.clone()
     graph, out = capture(partial(step, ids, grad))
     calls = step.twin()
 
     def bring(turn: int) -> None:
-        ids.copy_(case.batch(turn))
-        torch.mul(case.grad, 1.0 + turn, out=grad)
+        ids.copy_(workload.batch(turn))
+        torch.mul(workload.grad, 1.0 + turn, out=grad)
 
     for turn in range(_CHECKED_STEPS):
         bring(turn)
@@ -141,18 +142,18 @@ def measure_step_graph(case: Case, clock: Clock, repeats: int) -> list[Row]:
             raise GateError(f"step graph: outputs of replay {turn} are not those of the calls")
     if not step.same_as(calls):
         raise GateError("step graph: replays and calls from one state end in different ones")
-    looked = case.looked()
+    looked = workload.looked()
     mode, memory = "step+promote graph", step.module.memory_report()
     held = memory.serving + memory.optimizer
     entries = [
-        _replay(case.row(mode, "ours", looked, _bytes, held), graph, bring),
+        _replay(workload.row(mode, "ours", looked, _bytes, held), graph, bring),
         Entry(
-            case.row(mode, "ours calls", looked, _bytes, held),
+            workload.row(mode, "ours calls", looked, _bytes, held),
             lambda turn, _: calls(ids, grad),
             bring,
         ),
     ]
-    return clock.measure(entries, repeats)
+    return timer.measure(entries, repeats)
 
 
 def _bytes(looked: Looked) -> int:

@@ -14,36 +14,43 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from esapn_kernels import ResizableEmbedding, optim
-from harness.gate import GateError, judge, relative_error, rows64
-from harness.providers import Eager, Ours, Table
-from harness.roof import SIZES, promotion_bytes
-from harness.table import Row
-from harness.timing import Clock, Entry
+from esapn_kernels import optim
+
+from .gate import GateError, largest_error, relative_error, rows64
+from .providers import Eager, Ours, TableSpec
+from .roof import SIZES, promotion_bytes
+from .table import Row
+from .timing import Entry, Timer
 
 PROMOTED = 10_240
 MODE = "promote adam"
-_OTHERS = 512  # rows not promoted that the gate looks at
+_OTHERS = 512  # rows not promoted whose outputs must not change
 
 
 @dataclass
 class Ready:
-    """A module with Adam's moments all 1 and room for the rows to be promoted."""
+    """A copy of ours with Adam's moments all 1 and room for the rows to be promoted."""
 
-    module: ResizableEmbedding
+    ours: Ours
     optimizer: optim.Adam
 
     @classmethod
     def copy_of(cls, ours: Ours, rows: int) -> Ready:
-        module = copy.deepcopy(ours.module)
-        module.reserve(rows)
-        optimizer = optim.Adam(module)
-        for name in optimizer.state_per_element:
-            optimizer.state[module.arena.storage][name].fill_(1.0)
-        return cls(module, optimizer)
+        ours = copy.deepcopy(ours)
+        ours.module.reserve(rows)
+        ready = cls(ours, optim.Adam(ours.module))
+        for moment in ready.moments:
+            moment.fill_(1.0)
+        return ready
+
+    @property
+    def moments(self) -> list[Tensor]:
+        """Adam's two moments of every element of the storage."""
+        state = self.optimizer.state[self.ours.storage]
+        return [state[name] for name in ("exp_avg", "exp_avg_sq")]
 
     def promote(self, ids: Tensor) -> Tensor:
-        return self.module.promote(ids)
+        return self.ours.module.promote(ids)
 
 
 class EagerPromotion:
@@ -78,7 +85,9 @@ class EagerPromotion:
             self.slot[mine], self.level[mine], self.used[k + 1] = place, k + 1, end
 
 
-def draw_batches(table: Table, device: torch.device, generator: torch.Generator) -> list[Tensor]:
+def draw_batches(
+    table: TableSpec, device: torch.device, generator: torch.Generator
+) -> list[Tensor]:
     """Four batches of distinct ids below the largest size, in the table's own mix of sizes."""
     small = (table.sizes < SIZES[-1]).nonzero()[:, 0]
     count = min(PROMOTED, len(small))
@@ -98,37 +107,32 @@ def check_promotion(ours: Ours, ids: Tensor) -> dict[str, float]:
     ready, eager = Ready.copy_of(ours, len(ids)), EagerPromotion(ours, len(ids))
     others = torch.arange(len(eager.level), device=ids.device)[_rest(ids, len(eager.level))]
     others = others[torch.randperm(len(others), device=ids.device)[:_OTHERS]]
-    before = ready.module(others).detach()
+    before = ready.ours(others).detach()
     old = rows64(ours, ids.sort().values)
     if not bool(ready.promote(ids).all()):
         raise GateError("ours, promotion: rows were left where they are")
     eager.promote(ids)
-    if not torch.equal(ready.module(others).detach(), before):
+    if not torch.equal(ready.ours(others).detach(), before):
         raise GateError("ours, promotion: other rows changed")
-    start = ready.module.arena.layout.row_start
-    moments = [ready.optimizer.state[ready.module.arena.storage][name] for name in _MOMENTS]
     errors: dict[str, dict[str, float]] = {"ours": {}, "eager": {}}
     for k, mine, rows in old.groups[:-1]:
         if not len(mine):
             continue
         weight, bias = old.hops[k]
-        wanted = (rows @ weight.t() + bias).detach()
+        expected = (rows @ weight.t() + bias).detach()
         name, dim = f"rows promoted from size {SIZES[k]}", SIZES[k + 1]
-        place = start[mine].long()[:, None] + torch.arange(dim, device=ids.device)
-        errors["ours"][name] = relative_error(ready.module.arena.storage.detach()[place], wanted)
+        place = ready.ours.places(mine, dim)
+        errors["ours"][name] = relative_error(ready.ours.storage.detach()[place], expected)
         slot = eager.slot[mine].long()
-        errors["eager"][name] = relative_error(eager.tables[k + 1][slot], wanted)
-        sizes = ready.module.sizes_of(mine)
+        errors["eager"][name] = relative_error(eager.tables[k + 1][slot], expected)
+        sizes = ready.ours.module.sizes_of(mine)
         if not bool((sizes == dim).all() and (eager.level[mine] == k + 1).all()):
             raise GateError(f"promotion from size {SIZES[k]}: sizes are wrong")
-        fresh = [moment[place] for moment in moments]
+        fresh = [moment[place] for moment in ready.moments]
         fresh += [moment[slot] for moment in eager.moments[k + 1]]
         if any(bool(moment.any()) for moment in fresh):
             raise GateError(f"promotion from size {SIZES[k]}: moments are not those of a fresh row")
-    return {name: judge(f"{name}, promotion", found) for name, found in errors.items()}
-
-
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+    return {name: largest_error(f"{name}, promotion", found) for name, found in errors.items()}
 
 
 def _rest(ids: Tensor, rows: int) -> Tensor:
@@ -138,9 +142,9 @@ def _rest(ids: Tensor, rows: int) -> Tensor:
 
 
 def measure_promotion(
-    table: Table,
+    table: TableSpec,
     ours: Ours,
-    clock: Clock,
+    timer: Timer,
     repeats: int | None,
     generator: torch.Generator,
 ) -> tuple[list[Row], dict[str, Any]]:
@@ -148,7 +152,7 @@ def measure_promotion(
 
     Every turn promotes on a fresh copy of the table, made outside the timing.
     """
-    batches = draw_batches(table, clock.device, generator)
+    batches = draw_batches(table, timer.device, generator)
     errors = check_promotion(ours, batches[0])
     eager = EagerPromotion(ours, len(batches[0]))
     counts = [int((table.sizes[batches[0].cpu()] == size).sum()) for size in SIZES]
@@ -162,7 +166,7 @@ def measure_promotion(
         more: dict[str, Any] = {"bytes": moved, "cold_bytes": moved, "gate_error": errors[name]}
         return Row(table.name, len(table), "promotion", ids, ids, MODE, name, memory, **more)
 
-    report = Ready.copy_of(ours, len(batches[0])).module.memory_report()
+    report = Ready.copy_of(ours, len(batches[0])).ours.module.memory_report()
     held = [*eager.tables, *(m for pair in eager.moments for m in pair), eager.level, eager.slot]
     entries = [
         Entry(
@@ -176,12 +180,12 @@ def measure_promotion(
             lambda _: eager.reset(),
         ),
     ]
-    facts = count_launches(ours, batches) if clock.cuda else {}
-    return clock.measure(entries, repeats), facts
+    facts = count_launches(ours, batches) if timer.cuda else {}
+    return timer.measure(entries, repeats), facts
 
 
 def launches(on_gpu: list[str]) -> list[str]:
-    """Without the copy by which the host hears, later, how much room is left.
+    """Without the asynchronous copy to the host of how much room is left.
 
     >>> launches(["_claim_kernel", "Memcpy DtoH (Device -> Pinned)"])
     ['_claim_kernel']

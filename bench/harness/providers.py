@@ -10,17 +10,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from harness.roof import DIM, SIZES, Looked
-from harness.table import Row
 from torch import Tensor, nn
+from torch._dynamo import config as dynamo
 
 from esapn_kernels import ResizableEmbedding
+from esapn_kernels.ops.backend import INTERPRETED, resolve_backend
 from esapn_kernels.ops.lookup import lookup
 from esapn_kernels.reference import split_chain
+
+from .roof import DIM, SIZES, Looked
+from .table import Row
 
 TRAFFIC = ("uniform", "zipf")
 ZIPF_EXPONENT = 1.05
@@ -28,8 +32,8 @@ Hops = list[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
-class Table:
-    """Row sizes of a table and the order of its ids by popularity.
+class TableSpec:
+    """Row sizes of an embedding table and the order of its ids by popularity.
 
     Attributes:
         name: for the report.
@@ -45,16 +49,16 @@ class Table:
         return self.sizes.numel()
 
 
-def make_table(name: str, rows: dict[int, int], generator: torch.Generator) -> Table:
-    """Draws a table with ``rows[size]`` rows of every size, the sizes dealt out at random."""
+def make_table_spec(name: str, rows: dict[int, int], generator: torch.Generator) -> TableSpec:
+    """Draws ``rows[size]`` ids of every size; sizes are dealt out at random."""
     sizes = torch.repeat_interleave(torch.tensor(list(rows)), torch.tensor(list(rows.values())))
     sizes = sizes[torch.randperm(len(sizes), generator=generator)]
     shuffled = torch.randperm(len(sizes), generator=generator)
     largest_first = torch.sort(sizes[shuffled], descending=True, stable=True).indices
-    return Table(name, sizes, shuffled[largest_first])
+    return TableSpec(name, sizes, shuffled[largest_first])
 
 
-def make_ids(table: Table, traffic: str, count: int, generator: torch.Generator) -> Tensor:
+def make_ids(table: TableSpec, traffic: str, count: int, generator: torch.Generator) -> Tensor:
     """Draws ``count`` ids: uniform, or rank ``r`` with probability proportional to ``r^-1.05``."""
     n = len(table)
     if traffic == "uniform":
@@ -65,10 +69,10 @@ def make_ids(table: Table, traffic: str, count: int, generator: torch.Generator)
 
 
 @dataclass(frozen=True)
-class Case:
+class Workload:
     """One table, traffic and batch size: several batches of ids, and a gradient to send back."""
 
-    table: Table
+    table: TableSpec
     traffic: str
     batches: list[Tensor]
     grad: Tensor
@@ -110,14 +114,14 @@ class Case:
         )
 
 
-def make_case(
-    table: Table, traffic: str, count: int, device: torch.device, generator: torch.Generator
-) -> Case:
-    """Draws the batches of one case and a gradient."""
+def make_workload(
+    table: TableSpec, traffic: str, count: int, device: torch.device, generator: torch.Generator
+) -> Workload:
+    """Draws the batches of one workload and a gradient."""
     number = 4 if count >= 1 << 20 else 8
     batches = [make_ids(table, traffic, count, generator).to(device) for _ in range(number)]
     grad = torch.randn(count, DIM, generator=generator).to(device)
-    return Case(table, traffic, batches, grad)
+    return Workload(table, traffic, batches, grad)
 
 
 class Provider:
@@ -159,27 +163,65 @@ class Provider:
         raise NotImplementedError
 
 
+def interpreted(device: torch.device) -> bool:
+    """Whether ours would run interpreted kernels on ``device``, whose time says nothing."""
+    return INTERPRETED and resolve_backend("auto", device) == "triton"
+
+
 class Ours(Provider):
-    """``ResizableEmbedding`` with the backend that ``auto`` takes."""
+    """``ResizableEmbedding`` with the backend that ``auto`` takes.
+
+    The benchmarks take what is not a method of the module, rows in place and the operator, from
+    here.
+    """
 
     name = "ours"
 
     def __init__(
-        self, table: Table, device: torch.device, dtype: torch.dtype = torch.float32
+        self, table: TableSpec, device: torch.device, dtype: torch.dtype = torch.float32
     ) -> None:
         self.module = ResizableEmbedding(
             len(table), sizes=SIZES, initial_size=table.sizes, device=device, dtype=dtype
         )
-        self.parameters = [self.module.arena.storage, self.module.chain]
+        self.parameters = [self.storage, self.module.chain]
         self.table_bytes = self.module.memory_report().serving
-        self.grad_elements = self.module.arena.storage.numel()
+        self.grad_elements = self.storage.numel()
 
     def __call__(self, ids: Tensor) -> Tensor:
         out: Tensor = self.module(ids)
         return out
 
+    @property
+    def storage(self) -> Tensor:
+        """All rows in one tensor, ``[elements]``: a parameter."""
+        storage: Tensor = self.module.arena.storage
+        return storage
+
+    def places(self, ids: Tensor, dim: int) -> Tensor:
+        """Where the rows of ``ids``, all of size ``dim``, lie in the storage, ``[n, dim]``."""
+        start = self.module.arena.row_start[ids].long()
+        return start[:, None] + torch.arange(dim, device=start.device)
+
+    def rows_of(self, flat: Tensor, ids: Tensor, dim: int) -> Tensor:
+        """Rows of ``ids``, all of size ``dim``, in the storage or its gradient, ``[n, dim]``.
+
+        They begin at multiples of their size: an index of single elements would be larger than
+        the rows.
+        """
+        return flat.view(-1, dim)[self.module.arena.row_start[ids].long() // dim]
+
+    def hops(self) -> Hops:
+        """``(W_j, b_j)`` of every hop, views without gradient."""
+        return split_chain(self.module.chain.detach(), SIZES)
+
+    def look_up(self, ids: Tensor, **options: Any) -> Tensor:
+        """The operator without its module, which alone takes ``out`` and ``out_dtype``."""
+        arena = self.module.arena
+        where = (arena.storage, self.module.chain, *arena.locations)
+        return lookup(ids, *where, sizes=SIZES, page=arena.page, **options)
+
     def row_grads(self, grads: Sequence[Tensor], level: int, ids: Tensor) -> Tensor:
-        return _rows(grads[0], self.module.arena.row_start[ids], SIZES[level])
+        return self.rows_of(grads[0], ids, SIZES[level])
 
     def hop_grads(self, grads: Sequence[Tensor]) -> Hops:
         return split_chain(grads[1], SIZES)
@@ -191,7 +233,7 @@ class Ours(Provider):
 def level_loop(
     ids: Tensor, level: Tensor, slot: Tensor, tables: Sequence[Tensor], hops: Hops
 ) -> Tensor:
-    """The lookup as one would write it: for every size a mask, a table and the hops behind it."""
+    """The lookup in plain torch: for every size a mask, a table and the hops behind it."""
     level, slot = level[ids], slot[ids]
     out = tables[-1].new_empty(ids.shape[0], tables[-1].shape[1])
     for k, table in enumerate(tables):
@@ -209,19 +251,19 @@ class Eager(Provider):
     name = "eager"
 
     def __init__(self, ours: Ours) -> None:
-        arena = ours.module.arena
-        level = arena.level()
+        sizes = ours.module.sizes_of()
+        level = torch.searchsorted(torch.tensor(SIZES, device=sizes.device), sizes)
         self.level = level.to(torch.int8)
         self.slot = torch.empty_like(level, dtype=torch.int32)
         self.tables = []
         for k, dim in enumerate(SIZES):
             mine = (level == k).nonzero()[:, 0]
             self.slot[mine] = torch.arange(len(mine), dtype=torch.int32, device=level.device)
-            rows = _rows(arena.storage.detach(), arena.row_start[mine], dim)
+            rows = ours.rows_of(ours.storage.detach(), mine, dim)
             self.tables.append(rows.requires_grad_())
         self.hops = [
             (weight.contiguous().requires_grad_(), bias.clone().requires_grad_())
-            for weight, bias in split_chain(ours.module.chain.detach(), SIZES)
+            for weight, bias in ours.hops()
         ]
         self.parameters = [*self.tables, *(p for hop in self.hops for p in hop)]
         held = [*self.parameters, self.level, self.slot]
@@ -251,20 +293,16 @@ class Compiled(Eager):
         self.__dict__.update(eager.__dict__)
 
     def __call__(self, ids: Tensor) -> Tensor:
-        out: Tensor = _compiled_loop()(ids, self.level, self.slot, self.tables, self.hops)
+        out: Tensor = compile_loop()(ids, self.level, self.slot, self.tables, self.hops)
         return out
 
 
-_compiled: list[Callable[..., Any]] = []
-
-
-def _compiled_loop() -> Callable[..., Any]:
+@cache
+def compile_loop() -> Callable[..., Any]:
     """One compilation for every table and batch: their lengths are dynamic."""
-    if not _compiled:
-        # Without it every mask is a graph break and nothing of the loop is compiled.
-        torch._dynamo.config.capture_dynamic_output_shape_ops = True
-        _compiled.append(torch.compile(level_loop, dynamic=True, fullgraph=True))
-    return _compiled[0]
+    # Without it every mask is a graph break and nothing of the loop is compiled.
+    dynamo.capture_dynamic_output_shape_ops = True
+    return torch.compile(level_loop, dynamic=True, fullgraph=True)
 
 
 class Fixed(Provider):
@@ -275,7 +313,7 @@ class Fixed(Provider):
 
     def __init__(
         self,
-        table: Table,
+        table: TableSpec,
         device: torch.device,
         dtype: torch.dtype = torch.float32,
         sparse: bool = False,
@@ -356,14 +394,10 @@ class _Into:
         return out
 
 
-def make_forwards(table: Table, ours: Ours, fixed: Fixed) -> list[Forward]:
+def make_forwards(table: TableSpec, ours: Ours, fixed: Fixed) -> list[Forward]:
     """The modes ``forward out=``, ``forward bf16 out`` and ``forward bf16``."""
-    module, weight = ours.module, fixed.module.weight.detach()
+    weight = fixed.module.weight.detach()
     low = torch.bfloat16
-
-    def look_up(ids: Tensor, **more: Any) -> Tensor:
-        where = (module.arena.storage, module.chain, *module.arena.locations)
-        return lookup(ids, *where, sizes=SIZES, page=module.arena.page, **more)
 
     def cast(ids: Tensor) -> Tensor:
         return F.embedding(ids, weight).to(low)
@@ -372,18 +406,14 @@ def make_forwards(table: Table, ours: Ours, fixed: Fixed) -> list[Forward]:
         cast = torch.compile(cast, dynamic=True)
     ours16 = Ours(table, weight.device, low)
     fixed16 = Fixed(table, weight.device, low)
-    into_ours = _Into(lambda ids, out: look_up(ids, out=out))
+    into_ours = _Into(lambda ids, out: ours.look_up(ids, out=out))
     into_fixed = _Into(lambda ids, out: torch.index_select(weight, 0, ids, out=out))
+    narrowed = partial(ours.look_up, out_dtype=low)
     return [
         Forward("forward out=", "ours", into_ours, ours),
         Forward("forward out=", "fixed", into_fixed, fixed),
-        Forward("forward bf16 out", "ours", lambda ids: look_up(ids, out_dtype=low), ours, 4, 2),
+        Forward("forward bf16 out", "ours", narrowed, ours, 4, 2),
         Forward("forward bf16 out", "fixed", cast, fixed, 4, 2),
         Forward("forward bf16", "ours", ours16, ours16, 2, 2),
         Forward("forward bf16", "fixed", fixed16, fixed16, 2, 2),
     ]
-
-
-def _rows(flat: Tensor, start: Tensor, dim: int) -> Tensor:
-    """Rows of one size as ``[len(start), dim]``: they begin at multiples of it."""
-    return flat.view(-1, dim)[start.long() // dim]

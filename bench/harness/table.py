@@ -16,7 +16,7 @@ class Row:
     Attributes:
         bytes: fewest bytes of the work, every distinct row once.
         cold_bytes: the same with a row per lookup.
-        roof_ms: ``bytes`` over the bandwidth of a large copy measured around the case.
+        roof_ms: ``bytes`` over the bandwidth of a large copy measured around the workload.
         roof_share: ``roof_ms`` over the median.
         times_ours: time over that of ours in the same mode.
         limit_times_ours: ``bytes`` over those of ours: ``times_ours`` if both were at their roof.
@@ -72,16 +72,16 @@ def relate(rows: Sequence[Row]) -> None:
         row.limit_times_ours = row.bytes / base.bytes
 
 
-def report(rows: Sequence[Row]) -> str:
-    """The rows as text, a block per case, at most 120 columns."""
-    lines: list[str] = []
+def lines(rows: Sequence[Row]) -> list[str]:
+    """The rows as text, a block per workload, at most 120 columns."""
+    text: list[str] = []
     heading = None
     mode = None
     for row in rows:
-        case = (row.table, row.traffic, row.ids)
-        if case != heading:
-            heading, mode = case, None
-            lines += [
+        workload = (row.table, row.traffic, row.ids)
+        if workload != heading:
+            heading, mode = workload, None
+            text += [
                 "",
                 f"{row.table} ({row.rows:,} rows), {row.traffic}, {row.ids:,} ids "
                 f"({row.distinct:,} distinct)"
@@ -92,17 +92,17 @@ def report(rows: Sequence[Row]) -> str:
         line = f"  {row.mode if row.mode != mode else '':<22}{row.provider:<11}"
         mode = row.mode
         if row.median_ms is None:
-            lines.append((line + "  " + row.note)[:120])
+            text.append((line + "  " + row.note)[:120])
             continue
         spread = f"[{row.p20_ms:.3f}, {row.p80_ms:.3f}]"
         ratio, limit = (
             "" if x is None else f"{x:.2f}x" for x in (row.times_ours, row.limit_times_ours)
         )
-        lines.append(
+        text.append(
             f"{line}{row.median_ms:>11.3f}  {spread:<22}{row.roof_ms:>9.3f}{row.roof_share:>9.1%}"
             f"{ratio:>8}{limit:>8}{row.memory_bytes / 2**20:>9.1f}{row.repeats:>4}"
         )
-    return "\n".join(lines[1:])
+    return text[1:]
 
 
 def conditions(

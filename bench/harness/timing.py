@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from harness.table import Row, fill
 
-CPU_SECONDS = 8.0  # of timing per case on a CPU, where the repeats are not given
+from .table import Row, fill
+
+CPU_SECONDS = 8.0  # of timing per workload on a CPU, where the repeats are not given
 CPU_REPEATS = 50
+COPIED = {"cpu": 1 << 26, "cuda": 1 << 28}  # elements, more than the caches hold
 
 
 def _nothing(turn: int) -> Any:
@@ -37,15 +39,14 @@ class Entry:
     around: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
-class Clock:
+class Timer:
     """Times regions on one device."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.cuda = device.type == "cuda"
         self.flush_bytes = 0
-        numel = 1 << 28 if self.cuda else 1 << 26
-        self._source = torch.arange(numel, dtype=torch.float32, device=device)
+        self._source = torch.arange(COPIED[device.type], dtype=torch.float32, device=device)
         self._target = self._source.clone()
         if self.cuda:
             l2 = torch.cuda.get_device_properties(device).L2_cache_size

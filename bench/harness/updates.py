@@ -6,7 +6,7 @@
     fixed       ``nn.Embedding(N, 128)``, dense gradient and ``torch.optim``
     sparse      ``nn.Embedding(N, 128, sparse=True)`` and ``torch.optim.SparseAdam``
 
-Hops are stepped by ``torch.optim`` in every case, fused where torch has it.
+Hops are stepped by ``torch.optim``, fused where torch has it.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 
 from esapn_kernels import optim
-from harness.gate import GateError, Rows64, draw_checked, judge, relative_error, rows64
-from harness.providers import Case, Fixed, Ours, Table
-from harness.roof import DIM, Looked, dense_step_bytes, sparse_backward_bytes, sparse_step_bytes
-from harness.table import Row
-from harness.timing import Clock, Entry
+
+from .gate import GateError, Rows64, draw_checked, largest_error, relative_error, rows64
+from .providers import Fixed, Ours, TableSpec, Workload
+from .roof import DIM, Looked, dense_step_bytes, sparse_backward_bytes, sparse_step_bytes
+from .table import Row
+from .timing import Entry, Timer
 
 RULES = ("sgd", "adagrad", "rowwise_adagrad", "adam")
 EPS = 1e-3
@@ -107,7 +108,7 @@ class Step:
         return self.holder.table_bytes + sum(t.nbytes for t in tensors)
 
 
-def fused_step(table: Table, device: torch.device, rule: str, name: str = "ours") -> Step:
+def fused_step(table: TableSpec, device: torch.device, rule: str, name: str = "ours") -> Step:
     """Ours, rows stepped inside backward."""
     ours = Ours(table, device)
     rows = fused_optimizer(rule, ours.module)
@@ -115,12 +116,12 @@ def fused_step(table: Table, device: torch.device, rule: str, name: str = "ours"
     return Step(name, ours, [hops], partial(sparse_step_bytes, rule=rule), rows)
 
 
-def all_largest(table: Table) -> Table:
+def all_largest(table: TableSpec) -> TableSpec:
     """The same ids, every row of the largest size."""
-    return Table(table.name, torch.full_like(table.sizes, DIM), table.popular)
+    return TableSpec(table.name, torch.full_like(table.sizes, DIM), table.popular)
 
 
-def make_steps(table: Table, device: torch.device, rule: str) -> Iterator[Step]:
+def make_steps(table: TableSpec, device: torch.device, rule: str) -> Iterator[Step]:
     """Every provider that has ``rule``."""
     yield fused_step(table, device, rule)
     yield fused_step(all_largest(table), device, rule, "ours 128")
@@ -205,7 +206,7 @@ def check_step(step: Step, ids: Tensor, rule: str) -> float:
         for (name, moved), leaf, before in zip(expected, new, old, strict=True)
         if moved.numel()
     }
-    worst = judge(f"{step.name}, {rule}", errors)
+    worst = largest_error(f"{step.name}, {rule}", errors)
     if int((table != old_table).sum()) > sum(leaf.numel() for _, _, leaf in rows.groups):
         raise GateError(f"{step.name}, {rule}: rows moved that were not looked up")
     return worst
@@ -217,7 +218,9 @@ def _step_error(got: Tensor, moved: Tensor, value: Tensor) -> float:
     return max(relative_error(got, moved) - rounding, 0.0)
 
 
-def measure_steps(case: Case, rules: Sequence[str], clock: Clock, repeats: int | None) -> list[Row]:
+def measure_steps(
+    workload: Workload, rules: Sequence[str], timer: Timer, repeats: int | None
+) -> list[Row]:
     """Check and time every provider of every rule; with SGD also ours in backward alone.
 
     Raises:
@@ -226,36 +229,36 @@ def measure_steps(case: Case, rules: Sequence[str], clock: Clock, repeats: int |
     rows = []
     for rule in rules:
         entries = []
-        for step in make_steps(case.table, clock.device, rule):
-            entries += _entries(case, step, rule)
-        rows += clock.measure(entries, repeats)
+        for step in make_steps(workload.table, timer.device, rule):
+            entries += _entries(workload, step, rule)
+        rows += timer.measure(entries, repeats)
         # Rows of one mode stand together.
         rows.sort(key=lambda row: row.mode.startswith("backward"))
     return rows
 
 
-def measure_cold_backward(case: Case, clock: Clock, repeats: int | None) -> list[Row]:
+def measure_cold_backward(workload: Workload, timer: Timer, repeats: int | None) -> list[Row]:
     """Backward with SGD alone: on a large table no dense gradient hides it."""
-    entries = _entries(case, fused_step(case.table, clock.device, "sgd"), "sgd")
-    return clock.measure([e for e in entries if e.row.mode == "backward sgd"], repeats)
+    entries = _entries(workload, fused_step(workload.table, timer.device, "sgd"), "sgd")
+    return timer.measure([e for e in entries if e.row.mode == "backward sgd"], repeats)
 
 
-def _entries(case: Case, step: Step, rule: str) -> list[Entry]:
-    error = check_step(step, case.batches[0], rule)
+def _entries(workload: Workload, step: Step, rule: str) -> list[Entry]:
+    error = check_step(step, workload.batches[0], rule)
     step.settle()
     ragged = step.holder.ragged
-    sizes = all_largest(case.table).sizes if step.name == "ours 128" else None
-    looked = case.looked(sizes, ragged=ragged)
+    sizes = all_largest(workload.table).sizes if step.name == "ours 128" else None
+    looked = workload.looked(sizes, ragged=ragged)
     common: dict[str, Any] = {"memory": step.bytes, "gate_error": error}
-    row = case.row(f"step {rule}", step.name, looked, step.moved, **common)
-    entries = [Entry(row, lambda turn, _: step(case.batch(turn), case.grad))]
+    row = workload.row(f"step {rule}", step.name, looked, step.moved, **common)
+    entries = [Entry(row, lambda turn, _: step(workload.batch(turn), workload.grad))]
     if rule == "sgd" and step.rows is not None:
         moved = partial(sparse_backward_bytes, rule=rule)
         entries.append(
             Entry(
-                case.row("backward sgd", step.name, looked, moved, **common),
-                lambda _, out: step.backward(out, case.grad),
-                lambda turn: step.holder(case.batch(turn)),
+                workload.row("backward sgd", step.name, looked, moved, **common),
+                lambda _, out: step.backward(out, workload.grad),
+                lambda turn: step.holder(workload.batch(turn)),
             )
         )
     return entries
