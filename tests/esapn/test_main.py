@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 import subprocess
 import sys
 from dataclasses import fields
@@ -14,7 +13,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from esapn.__main__ import _parse, main
+from esapn.__main__ import main
 from esapn.config import CHOICES, MODES, SearchConfig
 from esapn.data.load import build_stream, load_ratings
 from esapn.run import checkpoint
@@ -406,22 +405,6 @@ def test_packages_that_are_missing(missing, named, installed, tmp_path, capsys, 
     assert f"error: this needs {named}; to install: " in line
     assert install_command(line) == ["pip", "install", *installed]
     assert not (tmp_path / "out").exists()
-
-
-def test_every_command_on_a_page_is_taken():
-    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-    text = "\n".join(page.read_text(encoding="utf-8") for page in pages).replace("\\\n", " ")
-    # A line of a block, or a quotation that is more than the name of a command.
-    found = re.findall(r"^ *(python -m esapn (?:search|compare|report) .+)$", text, re.MULTILINE)
-    found += re.findall(r"`(python -m esapn (?:search|compare|report) [^`]+)`", text)
-    assert len(found) >= 9
-    for command in found:
-        words = shlex.split(command, comments=True)
-        assert shlex.join(words) == " ".join(re.sub(" #.*", "", command).split()), command
-        try:
-            _parse(words[3:])
-        except SystemExit:
-            pytest.fail(f"not taken: {command}")
 
 
 @pytest.mark.parametrize(
