@@ -20,8 +20,8 @@ from torch._dynamo import config as dynamo
 
 from esapn_kernels import ResizableEmbedding
 from esapn_kernels.ops.backend import INTERPRETED, resolve_backend
-from esapn_kernels.ops.lookup import lookup
-from esapn_kernels.reference import split_chain
+from esapn_kernels.ops.chain import split_chain
+from esapn_kernels.ops.lookup import Options, lookup
 
 from .roof import DIM, SIZES, Looked
 from .table import Row
@@ -214,11 +214,12 @@ class Ours(Provider):
         """``(W_j, b_j)`` of every hop, views without gradient."""
         return split_chain(self.module.chain.detach(), SIZES)
 
-    def look_up(self, ids: Tensor, **options: Any) -> Tensor:
-        """The operator without its module, which alone takes ``out`` and ``out_dtype``."""
-        arena = self.module.arena
-        where = (arena.storage, self.module.chain, *arena.locations)
-        return lookup(ids, *where, sizes=SIZES, page=arena.page, **options)
+    def look_up(
+        self, ids: Tensor, out: Tensor | None = None, out_dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """The operator without its module, which alone writes into given memory."""
+        operands = ids, self.module.arena.storage, self.module.chain, self.module.arena.layout
+        return lookup(*operands, Options(out_dtype=out_dtype), out=out)
 
     def row_grads(self, grads: Sequence[Tensor], level: int, ids: Tensor) -> Tensor:
         return self.rows_of(grads[0], ids, SIZES[level])
@@ -406,7 +407,7 @@ def make_forwards(table: TableSpec, ours: Ours, fixed: Fixed) -> list[Forward]:
         cast = torch.compile(cast, dynamic=True)
     ours16 = Ours(table, weight.device, low)
     fixed16 = Fixed(table, weight.device, low)
-    into_ours = _Into(lambda ids, out: ours.look_up(ids, out=out))
+    into_ours = _Into(ours.look_up)
     into_fixed = _Into(lambda ids, out: torch.index_select(weight, 0, ids, out=out))
     narrowed = partial(ours.look_up, out_dtype=low)
     return [
