@@ -95,7 +95,7 @@ def buffers(rank, replicated=True):
     model = Model()
     if replicated:
         replicate(model)
-        model.table._agree = None  # so that the ranks can differ
+        model.table.agree = None  # so that the ranks can differ
     model.table.reserve(10)
     wrapped = DistributedDataParallel(model, broadcast_buffers=True)
     if rank == 1:
@@ -202,7 +202,7 @@ def refused(rank):
     note("fused later", lambda: optim.SGD(model.table, lr=0.1))
     other = copy.deepcopy(model)
     other.table.promote(torch.tensor([3]))
-    said["copy"] = other.table._agree is None
+    said["copy"] = other.table.agree is None
     note("copy replicated", lambda: replicate(other))
     many = ResizableEmbeddingCollection({"a": 3, "b": 4}, sizes=SIZES)
     said["collection"] = len(replicate(many)) == 2
