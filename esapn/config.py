@@ -30,7 +30,6 @@ CHOICES = {
     "row_optimizer": ("adam", "adagrad"),
     "hops": ("linear", "padded"),
     "state": ("paper", "rich"),
-    "reward": ("paper", "lookahead"),
     "advantage": ("raw", "normalised"),
     "acting": ("sample", "argmax"),
 }
@@ -99,14 +98,12 @@ class SearchConfig:
     hops: str = _setting("linear", "trained W e + b; or zero-padding, optimizer state carried over")
     history: int = _setting(5, "T: losses of an ID that form its reward's baseline")
     state: str = _setting("paper", "frequency and size; or statistics of losses and gradients too")
-    reward: str = _setting("paper", "mean of the last T losses - loss; or L(keep) - L(enlarge)")
     advantage: str = _setting("raw", "the reward as it is, or by its running mean and spread")
     acting: str = _setting(
         "sample", "rows grow by a sample of the policy, or by its likelier action"
     )
     dwell: float = _setting(0.0, "an ID may grow to size d once it was seen so many times d^2")
     entropy: float = _setting(0.0, "weight of the policy's entropy in its loss")
-    byte_price: float = _setting(0.0, "price of a row's added numbers, with --reward lookahead")
     policy_hidden: int = _setting(512, "width of a policy's hidden layer")
     policy_lr: float = _setting(1e-4, "Adam, policies and soft sizes")
     frequency_dim: int = _setting(32, "width of the frequency embedding in a policy's state")
@@ -132,7 +129,7 @@ class SearchConfig:
         for name in ("lr", "row_lr", "policy_lr", "threshold", "power", "power_scale"):
             if not 0 < getattr(self, name) < math.inf:
                 _refuse(name, "must be positive and finite", getattr(self, name))
-        for name in ("init_std", "entropy", "byte_price", "dwell"):
+        for name in ("init_std", "entropy", "dwell"):
             if not 0 <= getattr(self, name) < math.inf:
                 _refuse(name, "must be finite and not negative", getattr(self, name))
         if not 0 < self.train_fraction < 1:

@@ -13,7 +13,6 @@ __all__ = [
     "Policy",
     "RunningScale",
     "entropy",
-    "expected_loss",
     "policy_loss",
     "reward",
     "sample_actions",
@@ -140,16 +139,6 @@ def reward(baseline: Tensor, loss: Tensor, seen: Tensor) -> Tensor:
 def policy_loss(logits: Tensor, action: Tensor, reward: Tensor, mask: Tensor | None) -> Tensor:
     """REINFORCE with one sample: ``-sum_x R_x log pi(a_x | s_x)`` over the IDs that decide."""
     weighted = F.cross_entropy(logits, action, reduction="none") * reward
-    return weighted.sum() if mask is None else torch.where(mask, weighted, 0.0).sum()
-
-
-def expected_loss(logits: Tensor, advantage: Tensor, mask: Tensor | None) -> Tensor:
-    """``-sum_x pi(enlarge | s_x) A_x``: what REINFORCE estimates, where both actions are known.
-
-    >>> expected_loss(torch.zeros(1, 2), torch.tensor([0.5]), None)
-    tensor(-0.2500)
-    """
-    weighted = -torch.softmax(logits, dim=1)[:, ENLARGE] * advantage
     return weighted.sum() if mask is None else torch.where(mask, weighted, 0.0).sum()
 
 

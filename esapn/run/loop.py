@@ -15,7 +15,6 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -182,8 +181,6 @@ class Run:
         if isinstance(self.model, Biases):
             self.model.learn(batch.user, batch.item, batch.target)
             return loss
-        if self.search is not None and self.config.reward == "lookahead":
-            self.search.look_ahead(loss, partial(self._losses, batch))
         loss.sum().backward()
         if self.search is not None:
             self.search.learn(loss)
@@ -192,9 +189,6 @@ class Run:
             # Now rather than before backward: a row that grows in between has no gradient to reset.
             optimizer.zero_grad()
         return loss.detach()
-
-    def _losses(self, batch: Batch) -> Tensor:
-        return event_losses(self._predict(batch), batch.target)
 
     def _predict(self, batch: Batch) -> Tensor:
         if isinstance(self.model, SoftTwoTower):

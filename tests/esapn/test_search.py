@@ -232,8 +232,7 @@ def test_masked_and_compressed_decisions_agree(task, n, sizes, double, monkeypat
 VARIANTS = {
     "normalised": {"advantage": "normalised", "entropy": 0.1},
     "rich": {"state": "rich"},
-    "lookahead": {"reward": "lookahead", "byte_price": 0.1},
-    "argmax": {"reward": "lookahead", "acting": "argmax"},
+    "argmax": {"acting": "argmax"},
     "tuned": {"row_optimizer": "adagrad", "hops": "padded", "tower": "plain", "head": "plain"},
     "random": {"method": "random"},
     "thresholds": {"method": "thresholds", "threshold": 2.0},
@@ -263,7 +262,6 @@ def test_draws_go_on_where_nobody_decides(monkeypatch):
     assert torch.equal(*drawn)
 
 
-# With trained hops the look-ahead waits for a decomposition.
 @pytest.mark.cuda
 @pytest.mark.parametrize(
     "settings",
@@ -272,7 +270,7 @@ def test_draws_go_on_where_nobody_decides(monkeypatch):
         {"advantage": "normalised", "entropy": 0.1},
         {"state": "rich"},
         {"row_optimizer": "adagrad", "hops": "padded", "tower": "plain", "head": "plain"},
-        {"reward": "lookahead", "hops": "padded", "byte_price": 0.1},
+        {"acting": "argmax"},
         {"method": "thresholds", "threshold": 2.0},
         {"method": "random"},
     ],

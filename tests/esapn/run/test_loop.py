@@ -32,7 +32,7 @@ from tests.helpers import same
 
 CLOCKS = ("seconds",)
 VARIANTS = [{"method": method} for method in METHODS] + [
-    {"state": "rich", "reward": "lookahead", "byte_price": 0.1},
+    {"state": "rich", "acting": "argmax"},
     {"state": "rich", "advantage": "normalised", "entropy": 0.1},
     {"row_optimizer": "adagrad", "hops": "linear"},
     {"row_optimizer": "adam", "row_lr": 0.02, "hops": "padded"},

@@ -23,7 +23,7 @@ SMALL = ["--events", "3000", "--batch-size", "50", "--hidden", "8", "--policy-hi
 SMALL += ["--max-frequency", "16", "--log-every", "1", "--checkpoint-seconds", "0"]
 METHODS = {
     "paper": [],
-    "lookahead": ["--mode", "tuned", "--state", "rich", "--reward", "lookahead"],
+    "rich": ["--mode", "tuned", "--state", "rich", "--advantage", "normalised"],
 }
 MEASURES = ("test", "train", "memory", "bytes", "log", "by_frequency", "sizes_by_frequency")
 
