@@ -16,7 +16,7 @@ from esapn.config import SearchConfig
 from esapn.data.load import build_stream, load_ratings, synthetic_ratings
 from esapn.models.two_tower import event_losses
 from esapn.run.loop import Run
-from esapn.search import Decision
+from esapn.table_state import Decision
 from esapn_kernels.storage.arena import Arena
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "ml-100k"
