@@ -33,7 +33,9 @@ import torch
 from torch import Tensor, nn
 
 from esapn.config import MODES, ConfigError, SearchConfig
-from esapn.data.load import NUM_CLASSES, Batch, DataError, Stream, build_stream, load_ratings
+from esapn.data.load import load_ratings
+from esapn.data.ratings import DataError
+from esapn.data.stream import NUM_CLASSES, Batch, Stream, build_stream
 from esapn.models.two_tower import event_losses
 from esapn.policy import LossHistory, Policy, policy_loss, reward, sample_actions
 from esapn.run.loop import Run

@@ -16,12 +16,14 @@ from typing import Any, NoReturn
 import torch
 
 from .config import CHOICES, MODES, ConfigError, SearchConfig
-from .data.load import DataError, Ratings, Stream, load_ratings
+from .data.load import load_ratings
 from .data.movielens import MOVIELENS
+from .data.ratings import DataError, Ratings
+from .data.stream import Stream
 from .extras import needs
+from .jsonfile import write_json
 from .run.checkpoint import CheckpointError
 from .run.loop import device_of, stream_of
-from .run.result import write_json
 
 CHECKPOINT_SECONDS = 60.0
 # Settings that all runs of a comparison have in common, and its command line sets.

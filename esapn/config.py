@@ -6,6 +6,8 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from .errors import UserError
+
 __all__ = ["CHOICES", "MODES", "ConfigError", "SearchConfig"]
 
 CHOICES = {
@@ -48,7 +50,7 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A setting that cannot be used; the message is one line."""
 
 

@@ -33,10 +33,13 @@ import torch
 from esapn_kernels import info
 
 from ..config import MODES, ConfigError, SearchConfig
-from ..data.load import Ratings, Stream, load_ratings
+from ..data.load import load_ratings
+from ..data.ratings import Ratings
+from ..data.stream import Stream
+from ..jsonfile import write_json
 from ..run import checkpoint
 from ..run.loop import Run, stream_of
-from ..run.result import describe_data, forget_peak, record, write_json
+from ..run.result import describe_data, forget_peak, record
 
 __all__ = ["DEFAULT_METHODS", "Job", "compare", "method_settings", "resume_or_start"]
 

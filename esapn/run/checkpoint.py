@@ -29,6 +29,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..errors import UserError
+
 __all__ = ["Checkpoint", "CheckpointError", "load", "rng_state", "save", "set_rng_state"]
 
 _MAGIC = b"ESAPN checkpoint 1 "
@@ -41,7 +43,7 @@ _PLAIN = (
 )
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint that could not be written, or none that could be read; one line."""
 
 

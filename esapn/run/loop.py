@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from esapn_kernels import ResizableEmbedding, optim
 
 from ..config import ConfigError, SearchConfig
-from ..data.load import NUM_CLASSES, Batch, Ratings, Stream, build_stream
+from ..data.ratings import Ratings
+from ..data.stream import NUM_CLASSES, Batch, Stream, build_stream
 from ..models.biases import Biases
 from ..models.soft import SoftEmbedding
 from ..models.two_tower import SoftTwoTower, TwoTower, event_losses
@@ -106,7 +107,8 @@ class Run:
         stream: events with their counters, on the device where everything runs.
 
     Example:
-        >>> from esapn.data.load import build_stream, load_ratings
+        >>> from esapn.data.load import load_ratings
+        >>> from esapn.data.stream import build_stream
         >>> stream = build_stream(load_ratings("synthetic", events=2000), batch_size=100)
         >>> run = Run(SearchConfig(batch_size=100), stream)
         >>> run.step().shape, run.index

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import json
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +17,9 @@ except ImportError:  # not on Windows
 from esapn_kernels import info
 
 from ..config import SearchConfig
-from ..data.load import Ratings, Stream
+from ..data.ratings import Ratings
+from ..data.stream import Stream
+from ..jsonfile import write_json
 from .loop import RunResult
 
 __all__ = [
@@ -30,7 +30,6 @@ __all__ = [
     "result_lines",
     "save",
     "write_csv",
-    "write_json",
 ]
 
 
@@ -136,16 +135,6 @@ def _peak_rss() -> int | None:
     # In bytes on macOS, in KiB elsewhere.
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write all of ``value`` or nothing: a reader never sees half a file."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_text(json.dumps(value, indent=1) + "\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_csv(folder: Path) -> Path:

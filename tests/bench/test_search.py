@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from esapn.config import SearchConfig
-from esapn.data.load import build_stream, load_ratings
+from esapn.data.load import load_ratings
+from esapn.data.stream import build_stream
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "bench" / "search.py"

@@ -16,7 +16,8 @@ import torch
 
 from esapn.__main__ import _parse, main
 from esapn.config import CHOICES, MODES, SearchConfig
-from esapn.data.load import build_stream, load_ratings
+from esapn.data.load import load_ratings
+from esapn.data.stream import build_stream
 from esapn.run import checkpoint
 from esapn.run.loop import Run
 from tests.helpers import install_command

@@ -11,7 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from esapn.data.load import Ratings, build_stream, load_ratings
+from esapn.data.load import load_ratings
+from esapn.data.ratings import Ratings
+from esapn.data.stream import build_stream
 from esapn.idstate import num_features
 from esapn.policy import (
     LossHistory,

@@ -13,7 +13,9 @@ import torch
 
 import esapn.search
 from esapn.config import SearchConfig
-from esapn.data.load import build_stream, load_ratings, synthetic_ratings
+from esapn.data.load import load_ratings
+from esapn.data.stream import build_stream
+from esapn.data.synthetic import synthetic_ratings
 from esapn.models.two_tower import event_losses
 from esapn.run.loop import Run
 from esapn.table_state import Decision

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from esapn.config import SearchConfig
-from esapn.data.load import build_stream, synthetic_ratings
+from esapn.data.stream import build_stream
+from esapn.data.synthetic import synthetic_ratings
 from esapn.run.loop import Run
 from esapn_kernels.reference import split_chain
 

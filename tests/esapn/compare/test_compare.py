@@ -38,11 +38,14 @@ from esapn.compare.jobs import (
     save_checkpoint,
 )
 from esapn.config import CHOICES, MODES, ConfigError, SearchConfig
-from esapn.data.load import DataError, build_stream, load_ratings, synthetic_ratings
+from esapn.data.load import load_ratings
+from esapn.data.ratings import DataError
+from esapn.data.stream import build_stream
+from esapn.data.synthetic import synthetic_ratings
+from esapn.jsonfile import write_json
 from esapn.run import checkpoint
 from esapn.run.checkpoint import CheckpointError
 from esapn.run.loop import Run
-from esapn.run.result import write_json
 
 ROOT = Path(__file__).resolve().parents[3]
 SIDES = {"n_users": 30, "n_items": 20}

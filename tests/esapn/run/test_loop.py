@@ -11,7 +11,8 @@ import torch
 
 import esapn.search
 from esapn.config import CHOICES, SearchConfig
-from esapn.data.load import build_stream, load_ratings
+from esapn.data.load import load_ratings
+from esapn.data.stream import build_stream
 from esapn.models.two_tower import TwoTower
 from esapn.run import checkpoint
 from esapn.run.loop import Run

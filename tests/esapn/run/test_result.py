@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from esapn.config import SearchConfig
-from esapn.data.load import build_stream, load_ratings
+from esapn.data.load import load_ratings
+from esapn.data.stream import build_stream
 from esapn.run import result as report
 from esapn.run.loop import Run
 
@@ -230,18 +231,6 @@ def test_size_by_frequency(run):
         mine = expected[bucket["from"]]
         assert bucket["to"] == 2 * bucket["from"] and bucket["ids"] == len(mine)
         assert bucket["mean_size"] == pytest.approx(sum(mine) / len(mine))
-
-
-def test_json_is_written_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "result.json"
-    report.write_json(path, {"a": [1, 2]})
-    before = path.read_bytes()
-    assert json.loads(before) == {"a": [1, 2]} and before.endswith(b"\n")
-    with pytest.raises(TypeError):
-        report.write_json(path, {"a": [1, 2, object()]})
-    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
-    with pytest.raises(OSError):
-        report.write_json(tmp_path / "absent" / "result.json", {})
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets a peak begin anew")
