@@ -155,7 +155,7 @@ def load(folder: Path) -> Checkpoint | None:
 
 
 def rng_state() -> dict[str, Any]:
-    """States of the generators that nobody names, as :func:`save` takes them.
+    """States of the process-wide generators, as :func:`save` takes them.
 
     Returns:
         ``torch``: of the default CPU generator; ``cuda``: of every device's, if CUDA was used;
@@ -225,7 +225,7 @@ class _Hashing:
         return size
 
     def flush(self) -> None:
-        """torch asks for it; the file is flushed once, at the end."""
+        """Called by torch; the file is flushed once, at the end."""
 
     def check(self) -> None:
         if self.error is not None:

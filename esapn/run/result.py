@@ -17,7 +17,7 @@ except ImportError:  # not on Windows
 from esapn_kernels import info
 
 from ..config import SearchConfig
-from ..data.ratings import Ratings
+from ..data.ratings import SIDES, Ratings
 from ..data.stream import Stream
 from ..jsonfile import write_json
 from .loop import RunResult
@@ -26,6 +26,7 @@ __all__ = [
     "describe_data",
     "forget_peak",
     "memory_table",
+    "peak_rss",
     "record",
     "result_lines",
     "save",
@@ -112,7 +113,7 @@ def record(
         "cpu_seconds": result.cpu_seconds,
         "wall_seconds": result.wall_seconds,
         "events_per_second": events / max(result.wall_seconds, 1e-9),
-        "peak_rss": _peak_rss(),
+        "peak_rss": peak_rss(),
         "stopped_early": result.stopped_early,
         "log": result.log,
         "info": info.collect(),
@@ -120,12 +121,13 @@ def record(
 
 
 def forget_peak() -> None:
-    """Let ``peak_rss`` begin anew, where Linux allows it: a process may make many runs."""
+    """Let :func:`peak_rss` begin anew, where Linux allows it: a process may make many runs."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def _peak_rss() -> int | None:
+def peak_rss() -> int | None:
+    """The most memory that this process held, in bytes, since :func:`forget_peak`."""
     with contextlib.suppress(OSError, StopIteration):
         # Of this process alone; getrusage's is at least that of the process which started it.
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -138,7 +140,7 @@ def _peak_rss() -> int | None:
 
 
 def write_csv(folder: Path) -> Path:
-    """``results.csv`` of a comparison: a line a finished run, for whoever computes on from here.
+    """``results.csv`` of a comparison: a line a finished run.
 
     Raises:
         ReportError: ``folder`` holds no readable comparison.
@@ -194,14 +196,14 @@ def _plot(path: Path, config: SearchConfig, stream: Stream, result: RunResult) -
         " test part", (stream.n_train, 1.0), xycoords=("data", "axes fraction"), va="top"
     )
 
-    for color, name in enumerate(("user", "item")):
+    for color, name in enumerate(SIDES):
         mean = [line[f"mean_{name}_size"] for line in result.log]
         size.plot(events, mean, color=f"C{color}", label=f"mean {name} size")
     size.set(xlabel="events", ylabel="numbers per row", title="Mean size", ylim=(0, None))
     size.legend()
 
     sizes = list(result.memory["user"]["rows_per_size"])
-    for k, name in enumerate(("user", "item")):
+    for k, name in enumerate(SIDES):
         counts = list(result.memory[name]["rows_per_size"].values())
         place = [i + 0.4 * k - 0.2 for i in range(len(sizes))]
         histogram.bar(place, counts, width=0.4, color=f"C{k}", label=name)
