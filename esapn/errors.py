@@ -25,12 +25,14 @@ def check_least(error: type[UserError], least: float, **values: float) -> None:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The end of a message about a mistyped word; empty if no known word is close.
+    """The end of a message about a mistyped word or flag; empty if no known one is close.
 
     >>> did_you_mean("--row-lt", ["--row-lr", "--lr", "--tower"])
     '; did you mean --row-lr?'
     >>> did_you_mean("--frobnicate", ["--row-lr", "--lr", "--tower"])
     ''
     """
-    close = get_close_matches(word, list(known), n=1)
-    return f"; did you mean {close[0]}?" if close else ""
+    # Without the dashes, which all flags have in common.
+    names = {name.lstrip("-"): name for name in known}
+    close = get_close_matches(word.lstrip("-"), names, n=1, cutoff=0.65)
+    return f"; did you mean {names[close[0]]}?" if close else ""

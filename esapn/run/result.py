@@ -27,6 +27,7 @@ __all__ = [
     "forget_peak",
     "memory_table",
     "peak_rss",
+    "plot",
     "record",
     "result_lines",
     "save",
@@ -171,10 +172,11 @@ def save(
 ) -> None:
     """Write ``result.json`` (see :func:`record`) and ``run.png``."""
     write_json(out / "result.json", record(config, ratings, stream, result))
-    _plot(out / "run.png", config, stream, result)
+    plot(out / "run.png", config, stream, result)
 
 
-def _plot(path: Path, config: SearchConfig, stream: Stream, result: RunResult) -> None:
+def plot(path: Path, config: SearchConfig, stream: Stream, result: RunResult) -> None:
+    """A page of four: quality and mean sizes over the events, sizes at the end, by frequency."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
