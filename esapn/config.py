@@ -94,9 +94,7 @@ class SearchConfig:
     data: str = _data("synthetic", "synthetic, a MovieLens name, a file or a folder", "DATA")
     task: str = _data("binary", "rating > 3.5 (MSE), or five classes (cross-entropy)")
     order: str = _data("shuffle", "of the stream: a seeded permutation, or by timestamp")
-    order_seed: int = _data(
-        0, "of the shuffle and of synthetic data", "SEED"
-    )
+    order_seed: int = _data(0, "of the shuffle and of synthetic data", "SEED")
     events: int = _data(200_000, "length of the synthetic stream", "EVENTS")
     train_fraction: float = _data(0.75, "of the events; the rest is the test part", "SHARE")
     batch_size: int = _data(500, "in a batch", "EVENTS")

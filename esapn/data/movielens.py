@@ -50,7 +50,7 @@ class Dataset:
 
     name: str
     member: str  # path of the ratings inside the archive
-    md5: str | None = None  # of the archive; None where it is published beside the archive
+    md5: str | None = None  # of the archive; None where it lies beside the archive
     licence: str = LICENCE
     citation: str = CITATION
 

@@ -228,7 +228,7 @@ def test_rich_policy_sees_statistics_and_level_of_the_id_only(name):
     level, mask = torch.tensor([0, 2, 1, 0, 3, 1]), torch.tensor(MASKS[name])
     frequency = torch.arange(1, 7)
     logits = policy(frequency, level, mask, statistics)
-    for row in range(6):  # whoever else decides
+    for row in range(6):  # whatever other IDs decide
         one = slice(row, row + 1)
         alone = policy(frequency[one] + 50, level[one], None, statistics[one])
         torch.testing.assert_close(alone, logits[one])

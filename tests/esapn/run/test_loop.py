@@ -149,14 +149,14 @@ def test_a_tuned_run_has_adagrad_rows_that_keep_their_sums():
     assert learnt == {f"inference.{k}.{part}" for k in (0, 2) for part in ("weight", "bias")}
     table = run.model.user
     chain = table.chain.clone()
-    asked = []
+    carried = []
     real = esapn.search.promote_keeping
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            esapn.search, "promote_keeping", lambda *args: asked.append(args) or real(*args)
+            esapn.search, "promote_keeping", lambda *args: carried.append(args) or real(*args)
         )
         run.walk()
-    assert asked and all(args[3] == "sum" for args in asked)
+    assert carried and all(args[3] == "sum" for args in carried)
     assert torch.equal(table.chain, chain) and (table.sizes_of() > 1).any()
 
 
