@@ -469,7 +469,7 @@ KILLED = """
 import os, random, signal, sys, time
 from pathlib import Path
 import torch
-from esapn import checkpoint
+from esapn.run import checkpoint
 
 torch.set_num_threads(1)
 folder = Path(sys.argv[1])
