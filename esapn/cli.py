@@ -91,22 +91,11 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, max_help_position=36)
 
 
-class _Groups:
-    """The groups of a page of help, in the order in which they are first named."""
-
-    def __init__(self, parser: argparse.ArgumentParser, names: Sequence[str] = ()) -> None:
-        self.parser = parser
-        self.made: dict[str, Any] = {}
-        for name in names:
-            self(name)
-
-    def __call__(self, name: str) -> Any:
-        if name not in self.made:
-            self.made[name] = self.parser.add_argument_group(name)
-        return self.made[name]
+def _groups(parser: argparse.ArgumentParser, names: Sequence[str]) -> dict[str, Any]:
+    return {name: parser.add_argument_group(name) for name in names}
 
 
-def _add_settings(group: _Groups, names: Sequence[str] = ()) -> None:
+def _add_settings(groups: dict[str, Any], names: Sequence[str] = ()) -> None:
     """A flag per field of ``SearchConfig``: all that it needs is in the field."""
     for setting in fields(SearchConfig):
         if names and setting.name not in names:
@@ -115,17 +104,14 @@ def _add_settings(group: _Groups, names: Sequence[str] = ()) -> None:
         options: dict[str, Any] = {"type": type(default)}
         if isinstance(default, tuple):
             options = {"type": int, "nargs": "+"}
-        choices = CHOICES.get(setting.name)
-        if choices is None or about["metavar"] != "N":
-            options["metavar"] = about["metavar"]
-        others = {m: v[setting.name] for m, v in MODES.items() if setting.name in v}
         _add(
-            group(about["group"]),
+            groups[about["group"]],
             f"--{setting.name.replace('_', '-')}",
             text=about["help"],
             default=default,
-            others=others,
-            choices=choices,
+            others={m: v[setting.name] for m, v in MODES.items() if setting.name in v},
+            choices=CHOICES.get(setting.name),
+            metavar=about["metavar"],
             **options,
         )
 
@@ -162,51 +148,45 @@ def _add_checkpoint_seconds(group: Any) -> None:
     )
 
 
+def _add_out(group: Any, text: str) -> None:
+    group.add_argument("--out", type=Path, required=True, metavar="DIR", help=text)
+
+
 def _add_search(parser: argparse.ArgumentParser) -> None:
-    group = _Groups(parser, GROUPS)
-    run = group("run")
-    run.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="folder for result.json and run.png"
-    )
-    _add_settings(group)
-    _add_data_options(group("data"))
+    groups = _groups(parser, GROUPS)
+    run = groups["run"]
+    _add_out(run, "folder for result.json and run.png")
+    _add_settings(groups)
+    _add_data_options(groups["data"])
     text = "CPU threads; batches of 500 events gain little from more"
     _add(run, "--threads", text=text, default=1, type=int, metavar="N")
     _add_checkpoint_seconds(run)
-    run.add_argument(
-        "--resume", action="store_true", help="go on from the newest good checkpoint in --out"
-    )
-    run.add_argument(
-        "--keep-best", action="store_true", help="keep the model of the best window in OUT/best"
-    )
-    run.add_argument(
-        "--tensorboard", action="store_true", help="write the log for TensorBoard to --out as well"
-    )
+    text = "go on from the newest good checkpoint in --out"
+    run.add_argument("--resume", action="store_true", help=text)
+    text = "keep the model of the best window in OUT/best"
+    run.add_argument("--keep-best", action="store_true", help=text)
+    text = "write the log for TensorBoard to --out as well"
+    run.add_argument("--tensorboard", action="store_true", help=text)
 
 
 def _add_compare(parser: argparse.ArgumentParser) -> None:
-    group = _Groups(parser, ("comparison", "data"))
-    comparison, tasks = group("comparison"), CHOICES["task"]
-    comparison.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="folder for runs and report"
-    )
-    comparison.add_argument(
-        "--methods", nargs="+", metavar="M", help="presets, such as esapn fixed-16 thresholds-8"
-    )
-    text, more = f"{' or '.join(tasks)}, or both", {"choices": tasks, "metavar": "TASK"}
-    _add(comparison, "--tasks", text=text, default=list(tasks), nargs="+", **more)
-    text, more = (
-        "sets of defaults: " + ", ".join(MODES),
-        {"choices": tuple(MODES), "metavar": "MODE"},
-    )
-    _add(comparison, "--modes", text=text, default=["paper"], nargs="+", **more)
+    groups = _groups(parser, ("comparison", "data", "sizes", "run"))
+    comparison, run = groups["comparison"], groups["run"]
+    _add_out(comparison, "folder for runs and report")
+    text = "presets, such as esapn fixed-16 thresholds-8"
+    comparison.add_argument("--methods", nargs="+", metavar="M", help=text)
+    tasks, modes = CHOICES["task"], CHOICES["mode"]
+    many: dict[str, Any] = {"default": tasks, "choices": tasks, "metavar": "TASK", "nargs": "+"}
+    _add(comparison, "--tasks", text=f"{' or '.join(tasks)}, or both", **many)
+    many |= {"default": modes[:1], "choices": modes, "metavar": "MODE"}
+    _add(comparison, "--modes", text=f"sets of defaults: {', '.join(modes)}", **many)
     text = "runs of every method, with seeds 0, 1, ..."
     _add(comparison, "--seeds", text=text, default=5, type=int, metavar="N")
-    _add_settings(group, SHARED)
-    _add_data_options(group("data"))
+    _add_settings(groups, SHARED)
+    _add_data_options(groups["data"])
     text = "processes at once; 0: one a core, or one a GPU"
-    _add(group("run"), "--workers", text=text, default=0, type=int, metavar="N")
-    _add_checkpoint_seconds(group("run"))
+    _add(run, "--workers", text=text, default=0, type=int, metavar="N")
+    _add_checkpoint_seconds(run)
 
 
 def _parsers() -> tuple[Parser, Parser]:

@@ -59,8 +59,8 @@ class ConfigError(UserError):
 GROUPS = ("data", "model", "sizes", "policy", "run")
 
 
-def _setting(group: str, default: Any, text: str, metavar: str = "N") -> Any:
-    """A field with what its flag needs: its group, its help and the name of its value."""
+def _setting(group: str, default: Any, text: str, metavar: str | None = None) -> Any:
+    """A field with what its flag needs: group, help and the name of its value (or its choices)."""
     about = {"group": group, "help": text, "metavar": metavar}
     if isinstance(default, tuple):
         return field(default_factory=lambda: default, metadata=about)

@@ -36,7 +36,7 @@ def load_ratings(
     Args:
         data: `"synthetic"`; or a set's name, a key of `esapn.data.movielens.MOVIELENS` (`ml-100k`,
             `ml-1m`, `ml-10m`, `ml-20m`, `ml-25m`, `ml-32m`, `ml-latest`, `ml-latest-small`),
-            which is downloaded if the cache has it not; or a directory holding `u.data`,
+            which is downloaded unless the cache has it; or a directory holding `u.data`,
             `ratings.dat`, `ratings.csv` or `ratings.parquet` (the first of these that is there
             is read); or a file. A directory with a set's name is `./NAME`. `.data` (tab
             separated) and `.dat` (`::` separated) have no header and the fields user, item,
