@@ -104,7 +104,8 @@ def test_a_comparison_of_a_file_in_time_order(tmp_path, capsys):
     assert "esapn,hidden=8" in page and "ratings.csv" in page and "4 of 4" in page
 
 
-def test_a_comparison_on_another_shuffle(tmp_path):
+def test_a_comparison_on_another_shuffle(tmp_path, monkeypatch):
+    monkeypatch.setattr("esapn.compare.figures.FIGURES", {})
     data = tmp_path / "ratings.csv"
     data.write_text(CSV + ROWS)
     arguments = ["--data", data, "--batch-size", 50, "--tasks", "binary", "--seeds", 1]
