@@ -1,4 +1,4 @@
-"""The search step: what it learns from, what it knows and changes, and the paths that must agree."""
+"""The search step: what it learns from, knows and changes, and the paths that must agree."""
 
 from __future__ import annotations
 
