@@ -1,11 +1,9 @@
-"""The parsers: help, mistyped words, and every command that the pages name."""
+"""The parsers: help, how messages name the command, and mistyped words."""
 
 from __future__ import annotations
 
 import importlib
-import re
 import runpy
-import shlex
 import subprocess
 import sys
 from dataclasses import fields
@@ -156,19 +154,3 @@ def test_a_mistyped_word_is_answered_with_the_right_one(arguments, expected, cap
 def test_values_that_look_like_flags_are_left_to_the_parser():
     assert parse(["search", "--seed", "-1", "--lr", "-.5", "--out", "x"]).seed == -1
     assert str(parse(["report", "--", "--odd"]).folder) == "--odd"
-
-
-def test_every_command_on_a_page_is_taken():
-    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-    text = "\n".join(page.read_text(encoding="utf-8") for page in pages).replace("\\\n", " ")
-    # A line of a block, or a quotation that is more than the name of a command.
-    found = re.findall(r"^ *(python -m esapn (?:search|compare|report) .+)$", text, re.MULTILINE)
-    found += re.findall(r"`(python -m esapn (?:search|compare|report) [^`]+)`", text)
-    assert len(found) >= 9
-    for command in found:
-        words = shlex.split(command, comments=True)
-        assert shlex.join(words) == " ".join(re.sub(" #.*", "", command).split()), command
-        try:
-            parse(words[3:])
-        except SystemExit:
-            pytest.fail(f"not taken: {command}")
