@@ -51,6 +51,7 @@ setup(
         "esapn": ["py.typed"],
         "esapn.compare": ["page.html"],
     },
+    entry_points={"console_scripts": ["esapn = esapn.__main__:main"]},
     # Floors only: torch itself pins the Triton it was built with.
     install_requires=[
         "torch>=2.11",

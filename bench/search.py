@@ -32,7 +32,9 @@ from harness.all_sizes import AllSizesSearch
 from harness.command import Parser, at_least, check_writable, seed, write_result
 
 from esapn.config import MODES, SearchConfig
-from esapn.data.load import DataError, Stream, build_stream, load_ratings
+from esapn.data.load import load_ratings
+from esapn.data.ratings import DataError
+from esapn.data.stream import Stream, build_stream
 from esapn.run.loop import Run
 from esapn_kernels import info
 

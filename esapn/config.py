@@ -1,12 +1,15 @@
-"""Every setting of a run, with the published value as its default."""
+"""Every setting of a run, with the published value as its default, and the modes."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
-__all__ = ["CHOICES", "MODES", "ConfigError", "SearchConfig"]
+from .errors import UserError
+
+__all__ = ["CHOICES", "GROUPS", "MODES", "ConfigError", "SearchConfig"]
 
 CHOICES = {
     "task": ("binary", "multiclass"),
@@ -30,12 +33,11 @@ CHOICES = {
     "row_optimizer": ("adam", "adagrad"),
     "hops": ("linear", "padded"),
     "state": ("paper", "rich"),
-    "reward": ("paper", "lookahead"),
     "advantage": ("raw", "normalised"),
     "acting": ("sample", "argmax"),
 }
 
-# What a mode changes of the defaults. `paper` is the published algorithm and setting.
+# What a mode changes of the defaults; those of `paper` are the published algorithm's.
 MODES: dict[str, dict[str, Any]] = {
     "paper": {},
     "tuned": {
@@ -49,21 +51,34 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
-class ConfigError(ValueError):
-    """A setting that cannot be used; the message is one line."""
+class ConfigError(UserError):
+    """A setting or an argument that cannot be used; one line."""
 
 
-def _setting(default: Any, text: str) -> Any:
+# The groups of settings, as ``search --help`` shows them.
+GROUPS = ("data", "model", "sizes", "policy", "run")
+
+
+def _setting(group: str, default: Any, text: str, metavar: str | None = None) -> Any:
+    """A field with what its flag needs: group, help and the name of its value (or its choices)."""
+    about = {"group": group, "help": text, "metavar": metavar}
     if isinstance(default, tuple):
-        return field(default_factory=lambda: default, metadata={"help": text})
-    return field(default=default, metadata={"help": text})
+        return field(default_factory=lambda: default, metadata=about)
+    return field(default=default, metadata=about)
+
+
+_METHODS = (
+    "esapn: the search; fixed: one size; darts, autoemb: soft sizes; "
+    "always, never, random, thresholds, power: growth by a rule; biases: no rows"
+)
+_data, _model, _sizes, _policy, _run = (partial(_setting, group) for group in GROUPS)
 
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """One run: data, method, algorithm (paper sections 3 and 4), and where it runs.
+    """The settings of one run: data, model, sizes, policy (paper sections 3 and 4) and the run.
 
-    The defaults are mode ``paper``; :meth:`of_mode` gives another mode's.
+    The defaults are those of mode ``paper``; :meth:`of_mode` gives another mode's.
 
     Raises:
         ConfigError: a value outside its range, named by its flag.
@@ -76,47 +91,53 @@ class SearchConfig:
         'adagrad'
     """
 
-    data: str = _setting("synthetic", "'synthetic', a MovieLens name, or a file or folder")
-    task: str = _setting("binary", "rating > 3.5 (MSE), or five classes (cross-entropy)")
-    method: str = _setting("esapn", "size search, one fixed size, soft sizes, or a control")
-    mode: str = _setting("paper", "defaults: the published setting, or the tuned one")
-    order: str = _setting("shuffle", "of the stream: a seeded permutation, or by timestamp")
-    order_seed: int = _setting(0, "of the shuffle and of synthetic data: one for all seeds")
-    seed: int = _setting(0, "of the initialisation and the sampled actions")
-    device: str = _setting("auto", "auto takes a GPU where there is one")
-    events: int = _setting(200_000, "length of the synthetic stream")
-    train_fraction: float = _setting(0.75, "of the events; the rest is the test part")
-    batch_size: int = _setting(500, "events per step")
-    sizes: tuple[int, ...] = _setting((2, 4, 8, 16, 64, 128), "candidate sizes D, increasing")
-    fixed_size: int = _setting(128, "the size of every row with --method fixed")
-    init_std: float = _setting(1.0, "rows start as N(0, std^2)")
-    tower: str = _setting("norm", "BatchNorm and tanh on a tower's output, or the output as it is")
-    head: str = _setting("norm", "inference layer: BatchNorm and tanh, or one ReLU layer")
-    hidden: int = _setting(512, "width of the recommender's inference layer")
-    lr: float = _setting(1e-3, "Adam, recommender")
-    row_optimizer: str = _setting("adam", "of the embedding rows")
-    row_lr: float = _setting(1e-3, "of the row optimizer")
-    hops: str = _setting("linear", "trained W e + b; or zero-padding, optimizer state carried over")
-    history: int = _setting(5, "T: losses of an ID that form its reward's baseline")
-    state: str = _setting("paper", "frequency and size; or statistics of losses and gradients too")
-    reward: str = _setting("paper", "mean of the last T losses - loss; or L(keep) - L(enlarge)")
-    advantage: str = _setting("raw", "the reward as it is, or by its running mean and spread")
-    acting: str = _setting(
-        "sample", "rows grow by a sample of the policy, or by its likelier action"
+    data: str = _data("synthetic", "synthetic, a MovieLens name, a file or a folder", "DATA")
+    task: str = _data("binary", "rating > 3.5 (MSE), or five classes (cross-entropy)")
+    order: str = _data("shuffle", "of the stream: a seeded permutation, or by timestamp")
+    order_seed: int = _data(0, "of the shuffle and of synthetic data", "SEED")
+    events: int = _data(200_000, "length of the synthetic stream", "EVENTS")
+    train_fraction: float = _data(0.75, "of the events; the rest is the test part", "SHARE")
+    batch_size: int = _data(500, "in a batch", "EVENTS")
+
+    mode: str = _model("paper", "a set of defaults: published ones, or tuned ones")
+    init_std: float = _model(1.0, "rows start as N(0, STD^2)", "STD")
+    tower: str = _model("norm", "a tower's output: BatchNorm and tanh, or as it is")
+    head: str = _model("norm", "inference layer: BatchNorm and tanh, or one ReLU layer")
+    hidden: int = _model(512, "width of the inference layer", "WIDTH")
+    lr: float = _model(1e-3, "Adam's, for all but rows, policies and soft sizes", "RATE")
+    row_optimizer: str = _model("adam", "optimizer of the embedding rows")
+    row_lr: float = _model(1e-3, "of the row optimizer", "RATE")
+
+    method: str = _sizes("esapn", _METHODS, "METHOD")
+    sizes: tuple[int, ...] = _sizes((2, 4, 8, 16, 64, 128), "candidate sizes, increasing", "D")
+    fixed_size: int = _sizes(128, "size of every row with --method fixed", "D")
+    hops: str = _sizes("linear", "trained W e + b; or zero-padding, with optimizer state")
+    dwell: float = _sizes(0.0, "IDs grow to size d once they were seen C d^2 times", "C")
+    promote_probability: float = _sizes(
+        0.5, "--method random: chance to enlarge at a decision", "P"
     )
-    dwell: float = _setting(0.0, "an ID may grow to size d once it was seen so many times d^2")
-    entropy: float = _setting(0.0, "weight of the policy's entropy in its loss")
-    byte_price: float = _setting(0.0, "price of a row's added numbers, with --reward lookahead")
-    policy_hidden: int = _setting(512, "width of a policy's hidden layer")
-    policy_lr: float = _setting(1e-4, "Adam, policies and soft sizes")
-    frequency_dim: int = _setting(32, "width of the frequency embedding in a policy's state")
-    max_frequency: int = _setting(4096, "frequencies from here on share one embedding row")
-    promote_probability: float = _setting(0.5, "--method random: of enlarging, at every decision")
-    threshold: float = _setting(16.0, "--method thresholds: events for the 2nd size, then x 4")
-    power: float = _setting(0.5, "--method power: size ~ popularity^power")
-    power_scale: float = _setting(1.0, "--method power: the size of an ID seen once")
-    log_every: int = _setting(20, "batches between two lines of the run's log")
-    patience: int = _setting(0, "stop after so many log lines without a better loss; 0: never")
+    threshold: float = _sizes(
+        16.0, "--method thresholds: for the 2nd size; x 4 for each next one", "EVENTS"
+    )
+    power: float = _sizes(0.5, "--method power: size ~ popularity^POWER", "POWER")
+    power_scale: float = _sizes(1.0, "--method power: size of an ID seen once", "D")
+
+    state: str = _policy("paper", "frequency and size; or statistics of an ID's events")
+    history: int = _policy(5, "losses of an ID in its reward's baseline", "T")
+    advantage: str = _policy("raw", "the reward as it is, or by its mean and deviation")
+    acting: str = _policy("sample", "rows grow by a sample, or by the likelier action")
+    entropy: float = _policy(0.0, "weight of the policy's entropy in its loss", "WEIGHT")
+    policy_hidden: int = _policy(512, "width of a policy's hidden layer", "WIDTH")
+    policy_lr: float = _policy(1e-4, "Adam's, for policies and soft sizes", "RATE")
+    frequency_dim: int = _policy(
+        32, "width of the frequency embedding in a policy's state", "WIDTH"
+    )
+    max_frequency: int = _policy(4096, "frequencies from here on share one embedding row", "EVENTS")
+
+    seed: int = _run(0, "of the initialisation and the sampled actions", "SEED")
+    device: str = _run("auto", "auto takes a GPU where there is one")
+    log_every: int = _run(20, "between two lines of the run's log", "BATCHES")
+    patience: int = _run(0, "of the log without a better loss, then stop; 0: never", "LINES")
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
@@ -132,7 +153,7 @@ class SearchConfig:
         for name in ("lr", "row_lr", "policy_lr", "threshold", "power", "power_scale"):
             if not 0 < getattr(self, name) < math.inf:
                 _refuse(name, "must be positive and finite", getattr(self, name))
-        for name in ("init_std", "entropy", "byte_price", "dwell"):
+        for name in ("init_std", "entropy", "dwell"):
             if not 0 <= getattr(self, name) < math.inf:
                 _refuse(name, "must be finite and not negative", getattr(self, name))
         if not 0 < self.train_fraction < 1:

@@ -73,7 +73,7 @@ class IdStatistics(nn.Module):
         idle = torch.where(known, step - self.latest[ids], 0).float()
         decayed = self.decayed[ids] * torch.exp2(-idle / _HALF_LIFE)
         variance = (self.square[ids] - self.loss[ids].square()).clamp(min=0)
-        # Of the order of 1 without a look at the rest of the batch.
+        # Of the order of 1, whatever the rest of the batch.
         numbers = [
             log_frequency / 8,
             torch.log2(1 + decayed) / 8,

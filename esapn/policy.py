@@ -13,7 +13,6 @@ __all__ = [
     "Policy",
     "RunningScale",
     "entropy",
-    "expected_loss",
     "policy_loss",
     "reward",
     "sample_actions",
@@ -143,16 +142,6 @@ def policy_loss(logits: Tensor, action: Tensor, reward: Tensor, mask: Tensor | N
     return weighted.sum() if mask is None else torch.where(mask, weighted, 0.0).sum()
 
 
-def expected_loss(logits: Tensor, advantage: Tensor, mask: Tensor | None) -> Tensor:
-    """``-sum_x pi(enlarge | s_x) A_x``: what REINFORCE estimates, where both actions are known.
-
-    >>> expected_loss(torch.zeros(1, 2), torch.tensor([0.5]), None)
-    tensor(-0.2500)
-    """
-    weighted = -torch.softmax(logits, dim=1)[:, ENLARGE] * advantage
-    return weighted.sum() if mask is None else torch.where(mask, weighted, 0.0).sum()
-
-
 def entropy(logits: Tensor, mask: Tensor | None) -> Tensor:
     """``-sum_x sum_a pi(a | s_x) log pi(a | s_x)`` over the IDs that decide.
 
@@ -165,7 +154,7 @@ def entropy(logits: Tensor, mask: Tensor | None) -> Tensor:
 
 
 class RunningScale(nn.Module):
-    """Running mean and root mean square of rewards, to tell a good one from a usual one.
+    """Running mean and root mean square of rewards, for ``--advantage normalised``.
 
         m <- b m + (1 - b) mean(x),   q <- b q + (1 - b) mean(x^2),   b = 0.99, bias-corrected
 
@@ -193,6 +182,13 @@ class RunningScale(nn.Module):
         batch = torch.stack([x.sum(), x.square().sum(), n]) / n.clamp(min=1)
         new = self.decay * self.sums + (1 - self.decay) * batch
         self.sums.copy_(torch.where(n > 0, new, self.sums))
+
+    def normalise(self, x: Tensor, known: Tensor, mask: Tensor | None) -> Tensor:
+        """Take in ``x`` where ``known`` and ``mask``: ``(x - m) / sqrt(q - m^2)``, else 0."""
+        self.update(x, known if mask is None else known & mask)
+        mean, spread = self.moments()
+        deviation = (spread.square() - mean.square()).clamp(min=1e-12).sqrt()
+        return torch.where(known, (x - mean) / deviation, 0.0)
 
     def moments(self) -> tuple[Tensor, Tensor]:
         """Mean and root mean square so far; 0 and 1 before there is any."""

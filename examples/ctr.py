@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.functional.classification import binary_auroc
 
-from esapn.config import SearchConfig
-from esapn.search import SizeSearch
+from esapn import SearchConfig, SizeSearch
 from esapn_kernels import ResizableEmbedding
 
 FIELDS = {

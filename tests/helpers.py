@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from esapn.data.load import DataError
+from esapn.data.ratings import DataError
 
 
 def refusal(call, *args, **options) -> str:

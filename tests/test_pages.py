@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from esapn.__main__ import _parse
+from esapn.cli import parse
 from esapn.compare.jobs import method_settings
 from esapn_kernels import info
 
@@ -241,7 +241,7 @@ def own_flags(capsys) -> dict[str, set[str]]:
     found = {}
     for command in ("search", "compare", "report"):
         with pytest.raises(SystemExit):
-            _parse([command, "--help"])
+            parse([command, "--help"])
         found[command] = set(re.findall(FLAG, capsys.readouterr().out))
     return found
 
@@ -264,7 +264,7 @@ def test_commands_of_the_search(page, own_flags, capsys):
         assert shlex.join(command.words) == said
         assert command.flags <= own_flags.get(command.arguments[0], set()), said
         try:
-            args = _parse(command.arguments)
+            args = parse(command.arguments)
         except SystemExit:
             pytest.fail(f"not taken: {said}: {capsys.readouterr().err}")
         for method in getattr(args, "methods", None) or []:
@@ -277,7 +277,7 @@ def test_results_are_of_the_command_above_them():
     assert len(found) == 5
     for command in found:
         count, path = re.findall(r"(\d+) runs; (\S+\.csv)", command.comment)[0]
-        args = _parse(command.arguments)
+        args = parse(command.arguments)
         with (ROOT / path).open(encoding="utf-8") as file:
             records = [(r["label"], r["task"], r["setting"]) for r in csv.DictReader(file)]
         labels = args.methods or {label for label, _, _ in records}

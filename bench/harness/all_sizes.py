@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from esapn.config import SearchConfig
-from esapn.data.load import NUM_CLASSES, Batch, Stream
+from esapn.data.stream import NUM_CLASSES, Batch, Stream
 from esapn.models.two_tower import event_losses
 from esapn.policy import LossHistory, Policy, policy_loss, reward, sample_actions
 from esapn.run.metrics import Prequential

@@ -33,20 +33,15 @@ import torch
 from esapn_kernels import info
 
 from ..config import MODES, ConfigError, SearchConfig
-from ..data.load import Ratings, Stream, load_ratings
+from ..data.load import load_ratings
+from ..data.ratings import Ratings
+from ..data.stream import Stream
+from ..jsonfile import write_json
 from ..run import checkpoint
 from ..run.loop import Run, stream_of
-from ..run.result import describe_data, forget_peak, record, write_json
+from ..run.result import describe_data, forget_peak, record
 
 __all__ = ["DEFAULT_METHODS", "Job", "compare", "method_settings", "resume_or_start"]
-
-LOOKAHEAD = {
-    "method": "esapn",
-    "state": "rich",
-    "reward": "lookahead",
-    "acting": "argmax",
-    "policy_lr": 1e-3,
-}
 
 # label -> settings; a number behind a family's name is its knob.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -55,8 +50,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "esapn-normalised": {"method": "esapn", "advantage": "normalised"},
     "esapn-entropy": {"method": "esapn", "entropy": 0.01},
     "esapn-argmax": {"method": "esapn", "acting": "argmax"},
-    "esapn-reward": {"method": "esapn", "reward": "lookahead"},
-    "esapn-lookahead": LOOKAHEAD,
     "darts": {"method": "darts"},
     "autoemb": {"method": "autoemb"},
     "always": {"method": "always"},
@@ -92,7 +85,6 @@ DEFAULT_METHODS = {
         "esapn-dwell-0.5",
         "esapn-dwell-1",
         "esapn-dwell-0.25",
-        "esapn-lookahead",
         "esapn",
         "fixed-4",
         "fixed-8",

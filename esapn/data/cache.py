@@ -25,7 +25,9 @@ from typing import Any
 
 import numpy as np
 
-from .files import Columns, DataError, fail, read_columns
+from ..jsonfile import read_json, write_json
+from .files import Columns, read_columns
+from .ratings import DataError, fail
 
 # Part of the manifest: raised when the meaning of the columns changes, so that old ones go.
 _FORMAT = 2
@@ -69,7 +71,7 @@ def cache_folder(cache: str | os.PathLike[str] | None = None) -> Path:
 
 
 def say(line: str) -> None:
-    """Print what a user should know but need not act on."""
+    """Print a line that needs no action of the user's."""
     print(line, file=sys.stderr)
 
 
@@ -85,8 +87,8 @@ def load_file(path: Path, kind: str, *, name: str, malformed: str, folder: Path)
 
     Raises:
         DataError: for a file that `read_columns` of `files` refuses, one that changes while it
-            is read, and a cache that cannot be written (one that may not be written is said to be
-            left alone, and the columns stay in memory).
+            is read, and a cache that cannot be written. Without permission to write there, a line
+            says so and the columns stay in memory.
     """
     try:
         before = path.stat()
@@ -106,7 +108,7 @@ def load_file(path: Path, kind: str, *, name: str, malformed: str, folder: Path)
 def open_columns(
     checksum: str, kind: str, *, name: str, malformed: str, folder: Path
 ) -> Columns | None:
-    """Return memory-mapped columns, or None where there are none, or damaged ones (and says so).
+    """Return memory-mapped columns; None if there are none, or damaged ones (a line says so).
 
     Every byte is checked against the manifest: 500 MB, those of 25 million ratings, take half a
     second. Columns that lack malformed rows are not those of a reading that refuses such rows.
@@ -137,13 +139,13 @@ def _open_checked(place: Path, manifest: dict[str, Any], checksum: str) -> Colum
     if manifest["source"] != checksum or not counts.keys() >= {"rows", "skipped"}:
         raise ValueError("the manifest is that of something else")
     arrays: dict[str, np.ndarray] = {}
-    for column, wanted in manifest["columns"].items():
+    for column, described in manifest["columns"].items():
         path = place / f"{column}.npy"
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-        shape_is_right = list(array.shape) == wanted["shape"] == [counts["rows"]]
+        shape_is_right = list(array.shape) == described["shape"] == [counts["rows"]]
         if not shape_is_right or array.dtype.name not in _COLUMNS[column]:
             raise ValueError(f"{path.name} is {array.dtype} {array.shape}")
-        if digest(path, "sha256") != wanted["sha256"]:
+        if digest(path, "sha256") != described["sha256"]:
             raise ValueError(f"{path.name} is not what was written")
         arrays[column] = array
     return Columns(
@@ -189,7 +191,7 @@ def _write_columns(columns: Columns, checksum: str, place: Path) -> None:
             "counts": columns.counts,
         }
         (new / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        # What stood there was damaged or lacked rows; whoever maps it keeps what is mapped.
+        # What stood there was damaged or lacked rows; a process that maps it keeps its pages.
         with suppress(FileNotFoundError):
             place.rename(temporary / "old")
         try:
@@ -197,7 +199,7 @@ def _write_columns(columns: Columns, checksum: str, place: Path) -> None:
         except OSError:
             if not (place / "manifest.json").exists():
                 raise
-            # Another process was quicker, and its columns are the same.
+            # Another process has written the same columns meanwhile.
 
 
 def report_skipped(name: str, counts: dict[str, int]) -> None:
@@ -222,6 +224,7 @@ def file_sum(path: Path, algorithm: str, folder: Path) -> str:
         known[algorithm] = digest(path, algorithm)
         if settled:
             with suppress(OSError):  # it is computed again next time
+                note.parent.mkdir(parents=True, exist_ok=True)
                 write_json(note, known)
     return str(known[algorithm])
 
@@ -237,23 +240,6 @@ def digest(path: Path, algorithm: str) -> str:
         while piece := file.read(1 << 20):
             total.update(piece)
     return total.hexdigest()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a file; an empty one if there is none that can be read."""
-    with suppress(OSError, ValueError):
-        value = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(value, dict):
-            return value
-    return {}
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write an object; the file is the old one or the new one, whole, at any time."""
-    with scratch(path.parent) as temporary:
-        new = temporary / path.name
-        new.write_text(json.dumps(value, indent=1), encoding="utf-8")
-        new.replace(path)
 
 
 @contextmanager

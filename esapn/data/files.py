@@ -13,16 +13,16 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import numpy as np
 
 from ..extras import needs
+from .ratings import RATING_MAX, RATING_MIN, event_counts, fail
 
 if TYPE_CHECKING:
     import polars as pl
 
-RATING_MIN, RATING_MAX = 0.5, 5.0
 MALFORMED = ("refuse", "skip")
 SEPARATORS = {".data": "\t", ".dat": "::", ".csv": ","}
 KINDS = (*SEPARATORS, ".parquet")
@@ -38,20 +38,8 @@ _BLANKS = " \r"  # what a line may hold that is no row; a tab is a separator
 _WIDTH = "wrong number of fields"
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _HEADER_BYTES = 1 << 20  # a line of the header has no more
-_BLOCK_BYTES = 1 << 24
-_BLOCK_ROWS = 1 << 19
-
-
-class DataError(ValueError):
-    """A mistake in the data or in how it was asked for; the message is one line."""
-
-
-def fail(name: str, what: str) -> NoReturn:
-    """Raise `DataError` in one line: parser messages and odd names may hold anything."""
-    line = " ".join(f"{name}: {what}".split())
-    raise DataError(
-        "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
-    )
+BLOCK_BYTES = 1 << 24  # of text at a time
+BLOCK_ROWS = 1 << 19  # of a Parquet file or of quoted text at a time
 
 
 @dataclass(frozen=True)
@@ -64,7 +52,7 @@ class Columns:
     timestamp: np.ndarray | None  # int64 [E]
     n_users: int
     n_items: int
-    counts: dict[str, int]  # as in `esapn.data.load.Ratings`
+    counts: dict[str, int]  # as in `Ratings`
 
 
 class _Block(NamedTuple):
@@ -90,7 +78,7 @@ def read_columns(path: Path, kind: str, *, name: str, malformed: str = "refuse")
 
     Args:
         path: the file.
-        kind: one of `KINDS`; the file's own suffix is not looked at.
+        kind: one of `KINDS`; whatever the file's own suffix.
         name: what messages call the file.
         malformed: `"refuse"` or `"skip"`.
 
@@ -124,24 +112,6 @@ def read_columns(path: Path, kind: str, *, name: str, malformed: str = "refuse")
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
         fail(name, f"cannot be read: {(str(error).strip() or repr(error)).splitlines()[0]}")
     return checker.finish(name)
-
-
-def event_counts(
-    user: np.ndarray, item: np.ndarray, timestamp: np.ndarray | None, n_items: int
-) -> dict[str, int]:
-    """Count the rows, those whose user and item came before, and the steps back in time.
-
-    Example:
-        >>> event_counts(np.array([0, 1, 0]), np.array([2, 2, 2]), np.array([5, 4, 4]), 3)
-        {'rows': 3, 'duplicates': 1, 'unsorted': 1}
-    """
-    pair = user.astype(np.int64)
-    pair *= n_items
-    pair += item
-    pair.sort()
-    unsorted = 0 if timestamp is None else int(np.count_nonzero(timestamp[1:] < timestamp[:-1]))
-    duplicates = int(np.count_nonzero(pair[1:] == pair[:-1]))
-    return {"rows": len(pair), "duplicates": duplicates, "unsorted": unsorted}
 
 
 class _Checker:
@@ -285,18 +255,18 @@ def _parquet_blocks(path: Path, kind: str, name: str) -> Iterator[_Block]:
 
     scan = pl.scan_parquet(path, glob=False)
     schema = scan.collect_schema()
-    wanted = _pick_columns(name, schema)
+    columns = _pick_columns(name, schema)
     text = (pl.String, pl.Categorical, pl.Enum)
-    for field, raw in wanted.items():
+    for field, raw in columns.items():
         dtype = schema[raw]
         is_id = field in ("user", "item")
         if dtype not in text and not (dtype.is_integer() if is_id else dtype.is_numeric()):
             expected = "integers or strings" if is_id else "numbers"
             fail(name, f"column '{field}' is {dtype}, expected {expected}")
-    frame = scan.select(pl.col(raw).alias(f) for f, raw in wanted.items())
+    frame = scan.select(pl.col(raw).alias(f) for f, raw in columns.items())
     rows = frame.select(pl.len()).collect().item()
-    for start in range(0, rows, _BLOCK_ROWS):
-        yield _Block(frame.slice(start, _BLOCK_ROWS).collect())
+    for start in range(0, rows, BLOCK_ROWS):
+        yield _Block(frame.slice(start, BLOCK_ROWS).collect())
 
 
 def _text_blocks(path: Path, kind: str, name: str) -> Iterator[_Block]:
@@ -345,7 +315,7 @@ def _read_header(file: BinaryIO, name: str) -> list[str]:
 
 def _whole_lines(file: BinaryIO) -> Iterator[bytes]:
     rest = b""
-    while chunk := file.read(_BLOCK_BYTES):
+    while chunk := file.read(BLOCK_BYTES):
         end = chunk.rfind(b"\n") + 1
         if end:
             yield rest + chunk[:end]
@@ -378,7 +348,7 @@ def _quoted_blocks(
     text = io.TextIOWrapper(file, encoding="utf-8", newline="")
     rows = (row for row in csv.reader(text, strict=True) if not _is_blank(row))
     try:
-        while block := list(islice(rows, _BLOCK_ROWS)):
+        while block := list(islice(rows, BLOCK_ROWS)):
             cut = {f: [r[at] if at < len(r) else None for r in block] for f, at in places.items()}
             frame = pl.DataFrame(cut, schema=dict.fromkeys(places, pl.String))
             width = pl.Series([len(row) for row in block])

@@ -19,19 +19,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
 from ..extras import needs
-from .cache import (
-    Cached,
-    digest,
-    file_sum,
-    load_file,
-    open_columns,
-    read_json,
-    say,
-    scratch,
-    write_json,
-    writing,
-)
-from .files import DataError, fail
+from ..jsonfile import read_json, write_json
+from .cache import Cached, digest, file_sum, load_file, open_columns, say, scratch, writing
+from .ratings import DataError, fail
 
 LICENCE = (
     "free for research under the terms in its README: cite the paper below, do not redistribute "
@@ -42,7 +32,7 @@ CITATION = (
     "ACM Transactions on Interactive Intelligent Systems 5(4):19, 2015. doi:10.1145/2827872"
 )
 _SITE = "https://files.grouplens.org/datasets/movielens"
-_TIMEOUT_SECONDS = 30.0
+TIMEOUT_SECONDS = 30.0
 _PIECE = 1 << 20
 # A try that brought bytes is followed by another, up to this many in one call.
 _TRIES = 5
@@ -60,7 +50,7 @@ class Dataset:
 
     name: str
     member: str  # path of the ratings inside the archive
-    md5: str | None = None  # of the archive; None where it is published beside the archive
+    md5: str | None = None  # of the archive; None where it lies beside the archive
     licence: str = LICENCE
     citation: str = CITATION
 
@@ -95,7 +85,7 @@ def load_movielens(
 ) -> Cached:
     """Return the columns of a set and the sha256 of its ratings file.
 
-    A set that is in the cache is not fetched, nor its archive looked for. `ml-10m`, `ml-latest`
+    A set that is in the cache is not fetched, and its archive is not needed. `ml-10m`, `ml-latest`
     and `ml-latest-small` are fetched again if `url` is another than the last; to get a newer
     `ml-latest`, remove `movielens/ml-latest.json` from the cache folder.
 
@@ -116,7 +106,7 @@ def load_movielens(
     note = folder / "movielens" / f"{name}.json"
     known = read_json(note)
     md5 = None if archive is None else _archive_sum(dataset, archive, folder)
-    if _is_wanted(dataset, known, md5, url):
+    if _is_current(dataset, known, md5, url):
         checksum = str(known.get("sha256"))
         columns = open_columns(
             checksum, dataset.kind, name=name, malformed=malformed, folder=folder
@@ -129,18 +119,19 @@ def load_movielens(
         with scratch(folder) as temporary:
             member = _extract(dataset, archive, temporary)
             cached = load_file(member, dataset.kind, name=name, malformed=malformed, folder=folder)
+        note.parent.mkdir(parents=True, exist_ok=True)
         write_json(note, {"md5": md5, "url": url, "sha256": cached[1]})
     if not known:
         say(f"{name}: {dataset.licence}. {dataset.citation}")
     return cached
 
 
-def _is_wanted(dataset: Dataset, known: dict[str, Any], md5: str | None, url: str | None) -> bool:
-    """Whether what is cached is what a call would give; `md5` is that of a local archive."""
+def _is_current(dataset: Dataset, known: dict[str, Any], md5: str | None, url: str | None) -> bool:
+    """Whether the cached set is the one that a call means; `md5` is that of a local archive."""
     if not known:
         return False
-    wanted = md5 or dataset.md5
-    return known.get("md5") == wanted if wanted else url in (None, known.get("url"))
+    expected = md5 or dataset.md5
+    return known.get("md5") == expected if expected else url in (None, known.get("url"))
 
 
 def _kept(
@@ -161,14 +152,14 @@ def _archive_sum(dataset: Dataset, archive: Path, folder: Path) -> str:
     try:
         md5 = file_sum(archive, "md5", folder)
         beside = archive.with_name(archive.name + ".md5")
-        wanted = dataset.md5
-        if wanted is None and beside.is_file():
-            wanted = _find_md5(beside.read_bytes(), str(beside))
+        expected = dataset.md5
+        if expected is None and beside.is_file():
+            expected = _find_md5(beside.read_bytes(), str(beside))
     except OSError as error:
         fail(str(archive), f"cannot be read: {error.strerror or error}")
-    if wanted is not None and md5 != wanted:
-        fail(str(archive), f"is not the archive of {dataset.name}: md5 {md5}, expected {wanted}")
-    if wanted is None:
+    if expected is not None and md5 != expected:
+        fail(str(archive), f"is not the archive of {dataset.name}: md5 {md5}, expected {expected}")
+    if expected is None:
         say(f"{dataset.name}: no checksum to hold {archive} against ({beside.name} is not there)")
     return md5
 
@@ -251,7 +242,7 @@ class _Download:
             with self.part.open(mode) as file:
                 file.write(piece)
         except OSError as error:
-            # Half an archive helps nobody whose disk is full.
+            # Half an archive only fills the disk further.
             self.part.unlink(missing_ok=True)
             what = f"cannot write the cache {self.part.parent}: {error.strerror or error}"
             raise DataError(f"{self.name}: {what}") from error
@@ -270,7 +261,7 @@ class _Download:
         except urllib.error.HTTPError as error:
             if error.code != http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE or not size:
                 raise
-            self.continued = True  # all there already, or of something else: the sum will tell
+            self.continued = True  # complete already, or of another file: the checksum decides
             return
         with response:
             if response.status != http.HTTPStatus.PARTIAL_CONTENT:
@@ -301,7 +292,7 @@ def _open(url: str, start: int = 0) -> Any:
         headers["Range"] = f"bytes={start}-"
     request = urllib.request.Request(url, headers=headers)
     try:
-        return urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS)
+        return urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS)
     except urllib.error.HTTPError as error:
         error.close()  # it holds the connection
         raise

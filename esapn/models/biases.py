@@ -12,15 +12,19 @@ Source: the baseline predictors of Koren, "Factor in the Neighbors", TKDD 2010, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
+
+from .recommender import Recommender, TableBytes
 
 __all__ = ["Biases"]
 
 _LEAST = 1e-3
 
 
-class Biases(nn.Module):
+class Biases(Recommender):
     """Running shrunken means.
 
     Args:
@@ -72,8 +76,8 @@ class Biases(nn.Module):
         return torch.logit(p) if self.n_outputs == 1 else torch.log(p)
 
     @torch.no_grad()
-    def learn(self, user: Tensor, item: Tensor, target: Tensor) -> None:
-        """Take in the labels of a batch: float 0 or 1, or int64 classes; ``[B]``."""
+    def learn(self, user: Tensor, item: Tensor, target: Tensor, loss: Tensor | None = None) -> None:
+        """Add the labels of a batch: float 0 or 1, or int64 classes; ``[B]``. No gradient."""
         if self.n_outputs == 1:
             y = target[:, None]
         else:
@@ -83,3 +87,10 @@ class Biases(nn.Module):
         mean, _, b_item = self._means(user, item)
         self.item.index_add_(0, item, torch.cat([y - mean, one], dim=1))
         self.user.index_add_(0, user, torch.cat([y - mean - b_item, one], dim=1))
+
+    def memory(self, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, TableBytes]:
+        """The sums and counts of each side."""
+        return {
+            "user": TableBytes({}, self.user.nbytes),
+            "item": TableBytes({}, self.item.nbytes),
+        }

@@ -21,6 +21,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from .recommender import TableBytes
+
 __all__ = ["SoftEmbedding"]
 
 
@@ -86,7 +88,7 @@ class SoftEmbedding(nn.Module):
         self.register_buffer("previous", start)
 
     def soft_parameters(self) -> list[nn.Parameter]:
-        """What sets the weights; everything else belongs to the recommender."""
+        """The parameters of the weights; the optimizer of the recommender has all others."""
         if self.method == "darts":
             return [self.logits]
         parts = (self.frequency, self.frequency_norm, self.controller)
@@ -120,3 +122,15 @@ class SoftEmbedding(nn.Module):
             h = h if self.norm is None else torch.tanh(self.norm(h))
             total = total + weights[:, k : k + 1] * h
         return total
+
+    def memory(self, optimizers: Sequence[torch.optim.Optimizer]) -> TableBytes:
+        """Every ID has all sizes and its weights; the lifts count as ``chain``."""
+        weights = self.logits if self.method == "darts" else self.previous
+        states = [optimizer.state.get(self.rows.weight, {}) for optimizer in optimizers]
+        held = [v for state in states for v in state.values() if isinstance(v, Tensor)]
+        return TableBytes(
+            {str(sum(self.sizes)): self.num_embeddings},
+            payload=self.rows.weight.nbytes + weights.nbytes,
+            chain=sum(p.nbytes for p in self.lifts.parameters()),
+            optimizer=sum(v.nbytes for v in held if v.dim()),
+        )

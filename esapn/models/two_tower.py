@@ -9,14 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from esapn_kernels import ResizableEmbedding
+from esapn_kernels import ResizableEmbedding, optim
 
+from .recommender import Events, Recommender, TableBytes
 from .soft import SoftEmbedding
 
 __all__ = ["SoftTwoTower", "TwoTower", "event_losses", "inference_layer", "predictions"]
 
 
-class TwoTower(nn.Module):
+class TwoTower(Recommender):
     """Score of a (user, item) pair.
 
         v_side = tanh(BN(y_side(x)))           y: the row carried to d_n (``ResizableEmbedding``)
@@ -73,8 +74,33 @@ class TwoTower(nn.Module):
         logits: Tensor = self.inference(torch.cat(towers, dim=1))
         return logits
 
+    def tables(self) -> dict[str, ResizableEmbedding]:
+        """Both tables."""
+        return {"user": self.user, "item": self.item}
 
-class SoftTwoTower(nn.Module):
+    def rows(self) -> list[Tensor]:
+        """The storage of both tables."""
+        return [table.arena.storage for table in self.tables().values()]
+
+    def row_optimizer(self, name: str, lr: float) -> torch.optim.Optimizer:
+        """Adam over the storages, or an Adagrad that steps in the backward pass of the lookup."""
+        if name == "adam":
+            return torch.optim.Adam(self.rows(), lr=lr, fused=True)
+        return optim.Adagrad([self.user, self.item], lr=lr)
+
+    def memory(self, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, TableBytes]:
+        """As allocated; a table of one size counts as a plain one, without locations."""
+        found = {}
+        for name, table in self.tables().items():
+            report = table.memory_report()
+            counts = {str(size): n for size, n in report.rows_per_size.items()}
+            parts = ("slack", "locations", "chain") if len(table.sizes) > 1 else ()
+            more = {part: getattr(report, part) for part in parts}
+            found[name] = TableBytes(counts, report.payload, optimizer=report.optimizer, **more)
+        return found
+
+
+class SoftTwoTower(Recommender):
     """The same recommender over soft sizes: see ``soft``.
 
     Args:
@@ -96,10 +122,32 @@ class SoftTwoTower(nn.Module):
         self.item = item
         self.inference = inference_layer(user.embedding_dim, hidden, n_outputs, plain_head)
 
-    def forward(self, user: tuple[Tensor, ...], item: tuple[Tensor, ...]) -> Tensor:
-        """Logits ``[B, n_outputs]`` of ``(ids, frequency, last)`` of both sides."""
+    def forward(self, user: Events, item: Events) -> Tensor:
+        """Logits ``[B, n_outputs]`` of the events of both sides."""
         logits: Tensor = self.inference(torch.cat([self.user(*user), self.item(*item)], dim=1))
         return logits
+
+    def predict(self, user: Events, item: Events) -> Tensor:
+        """Logits ``[B, n_outputs]``, by the forward pass."""
+        logits: Tensor = self(user, item)
+        return logits
+
+    def rows(self) -> list[Tensor]:
+        """The rows of both tables."""
+        return [self.user.rows.weight, self.item.rows.weight]
+
+    def soft_parameters(self) -> list[nn.Parameter]:
+        """Those of both tables."""
+        return [*self.user.soft_parameters(), *self.item.soft_parameters()]
+
+    def row_optimizer(self, name: str, lr: float) -> torch.optim.Optimizer:
+        """Torch's Adam or Adagrad over both tables."""
+        kind = torch.optim.Adam if name == "adam" else torch.optim.Adagrad
+        return kind(self.rows(), lr=lr)
+
+    def memory(self, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, TableBytes]:
+        """See :meth:`SoftEmbedding.memory`."""
+        return {"user": self.user.memory(optimizers), "item": self.item.memory(optimizers)}
 
 
 def inference_layer(dim: int, hidden: int, n_outputs: int, plain: bool) -> nn.Sequential:

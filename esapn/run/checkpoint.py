@@ -29,6 +29,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..errors import UserError
+
 __all__ = ["Checkpoint", "CheckpointError", "load", "rng_state", "save", "set_rng_state"]
 
 _MAGIC = b"ESAPN checkpoint 1 "
@@ -41,7 +43,7 @@ _PLAIN = (
 )
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint that could not be written, or none that could be read; one line."""
 
 
@@ -153,7 +155,7 @@ def load(folder: Path) -> Checkpoint | None:
 
 
 def rng_state() -> dict[str, Any]:
-    """States of the generators that nobody names, as :func:`save` takes them.
+    """States of the process-wide generators, as :func:`save` takes them.
 
     Returns:
         ``torch``: of the default CPU generator; ``cuda``: of every device's, if CUDA was used;
@@ -198,7 +200,7 @@ class _Damage(Exception):
     """Why a file is no good checkpoint."""
 
 
-class _Hashing:
+class Hashing:
     """A file that ``torch.save`` writes to: counts and hashes, and keeps what went wrong.
 
     An exception would go through torch's C++ and come out as another, without its cause: it is
@@ -223,30 +225,31 @@ class _Hashing:
         return size
 
     def flush(self) -> None:
-        """torch asks for it; the file is flushed once, at the end."""
+        """Called by torch; the file is flushed once, at the end."""
 
     def check(self) -> None:
         if self.error is not None:
             raise self.error
 
 
-def _header(digest: str, length: int) -> bytes:
+def header(digest: str, length: int) -> bytes:
+    """The first line of a file."""
     return _MAGIC + f"sha256 {digest} bytes {length:020d}\n".encode()
 
 
-_HEADER_BYTES = len(_header("0" * 64, 0))
+HEADER_BYTES = len(header("0" * 64, 0))
 
 
 def _write(path: Path, payload: dict[str, Any]) -> None:
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(bytes(_HEADER_BYTES))
-            hashing = _Hashing(file)
+            file.write(bytes(HEADER_BYTES))
+            hashing = Hashing(file)
             torch.save(payload, hashing)  # type: ignore[arg-type]  # needs no more than write
             hashing.check()
             file.seek(0)
-            file.write(_header(hashing.digest.hexdigest(), hashing.length))
+            file.write(header(hashing.digest.hexdigest(), hashing.length))
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -277,7 +280,7 @@ def _read(path: Path, step: int) -> dict[str, Any]:
     try:
         with open(path, "rb") as file:
             _verify(file)
-            file.seek(_HEADER_BYTES)
+            file.seek(HEADER_BYTES)
             payload = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise _Damage(f"cannot be read, {_why(error)}") from error
@@ -299,21 +302,21 @@ def _read(path: Path, step: int) -> dict[str, Any]:
 
 def _verify(file: BinaryIO) -> None:
     """Raise :class:`_Damage` unless every byte is as it was written."""
-    header = file.read(_HEADER_BYTES)
-    if not header:
+    found = file.read(HEADER_BYTES)
+    if not found:
         raise _Damage("is empty")
-    if not _MAGIC.startswith(header[: len(_MAGIC)]):
+    if not _MAGIC.startswith(found[: len(_MAGIC)]):
         raise _Damage("is no checkpoint, or one of another version")
     digest, length = hashlib.sha256(), 0
     while chunk := file.read(_CHUNK):
         digest.update(chunk)
         length += len(chunk)
-    if header == _header(digest.hexdigest(), length):
+    if found == header(digest.hexdigest(), length):
         return
-    stated = header.split()[-1]
-    if len(header) < _HEADER_BYTES or (stated.isdigit() and length < int(stated)):
-        whole = int(stated) + _HEADER_BYTES if len(header) == _HEADER_BYTES else "unknown"
-        raise _Damage(f"cut short, {length + len(header)} of {whole} bytes")
+    stated = found.split()[-1]
+    if len(found) < HEADER_BYTES or (stated.isdigit() and length < int(stated)):
+        whole = int(stated) + HEADER_BYTES if len(found) == HEADER_BYTES else "unknown"
+        raise _Damage(f"cut short, {length + len(found)} of {whole} bytes")
     raise _Damage("damaged, its bytes are not those of its SHA-256")
 
 

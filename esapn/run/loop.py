@@ -1,7 +1,7 @@
 """One run: a method walks a stream once, predicting every batch before it learns it.
 
 All methods share the stream, the inference layer, the optimizers and the initialisation; what
-differs is what carries the rows and who decides on their sizes:
+differs is what carries the rows and what decides on their sizes:
 
     esapn, always, never, random, thresholds, power      ResizableEmbedding + SizeSearch
     fixed                                                ResizableEmbedding of one size
@@ -15,25 +15,24 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
-from esapn_kernels import ResizableEmbedding, optim
+from torch import Tensor
 
 from ..config import ConfigError, SearchConfig
-from ..data.load import NUM_CLASSES, Batch, Ratings, Stream, build_stream
+from ..data.ratings import SIDES, Ratings
+from ..data.stream import NUM_CLASSES, Batch, Stream, build_stream
 from ..models.biases import Biases
+from ..models.recommender import Events, Recommender
 from ..models.soft import SoftEmbedding
 from ..models.two_tower import SoftTwoTower, TwoTower, event_losses
-from ..search import Counters, SizeSearch
+from ..search import SizeSearch
+from ..table_state import Counters
+from .memory import ServingBytes, bytes_of, describe, sizes_by_frequency
 from .metrics import Prequential
 
 __all__ = ["Run", "RunResult", "build_model", "device_of", "stream_of"]
-
-SIDES = ("user", "item")
 
 
 def device_of(name: str) -> str:
@@ -63,7 +62,7 @@ def stream_of(config: SearchConfig, ratings: Ratings) -> Stream:
     )
 
 
-def build_model(config: SearchConfig, stream: Stream) -> TwoTower | SoftTwoTower | Biases:
+def build_model(config: SearchConfig, stream: Stream) -> Recommender:
     """The recommender of a run; resizable rows start at the smallest size (FIXED: its only one)."""
     n_outputs = 1 if config.task == "binary" else NUM_CLASSES
     rows = stream.n_users, stream.n_items
@@ -99,6 +98,22 @@ def build_model(config: SearchConfig, stream: Stream) -> TwoTower | SoftTwoTower
     )
 
 
+def _optimizers(config: SearchConfig, model: Recommender) -> list[torch.optim.Optimizer]:
+    """One of the soft sizes, one of the rows if their settings differ, and one of all the rest."""
+    built: list[torch.optim.Optimizer] = []
+    rows, soft = model.rows(), model.soft_parameters()
+    apart = {id(p) for p in soft}
+    if soft:
+        built.append(torch.optim.Adam(soft, lr=config.policy_lr, fused=True))
+    if rows and (config.row_optimizer, config.row_lr) != ("adam", config.lr):
+        built.append(model.row_optimizer(config.row_optimizer, config.row_lr))
+        apart |= {id(p) for p in rows}
+    rest = [p for p in model.parameters() if id(p) not in apart and p.requires_grad]
+    if rest:
+        built.append(torch.optim.Adam(rest, lr=config.lr, fused=True))
+    return built
+
+
 class Run:
     """A recommender, its optimizers, the search if there is one, and the measures.
 
@@ -107,7 +122,7 @@ class Run:
         stream: events with their counters, on the device where everything runs.
 
     Example:
-        >>> from esapn.data.load import build_stream, load_ratings
+        >>> from esapn.data.load import load_ratings
         >>> stream = build_stream(load_ratings("synthetic", events=2000), batch_size=100)
         >>> run = Run(SearchConfig(batch_size=100), stream)
         >>> run.step().shape, run.index
@@ -121,45 +136,16 @@ class Run:
         device = stream.user.device
         torch.manual_seed(config.seed)
         self.model = build_model(config, stream).to(device)
-        self.optimizers = self._optimizers()
+        self.optimizers = _optimizers(config, self.model)
         self.search: SizeSearch | None = None
-        if isinstance(self.model, TwoTower) and config.method != "fixed":
-            tables = {name: getattr(self.model, name) for name in SIDES}
+        tables = self.model.tables()
+        if tables and config.method != "fixed":
             self.search = SizeSearch(tables, config)
         self.measures = Prequential(stream.n_train, len(stream.user), device)
         self.log: list[dict[str, Any]] = []
         self.seconds = {"cpu": 0.0, "wall": 0.0}
-        # Of the serving bytes over the events.
-        self.peak_bytes = 0
-        self.byte_events = 0.0
+        self.serving = ServingBytes()
         self.best = {"loss": math.inf, "line": -1}
-
-    def _optimizers(self) -> list[torch.optim.Optimizer]:
-        """Rows, soft weights, and the rest: as the configuration says."""
-        config, model = self.config, self.model
-        if isinstance(model, Biases):
-            return []
-        rows, soft = [], []
-        built: list[torch.optim.Optimizer] = []
-        if isinstance(model, SoftTwoTower):
-            for table in (model.user, model.item):
-                rows.append(table.rows.weight)
-                soft += table.soft_parameters()
-            built.append(torch.optim.Adam(soft, lr=config.policy_lr, fused=True))
-        else:
-            rows = [model.user.arena.storage, model.item.arena.storage]
-        apart = {id(p) for p in [*rows, *soft]}
-        if config.row_optimizer == "adam" and config.row_lr == config.lr:
-            apart -= {id(p) for p in rows}
-        elif isinstance(model, SoftTwoTower):
-            kind = torch.optim.Adam if config.row_optimizer == "adam" else torch.optim.Adagrad
-            built.append(kind(rows, lr=config.row_lr))
-        elif config.row_optimizer == "adam":
-            built.append(torch.optim.Adam(rows, lr=config.row_lr, fused=True))
-        else:
-            built.append(optim.Adagrad([model.user, model.item], lr=config.row_lr))
-        rest = [p for p in model.parameters() if id(p) not in apart and p.requires_grad]
-        return [*built, torch.optim.Adam(rest, lr=config.lr, fused=True)]
 
     @property
     def done(self) -> bool:
@@ -172,19 +158,15 @@ class Run:
         """The next batch: grow, predict and record, learn; its losses ``[B]`` before learning."""
         batch = self.stream.batch(self.index)
         self.index += 1
+        counters = {name: _counters(batch, name) for name in SIDES}
         if self.search is not None:
-            counters = {name: _counters(batch, name) for name in SIDES}
             self.search.grow({"user": batch.user, "item": batch.item}, counters)
-        logits = self._predict(batch)
+        user, item = (Events(getattr(batch, name), *counters[name][:2]) for name in SIDES)
+        logits = self.model.predict(user, item)
         loss = event_losses(logits, batch.target)
         frequency = torch.stack([batch.user_freq, batch.item_freq])
         self.measures.record(logits.detach(), batch.target, loss.detach(), frequency)
-        if isinstance(self.model, Biases):
-            self.model.learn(batch.user, batch.item, batch.target)
-            return loss
-        if self.search is not None and self.config.reward == "lookahead":
-            self.search.look_ahead(loss, partial(self._losses, batch))
-        loss.sum().backward()
+        self.model.learn(batch.user, batch.item, batch.target, loss)
         if self.search is not None:
             self.search.learn(loss)
         for optimizer in self.optimizers:
@@ -192,17 +174,6 @@ class Run:
             # Now rather than before backward: a row that grows in between has no gradient to reset.
             optimizer.zero_grad()
         return loss.detach()
-
-    def _losses(self, batch: Batch) -> Tensor:
-        return event_losses(self._predict(batch), batch.target)
-
-    def _predict(self, batch: Batch) -> Tensor:
-        if isinstance(self.model, SoftTwoTower):
-            user = batch.user, batch.user_freq, batch.user_last
-            item = batch.item, batch.item_freq, batch.item_last
-            return self.model(user, item)
-        logits: Tensor = self.model(batch.user, batch.item)
-        return logits
 
     def walk(
         self,
@@ -235,117 +206,52 @@ class Run:
     def _log(self) -> None:
         loss, accuracy = self.measures.window()
         before = self.log[-1]["events"] if self.log else 0
+        memory = self.memory()
         line: dict[str, Any] = {
             "events": self.measures.seen,
             "loss": loss,
             "accuracy": accuracy,
+            "serving_bytes": sum(side["serving"] for side in memory.values()),
         }
-        memory = self.memory()
-        line["serving_bytes"] = sum(side["serving"] for side in memory.values())
         for name, side in memory.items():
             counts = side["rows_per_size"]
             total = sum(int(size) * n for size, n in counts.items())
             line[f"mean_{name}_size"] = total / max(sum(counts.values()), 1)
             line[f"{name}_rows"] = list(counts.values())
-        self.peak_bytes = max(self.peak_bytes, line["serving_bytes"])
-        self.byte_events += line["serving_bytes"] * (line["events"] - before)
+        self.serving.add(line["serving_bytes"], line["events"] - before)
         self.log.append(line)
         if loss < self.best["loss"]:
             self.best = {"loss": loss, "line": len(self.log) - 1}
 
     def memory(self) -> dict[str, dict[str, Any]]:
         """Bytes of both sides, really allocated; of one size, those of a plain table."""
-        config, found = self.config, {}
-        for name, rows in zip(SIDES, (self.stream.n_users, self.stream.n_items), strict=True):
-            fixed = rows * config.sizes[-1] * 4
-            if isinstance(self.model, Biases):
-                numbers = getattr(self.model, name)
-                found[name] = _plain_memory({}, numbers.nbytes, 0, fixed)
-            elif isinstance(self.model, SoftTwoTower):
-                found[name] = self._soft_memory(getattr(self.model, name), fixed)
-            else:
-                table: ResizableEmbedding = getattr(self.model, name)
-                report = table.memory_report()
-                counts = {str(size): n for size, n in report.rows_per_size.items()}
-                if len(table.sizes) == 1:
-                    found[name] = _plain_memory(counts, report.payload, report.optimizer, fixed)
-                    continue
-                found[name] = {
-                    "rows_per_size": counts,
-                    "payload": report.payload,
-                    "slack": report.slack,
-                    "locations": report.locations,
-                    "chain": report.chain,
-                    "optimizer": report.optimizer,
-                    "serving": report.serving,
-                    "fixed": fixed,
-                }
-        return found
-
-    def _soft_memory(self, table: SoftEmbedding, fixed: int) -> dict[str, Any]:
-        weights = table.logits if table.method == "darts" else table.previous
-        payload = table.rows.weight.nbytes + weights.nbytes
-        lifts = sum(p.nbytes for p in table.lifts.parameters())
-        states = [o.state.get(table.rows.weight, {}) for o in self.optimizers]
-        held = [v for state in states for v in state.values() if isinstance(v, Tensor)]
-        optimizer = sum(v.nbytes for v in held if v.dim())
-        counts = {str(sum(table.sizes)): table.num_embeddings}
-        return _plain_memory(counts, payload, optimizer, fixed, lifts)
+        ids = {"user": self.stream.n_users, "item": self.stream.n_items}
+        return describe(self.model.memory(self.optimizers), ids, self.config.sizes[-1])
 
     def result(self) -> RunResult:
         """Measures so far; resizable tables are compacted, as they would be served."""
-        if isinstance(self.model, TwoTower):
+        tables = self.model.tables()
+        for table in tables.values():
             # Rows without the holes that growth leaves.
-            self.model.user.compact()
-            self.model.item.compact()
+            table.compact()
         seen, cut = self.measures.seen, self.stream.n_train
         memory = self.memory()
-        serving = sum(side["serving"] for side in memory.values())
-        training = sum(side["optimizer"] + side["serving"] for side in memory.values())
-        if self.search is not None:
-            training += _nbytes(self.search)
         return RunResult(
             train=self.measures.summary("train"),
             test=self.measures.summary("test", self.stream.labels(cut, max(seen, cut))),
             memory=memory,
-            bytes={
-                "serving": serving,
-                "serving_peak": max(self.peak_bytes, serving),
-                "serving_mean": self.byte_events / max(seen, 1),
-                "training": training,
-                "fixed128": sum(side["fixed"] for side in memory.values()),
-            },
+            bytes=bytes_of(memory, self.serving, seen, self.search),
             log=self.log,
             by_frequency=self.measures.by_frequency(),
-            sizes_by_frequency=self._sizes_by_frequency(),
+            sizes_by_frequency={
+                name: sizes_by_frequency(table, getattr(self.stream, name)[:seen])
+                for name, table in tables.items()
+            },
             cpu_seconds=self.seconds["cpu"],
             wall_seconds=self.seconds["wall"],
             stopped_early=self.index < len(self.stream.bounds),
             run=self,
         )
-
-    def _sizes_by_frequency(self) -> dict[str, list[dict[str, Any]]]:
-        """Mean final size of the IDs seen [1, 2), [2, 4), [4, 8), ... times, per side."""
-        if not isinstance(self.model, TwoTower):
-            return {}
-        found: dict[str, list[dict[str, Any]]] = {}
-        for name in SIDES:
-            table: ResizableEmbedding = getattr(self.model, name)
-            ids = getattr(self.stream, name)[: self.measures.seen]
-            count = torch.bincount(ids, minlength=table.num_embeddings).cpu()
-            sizes = table.sizes_of().double().cpu()
-            bucket = torch.log2(count.clamp(min=1).double()).long()
-            found[name] = [
-                {
-                    "from": 2**b,
-                    "to": 2 ** (b + 1),
-                    "ids": int(mine.sum()),
-                    "mean_size": sizes[mine].mean().item(),
-                }
-                for b in range(int(bucket.max()) + 1)
-                if (mine := (bucket == b) & (count > 0)).any()
-            ]
-        return found
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the run's future depends on; tensors, numbers, strings and lists."""
@@ -357,7 +263,7 @@ class Run:
             "measures": self.measures.state_dict(),
             "log": self.log,
             "seconds": self.seconds,
-            "bytes": [self.peak_bytes, self.byte_events],
+            "bytes": [self.serving.peak, self.serving.total],
             "best": self.best,
         }
 
@@ -373,7 +279,7 @@ class Run:
             self.search.load_state_dict(state["search"])
         self.measures.load_state_dict(state["measures"])
         self.index, self.log, self.seconds = state["index"], state["log"], state["seconds"]
-        self.peak_bytes, self.byte_events = state["bytes"]
+        self.serving.peak, self.serving.total = state["bytes"]
         self.best = state["best"]
 
 
@@ -396,22 +302,3 @@ class RunResult:
 
 def _counters(batch: Batch, name: str) -> Counters:
     return Counters(*(getattr(batch, name + part) for part in ("_freq", "_last", "_keep")))
-
-
-def _nbytes(module: nn.Module) -> int:
-    return sum(t.nbytes for t in [*module.parameters(), *module.buffers()])
-
-
-def _plain_memory(
-    counts: dict[str, int], payload: int, optimizer: int, fixed: int, chain: int = 0
-) -> dict[str, Any]:
-    return {
-        "rows_per_size": counts,
-        "payload": payload,
-        "slack": 0,
-        "locations": 0,
-        "chain": chain,
-        "optimizer": optimizer,
-        "serving": payload + chain,
-        "fixed": fixed,
-    }

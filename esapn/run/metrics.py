@@ -1,4 +1,4 @@
-"""Prequential measures, summed on the device and read when the run asks for them.
+"""Prequential measures, summed on the device; the host reads them once a window.
 
 Every batch is predicted and recorded before it is learnt from. Over the events of a part:
 
@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..data.ratings import SIDES
 from ..models.two_tower import predictions
 
 __all__ = ["NUM_BUCKETS", "Prequential"]
@@ -86,7 +87,7 @@ class Prequential(nn.Module):
         self.recent += total
         if start >= self.n_train:
             bucket = torch.log2(frequency.double()).long().clamp(max=NUM_BUCKETS - 1)
-            for side in range(2):
+            for side in range(len(SIDES)):
                 self.buckets[side].index_add_(0, bucket[side], each)
 
     def window(self) -> tuple[float, float]:
@@ -115,7 +116,7 @@ class Prequential(nn.Module):
     def by_frequency(self) -> dict[str, list[dict[str, Any]]]:
         """Loss and accuracy of the test events of every bucket of running frequency, per side."""
         found: dict[str, list[dict[str, Any]]] = {}
-        for name, side in zip(("user", "item"), self.buckets.tolist(), strict=True):
+        for name, side in zip(SIDES, self.buckets.tolist(), strict=True):
             found[name] = [
                 {
                     "from": 2**k,

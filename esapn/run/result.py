@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import json
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,18 +17,21 @@ except ImportError:  # not on Windows
 from esapn_kernels import info
 
 from ..config import SearchConfig
-from ..data.load import Ratings, Stream
+from ..data.ratings import SIDES, Ratings
+from ..data.stream import Stream
+from ..jsonfile import write_json
 from .loop import RunResult
 
 __all__ = [
     "describe_data",
     "forget_peak",
     "memory_table",
+    "peak_rss",
+    "plot",
     "record",
     "result_lines",
     "save",
     "write_csv",
-    "write_json",
 ]
 
 
@@ -113,7 +114,7 @@ def record(
         "cpu_seconds": result.cpu_seconds,
         "wall_seconds": result.wall_seconds,
         "events_per_second": events / max(result.wall_seconds, 1e-9),
-        "peak_rss": _peak_rss(),
+        "peak_rss": peak_rss(),
         "stopped_early": result.stopped_early,
         "log": result.log,
         "info": info.collect(),
@@ -121,12 +122,13 @@ def record(
 
 
 def forget_peak() -> None:
-    """Let ``peak_rss`` begin anew, where Linux allows it: a process may make many runs."""
+    """Let :func:`peak_rss` begin anew, where Linux allows it: a process may make many runs."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def _peak_rss() -> int | None:
+def peak_rss() -> int | None:
+    """The most memory that this process held, in bytes, since :func:`forget_peak`."""
     with contextlib.suppress(OSError, StopIteration):
         # Of this process alone; getrusage's is at least that of the process which started it.
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -138,18 +140,8 @@ def _peak_rss() -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write all of ``value`` or nothing: a reader never sees half a file."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_text(json.dumps(value, indent=1) + "\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_csv(folder: Path) -> Path:
-    """``results.csv`` of a comparison: a line a finished run, for whoever computes on from here.
+    """``results.csv`` of a comparison: a line a finished run.
 
     Raises:
         ReportError: ``folder`` holds no readable comparison.
@@ -180,10 +172,11 @@ def save(
 ) -> None:
     """Write ``result.json`` (see :func:`record`) and ``run.png``."""
     write_json(out / "result.json", record(config, ratings, stream, result))
-    _plot(out / "run.png", config, stream, result)
+    plot(out / "run.png", config, stream, result)
 
 
-def _plot(path: Path, config: SearchConfig, stream: Stream, result: RunResult) -> None:
+def plot(path: Path, config: SearchConfig, stream: Stream, result: RunResult) -> None:
+    """A page of four: quality and mean sizes over the events, sizes at the end, by frequency."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
@@ -205,14 +198,14 @@ def _plot(path: Path, config: SearchConfig, stream: Stream, result: RunResult) -
         " test part", (stream.n_train, 1.0), xycoords=("data", "axes fraction"), va="top"
     )
 
-    for color, name in enumerate(("user", "item")):
+    for color, name in enumerate(SIDES):
         mean = [line[f"mean_{name}_size"] for line in result.log]
         size.plot(events, mean, color=f"C{color}", label=f"mean {name} size")
     size.set(xlabel="events", ylabel="numbers per row", title="Mean size", ylim=(0, None))
     size.legend()
 
     sizes = list(result.memory["user"]["rows_per_size"])
-    for k, name in enumerate(("user", "item")):
+    for k, name in enumerate(SIDES):
         counts = list(result.memory[name]["rows_per_size"].values())
         place = [i + 0.4 * k - 0.2 for i in range(len(sizes))]
         histogram.bar(place, counts, width=0.4, color=f"C{k}", label=name)

@@ -9,7 +9,8 @@ import search
 import torch
 
 from esapn.config import SearchConfig
-from esapn.data.load import build_stream, load_ratings
+from esapn.data.load import load_ratings
+from esapn.data.stream import build_stream
 from tests.bench.small import run
 
 

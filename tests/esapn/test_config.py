@@ -31,7 +31,6 @@ PUBLISHED = {
     "row_lr": 1e-3,
     "hops": "linear",
     "state": "paper",
-    "reward": "paper",
     "advantage": "raw",
     "acting": "sample",
     "entropy": 0.0,
@@ -53,7 +52,7 @@ REFUSED = [
     ),
     *(
         (name, value)
-        for name in ("init_std", "entropy", "byte_price", "dwell")
+        for name in ("init_std", "entropy", "dwell")
         for value in (-0.1, math.nan, math.inf)
     ),
     *(("promote_probability", value) for value in (-0.1, 1.1, math.nan)),

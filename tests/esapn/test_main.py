@@ -1,244 +1,83 @@
-"""The command line: what a run prints and writes, and every mistake a user can make."""
+"""``main``: errors as one line and a status, and the commands as a user starts them."""
 
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
-from dataclasses import fields
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 
-from esapn.__main__ import main
-from esapn.config import CHOICES, MODES, SearchConfig
-from esapn.data.load import build_stream, load_ratings
-from esapn.run import checkpoint
-from esapn.run.loop import Run
-from tests.helpers import install_command
+from esapn.config import SearchConfig
+from esapn.data.load import load_ratings
+from esapn.run.loop import Run, stream_of
+from tests.esapn.commands import CSV, ROOT, ROWS, SMALL, refused, run, search
 
-ROOT = Path(__file__).resolve().parents[2]
-SMALL = ["--events", "600", "--batch-size", "50", "--hidden", "8"]
-SMALL += ["--policy-hidden", "8", "--max-frequency", "16"]
-CSV = "user,item,rating,timestamp\n"
-ROWS = "".join(f"{t % 7},{t % 5},{t % 10 / 2 + 0.5},{t}\n" for t in range(300))
+pytestmark = pytest.mark.usefixtures("no_figure", "threads")
 
-
-@pytest.fixture(autouse=True)
-def threads():
-    """A run sets the number of threads of the whole process."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-def search(*arguments: object) -> int:
-    """Runs ``main`` in this process; argparse leaves by SystemExit."""
-    try:
-        return main(["search", *map(str, arguments)])
-    except SystemExit as leave:
-        return int(leave.code or 0)
-
-
-def result(out: Path) -> dict:
-    return json.loads((out / "result.json").read_text())
-
-
-# Runs
+# Errors
 
 
 @pytest.mark.parametrize(
-    ("task", "method", "order"),
+    "error",
     [
-        ("binary", "esapn", "shuffle"),
-        ("binary", "fixed", "time"),
-        ("multiclass", "esapn", "time"),
-        ("multiclass", "fixed", "shuffle"),
-        *(("binary", m, "shuffle") for m in CHOICES["method"] if m not in ("esapn", "fixed")),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+        MemoryError(),
     ],
+    ids=["cuda", "cpu", "python"],
 )
-def test_runs(task, method, order, tmp_path, capsys):
-    out = tmp_path / "deep" / "out"
-    arguments = [*SMALL, "--task", task, "--method", method, "--order", order, "--fixed-size", 6]
-    assert search(*arguments, "--sizes", 1, 3, 5, "--seed", 2, "--device", "cpu", "--out", out) == 0
-    assert sorted(path.name for path in out.iterdir()) == ["result.json", "run.png"]
-    saved = json.loads((out / "result.json").read_text())
-    given = {"task": task, "method": method, "order": order, "seed": 2, "sizes": [1, 3, 5]}
-    assert given.items() <= saved["config"].items()
-    sizes = {"fixed": ["6"], "darts": ["9"], "autoemb": ["9"], "biases": []}
-    for side in saved["memory"].values():
-        assert list(side["rows_per_size"]) == sizes.get(method, ["1", "3", "5"])
-    assert saved["test"]["events"] + saved["train"]["events"] == 600
-    printed = capsys.readouterr().out
-    assert f"{method} (paper), {task}, {order} order, seed 2" in printed
-    assert "600 events, 50 users, 50 items; test part from event 450 on; cpu" in printed
-    assert f"accuracy {saved['test']['accuracy']:.4f}" in printed
-    assert f"wrote {out / 'result.json'} and {out / 'run.png'}" in printed
-    assert f"rows: {saved['data']['counts']['duplicates']} duplicates\n" in printed
+def test_no_memory(error, tmp_path, capsys, monkeypatch):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("esapn.run.command.stream_of", fail)
+    assert refused(capsys, *SMALL, "--out", tmp_path).endswith("error: out of memory\n")
 
 
-def test_a_file_of_ratings(tmp_path):
-    data, out = tmp_path / "ratings.csv", tmp_path / "out"
-    data.write_text(CSV + ROWS)
-    assert search(*SMALL, "--data", data, "--sizes", 2, "--order", "time", "--out", out) == 0
-    saved = json.loads((out / "result.json").read_text())
-    assert saved["data"]["name"] == "ratings.csv"
-    assert [saved["data"][key] for key in ("events", "users", "items")] == [300, 7, 5]
+def test_an_error_of_the_program_is_not_hidden(tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr("esapn.run.command.stream_of", fail)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        search(*SMALL, "--out", tmp_path)
 
 
-def test_equal_runs_give_equal_results_and_replace_earlier_ones(tmp_path):
-    saved = []
-    (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "result.json").write_text("earlier" * 10_000)
-    for name in ("a", "b"):
-        assert search(*SMALL, "--seed", 4, "--out", tmp_path / name) == 0
-        saved.append(json.loads((tmp_path / name / "result.json").read_text()))
-    for key in ("test", "train", "memory", "log", "config", "data"):
-        assert saved[0][key] == saved[1][key]
+@pytest.mark.parametrize("place", ["esapn.cli.load_ratings", "esapn.run.loop.Run.step"])
+def test_an_interrupt_is_one_line(place, tmp_path, capsys, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(place, interrupt)
+    assert search(*SMALL, "--out", tmp_path) == 130
+    # The progress bar, where there is one, draws over its own line.
+    *bar, line = capsys.readouterr().err.splitlines()
+    assert line == "interrupted; --resume goes on"
+    assert all(not text or "batch" in text for text in bar)
+    assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("resumed", [False, True])
-def test_a_mode_changes_defaults_and_a_flag_wins(resumed, tmp_path):
-    flags = ["--row-lr", "0.02", "--mode", "tuned", "--hops", "linear"]
-    more = ["--resume"] if resumed else []
-    assert search(*SMALL, *flags, *more, "--out", tmp_path) == 0
-    config = result(tmp_path)["config"]
-    expected = {"mode": "tuned", **MODES["tuned"], "row_lr": 0.02, "hops": "linear"}
-    assert expected.items() <= config.items()
-    paper = SearchConfig().to_json()
-    given = {"events", "batch_size", "hidden", "policy_hidden", "max_frequency"}
-    assert {k for k in config if config[k] != paper[k]} - given == expected.keys() - {"hops"}
+def test_as_a_process(tmp_path):
+    """One run and one mistake the way a user starts them: nothing but one line, no traceback."""
+
+    def start(*arguments: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "esapn", "search", *map(str, arguments)]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+    done = start(*SMALL, "--sizes", 1, 3, 5, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr and (tmp_path / "out" / "run.png").is_file()
+    failed = start("--sizes", 3, 1, "--out", tmp_path / "not")
+    assert failed.returncode == 2 and failed.stdout == ""
+    assert failed.stderr == (
+        "python -m esapn search: error: "
+        "--sizes must be positive and strictly increasing, got [3, 1]\n"
+    )
 
 
-@pytest.mark.parametrize(
-    ("user", "item"),
-    [
-        (lambda t: f"user-{t % 7}", lambda t: f"item {t % 5}"),
-        (lambda t: 2**31 + t % 7, lambda t: 2**62 - t % 5),
-    ],
-    ids=["strings", "large"],
-)
-def test_ids_of_any_kind(user, item, tmp_path):
-    data, out = tmp_path / "ratings.csv", tmp_path / "out"
-    rows = [f"{user(t)},{item(t)},{t % 10 / 2 + 0.5},{t}\n" for t in range(300)]
-    data.write_text(CSV + "".join(rows))
-    assert search(*SMALL, "--data", data, "--out", out) == 0
-    plain = tmp_path / "plain.csv"
-    plain.write_text(CSV + ROWS)
-    assert search(*SMALL, "--data", plain, "--out", tmp_path / "plain") == 0
-    mine, other = result(out), result(tmp_path / "plain")
-    assert [mine["data"][key] for key in ("events", "users", "items")] == [300, 7, 5]
-    assert mine["data"]["counts"] == other["data"]["counts"]
-    if isinstance(user(0), str):  # of the same order, so the codes are the same
-        assert mine["test"] == other["test"]
-
-
-def test_malformed_rows_are_skipped_and_counted(tmp_path, capsys):
-    data, out = tmp_path / "ratings.csv", tmp_path / "out"
-    data.write_text(CSV + "1,2,9,3\n" + ROWS + "1,,4,3\n" + "1,2,NaN,3\n")
-    assert search(*SMALL, "--data", data, "--malformed", "skip", "--out", out) == 0
-    captured = capsys.readouterr()
-    (counted,) = [x for x in captured.out.splitlines() if x.startswith("rows: ")]
-    assert "265 duplicates" in counted and "3 skipped" in counted
-    assert "1 item is missing" in counted
-    assert "ratings.csv: skipped 3 of 303 rows" in captured.err
-    counts = result(out)["data"]["counts"]
-    assert (counts["rows"], counts["skipped"], counts["duplicates"]) == (300, 3, 265)
-
-
-def test_patience_stops_early_and_says_so(tmp_path, capsys):
-    late = ["--lr", "0.5", "--log-every", "1", "--patience", "3"]
-    assert search(*SMALL, *late, "--out", tmp_path) == 0
-    saved = result(tmp_path)
-    assert saved["stopped_early"] is True
-    loss = [line["loss"] for line in saved["log"]]
-    assert len(loss) < 12 and loss.index(min(loss)) == len(loss) - 1 - 3
-    printed = capsys.readouterr().out
-    assert f"stopped early, after {saved['log'][-1]['events']:,} events; test part" in printed
-
-
-def test_the_best_model_is_kept(tmp_path):
-    best = tmp_path / "best"
-    # Of an earlier, longer run.
-    checkpoint.save(best, 999, {"stale": True})
-    assert search(*SMALL, "--log-every", 2, "--keep-best", "--out", tmp_path) == 0
-    saved = result(tmp_path)
-    found = checkpoint.load(best)
-    assert [path.name for path in best.iterdir()] == [found.path.name]
-    loss = [line["loss"] for line in saved["log"]]
-    assert found.step == 2 * (loss.index(min(loss)) + 1)
-    config = SearchConfig(**{**saved["config"], "sizes": tuple(saved["config"]["sizes"])})
-    run = Run(config, build_stream(load_ratings("synthetic", events=600), batch_size=50))
-    run.load_state_dict(found.state)
-    assert (run.index, run.log[-1]["loss"]) == (found.step, min(loss))
-    assert run.log == saved["log"][: len(run.log)]
-
-
-def test_without_keep_best_there_is_none(tmp_path):
-    assert search(*SMALL, "--out", tmp_path) == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["result.json", "run.png"]
-
-
-def test_tensorboard_gets_the_log(tmp_path, monkeypatch):
-    written = {}
-
-    class SummaryWriter:
-        def __init__(self, folder):
-            written["folder"] = folder
-
-        def add_scalar(self, name, value, step):
-            written.setdefault(name, []).append((step, value))
-
-        def close(self):
-            written["closed"] = True
-
-    module = ModuleType("torch.utils.tensorboard")
-    module.SummaryWriter = SummaryWriter
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr("esapn.__main__.find_spec", lambda name: name)
-    assert search(*SMALL, "--log-every", 4, "--tensorboard", "--out", tmp_path) == 0
-    assert written.pop("folder") == str(tmp_path / "tensorboard") and written.pop("closed")
-    log = result(tmp_path)["log"]
-    for name in ("loss", "accuracy", "serving_bytes", "mean_user_size", "mean_item_size"):
-        assert written.pop(name) == [(line["events"], line[name]) for line in log]
-    assert written == {}
-
-
-def help_of(*command: str, capsys: pytest.CaptureFixture[str]) -> str:
-    with pytest.raises(SystemExit) as leave:
-        main([*command, "--help"])
-    assert leave.value.code == 0
-    text = " ".join(capsys.readouterr().out.split())
-    assert "(default: None)" not in text and "(default: False)" not in text
-    return text
-
-
-def test_help_names_every_setting(capsys):
-    text = help_of("search", capsys=capsys)
-    for setting in fields(SearchConfig):
-        assert f"--{setting.name.replace('_', '-')} " in text
-        assert setting.metadata["help"] in text
-    more = ("archive", "url", "cache", "malformed", "checkpoint-seconds")
-    for flag in (*more, "out", "threads", "resume", "keep-best", "tensorboard"):
-        assert f"--{flag}" in text
-    assert "(default: 500)" in text and "(default: 60.0)" in text
-
-
-def test_help_of_the_other_commands(capsys):
-    text = help_of(capsys=capsys)
-    for word in ("search", "compare", "report", "ml-1m", "--data takes synthetic"):
-        assert word in text
-    text = help_of("compare", capsys=capsys)
-    for flag in ("data", "order", "tasks", "modes", "methods", "seeds", "workers", "out"):
-        assert f"--{flag} " in text
-    assert "--lr" not in text and "--seed " not in text
-    assert "--out of a comparison" in help_of("report", capsys=capsys)
-
-
-# Comparisons (the rest is in test_compare.py and test_resume.py)
+# Comparisons (the rest is in tests/esapn/compare and tests/esapn/run/test_resume.py)
 
 
 def test_a_comparison_of_a_file_in_time_order(tmp_path, capsys):
@@ -247,7 +86,7 @@ def test_a_comparison_of_a_file_in_time_order(tmp_path, capsys):
     arguments = ["--data", data, "--order", "time", "--batch-size", 50, "--sizes", 2, 4]
     arguments += ["--malformed", "skip", "--tasks", "binary", "--seeds", 2, "--workers", 1]
     arguments += ["--methods", "esapn,hidden=8", "biases", "--out", out]
-    assert main(["compare", *map(str, arguments)]) == 0
+    assert run("compare", *arguments) == 0
     header = json.loads((out / "compare.json").read_text())
     assert header["order"] == "time" and header["seeds"] == [0, 1]
     assert header["data"]["counts"]["skipped"] == 1
@@ -265,243 +104,19 @@ def test_a_comparison_of_a_file_in_time_order(tmp_path, capsys):
     assert "esapn,hidden=8" in page and "ratings.csv" in page and "4 of 4" in page
 
 
-def test_a_comparison_on_another_shuffle(tmp_path):
-    losses = []
-    for seed in (0, 3):
-        out = tmp_path / str(seed)
-        arguments = ["--events", 400, "--batch-size", 50, "--tasks", "binary", "--seeds", 1]
-        arguments += ["--data", write_rows(tmp_path), "--methods", "biases", "--workers", 1]
-        assert (
-            main(["compare", *map(str, arguments), "--order-seed", str(seed), "--out", str(out)])
-            == 0
-        )
-        (path,) = (out / "runs").iterdir()
-        record = json.loads(path.read_text())
-        assert record["config"]["order_seed"] == seed and record["config"]["seed"] == 0
-        losses.append(record["test"]["loss"])
+def test_a_comparison_on_another_shuffle(tmp_path, monkeypatch):
+    monkeypatch.setattr("esapn.compare.figures.FIGURES", {})
+    data = tmp_path / "ratings.csv"
+    data.write_text(CSV + ROWS)
+    arguments = ["--data", data, "--batch-size", 50, "--tasks", "binary", "--seeds", 1]
+    arguments += ["--methods", "biases", "--workers", 1, "--order-seed", 3]
+    assert run("compare", *arguments, "--out", tmp_path / "out") == 0
+    (path,) = (tmp_path / "out" / "runs").iterdir()
+    record = json.loads(path.read_text())
+    assert record["config"]["order_seed"] == 3 and record["config"]["seed"] == 0
     # The biases draw nothing: only the order differs.
-    assert losses[0] != losses[1]
-
-
-def write_rows(folder: Path) -> Path:
-    path = folder / "ratings.csv"
-    path.write_text(CSV + ROWS)
-    return path
-
-
-# Mistakes
-
-
-def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """The one line that a mistake gives."""
-    assert search(*arguments) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.endswith("\n") and captured.err.count("\n") == 1
-    assert re.match(r"python -m esapn( search)?: error: \S", captured.err)
-    return captured.err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        (["--sizez", "2"], "--sizez"),
-        (["--task", "ternary"], "--task"),
-        (["--method", "nothing"], "--method"),
-        (["--mode", "fast"], "--mode"),
-        (["--malformed", "keep"], "--malformed"),
-        (["--patience", "-1"], "--patience must be at least 0"),
-        (["--checkpoint-seconds", "-1"], "--checkpoint-seconds must be at least 0"),
-        (["--checkpoint-seconds", "nan"], "--checkpoint-seconds must be at least 0"),
-        (["--archive", "a.zip"], "archive is for one of ml-100k"),
-        (["--url", "https://a"], "url is for one of ml-100k"),
-        (["--data", "ml-1m", "--archive", "absent.zip"], "absent.zip: no such file"),
-        (["--order", "random"], "--order"),
-        (["--device", "tpu"], "--device"),
-        (["--sizes", "4", "2"], "--sizes must be positive and strictly increasing"),
-        (["--sizes", "0", "2"], "--sizes must be positive and strictly increasing"),
-        (["--sizes", "2.5"], "--sizes"),
-        (["--sizes"], "--sizes"),
-        (["--batch-size", "1"], "--batch-size must be at least 2"),
-        (["--batch-size", "many"], "--batch-size"),
-        (["--lr", "nan"], "--lr must be positive"),
-        (["--lr", "inf"], "--lr must be positive"),
-        (["--train-fraction", "1"], "--train-fraction"),
-        (["--seed", "-1"], "--seed"),
-        (["--seed", str(2**80)], "--seed"),
-        (["--threads", "0"], "--threads must be at least 1"),
-        (["--events", "0"], "--events must be at least 1"),
-        (["--events", "60"], "60 events are fewer than two batches of 50"),
-        (["--data", "nowhere.csv"], "nowhere.csv: no such file"),
-    ],
-)
-def test_mistakes_in_settings(arguments, expected, tmp_path, capsys):
-    out = tmp_path / "out"
-    assert expected in refused(capsys, *SMALL, *arguments, "--out", out)
-    assert not out.exists()
-
-
-@pytest.mark.parametrize(
-    ("content", "arguments", "expected"),
-    [
-        ("", [], "file is empty"),
-        (CSV, [], "holds no ratings"),
-        ("user,item\n1,2\n", [], "column 'rating' not found"),
-        (
-            CSV + "1,2,NaN,3\n1,2,inf,3\n" + ROWS,
-            [],
-            "row 1: rating 'NaN' is not a finite number (2 rows are bad in this way, of 302)",
-        ),
-        (CSV + "1,,4,3\n" * 300, ["--malformed", "skip"], "every row is malformed; row 1"),
-        (CSV + ROWS + "1,2,9,3\n", [], "row 301: rating '9' is outside 0.5..5"),
-        (CSV + ROWS + "1,,4,3\n", [], "row 301: item is missing"),
-        ("user,item,rating\n" + "1,2,4\n" * 300, ["--order", "time"], "timestamps"),
-    ],
-)
-def test_mistakes_in_data(content, arguments, expected, tmp_path, capsys):
-    data, out = tmp_path / "ratings.csv", tmp_path / "out"
-    data.write_text(content)
-    line = refused(capsys, *SMALL, *arguments, "--data", data, "--out", out)
-    assert expected in line and "ratings.csv" in line
-    assert not out.exists()
-
-
-@pytest.mark.parametrize("below", [(), ("deeper",)])
-def test_a_file_where_the_folder_should_be(below, tmp_path, capsys):
-    place = tmp_path / "taken"
-    place.write_text("mine")
-    assert "--out " in refused(capsys, *SMALL, "--out", place.joinpath(*below))
-    assert place.read_text() == "mine"
-
-
-def test_a_folder_where_the_result_should_be(tmp_path, capsys):
-    (tmp_path / "result.json").mkdir()
-    assert "--out " in refused(capsys, *SMALL, "--out", tmp_path)
-
-
-def test_an_earlier_result_survives_a_mistake(tmp_path, capsys):
-    (tmp_path / "result.json").write_text("earlier")
-    refused(capsys, *SMALL, "--data", "nowhere.csv", "--out", tmp_path)
-    assert (tmp_path / "result.json").read_text() == "earlier"
-
-
-@pytest.mark.parametrize(
-    ("missing", "named", "installed"),
-    [
-        (["tensorboard"], "tensorboard", ["tensorboard"]),
-        (["tqdm"], "tqdm", ["esapn-kernels[train]"]),
-        (["torchmetrics"], "torchmetrics", ["esapn-kernels[train]"]),
-        (["matplotlib", "tqdm"], "tqdm and matplotlib", ["esapn-kernels[train]"]),
-        (
-            ["tqdm", "torchmetrics", "matplotlib", "tensorboard"],
-            "tqdm, torchmetrics, matplotlib and tensorboard",
-            ["esapn-kernels[train]", "tensorboard"],
-        ),
-    ],
-)
-def test_packages_that_are_missing(missing, named, installed, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("esapn.__main__.find_spec", lambda n: None if n in missing else n)
-    line = refused(capsys, *SMALL, "--tensorboard", "--out", tmp_path / "out")
-    assert f"error: this needs {named}; to install: " in line
-    assert install_command(line) == ["pip", "install", *installed]
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        CSV.replace("\n", "\r") + "1,1,4,9\r",
-        CSV.replace("timestamp", "x" * 200_000) + ROWS,
-        CSV.replace("timestamp", '"x') + ROWS,
-        CSV + ROWS + '1,1,"4,9\n',
-    ],
-    ids=["carriage returns", "long field", "open quote", "open quote below"],
-)
-def test_files_that_no_reader_takes(text, tmp_path, capsys):
-    path = tmp_path / "ratings.csv"
-    path.write_text(text, newline="")
-    line = refused(capsys, *SMALL, "--data", path, "--out", tmp_path / "out")
-    assert "ratings.csv: " in line and len(line) < 500
-    assert [found.name for found in tmp_path.iterdir()] == ["ratings.csv"]
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
-        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
-        MemoryError(),
-    ],
-    ids=["cuda", "cpu", "python"],
-)
-def test_no_memory(error, tmp_path, capsys, monkeypatch):
-    def fail(*args, **kwargs):
-        raise error
-
-    monkeypatch.setattr("esapn.__main__.stream_of", fail)
-    assert refused(capsys, *SMALL, "--out", tmp_path).endswith("error: out of memory\n")
-
-
-def test_an_error_of_the_program_is_not_hidden(tmp_path, monkeypatch):
-    def fail(*args, **kwargs):
-        raise RuntimeError("shapes do not match")
-
-    monkeypatch.setattr("esapn.__main__.stream_of", fail)
-    with pytest.raises(RuntimeError, match="shapes do not match"):
-        search(*SMALL, "--out", tmp_path)
-
-
-def test_out_is_required(capsys):
-    assert "--out" in refused(capsys, *SMALL)
-
-
-@pytest.mark.parametrize("arguments", [[], ["train"]])
-def test_a_command_is_required(arguments, capsys):
-    with pytest.raises(SystemExit) as leave:
-        main(arguments)
-    assert leave.value.code == 2
-    captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.count("\n") == 1
-
-
-def test_no_cuda_device(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    out = tmp_path / "out"
-    line = refused(capsys, *SMALL, "--device", "cuda", "--out", out)
-    assert "--device cuda: no CUDA device was found" in line
-    assert not out.exists()
-
-
-# Ctrl-C
-
-
-@pytest.mark.parametrize("place", ["esapn.__main__.load_ratings", "esapn.run.loop.Run.step"])
-def test_an_interrupt_is_one_line(place, tmp_path, capsys, monkeypatch):
-    def interrupt(*args, **kwargs):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(place, interrupt)
-    assert search(*SMALL, "--out", tmp_path) == 130
-    # The progress bar, where there is one, draws over its own line.
-    *bar, line = capsys.readouterr().err.splitlines()
-    assert line == "interrupted; --resume goes on"
-    assert all(not text or "batch" in text for text in bar)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_as_a_process(tmp_path):
-    """One run and one mistake the way a user starts them: nothing but one line, no traceback."""
-
-    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "esapn", "search", *map(str, arguments)]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-
-    done = run(*SMALL, "--sizes", 1, 3, 5, "--out", tmp_path / "out")
-    assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr and (tmp_path / "out" / "run.png").is_file()
-    failed = run("--sizes", 3, 1, "--out", tmp_path / "not")
-    assert failed.returncode == 2 and failed.stdout == ""
-    assert failed.stderr == (
-        "python -m esapn search: error: "
-        "--sizes must be positive and strictly increasing, got [3, 1]\n"
-    )
+    ratings, losses = load_ratings(data), {}
+    for order_seed in (0, 3):
+        config = SearchConfig(method="biases", batch_size=50, order_seed=order_seed)
+        losses[order_seed] = Run(config, stream_of(config, ratings)).walk().test["loss"]
+    assert record["test"]["loss"] == losses[3] != losses[0]

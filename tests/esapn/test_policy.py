@@ -11,7 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from esapn.data.load import Ratings, build_stream, load_ratings
+from esapn.data.load import load_ratings
+from esapn.data.ratings import Ratings
+from esapn.data.stream import build_stream
 from esapn.idstate import num_features
 from esapn.policy import (
     LossHistory,
@@ -19,7 +21,6 @@ from esapn.policy import (
     Policy,
     RunningScale,
     entropy,
-    expected_loss,
     policy_loss,
     reward,
     sample_actions,
@@ -94,28 +95,6 @@ def test_masked_rewards_that_are_not_finite_do_not_leak():
     assert loss.isfinite()
 
 
-def test_expected_loss_by_hand():
-    logits = torch.tensor([[0.0, math.log(3)], [math.log(4), 0.0]])  # pi: (1/4, 3/4), (4/5, 1/5)
-    advantage = torch.tensor([2.0, -1.0])
-    assert expected_loss(logits, advantage, None).item() == pytest.approx(-3 / 4 * 2 + 1 / 5)
-    mask = torch.tensor([False, True])
-    assert expected_loss(logits, advantage, mask).item() == pytest.approx(1 / 5)
-
-
-def test_expected_loss_is_the_mean_of_what_is_sampled():
-    """Its gradient is that of REINFORCE over both actions, with the reward of each."""
-    logits = torch.randn(5, 2, dtype=torch.float64, requires_grad=True)
-    advantage = torch.randn(5, dtype=torch.float64)
-    (exact,) = torch.autograd.grad(expected_loss(logits, advantage, None), logits)
-    pi = torch.softmax(logits.detach(), dim=1)
-    mean = torch.zeros_like(exact)
-    for action in (0, 1):
-        gain = advantage * pi[:, action] * action  # keep is worth 0
-        loss = policy_loss(logits, torch.full((5,), action), gain, None)
-        mean += torch.autograd.grad(loss, logits)[0]
-    torch.testing.assert_close(exact, mean)
-
-
 def test_entropy_by_hand():
     logits = torch.tensor([[0.0, math.log(3)], [5.0, 5.0]])
     first = -(1 / 4 * math.log(1 / 4) + 3 / 4 * math.log(3 / 4))
@@ -126,15 +105,12 @@ def test_entropy_by_hand():
     assert entropy(certain, None).item() == 0.0 and certain.grad.eq(0).all()
 
 
-@pytest.mark.parametrize("function", [expected_loss, lambda logits, _, mask: entropy(logits, mask)])
-def test_masked_ids_reach_neither(function):
+def test_masked_ids_have_no_entropy():
     logits = torch.randn(6, 2, requires_grad=True)
     mask = torch.tensor(MASKS["some"])
-    advantage = torch.randn(6)
-    loss = function(logits, advantage, mask)
-    loss.backward()
-    compressed = function(logits[mask].detach(), advantage[mask], None)
-    torch.testing.assert_close(loss.detach(), compressed)
+    total = entropy(logits, mask)
+    total.backward()
+    torch.testing.assert_close(total.detach(), entropy(logits[mask].detach(), None))
     assert logits.grad[~mask].eq(0).all() and logits.grad[mask].ne(0).all()
 
 
@@ -252,7 +228,7 @@ def test_rich_policy_sees_statistics_and_level_of_the_id_only(name):
     level, mask = torch.tensor([0, 2, 1, 0, 3, 1]), torch.tensor(MASKS[name])
     frequency = torch.arange(1, 7)
     logits = policy(frequency, level, mask, statistics)
-    for row in range(6):  # whoever else decides
+    for row in range(6):  # whatever other IDs decide
         one = slice(row, row + 1)
         alone = policy(frequency[one] + 50, level[one], None, statistics[one])
         torch.testing.assert_close(alone, logits[one])

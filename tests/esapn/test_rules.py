@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from esapn.config import SearchConfig
-from esapn.data.load import build_stream, synthetic_ratings
+from esapn.data.stream import build_stream
+from esapn.data.synthetic import synthetic_ratings
 from esapn.rules import level_thresholds, rule_of
 from esapn.run.loop import Run
 

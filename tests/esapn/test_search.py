@@ -1,4 +1,4 @@
-"""The search step: what it learns from, what it may look at, and the paths that must agree."""
+"""The search step: what it learns from, knows and changes, and the paths that must agree."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ import torch
 
 import esapn.search
 from esapn.config import SearchConfig
-from esapn.data.load import build_stream, load_ratings, synthetic_ratings
+from esapn.data.load import load_ratings
+from esapn.data.stream import build_stream
+from esapn.data.synthetic import synthetic_ratings
 from esapn.models.two_tower import event_losses
 from esapn.run.loop import Run
-from esapn.search import Decision
+from esapn.table_state import Decision
 from esapn_kernels.storage.arena import Arena
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "ml-100k"
@@ -120,7 +122,7 @@ def test_rewards_use_what_was_known_before_the_batch(monkeypatch):
                 history[name].setdefault(code, deque(maxlen=3)).append(value)
 
 
-# What a step may look at, and what it may change
+# What a step knows, and what it may change
 
 
 @pytest.mark.parametrize("task", ["binary", "multiclass"])
@@ -153,19 +155,19 @@ def test_an_id_decides_once_and_moves_one_size(always, monkeypatch):
     stream = tiny_stream()
     run = tiny(stream)
     assert any(stream.batch(0).user.bincount() > 2)  # IDs come more than once
-    asked = []
+    promoted = []
     for field in run.search.fields:
         promote = field.embedding.promote
         monkeypatch.setattr(
             field.embedding,
             "promote",
-            lambda ids, mask, p=promote: asked.append(ids) or p(ids, mask),
+            lambda ids, mask, p=promote: promoted.append(ids) or p(ids, mask),
         )
     for index in range(len(stream.bounds)):
-        before, _ = levels(run), asked.clear()
+        before, _ = levels(run), promoted.clear()
         run.step()
         after = levels(run)
-        for ids in asked:
+        for ids in promoted:
             assert len(ids) == len(ids.unique())
         for field in run.search.fields:
             ids = getattr(stream.batch(index), field.name).unique()
@@ -180,14 +182,14 @@ def test_an_id_decides_once_and_moves_one_size(always, monkeypatch):
     assert max(level.max() for level in after.values()) == 2
 
 
-def test_ids_at_the_last_size_are_not_asked():
+def test_ids_at_the_last_size_decide_nothing():
     stream = tiny_stream()
     run = tiny(stream)
     for field in run.search.fields:
         everyone = torch.arange(field.embedding.num_embeddings)
         field.embedding.promote(everyone)
         field.embedding.promote(everyone)
-        field.policy.register_forward_hook(lambda *_: pytest.fail("a policy was asked"))
+        field.policy.register_forward_hook(lambda *_: pytest.fail("a policy was called"))
     losses = walk(run, 3)
     assert losses.isfinite().all()
     assert all(level.eq(2).all() for level in levels(run).values())
@@ -232,8 +234,7 @@ def test_masked_and_compressed_decisions_agree(task, n, sizes, double, monkeypat
 VARIANTS = {
     "normalised": {"advantage": "normalised", "entropy": 0.1},
     "rich": {"state": "rich"},
-    "lookahead": {"reward": "lookahead", "byte_price": 0.1},
-    "argmax": {"reward": "lookahead", "acting": "argmax"},
+    "argmax": {"acting": "argmax"},
     "tuned": {"row_optimizer": "adagrad", "hops": "padded", "tower": "plain", "head": "plain"},
     "random": {"method": "random"},
     "thresholds": {"method": "thresholds", "threshold": 2.0},
@@ -252,7 +253,7 @@ def test_masked_and_compressed_decisions_agree_in_every_variant(variant, n, doub
         torch.testing.assert_close(one, two, atol=1e-7, rtol=1e-7)
 
 
-def test_draws_go_on_where_nobody_decides(monkeypatch):
+def test_draws_go_on_where_no_id_decides(monkeypatch):
     stream = tiny_stream()
     drawn = []
     for form in (esapn.search.deciding, masked):
@@ -263,7 +264,6 @@ def test_draws_go_on_where_nobody_decides(monkeypatch):
     assert torch.equal(*drawn)
 
 
-# With trained hops the look-ahead waits for a decomposition.
 @pytest.mark.cuda
 @pytest.mark.parametrize(
     "settings",
@@ -272,7 +272,7 @@ def test_draws_go_on_where_nobody_decides(monkeypatch):
         {"advantage": "normalised", "entropy": 0.1},
         {"state": "rich"},
         {"row_optimizer": "adagrad", "hops": "padded", "tower": "plain", "head": "plain"},
-        {"reward": "lookahead", "hops": "padded", "byte_price": 0.1},
+        {"acting": "argmax"},
         {"method": "thresholds", "threshold": 2.0},
         {"method": "random"},
     ],

@@ -1,4 +1,4 @@
-"""The search on a model of one's own: counting, tables of several ids, the look-ahead, mistakes."""
+"""The search on a model of one's own: tables of several ids, what a user may get wrong."""
 
 from __future__ import annotations
 
@@ -7,55 +7,11 @@ from copy import deepcopy
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from esapn.config import SearchConfig
-from esapn.run.loop import Run
-from esapn.search import SizeSearch, basis, count_ids
+import esapn
+from esapn import SearchConfig, SizeSearch
 from esapn_kernels import ResizableEmbedding
-from esapn_kernels.reference import split_chain
-from tests.esapn.tiny import USERS, both_modes, tiny, tiny_stream
 from tests.helpers import same
-
-# Counting
-
-
-@settings(max_examples=100, deadline=None)
-@given(
-    ids=st.lists(st.integers(0, 5), max_size=30),
-    seen=st.lists(st.integers(0, 9), min_size=6, max_size=6),
-    history=st.integers(1, 4),
-)
-def test_counts_against_a_dictionary(ids, seen, history):
-    found = count_ids(torch.tensor(ids, dtype=torch.int64), torch.tensor(seen).int(), history)
-    count, left = dict(enumerate(seen)), Counter(ids)
-    frequency, last, keep = [], [], []
-    for i in ids:
-        count[i] += 1
-        left[i] -= 1
-        frequency.append(count[i])
-        last.append(left[i] == 0)
-        keep.append(left[i] < history)
-    assert found.frequency.tolist() == frequency
-    assert found.last.tolist() == last and found.keep.tolist() == keep
-    assert found.last.dtype == found.keep.dtype == torch.bool
-
-
-def test_counts_of_the_search_are_those_of_the_stream():
-    stream = tiny_stream(history=2)
-    seen = torch.zeros(USERS, dtype=torch.int32)
-    for index in range(len(stream.bounds)):
-        batch = stream.batch(index)
-        found = count_ids(batch.user, seen, 2)
-        for mine, theirs in zip(
-            found, (batch.user_freq, batch.user_last, batch.user_keep), strict=True
-        ):
-            assert torch.equal(mine.to(theirs.dtype), theirs)
-        seen.index_add_(0, batch.user, torch.ones(50, dtype=torch.int32))
-
-
-# As a library
 
 
 class Recommender(torch.nn.Module):
@@ -198,95 +154,10 @@ def test_an_empty_batch_changes_nothing_of_the_tables():
         assert field.seen.eq(0).all() and field.embedding.arena.level().eq(0).all()
 
 
-# The look-ahead
-
-
-def looked_at(run: Run) -> list[torch.Tensor]:
-    """What look_ahead finds, table by table and step by step."""
-    found: list[torch.Tensor] = []
-    real = run.search.look_ahead
-
-    def look(loss, again):
-        real(loss, again)
-        found.extend(field.gain for field in run.search.fields)
-
-    run.search.look_ahead = look
-    return found
-
-
-@both_modes
-def test_a_shadow_of_nothing_gains_nothing(mode):
-    """Both losses are of rows that know nothing of the batch."""
-    run = tiny(mode, reward="lookahead")
-    found = looked_at(run)
-    run.step()
-    assert len(found) == 2 and all(gain.shape == (50,) and gain.eq(0).all() for gain in found)
-    run.step()
-    assert all(gain.ne(0).any() for gain in found[2:])
-
-
-@pytest.mark.parametrize("init", ["linear", "isometric", "padded"])
-def test_the_basis_spans_what_every_size_reaches(init):
-    sizes = (1, 3, 4, 7)
-    table = ResizableEmbedding(9, sizes=sizes, init=init).double()
-    columns = basis(table)
-    assert columns.dtype == torch.float64
-    torch.testing.assert_close(columns.T @ columns, torch.eye(7).double())
-    product = torch.eye(7).double()
-    spans = [product]
-    for weight, _ in reversed(split_chain(table.chain.detach(), sizes)):
-        product = product @ weight
-        spans.insert(0, product)
-    for size, span in zip(sizes, spans, strict=True):
-        inside = columns[:, :size]
-        torch.testing.assert_close(inside @ inside.T @ span, span)
-    if init == "padded":
-        torch.testing.assert_close(columns, torch.eye(7).double())
-
-
-def test_the_basis_turns_no_more_than_the_hops():
-    """Numbers of a shadow keep their meaning while the hops learn."""
-    table = ResizableEmbedding(9, sizes=(1, 3, 4, 8))
-    before = basis(table)
-    with torch.no_grad():
-        table.chain += 1e-6 * torch.randn_like(table.chain)
-    torch.testing.assert_close(basis(table), before, atol=1e-3, rtol=0)
-
-
-def test_the_look_ahead_of_a_library():
-    model, search = library(reward="lookahead", row_lr=0.1)
-    optimizer = torch.optim.Adagrad(model.parameters(), lr=0.1)
-    before = [p.clone() for p in search.parameters()]
-    for ids, target in batches(10):
-
-        def losses(ids=ids, target=target):
-            return (model(ids) - target) ** 2
-
-        search.grow(ids)
-        loss = losses()
-        search.look_ahead(loss, losses)
-        loss.sum().backward()
-        search.learn(loss)
-        optimizer.step()
-        optimizer.zero_grad()
-    assert any(not torch.equal(p, q) for p, q in zip(before, search.parameters(), strict=True))
-    for field in search.fields:
-        assert field.shadow[:-1].isfinite().all() and field.shadow[:-1].ne(0).any()
-        assert not field.tries
-
-
-def test_a_look_ahead_that_fails_leaves_the_tables_as_they_were():
-    model, search = library(reward="lookahead")
-    ids, target = next(batches(1))
-    search.grow(ids)
-    loss = (model(ids) - target) ** 2
-
-    def failing():
-        raise RuntimeError("no memory")
-
-    with pytest.raises(RuntimeError, match="no memory"):
-        search.look_ahead(loss, failing)
-    torch.testing.assert_close((model(ids) - target) ** 2, loss)
+def test_what_the_package_exports():
+    assert sorted(esapn.__all__) == ["SearchConfig", "SizeSearch"]
+    with pytest.raises(AttributeError, match="no attribute 'Search'"):
+        _ = esapn.Search
 
 
 # Mistakes
@@ -326,16 +197,6 @@ def test_one_loss_for_each_example(shape):
     model(ids).sum().backward()
     with pytest.raises(ValueError, match="one loss for each of the 8 examples"):
         search.learn(torch.zeros(shape))
-
-
-def test_the_look_ahead_comes_before_learn():
-    model, search = library(reward="lookahead")
-    ids, target = next(batches(1))
-    search.grow(ids)
-    loss = (model(ids) - target) ** 2
-    loss.sum().backward()
-    with pytest.raises(ValueError, match=r"needs look_ahead\(loss, again\) before backward"):
-        search.learn(loss)
 
 
 @pytest.mark.parametrize("mistake", ["no backward", "no lookup", "other ids"])

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from esapn.config import SearchConfig
-from esapn.data.load import build_stream, synthetic_ratings
+from esapn.data.stream import build_stream
+from esapn.data.synthetic import synthetic_ratings
 from esapn.run.loop import Run
 from esapn_kernels.reference import split_chain
 
@@ -110,7 +111,6 @@ class Choice(NamedTuple):
     position: int  # in the batch
     probabilities: torch.Tensor
     action: int
-    size: int  # before the action
 
 
 class SlowSide:
@@ -124,36 +124,14 @@ class SlowSide:
         self.losses: dict = defaultdict(list)  # of an ID, oldest first
         self.count: dict = defaultdict(int)  # events of an ID
         self.seen: dict = {}
-        width = self.sizes[-1]
-        self.shadow: dict = {}
-        self.shadow_size: dict = {}
-        self.squares: dict = defaultdict(lambda: torch.zeros(width))
         self.rewards: list = []  # moments of every batch that has any
         self.y = torch.empty(0)
-        self.before: dict = {}  # sizes at the batch's begin
 
     def carried(self, index: int) -> torch.Tensor:
         row = self.rows[index]
         for weight, bias in self.hops[self.sizes.index(len(row)) :]:
             row = weight @ row + bias
         return row
-
-    def basis(self) -> torch.Tensor:
-        """Columns of each size beyond those of the sizes before, made orthonormal in their span."""
-        if self.config.hops == "padded":
-            return torch.eye(self.sizes[-1])
-        found = torch.zeros(self.sizes[-1], 0)
-        for k, size in enumerate(self.sizes):
-            product = torch.eye(size)
-            for weight, _ in self.hops[k:]:
-                product = weight.detach() @ product
-            beyond = (product - found @ found.T @ product)[:, found.shape[1] :]
-            values, vectors = torch.linalg.eigh(beyond.T @ beyond)
-            found = torch.cat([found, beyond @ vectors @ (vectors / values.sqrt()).T], 1)
-        return found
-
-    def larger(self, size: int) -> int:
-        return self.sizes[self.sizes.index(size) + 1]
 
     def deciding(self, ids: list[int]) -> list[int]:
         """Positions at which an ID decides: its last one, unless it is at the last size."""
@@ -236,18 +214,17 @@ class SlowSearch:
         self.generator = torch.Generator().manual_seed(run.config.seed)
         self.index = 0
 
-    def losses(self, ids: dict, target: torch.Tensor, trial: dict | None = None) -> torch.Tensor:
-        """Loss of every event; ``trial``: in place of the outputs of the sides."""
+    def losses(self, ids: dict, target: torch.Tensor) -> torch.Tensor:
+        """Loss of every event."""
         h, towers = self.head, []
         for side in self.sides:
             side.y = torch.stack([side.carried(i) for i in ids[side.name]])
-            y = side.y if trial is None else trial[side.name]
             prefix = f"{side.name}_norm.0"
             if self.config.tower == "plain":
-                towers.append(y)
+                towers.append(side.y)
             else:
                 weight, bias = h[f"{prefix}.weight"], h[f"{prefix}.bias"]
-                towers.append(torch.tanh(norm(y, weight, bias)))
+                towers.append(torch.tanh(norm(side.y, weight, bias)))
         x = torch.cat(towers, 1)
         if self.config.head == "plain":
             x = (x @ h["inference.0.weight"].T + h["inference.0.bias"]).clamp(min=0)
@@ -273,10 +250,9 @@ class SlowSearch:
         chosen = [self.grow(side, ids[side.name]) for side in self.sides]
         losses = self.losses(ids, target)
         to_outputs = gradients_of(losses.sum(), {side.name: side.y for side in self.sides})
-        other = self.look_ahead(ids, target)
         for side, choices in zip(self.sides, chosen, strict=True):
             mine, g = ids[side.name], to_outputs[side.name]
-            self.learn_policy(side, mine, choices, losses.detach(), other)
+            self.learn_policy(side, mine, choices, losses.detach())
             side.remember(mine, losses.tolist(), g, self.index)
         self.learn(losses)
         self.index += 1
@@ -285,17 +261,16 @@ class SlowSearch:
     def grow(self, side: SlowSide, mine: list[int]) -> list[Choice]:
         """Positions that decide, their probabilities and actions; rows grow."""
         u = torch.rand(len(mine), generator=self.generator)
-        side.before = {i: len(row) for i, row in side.rows.items()}
         for i in mine:
             side.count[i] += 1
         where = side.deciding(mine)
         assert where
         pi = torch.softmax(side.logits([mine[p] for p in where], self.index), 1)
         choices = [
-            Choice(p, q, int((u[p] if self.config.acting == "sample" else 0.5) < q[1]), size)
-            for p, q, size in zip(where, pi, [len(side.rows[mine[p]]) for p in where], strict=True)
+            Choice(p, q, int((u[p] if self.config.acting == "sample" else 0.5) < q[1]))
+            for p, q in zip(where, pi, strict=True)
         ]
-        for p, _, action, _ in choices:
+        for p, _, action in choices:
             if action:
                 row = side.rows[mine[p]]
                 weight, bias = side.hops[side.sizes.index(len(row))]
@@ -303,69 +278,27 @@ class SlowSearch:
                 self.row_optimizer.grown((side.name, mine[p]), row, side.rows[mine[p]])
         return choices
 
-    def look_ahead(self, ids: dict, target: torch.Tensor) -> torch.Tensor:
-        """Losses of outputs as larger rows would have had them, which then learn on their own."""
-        values: dict = {}
-        outputs = {}
-        for side in self.sides:
-            for p, i in enumerate(ids[side.name]):
-                known = side.shadow_size.get(i) == side.before[i]
-                values[side.name, p] = leaf(side.shadow[i] if known else side.y[p].detach())
-            outputs[side.name] = torch.stack(
-                [
-                    values[side.name, p] if side.before[i] < side.sizes[-1] else side.y[p].detach()
-                    for p, i in enumerate(ids[side.name])
-                ]
-            )
-        other = self.losses(ids, target, outputs)
-        found = torch.autograd.grad(other.sum(), list(values.values()), allow_unused=True)
-        gradient = dict(zip(values, found, strict=True))
-        for side in self.sides:
-            basis, width = side.basis(), side.sizes[-1]
-            last = {i: position for position, i in enumerate(ids[side.name])}
-            for i, p in last.items():
-                if side.before[i] == width:
-                    continue
-                end = side.larger(side.before[i])
-                g = basis.T @ gradient[side.name, p]
-                g[end:] = 0
-                side.squares[i] = side.squares[i] + g**2
-                step = self.config.row_lr * math.sqrt(width / end)
-                step = step * g / (side.squares[i].sqrt() + 1e-10)
-                side.shadow[i] = values[side.name, p].detach() - basis @ step
-                side.shadow_size[i] = side.before[i]
-        return other.detach()
-
     def learn_policy(
         self,
         side: SlowSide,
         mine: list[int],
         choices: list[Choice],
         now: torch.Tensor,
-        other: torch.Tensor,
     ) -> None:
         config = self.config
         loss = 0 * sum(c.probabilities.sum() for c in choices)
         known = [c for c in choices if side.losses[mine[c.position]]]
-        if config.reward == "lookahead":
-            gains = [(now - other)[c.position].item() for c in known]
-            rms = max(math.sqrt(side.moments(gains)[1]), 1e-12)
-            for c, gain in zip(known, gains, strict=True):
-                added = side.larger(c.size) - c.size
-                price = config.byte_price * added / side.count[mine[c.position]]
-                loss = loss - c.probabilities[1] * (gain / rms - price)
-        else:
-            gains = []
-            for c in known:
-                before = side.losses[mine[c.position]][-HISTORY:]
-                gains.append(sum(before) / len(before) - now[c.position].item())
-            if config.advantage == "normalised":
-                mean, square = side.moments(gains)
-                deviation = math.sqrt(max(square - mean**2, 1e-12))
-                gains = [(gain - mean) / deviation for gain in gains]
-            for c, gain in zip(known, gains, strict=True):
-                loss = loss - gain * torch.log(c.probabilities[c.action])
-        for _, q, _, _ in choices:
+        gains = []
+        for c in known:
+            before = side.losses[mine[c.position]][-HISTORY:]
+            gains.append(sum(before) / len(before) - now[c.position].item())
+        if config.advantage == "normalised":
+            mean, square = side.moments(gains)
+            deviation = math.sqrt(max(square - mean**2, 1e-12))
+            gains = [(gain - mean) / deviation for gain in gains]
+        for c, gain in zip(known, gains, strict=True):
+            loss = loss - gain * torch.log(c.probabilities[c.action])
+        for _, q, _ in choices:
             loss = loss + config.entropy * (q * torch.log(q)).sum()
         side.adam.step(side.policy, gradients_of(loss, side.policy))
 
@@ -398,9 +331,8 @@ VARIANTS = {
     "normalised": {"advantage": "normalised"},
     "entropy": {"entropy": 0.3},
     "rich": {"state": "rich"},
-    "lookahead": {"reward": "lookahead"},
-    "all": {"reward": "lookahead", "state": "rich", "entropy": 0.1, "byte_price": 0.2} | TUNED,
-    "argmax": {"reward": "lookahead", "acting": "argmax", "byte_price": 0.1},
+    "all": {"state": "rich", "advantage": "normalised", "entropy": 0.1} | TUNED,
+    "argmax": {"acting": "argmax"},
 }
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from esapn.config import CHOICES, MODES, SearchConfig
-from esapn.data.load import build_stream, synthetic_ratings
+from esapn.data.stream import build_stream
+from esapn.data.synthetic import synthetic_ratings
 from esapn.run.loop import Run
 
 METHODS = CHOICES["method"]

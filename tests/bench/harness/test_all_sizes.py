@@ -9,7 +9,8 @@ import torch
 from harness.all_sizes import AllSizesSearch, AllSizesSide
 
 from esapn.config import SearchConfig
-from esapn.data.load import build_stream, load_ratings
+from esapn.data.load import load_ratings
+from esapn.data.stream import build_stream
 
 
 @pytest.fixture(params=[True, False], ids=["lean", "full"])

@@ -38,11 +38,14 @@ from esapn.compare.jobs import (
     save_checkpoint,
 )
 from esapn.config import CHOICES, MODES, ConfigError, SearchConfig
-from esapn.data.load import DataError, build_stream, load_ratings, synthetic_ratings
+from esapn.data.load import load_ratings
+from esapn.data.ratings import DataError
+from esapn.data.stream import build_stream
+from esapn.data.synthetic import synthetic_ratings
+from esapn.jsonfile import write_json
 from esapn.run import checkpoint
 from esapn.run.checkpoint import CheckpointError
 from esapn.run.loop import Run
-from esapn.run.result import write_json
 
 ROOT = Path(__file__).resolve().parents[3]
 SIDES = {"n_users": 30, "n_items": 20}
@@ -133,10 +136,10 @@ def test_knobs(spec, family, setting, value):
 
 
 def test_settings_of_its_own_win_over_those_of_the_preset():
-    family, settings = method_settings("esapn-lookahead,policy_lr=1e-2,history=3,state=paper")
+    family, settings = method_settings("esapn-rich,policy_lr=1e-2,history=3,state=paper")
     assert family == "esapn"
     changed = {"policy_lr": 0.01, "history": 3, "state": "paper"}
-    assert settings == PRESETS["esapn-lookahead"] | changed
+    assert settings == PRESETS["esapn-rich"] | changed
     assert type(settings["history"]) is int
     assert method_settings("fixed-16,tower=plain")[1]["tower"] == "plain"
 

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 import esapn.data.cache
-from esapn.data.load import Ratings, build_stream, load_ratings
+from esapn.data.load import load_ratings
+from esapn.data.ratings import Ratings
+from esapn.data.stream import build_stream
 from tests.helpers import refusal
 
 pl = pytest.importorskip("polars")

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import esapn.data.files
-from esapn.data.load import Ratings, load_ratings
+from esapn.data.load import load_ratings
+from esapn.data.ratings import Ratings
 from tests.helpers import install_command, refusal
 
 pl = pytest.importorskip("polars")
@@ -208,7 +209,7 @@ def test_other_files_refuse(tmp_path, name, text, words):
 )
 def test_parquet_refuses(tmp_path, column, values, words):
     path = write_frame(tmp_path / "ratings.parquet", **{**columns_of(), column: values})
-    if words is None:  # a further column is nobody's business
+    if words is None:  # a further column does not matter
         check_rows(load_ratings(path))
     else:
         message = refusal(load_ratings, path)
@@ -235,6 +236,10 @@ def test_text_that_is_not_utf8(tmp_path):
 def test_missing_paths(tmp_path):
     assert "nowhere.csv: no such file" in refusal(load_ratings, tmp_path / "nowhere.csv")
     assert "nowhere: no such file" in refusal(load_ratings, str(tmp_path / "nowhere"))
+    assert "did you mean" not in refusal(load_ratings, "nowhere")
+    for name, meant in (("ml1m", "ml-1m"), ("ml_latest", "ml-latest"), ("sythetic", "synthetic")):
+        assert refusal(load_ratings, name).endswith(f"directory; did you mean {meant}?")
+    assert "did you mean ml-1m?" in refusal(load_ratings, "ml1m", archive="a.zip")
     message = refusal(load_ratings, tmp_path)
     assert str(tmp_path) in message and "u.data, ratings.dat" in message
 
@@ -258,14 +263,14 @@ def test_polars_missing(tmp_path, monkeypatch):
 @pytest.mark.parametrize("size", [1, 7, 16, 40, 1 << 20])
 @pytest.mark.parametrize("name", ["u.data", "ratings.dat", "ratings.csv", "ratings.parquet"])
 def test_blocks_leave_no_trace(tmp_path, monkeypatch, name, size):
-    monkeypatch.setattr(esapn.data.files, "_BLOCK_BYTES", size)
-    monkeypatch.setattr(esapn.data.files, "_BLOCK_ROWS", max(size // 16, 1))
+    monkeypatch.setattr(esapn.data.files, "BLOCK_BYTES", size)
+    monkeypatch.setattr(esapn.data.files, "BLOCK_ROWS", max(size // 16, 1))
     check_rows(load_ratings(write_layout(tmp_path, name)))
 
 
 @pytest.mark.parametrize("size", [1, 9, 25, 1 << 20])
 def test_bad_rows_are_numbered_and_counted_across_blocks(tmp_path, monkeypatch, size):
-    monkeypatch.setattr(esapn.data.files, "_BLOCK_BYTES", size)
+    monkeypatch.setattr(esapn.data.files, "BLOCK_BYTES", size)
     path = tmp_path / "ratings.csv"
     path.write_text("user,item,rating\n1,1,4\n1,2,9\n1,3,x\n\n,4,4\n1,4,9\n1,5,4\n1,6,7.5\n")
     wanted = "row 2: rating '9' is outside 0.5..5 (3 rows are bad in this way, of 7)"
@@ -283,8 +288,8 @@ def test_one_bad_row_in_full(tmp_path):
 
 @pytest.mark.parametrize("size", [1, 30, 1 << 20])
 def test_quotes_anywhere_in_a_csv(tmp_path, monkeypatch, size):
-    monkeypatch.setattr(esapn.data.files, "_BLOCK_BYTES", size)
-    monkeypatch.setattr(esapn.data.files, "_BLOCK_ROWS", 2)
+    monkeypatch.setattr(esapn.data.files, "BLOCK_BYTES", size)
+    monkeypatch.setattr(esapn.data.files, "BLOCK_ROWS", 2)
     path = tmp_path / "ratings.csv"
     text = 'user,"item",rating\n1,x,4\n2,"a,b",3\n"3","c\nd","2"\r\n1,"say ""x""",1\n2,x,5\n'
     path.write_bytes(text.encode())
@@ -320,8 +325,8 @@ def test_byte_order_mark_and_blank_lines_before_the_header(tmp_path):
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 @pytest.mark.parametrize("quoted", [False, True])
 def test_blank_lines_are_no_rows(tmp_path, monkeypatch, size, end, quoted):
-    monkeypatch.setattr(esapn.data.files, "_BLOCK_BYTES", size)
-    monkeypatch.setattr(esapn.data.files, "_BLOCK_ROWS", 2)
+    monkeypatch.setattr(esapn.data.files, "BLOCK_BYTES", size)
+    monkeypatch.setattr(esapn.data.files, "BLOCK_ROWS", 2)
     for name, separator in (("u.data", "\t"), ("ratings.dat", "::"), ("ratings.csv", ",")):
         lines = [separator.join(map(str, row)) for row in ROWS]
         if name == "ratings.csv":
@@ -407,7 +412,7 @@ def test_skipped_rows_are_counted_by_reason_and_reported(tmp_path, capsys):
         assert f"{reason}: {count}" in said
     again = load_ratings(path, malformed="skip")
     assert again.counts == ratings.counts and capsys.readouterr().err == said
-    # What lacks rows is nothing for those who want all of them.
+    # Columns that lack rows are not those of a reading that refuses such rows.
     assert "row 1: user is missing (4 rows are bad" in refusal(load_ratings, path)
     assert load_ratings(path, malformed="skip").counts == ratings.counts
 
@@ -465,7 +470,7 @@ def test_ids_beyond_31_and_63_bits(tmp_path, kind):
 
 @pytest.mark.parametrize("size", [1, 1 << 20])
 def test_integers_and_strings_in_different_blocks(tmp_path, monkeypatch, size):
-    monkeypatch.setattr(esapn.data.files, "_BLOCK_BYTES", size)
+    monkeypatch.setattr(esapn.data.files, "BLOCK_BYTES", size)
     path = tmp_path / "ratings.csv"
     path.write_text("user,item,rating\n10,10,4\n9,9,4\n10,x,4\n7,9,4\n")
     ratings = load_ratings(path)

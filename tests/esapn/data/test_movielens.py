@@ -22,8 +22,9 @@ import pytest
 
 import esapn.data.cache
 import esapn.data.movielens
-from esapn.data.load import DataError, load_ratings
+from esapn.data.load import load_ratings
 from esapn.data.movielens import MOVIELENS
+from esapn.data.ratings import DataError
 from tests.helpers import install_command
 
 pytest.importorskip("polars")
@@ -33,7 +34,7 @@ pytest.importorskip("tqdm")
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
-    """Nothing is written to the cache of whoever runs the tests, and no proxy is asked."""
+    """Nothing is written to the user's own cache, and no proxy is used."""
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("ESAPN_CACHE", str(folder))
     monkeypatch.setenv("no_proxy", "*")
@@ -103,13 +104,13 @@ def files_in(folder: Path) -> set[str]:
 
 @dataclass
 class Site:
-    """What a server on 127.0.0.1 holds, how it misbehaves and what it was asked."""
+    """What a server on 127.0.0.1 holds, how it misbehaves and what requests came."""
 
     address: str = ""
     files: dict[str, bytes] = field(default_factory=dict)
     cuts: list[int] = field(default_factory=list)  # bytes after which an answer breaks off
     ranges: bool = True
-    asked: list[tuple[str, str | None]] = field(default_factory=list)  # path and Range header
+    requests: list[tuple[str, str | None]] = field(default_factory=list)  # path and Range header
 
     def url(self, path: str) -> str:
         return f"{self.address}/{path}"
@@ -119,22 +120,22 @@ class Site:
 def site(monkeypatch) -> Iterator[Site]:
     site = Site()
     # The site is a thread of this process: it answers, whenever that may be.
-    monkeypatch.setattr(esapn.data.movielens, "_TIMEOUT_SECONDS", None)
+    monkeypatch.setattr(esapn.data.movielens, "TIMEOUT_SECONDS", None)
 
     class Handler(BaseHTTPRequestHandler):
         def log_message(self, *args) -> None:
             pass
 
         def do_GET(self) -> None:
-            wanted = self.headers.get("Range")
-            site.asked.append((self.path[1:], wanted))
+            part = self.headers.get("Range")
+            site.requests.append((self.path[1:], part))
             data = site.files.get(self.path[1:])
             if data is None:
                 self.send_error(404)
                 return
             start = 0
-            if wanted and site.ranges:
-                start = int(wanted.removeprefix("bytes=").removesuffix("-"))
+            if part and site.ranges:
+                start = int(part.removeprefix("bytes=").removesuffix("-"))
                 if start >= len(data):
                     self.send_error(416)
                     return
@@ -189,20 +190,20 @@ def test_download(site, monkeypatch, own_cache, capsys, name):
     data = known(monkeypatch, name, zip_of(name))
     site.files["a.zip"] = data
     check(load_ratings(name, url=site.url("a.zip")), name)
-    assert site.asked == [("a.zip", None)]
+    assert site.requests == [("a.zip", None)]
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and said.startswith(f"{name}: free for research")
     assert "do not redistribute" in said and "Harper and Joseph A. Konstan" in said
     files = files_in(own_cache)
     assert f"archives/{name}.zip" in files and f"movielens/{name}.json" in files
     assert sum(file.startswith("columns/") for file in files) == 5 and len(files) == 7
-    # Once in the cache it is nobody's business where it came from, nor is it announced again.
+    # Once in the cache it is the same set from any address, and is not announced again.
     site.files.clear()
     monkeypatch.setattr(esapn.data.cache, "read_columns", unexpected)
     monkeypatch.setattr(zipfile, "ZipFile", unexpected)
     for options in ({"url": site.url("a.zip")}, {}):
         check(load_ratings(name, **options), name)
-    assert len(site.asked) == 1 and capsys.readouterr().err == ""
+    assert len(site.requests) == 1 and capsys.readouterr().err == ""
 
 
 def test_a_connection_that_is_cut_is_continued(site, monkeypatch, own_cache):
@@ -210,7 +211,7 @@ def test_a_connection_that_is_cut_is_continued(site, monkeypatch, own_cache):
     site.files["a.zip"] = data
     site.cuts = [10_000, 5_000]
     check(load_ratings("ml-1m", url=site.url("a.zip")), "ml-1m")
-    assert site.asked == [("a.zip", None), ("a.zip", "bytes=10000-"), ("a.zip", "bytes=15000-")]
+    assert site.requests == [("a.zip", None), ("a.zip", "bytes=10000-"), ("a.zip", "bytes=15000-")]
     assert (own_cache / "archives" / "ml-1m.zip").read_bytes() == data
     assert not any(".part" in file for file in files_in(own_cache))
 
@@ -224,16 +225,16 @@ def test_a_later_call_continues(site, monkeypatch, own_cache):
     assert "; 9,000 bytes are kept and the next call continues; a local copy" in message
     (part,) = (own_cache / "archives").iterdir()
     assert part.read_bytes() == data[:9_000]
-    site.asked.clear()
+    site.requests.clear()
     check(load_ratings("ml-1m", url=site.url("a.zip")), "ml-1m")
-    assert site.asked == [("a.zip", "bytes=9000-")]
+    assert site.requests == [("a.zip", "bytes=9000-")]
 
 
 def test_a_server_that_does_not_continue_starts_again(site, monkeypatch):
     site.files["a.zip"] = known(monkeypatch, "ml-1m", zip_of("ml-1m"))
     site.ranges, site.cuts = False, [10_000]
     check(load_ratings("ml-1m", url=site.url("a.zip")), "ml-1m")
-    assert site.asked == [("a.zip", None), ("a.zip", "bytes=10000-")]
+    assert site.requests == [("a.zip", None), ("a.zip", "bytes=10000-")]
 
 
 @pytest.mark.parametrize("size", ["some", "all", "more"])
@@ -245,7 +246,7 @@ def test_a_part_of_something_else_is_fetched_again(site, monkeypatch, own_cache,
     part.parent.mkdir()
     part.write_bytes(b"x" * length)
     check(load_ratings("ml-1m", url=site.url("a.zip")), "ml-1m")
-    assert site.asked == [("a.zip", f"bytes={length}-"), ("a.zip", None)]
+    assert site.requests == [("a.zip", f"bytes={length}-"), ("a.zip", None)]
 
 
 def test_wrong_checksum_of_a_download(site, own_cache):
@@ -263,13 +264,13 @@ def test_the_checksum_beside_an_archive(site, own_cache, form):
     data = zip_of("ml-latest")
     site.files |= {"a.zip": data, "a.zip.md5": form.format(md5(data).upper()).encode()}
     check(load_ratings("ml-latest", url=site.url("a.zip")), "ml-latest")
-    assert site.asked == [("a.zip.md5", None), ("a.zip", None)]
+    assert site.requests == [("a.zip.md5", None), ("a.zip", None)]
     # Another address may hold another release.
     newer = zip_of("ml-latest", b"userId,movieId,rating\n1,1,4\n")
     site.files |= {"b.zip": newer, "b.zip.md5": form.format(md5(newer)).encode()}
     assert load_ratings("ml-latest", url=site.url("b.zip")).rating.tolist() == [4]
     assert load_ratings("ml-latest").rating.tolist() == [4]
-    assert len(site.asked) == 4
+    assert len(site.requests) == 4
 
 
 def test_the_checksum_beside_an_archive_is_wrong_or_missing(site, own_cache):
@@ -423,9 +424,9 @@ def test_damaged_columns_are_read_from_the_archive_again(site, monkeypatch, own_
     column.write_bytes(b"")
     capsys.readouterr()
     check(load_ratings("ml-1m", url=site.url("a.zip")), "ml-1m")
-    assert len(site.asked) == 1 and "damaged" in (said := capsys.readouterr().err)
+    assert len(site.requests) == 1 and "damaged" in (said := capsys.readouterr().err)
     assert "free for research" not in said
-    # The archive serves where the checksum beside its source cannot be asked for again, too.
+    # The archive serves, too, where the checksum beside its source cannot be fetched again.
     latest = zip_of("ml-latest")
     site.files |= {"b.zip": latest, "b.zip.md5": md5(latest).encode()}
     load_ratings("ml-latest", url=site.url("b.zip"))
@@ -433,12 +434,12 @@ def test_damaged_columns_are_read_from_the_archive_again(site, monkeypatch, own_
     site.files.pop("b.zip.md5")
     check(load_ratings("ml-latest"), "ml-latest")
     check(load_ratings("ml-1m"), "ml-1m")
-    del site.asked[1:]
+    del site.requests[1:]
     # And a damaged archive is fetched again.
     shutil.rmtree(own_cache / "columns")
     (own_cache / "archives" / "ml-1m.zip").write_bytes(b"damaged")
     check(load_ratings("ml-1m", url=site.url("a.zip")), "ml-1m")
-    assert len(site.asked) == 2
+    assert len(site.requests) == 2
 
 
 # A full disk

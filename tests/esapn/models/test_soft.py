@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from esapn.models.recommender import Events
 from esapn.models.soft import SoftEmbedding
 from esapn.models.two_tower import SoftTwoTower, inference_layer
 
@@ -172,7 +173,8 @@ def test_both_sides_meet_in_the_inference_layer(plain_head):
     model = SoftTwoTower(user, item, n_outputs=5, hidden=6, plain_head=plain_head).double()
     w = weights(item, item.previous.clone())
     towers = torch.cat([expected(user, weights(user, None)), expected(item, w)], dim=1)
-    logits = model((IDS, FREQUENCY, LAST), (IDS, FREQUENCY, LAST))
+    events = Events(IDS, FREQUENCY, LAST)
+    logits = model(events, events)
     assert logits.shape == (6, 5)
     torch.testing.assert_close(logits, model.inference(towers))
     torch.testing.assert_close(item.previous[8], w[4].detach())

@@ -38,12 +38,12 @@ def names(folder: Path) -> list[str]:
 
 def sealed(path: Path, payload: bytes) -> None:
     """A file whose digest is right, whatever it holds."""
-    path.write_bytes(checkpoint._header(hashlib.sha256(payload).hexdigest(), len(payload)))
+    path.write_bytes(checkpoint.header(hashlib.sha256(payload).hexdigest(), len(payload)))
     with path.open("ab") as file:
         file.write(payload)
 
 
-# ---- saving and loading --------------------------------------------------------------------------
+# Saving and loading
 
 
 def test_what_is_saved_comes_back(tmp_path):
@@ -144,25 +144,25 @@ def test_later_steps_are_not_counted(tmp_path):
 def test_large_tensors_are_not_copied(tmp_path):
     writes = []
 
-    class Watching(checkpoint._Hashing):
+    class Watching(checkpoint.Hashing):
         def write(self, data):
             writes.append(memoryview(data).nbytes)
             return super().write(data)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "_Hashing", Watching)
+        patch.setattr(checkpoint, "Hashing", Watching)
         save(tmp_path, 1, {str(i): torch.full((2**18,), float(i)) for i in range(8)})
     assert max(writes) <= 2**20 and sum(writes) > 2**23
 
 
-# ---- damage --------------------------------------------------------------------------------------
+# Damage
 
 
 def test_files_cut_short(tmp_path):
     save(tmp_path, 1, state(1))
     path = save(tmp_path, 2, state(2))
     whole = path.read_bytes()
-    header = checkpoint._HEADER_BYTES
+    header = checkpoint.HEADER_BYTES
     for length in (1, 10, header - 1, header, header + 1, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:length])
         found = load(tmp_path)
@@ -183,7 +183,7 @@ def test_one_flipped_bit_is_found(tmp_path):
     save(tmp_path, 1, state(1))
     path = save(tmp_path, 2, state(2))
     whole = path.read_bytes()
-    header = 8 * checkpoint._HEADER_BYTES
+    header = 8 * checkpoint.HEADER_BYTES
     rest = random.Random(0).sample(range(header, 8 * len(whole)), 200)
     for bit in [*range(header), *rest, 8 * len(whole) - 1]:
         flipped = bytearray(whole)
@@ -262,7 +262,7 @@ def test_short_memory_is_not_damage(tmp_path, monkeypatch):
         load(tmp_path)
 
 
-# ---- what the system refuses ---------------------------------------------------------------------
+# What the system refuses
 
 
 def refused(folder: Path, step: int, why: str, stands: str) -> None:
@@ -462,14 +462,14 @@ def test_an_interrupt_while_writing(tmp_path, monkeypatch, room):
     assert names(tmp_path) == ["step-000000001.pt"]
 
 
-# ---- killed --------------------------------------------------------------------------------------
+# Killed
 
 # Importing torch takes seconds: one process imports it and forks those that are killed.
 KILLED = """
 import os, random, signal, sys, time
 from pathlib import Path
 import torch
-from esapn import checkpoint
+from esapn.run import checkpoint
 
 torch.set_num_threads(1)
 folder = Path(sys.argv[1])
@@ -543,7 +543,7 @@ def test_killed_at_any_moment(tmp_path):
     assert len(names(tmp_path)) == 2
 
 
-# ---- generators ----------------------------------------------------------------------------------
+# Generators
 
 
 def test_generators_go_on(tmp_path):

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-import esapn.search
 from esapn.config import CHOICES, SearchConfig
-from esapn.data.load import build_stream, load_ratings
+from esapn.data.load import load_ratings
+from esapn.data.stream import build_stream
 from esapn.models.two_tower import TwoTower
 from esapn.run import checkpoint
 from esapn.run.loop import Run
@@ -32,7 +32,7 @@ from tests.helpers import same
 
 CLOCKS = ("seconds",)
 VARIANTS = [{"method": method} for method in METHODS] + [
-    {"state": "rich", "reward": "lookahead", "byte_price": 0.1},
+    {"state": "rich", "acting": "argmax"},
     {"state": "rich", "advantage": "normalised", "entropy": 0.1},
     {"row_optimizer": "adagrad", "hops": "linear"},
     {"row_optimizer": "adam", "row_lr": 0.02, "hops": "padded"},
@@ -146,17 +146,32 @@ def test_a_tuned_run_has_adagrad_rows_that_keep_their_sums():
     named = {id(p): name for name, p in run.model.named_parameters()}
     learnt = {named[id(p)] for p in adam.param_groups[0]["params"]}
     assert learnt == {f"inference.{k}.{part}" for k in (0, 2) for part in ("weight", "bias")}
-    table = run.model.user
+    table, grow = run.model.user, run.search.grow
     chain = table.chain.clone()
-    asked = []
-    real = esapn.search.promote_keeping
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            esapn.search, "promote_keeping", lambda *args: asked.append(args) or real(*args)
-        )
-        run.walk()
-    assert asked and all(args[3] == "sum" for args in asked)
-    assert torch.equal(table.chain, chain) and (table.sizes_of() > 1).any()
+
+    def sums() -> list[torch.Tensor]:
+        """Of the squared gradients of every row."""
+        state = rows.state[table.arena.storage]["sum"]
+        starts, sizes = table.arena.row_start.tolist(), table.sizes_of().tolist()
+        return [state[at : at + d].clone() for at, d in zip(starts, sizes, strict=False)]
+
+    grown = []
+
+    def watched(*arguments) -> None:
+        before = sums()
+        grow(*arguments)
+        for old, new in zip(before, sums(), strict=True):
+            expected = old
+            if len(new) > len(old):  # e' = g e, so dL/de = g dL/de'
+                grown.append(len(new))
+                added = torch.zeros(len(new) - len(old))
+                expected = torch.cat([old * len(old) / len(new), added])
+            torch.testing.assert_close(new, expected)
+
+    run.step()
+    run.search.grow = watched
+    run.walk()
+    assert set(grown) == {2, 4} and torch.equal(table.chain, chain)
 
 
 @pytest.mark.parametrize("method", ["darts", "autoemb"])

@@ -108,21 +108,21 @@ def test_auc_of_a_perfect_and_a_reversed_ranking():
 
 
 @pytest.mark.parametrize("n_train", [0, 20, N - 1])
-def test_window_is_the_mean_of_the_events_since_it_was_asked_last(classes, n_train):
+def test_window_is_the_mean_of_the_events_since_the_last_one(classes, n_train):
     logits, target = classes
     measures = Prequential(n_train, N)
     right = (logits.argmax(1) == target).double()
-    asked = 0
+    read = 0
     for begin in range(0, N, 5):
         part = slice(begin, begin + 5)
         loss = event_losses(logits[part], target[part])
         measures.record(logits[part], target[part], loss, torch.ones(2, 5, dtype=torch.int32))
         if begin % 3 == 0 or begin == N - 5:
-            since = slice(asked, begin + 5)
+            since = slice(read, begin + 5)
             loss, accuracy = measures.window()
             assert loss == pytest.approx(event_losses(logits[since], target[since]).mean().item())
             assert accuracy == pytest.approx(right[since].mean().item())
-            asked = begin + 5
+            read = begin + 5
     assert measures.window() == (0.0, 0.0)
 
 

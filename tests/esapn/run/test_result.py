@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from esapn.config import SearchConfig
-from esapn.data.load import build_stream, load_ratings
+from esapn.data.load import load_ratings
+from esapn.data.stream import build_stream
 from esapn.run import result as report
 from esapn.run.loop import Run
 
@@ -232,22 +233,10 @@ def test_size_by_frequency(run):
         assert bucket["mean_size"] == pytest.approx(sum(mine) / len(mine))
 
 
-def test_json_is_written_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "result.json"
-    report.write_json(path, {"a": [1, 2]})
-    before = path.read_bytes()
-    assert json.loads(before) == {"a": [1, 2]} and before.endswith(b"\n")
-    with pytest.raises(TypeError):
-        report.write_json(path, {"a": [1, 2, object()]})
-    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
-    with pytest.raises(OSError):
-        report.write_json(tmp_path / "absent" / "result.json", {})
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets a peak begin anew")
 def test_the_peak_of_an_earlier_run_is_forgotten():
     held = np.ones(25_000_000)
-    high = report._peak_rss()
+    high = report.peak_rss()
     del held
     report.forget_peak()
-    assert report._peak_rss() < high - 150e6
+    assert report.peak_rss() < high - 150e6
