@@ -40,14 +40,6 @@ from ..run.result import describe_data, forget_peak, record, write_json
 
 __all__ = ["DEFAULT_METHODS", "Job", "compare", "method_settings", "resume_or_start"]
 
-LOOKAHEAD = {
-    "method": "esapn",
-    "state": "rich",
-    "reward": "lookahead",
-    "acting": "argmax",
-    "policy_lr": 1e-3,
-}
-
 # label -> settings; a number behind a family's name is its knob.
 PRESETS: dict[str, dict[str, Any]] = {
     "esapn": {"method": "esapn"},
@@ -55,8 +47,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "esapn-normalised": {"method": "esapn", "advantage": "normalised"},
     "esapn-entropy": {"method": "esapn", "entropy": 0.01},
     "esapn-argmax": {"method": "esapn", "acting": "argmax"},
-    "esapn-reward": {"method": "esapn", "reward": "lookahead"},
-    "esapn-lookahead": LOOKAHEAD,
     "darts": {"method": "darts"},
     "autoemb": {"method": "autoemb"},
     "always": {"method": "always"},
@@ -92,7 +82,6 @@ DEFAULT_METHODS = {
         "esapn-dwell-0.5",
         "esapn-dwell-1",
         "esapn-dwell-0.25",
-        "esapn-lookahead",
         "esapn",
         "fixed-4",
         "fixed-8",

@@ -133,10 +133,10 @@ def test_knobs(spec, family, setting, value):
 
 
 def test_settings_of_its_own_win_over_those_of_the_preset():
-    family, settings = method_settings("esapn-lookahead,policy_lr=1e-2,history=3,state=paper")
+    family, settings = method_settings("esapn-rich,policy_lr=1e-2,history=3,state=paper")
     assert family == "esapn"
     changed = {"policy_lr": 0.01, "history": 3, "state": "paper"}
-    assert settings == PRESETS["esapn-lookahead"] | changed
+    assert settings == PRESETS["esapn-rich"] | changed
     assert type(settings["history"]) is int
     assert method_settings("fixed-16,tower=plain")[1]["tower"] == "plain"
 
