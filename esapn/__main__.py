@@ -227,10 +227,10 @@ def _search(args: argparse.Namespace) -> int:
 
     from tqdm import tqdm
 
-    from .compare.jobs import Saver, resume_or_start
     from .run import checkpoint
     from .run import result as report
     from .run.loop import Run
+    from .run.resume import Saver, resume_or_start
 
     run = Run(config, stream)
     folder = args.out / "checkpoints"

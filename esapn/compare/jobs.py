@@ -34,11 +34,11 @@ from esapn_kernels import info
 
 from ..config import MODES, ConfigError, SearchConfig
 from ..data.load import Ratings, Stream, load_ratings
-from ..run import checkpoint
 from ..run.loop import Run, stream_of
 from ..run.result import describe_data, forget_peak, record, write_json
+from ..run.resume import Saver, check_origin, resume_or_start
 
-__all__ = ["DEFAULT_METHODS", "Job", "compare", "method_settings", "resume_or_start"]
+__all__ = ["DEFAULT_METHODS", "Job", "compare", "method_settings"]
 
 # label -> settings; a number behind a family's name is its knob.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -177,70 +177,6 @@ def _number(spec: str, text: str, kind: type) -> Any:
         raise ConfigError(f"--methods: '{text}' in '{spec}' is no {kind.__name__}") from None
 
 
-def resume_or_start(run: Run, folder: Path, checksum: str) -> list[str]:
-    """Bring ``run`` to where the newest good checkpoint in ``folder`` stands, if there is one.
-
-    Returns:
-        What there is to say: checkpoints passed over, and where the run goes on.
-
-    Raises:
-        ConfigError: the checkpoint is of other settings or other data; nothing is changed.
-        CheckpointError: there are checkpoints, and none is good.
-    """
-    found = checkpoint.load(folder)
-    if found is None:
-        return []
-    held = found.state
-    if not held.keys() >= {"checksum", "config", "run", "rng"}:
-        raise ConfigError(f"{found.path}: is no checkpoint to go on from")
-    if held["checksum"] != checksum:
-        raise ConfigError(
-            f"{found.path}: was made on other data (sha256 {held['checksum'][:12]}...)"
-        )
-    now = run.config.to_json()
-    for key in ("data", "device"):  # where it lies and runs may change
-        held["config"].pop(key, None)
-        now.pop(key)
-    if held["config"] != now:
-        raise ConfigError(f"{found.path}: {_changes(held['config'], now)}")
-    run.load_state_dict(held["run"])
-    checkpoint.set_rng_state(held["rng"])
-    return [*found.passed_over, f"resumed at event {run.measures.seen:,} from {found.path.name}"]
-
-
-def _changes(old: dict[str, Any], new: dict[str, Any]) -> str:
-    keys = sorted(k for k in {*old, *new} if old.get(k) != new.get(k))
-    changed = ", ".join(f"{k} {old.get(k)} -> {new.get(k)}" for k in keys)
-    return f"was made with other settings ({changed}); use another --out"
-
-
-def save_checkpoint(run: Run, folder: Path, checksum: str) -> None:
-    """Write all that the future of ``run`` depends on, and what it belongs to."""
-    state = {
-        "config": run.config.to_json(),
-        "checksum": checksum,
-        "run": run.state_dict(),
-        "rng": checkpoint.rng_state(),
-    }
-    checkpoint.save(folder, run.index, state)
-
-
-class Saver:
-    """A ``pause`` of ``Run.walk``: a checkpoint whenever so many seconds have passed."""
-
-    def __init__(self, folder: Path, checksum: str, seconds: float) -> None:
-        self.folder = folder
-        self.checksum = checksum
-        self.seconds = seconds
-        self.latest = time.monotonic()
-
-    def __call__(self, run: Run) -> None:
-        if time.monotonic() - self.latest < self.seconds or run.done:
-            return
-        save_checkpoint(run, self.folder, self.checksum)
-        self.latest = time.monotonic()
-
-
 @lru_cache(maxsize=1)
 def _ratings(data: str, events: int, seed: int, options: tuple[tuple[str, str], ...]) -> Ratings:
     chosen: dict[str, Any] = dict(options)
@@ -339,14 +275,7 @@ def is_finished(job: Job) -> bool:
         config, checksum = dict(held["config"]), held["data"]["sha256"]
     except (OSError, ValueError, KeyError, TypeError):
         return False  # half a record is none
-    now = job.config.to_json()
-    for key in ("data", "device"):
-        config.pop(key, None)
-        now.pop(key)
-    if checksum != job.checksum:
-        raise ConfigError(f"{job.path}: was made on other data (sha256 {checksum[:12]}...)")
-    if config != now:
-        raise ConfigError(f"{job.path}: {_changes(config, now)}")
+    check_origin(job.path, config, checksum, job.config, job.checksum)
     return True
 
 

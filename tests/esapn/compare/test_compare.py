@@ -29,19 +29,13 @@ from esapn.compare.jobs import (
     REFERENCES,
     Clock,
     Job,
-    Saver,
     is_finished,
     method_settings,
     plan,
-    resume_or_start,
     run_job,
-    save_checkpoint,
 )
 from esapn.config import CHOICES, MODES, ConfigError, SearchConfig
 from esapn.data.load import DataError, build_stream, load_ratings, synthetic_ratings
-from esapn.run import checkpoint
-from esapn.run.checkpoint import CheckpointError
-from esapn.run.loop import Run
 from esapn.run.result import write_json
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -83,12 +77,6 @@ def planned(folder: Path, ratings=None, **changes):
 def only_job(folder: Path, method: str = "esapn,hidden=6,policy_hidden=6") -> Job:
     (job,) = planned(folder, methods=[method])[1]
     return job
-
-
-def run_of(job: Job) -> Run:
-    c = job.config
-    ratings = load_ratings("synthetic", events=c.events)
-    return Run(c, build_stream(ratings, batch_size=c.batch_size, history=c.history))
 
 
 def command(out: Path, *more: object) -> int:
@@ -386,94 +374,6 @@ def test_half_a_record_is_none(content, tmp_path):
     job.path.parent.mkdir()
     job.path.write_text(content)
     assert not is_finished(job)
-
-
-# Checkpoints of a run
-
-
-def test_a_fresh_folder_starts(tmp_path):
-    run = run_of(only_job(tmp_path))
-    assert resume_or_start(run, tmp_path / "absent", "data") == [] and run.index == 0
-
-
-def test_a_run_goes_on_from_its_checkpoint(tmp_path):
-    job = only_job(tmp_path)
-    first, second = run_of(job), run_of(job)
-    for _ in range(5):
-        first.step()
-        save_checkpoint(first, tmp_path, job.checksum)
-    newest = max(tmp_path.glob("step-*.pt"))
-    newest.write_bytes(newest.read_bytes()[:-1])
-    passed_over, resumed = resume_or_start(second, tmp_path, job.checksum)
-    assert passed_over.startswith("step-000000005.pt: cut short")
-    assert resumed == "resumed at event 200 from step-000000004.pt"
-    second.step()
-    ours, theirs = (r.walk() for r in (first, second))
-    assert ours.test == theirs.test and ours.log == theirs.log
-
-    moved = run_of(replace(job, config=replace(job.config, data="copied.csv", device="auto")))
-    assert resume_or_start(moved, tmp_path, job.checksum) and moved.index == 4
-
-
-@pytest.mark.parametrize(
-    ("changes", "checksum", "expected"),
-    [
-        ({"lr": 0.5}, "ours", "made with other settings (lr 0.001 -> 0.5); use another --out"),
-        ({"seed": 7, "dwell": 1.0}, "ours", "(dwell 0.0 -> 1.0, seed 0 -> 7)"),
-        ({}, "theirs", "was made on other data (sha256 ours...)"),
-    ],
-)
-def test_a_checkpoint_of_something_else_is_refused(changes, checksum, expected, tmp_path):
-    job = only_job(tmp_path)
-    save_checkpoint(run_of(job), tmp_path, "ours")
-    run = run_of(replace(job, config=replace(job.config, **changes)))
-    before = {name: value.clone() for name, value in run.model.state_dict().items()}
-    with pytest.raises(ConfigError) as caught:
-        resume_or_start(run, tmp_path, checksum)
-    assert expected in str(caught.value) and "step-000000000.pt" in str(caught.value)
-    assert run.index == 0
-    for name, value in run.model.state_dict().items():
-        assert torch.equal(value, before[name])
-
-
-def test_no_checkpoint_to_go_on_from(tmp_path):
-    run = run_of(only_job(tmp_path))
-    path = checkpoint.save(tmp_path, 3, run.state_dict())
-    with pytest.raises(ConfigError, match="is no checkpoint to go on from"):
-        resume_or_start(run, tmp_path, "data")
-    path.write_bytes(b"")
-    with pytest.raises(CheckpointError, match="is empty"):
-        resume_or_start(run, tmp_path, "data")
-
-
-def test_a_saver_waits_its_time(tmp_path, monkeypatch):
-    now = [100.0]
-    monkeypatch.setattr(comparison.time, "monotonic", lambda: now[0])
-    run = run_of(only_job(tmp_path))
-    saver, saved = Saver(tmp_path, "data", 10.0), []
-
-    def steps() -> list[int]:
-        return sorted(int(path.stem.partition("-")[2]) for path in tmp_path.glob("step-*.pt"))
-
-    for now[0] in (100.0, 109.9, 110.0, 115.0, 119.9, 121.0, 500.0, 509.0):
-        run.step()
-        saver(run)
-        saved.append(steps())
-    assert saved == [[], [], [3], [3], [3], [3, 6], [6, 7], [6, 7]]
-    while not run.done:
-        run.step()
-    now[0] = 1e9
-    saver(run)  # the result is written instead
-    assert steps() == [6, 7]
-
-
-def test_a_saver_of_no_seconds_saves_always(tmp_path):
-    run = run_of(only_job(tmp_path))
-    saver = Saver(tmp_path, "data", 0.0)
-    for _ in range(3):
-        run.step()
-        saver(run)
-    assert checkpoint.load(tmp_path).step == 3
 
 
 def test_clock():
