@@ -293,7 +293,8 @@ def _compare(args: argparse.Namespace) -> int:
 
     from tqdm import tqdm
 
-    from .compare.jobs import compare, is_finished, plan
+    from .compare.jobs import is_finished, plan
+    from .compare.workers import run_jobs as compare
 
     device = device_of(args.device)
     _check_least(1, seeds=args.seeds)
@@ -340,8 +341,8 @@ def _compare(args: argparse.Namespace) -> int:
 
 def _write_page(folder: Path) -> None:
     from .compare import page
-    from .compare.contrasts import ReportError
-    from .run.result import write_csv
+    from .compare.records import ReportError
+    from .compare.tables import write_csv
 
     try:
         print(f"wrote {page.write(folder)} and {write_csv(folder)}")
