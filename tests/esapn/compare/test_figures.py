@@ -137,11 +137,11 @@ def test_what_the_runs_hold_nothing_for_is_left_out(tmp_path):
             del record[key]
 
     folder = write_comparison(
-        tmp_path / "out", tasks=("binary",), settings=("published",), seeds=(3,), change=change
+        tmp_path / "out", tasks=("binary",), settings=("paper",), seeds=(3,), change=change
     )
     comparison = load(folder)
     drawn = figures.draw(comparison, comparison.groups[0], tmp_path / "figures")
-    assert [picture.path.name for picture in drawn] == ["binary-published-pareto.png"]
+    assert [picture.path.name for picture in drawn] == ["binary-paper-pareto.png"]
 
 
 def test_values_that_are_not_finite_stay_out(comparison, tuned):

@@ -74,8 +74,8 @@ def test_broken_header(tmp_path, text, message):
     ],
 )
 def test_broken_run(tmp_path, edit, message):
-    folder = write_comparison(tmp_path / "out", tasks=("binary",), settings=("published",))
-    path = folder / "runs" / "binary-published-darts-s2.json"
+    folder = write_comparison(tmp_path / "out", tasks=("binary",), settings=("paper",))
+    path = folder / "runs" / "binary-paper-darts-s2.json"
     record = json.loads(path.read_text())
     edit(record)
     path.write_text("{" if "JSON" in message else json.dumps(record))

@@ -28,7 +28,7 @@ def test_it_is_made_of_the_numbers(tuned):
 
 
 def test_a_better_method_with_fewer_bytes_is_named(tmp_path):
-    text = text_of(tmp_path, setting="published", seeds=range(5))
+    text = text_of(tmp_path, setting="paper", seeds=range(5))
     assert "1 method has a lower mean loss with no more bytes than esapn: biases" in text
 
 

@@ -35,8 +35,8 @@ def rows_of(table: PageTable) -> dict[str, list[str]]:
 
 
 @pytest.fixture(scope="module")
-def published(tmp_path_factory) -> Group:
-    return made_up(tmp_path_factory.mktemp("comparison"), settings=("published",), seeds=range(5))
+def paper(tmp_path_factory) -> Group:
+    return made_up(tmp_path_factory.mktemp("comparison"), settings=("paper",), seeds=range(5))
 
 
 def test_results_are_means_of_the_records(tuned):
@@ -94,8 +94,8 @@ def test_differences_and_verdicts(tuned):
     assert where["always (1)"].startswith("only member, always, with more bytes: 4,7")
 
 
-def test_a_family_that_begins_above_the_reference(published):
-    (fixed,) = (c for c in same_bytes(published) if c.name == "fixed")
+def test_a_family_that_begins_above_the_reference(paper):
+    (fixed,) = (c for c in same_bytes(paper) if c.name == "fixed")
     assert place(fixed) == "smallest of the family, fixed-128, with more bytes: 4,989,952"
 
 
@@ -119,8 +119,8 @@ def test_costs(tuned):
     assert row[3].startswith(f"{sum(rates) / 5:,.0f} ± ") and row[4].startswith("414.0 ± ")
 
 
-def test_memory_in_the_published_form(published):
-    table = size_table(published, "user")
+def test_memory_in_the_published_form(paper):
+    table = size_table(paper, "user")
     sizes = ["2", "4", "8", "16", "64", "128"]
     head = ["users at size", *sizes, "other sizes", "total dims", "IDs × 128", "ratio"]
     assert table.title == "Final sizes of the users" and table.columns == head
@@ -129,14 +129,14 @@ def test_memory_in_the_published_form(published):
     counts = [int(cell.replace(",", "")) for cell in cells["esapn"][1:7]]
     dims = sum(int(size) * n for size, n in zip(sizes, counts, strict=True))
     assert sum(counts) == 6040 and cells["esapn"][8] == f"{dims:,}"
-    assert rows_of(bytes_table(published))["fixed-128"][1:3] == ["4,989,952", "128"]
+    assert rows_of(bytes_table(paper))["fixed-128"][1:3] == ["4,989,952", "128"]
 
 
 def test_methods(tmp_path):
     write_comparison(tmp_path / "out", tasks=("binary",), seeds=(0,), labels={"fixed-4", "esapn"})
     table = method_table(load(tmp_path / "out"))
     assert table.rows == [
-        ["esapn", "published", "esapn", "what esapn does", "–"],
+        ["esapn", "paper", "esapn", "what esapn does", "–"],
         ["esapn", "tuned", "esapn", "what esapn does", "–"],
         ["fixed-4", "tuned", "fixed", "what fixed-4 does", "size 4"],
     ]
