@@ -91,7 +91,7 @@ def draw(comparison: Comparison, group: Group, folder: Path) -> list[Drawn]:
 
     Args:
         comparison: the colours are chosen over all its families.
-        group: one task in one setting.
+        group: one task in one mode.
         folder: made if it does not exist.
 
     Returns:
@@ -108,7 +108,7 @@ def draw(comparison: Comparison, group: Group, folder: Path) -> list[Drawn]:
         words = function(figure, group, styles, comparison)
         if words is None:
             continue
-        path = folder / f"{group.task}-{group.setting}-{name}.png"
+        path = folder / f"{group.task}-{group.mode}-{name}.png"
         figure.savefig(path, metadata={"Software": None})
         drawn.append(Drawn(path, *words))
     return drawn

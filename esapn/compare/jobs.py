@@ -99,7 +99,7 @@ def plan(
         "data": describe_data(ratings, stream_of(jobs[0].config, ratings)),
         "order": common["order"],
         "tasks": tasks,
-        "settings": modes,
+        "modes": modes,
         "seeds": seeds,
         "methods": listed,
         "reference": {mode: _reference(mode, listed) for mode in modes},
@@ -115,7 +115,7 @@ def _method(mode: str, label: str) -> dict[str, Any]:
     return {
         "label": label,
         "family": family,
-        "setting": mode,
+        "mode": mode,
         "text": ", ".join(f"{k} {v}" for k, v in settings.items()),
         "options": {**MODES[mode], **settings},
     }
@@ -123,12 +123,12 @@ def _method(mode: str, label: str) -> dict[str, Any]:
 
 def _config(method: dict[str, Any], common: dict[str, Any], task: str, seed: int) -> SearchConfig:
     options = method["options"]
-    return SearchConfig.of_mode(method["setting"], **common, task=task, seed=seed, **options)
+    return SearchConfig.of_mode(method["mode"], **common, task=task, seed=seed, **options)
 
 
 def _reference(mode: str, listed: Sequence[dict[str, Any]]) -> str:
     """The mode's own reference, else the first search, else the first method."""
-    labels = [method["label"] for method in listed if method["setting"] == mode]
+    labels = [method["label"] for method in listed if method["mode"] == mode]
     if REFERENCES[mode] in labels:
         return REFERENCES[mode]
     searches = [label for label in labels if label.startswith("esapn")]

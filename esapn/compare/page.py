@@ -97,7 +97,7 @@ def render(comparison: Comparison, drawn: Sequence[Sequence[figures.Drawn]]) -> 
 
 
 def _part(group: Group, drawn: Sequence[figures.Drawn]) -> Part:
-    title = f"{group.task}, {group.setting}"
+    title = f"{group.task}, {group.mode}"
     anchor = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
     part = Part(title, anchor, summary(group))
     if group.records:
@@ -147,7 +147,7 @@ def _method_settings(comparison: Comparison) -> list[tuple[str, str]]:
                 continue
             configs = [record.content["config"] for record in records]
             own = [{k: v for k, v in config.items() if k not in shared} for config in configs]
-            title = f"{method.label} ({group.task}, {group.setting})"
+            title = f"{method.label} ({group.task}, {group.mode})"
             if any(settings != own[0] for settings in own):
                 title += f": settings differ among its seeds, these are of seed {records[0].seed}"
             result.append((title, json.dumps(own[0], indent=1)))

@@ -1,7 +1,7 @@
 """A comparison's folder as it is read: ``compare.json`` and the records of its finished runs.
 
 Comparison   the folder: its header, its groups, the planned runs without a record
-Group        one task in one setting: its methods and their records
+Group        one task in one mode: its methods and their records
 Record       one finished run
 """
 
@@ -30,7 +30,7 @@ __all__ = [
     "load",
 ]
 
-HEADER = ("data", "tasks", "settings", "seeds", "methods", "reference")
+HEADER = ("data", "tasks", "modes", "seeds", "methods", "reference")
 MEASURED = ("loss", "accuracy")
 BYTES = ("serving", "serving_peak", "serving_mean", "training", "fixed128")
 
@@ -44,7 +44,7 @@ class Record:
     """One finished run; ``content`` is what its file holds."""
 
     task: str
-    setting: str
+    mode: str
     label: str
     family: str
     seed: int
@@ -71,17 +71,17 @@ class Method:
 
     label: str
     family: str
-    setting: str
+    mode: str
     text: str
     options: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Group:
-    """One task in one setting: its methods, their records and the reference's label."""
+    """One task in one mode: its methods, their records and the reference's label."""
 
     task: str
-    setting: str
+    mode: str
     methods: tuple[Method, ...]
     records: tuple[Record, ...]
     reference: str | None
@@ -192,27 +192,27 @@ def load(folder: Path) -> Comparison:
     header = _read(folder / "compare.json", HEADER)
     try:
         methods = tuple(
-            Method(m["label"], m["family"], m["setting"], m.get("text", ""), m.get("options", {}))
+            Method(m["label"], m["family"], m["mode"], m.get("text", ""), m.get("options", {}))
             for m in header["methods"]
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise ReportError(f"{folder / 'compare.json'}: methods: {error!r}") from error
     groups, missing, not_finite = [], [], []
-    for task, setting in product(header["tasks"], header["settings"]):
-        mine, records = tuple(m for m in methods if m.setting == setting), []
+    for task, mode in product(header["tasks"], header["modes"]):
+        mine, records = tuple(m for m in methods if m.mode == mode), []
         for method, seed in product(mine, header["seeds"]):
-            name = record_name(task, setting, method.label, seed)
+            name = record_name(task, mode, method.label, seed)
             path = folder / "runs" / f"{name}.json"
             if not path.is_file():
                 missing.append(name)
                 continue
             content = _read_record(path, header["data"])
             if all(is_finite(content["test"][measure]) for measure in MEASURED):
-                records.append(Record(task, setting, method.label, method.family, seed, content))
+                records.append(Record(task, mode, method.label, method.family, seed, content))
             else:
                 not_finite.append(name)
-        reference = header["reference"].get(setting)
-        groups.append(Group(task, setting, mine, tuple(records), reference))
+        reference = header["reference"].get(mode)
+        groups.append(Group(task, mode, mine, tuple(records), reference))
     return Comparison(header, tuple(groups), methods, tuple(missing), tuple(not_finite))
 
 

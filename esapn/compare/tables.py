@@ -271,12 +271,12 @@ def method_table(comparison: Comparison) -> PageTable:
     """Every planned method and its settings."""
     references = comparison.header["reference"]
     rows = [
-        [m.label, m.setting, m.family, m.text, plain(m.options) if m.options else NONE]
+        [m.label, m.mode, m.family, m.text, plain(m.options) if m.options else NONE]
         for m in comparison.methods
     ]
-    marked = (i for i, m in enumerate(comparison.methods) if references.get(m.setting) == m.label)
-    columns = ["method", "setting", "family", "what it is", "options"]
-    note = "The reference of each setting is marked."
+    marked = (i for i, m in enumerate(comparison.methods) if references.get(m.mode) == m.label)
+    columns = ["method", "mode", "family", "what it is", "options"]
+    note = "The reference of each mode is marked."
     every = frozenset(range(5))
     return PageTable("Methods", columns, rows, note, frozenset(marked), every, frozenset({3, 4}))
 
@@ -293,7 +293,7 @@ def write_csv(folder: Path) -> Path:
     Raises:
         ReportError: ``folder`` holds no readable comparison.
     """
-    columns = ("task", "setting", "label", "family", "seed")
+    columns = ("task", "mode", "label", "family", "seed")
     measures = ("accuracy", "loss", "log_loss", "auc")
     records = sorted(load(folder).records, key=lambda r: [getattr(r, name) for name in columns])
     path = folder / "results.csv"

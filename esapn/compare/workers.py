@@ -78,7 +78,7 @@ def run_job(job: Job, options: Options, seconds: float) -> tuple[str, float]:
     resume_or_start(run, job.checkpoints, ratings.checksum)
     result = run.walk(pause=Saver(job.checkpoints, ratings.checksum, seconds))
     family, _ = method_settings(job.label)
-    about = {"task": config.task, "setting": config.mode, "label": job.label, "family": family}
+    about = {"task": config.task, "mode": config.mode, "label": job.label, "family": family}
     content = record(config, ratings, stream, result)
     write_json(job.path, {**about, "seed": config.seed, **content})
     shutil.rmtree(job.checkpoints, ignore_errors=True)

@@ -52,9 +52,9 @@ METHODS = {"paper": PAPER, "tuned": TUNED}
 REFERENCE = {"paper": "esapn", "tuned": "esapn-rich"}
 
 
-def loss_of(task: str, setting: str, label: str, seed: int) -> float:
-    place = list(METHODS[setting]).index(label)
-    loss = METHODS[setting][label][2] + 0.0004 * seed + NOISE[(seed + 2 * place) % 5]
+def loss_of(task: str, mode: str, label: str, seed: int) -> float:
+    place = list(METHODS[mode]).index(label)
+    loss = METHODS[mode][label][2] + 0.0004 * seed + NOISE[(seed + 2 * place) % 5]
     return loss if task == "binary" else 6.4 * loss
 
 
@@ -75,16 +75,16 @@ def _rows(label: str, family: str, share: float, n: int) -> dict[str, int]:
     return rows
 
 
-def run_record(task: str, setting: str, label: str, seed: int) -> dict:
+def run_record(task: str, mode: str, label: str, seed: int) -> dict:
     """What the file of a run holds."""
-    family, share, _, speed = METHODS[setting][label]
-    measures = _measures(task, loss_of(task, setting, label, seed))
+    family, share, _, speed = METHODS[mode][label]
+    measures = _measures(task, loss_of(task, mode, label, seed))
     serving = int(FIXED * share) + (0 if family == "fixed" else 1_000 * seed)
     seconds = EVENTS / speed * (1 + 0.01 * seed)
     by_frequency, sizes_by_frequency = _frequencies(family, share, measures, seed)
     return {
         "task": task,
-        "setting": setting,
+        "mode": mode,
         "label": label,
         "family": family,
         "seed": seed,
@@ -203,7 +203,7 @@ def write_comparison(
     folder: Path,
     *,
     tasks=("binary", "multiclass"),
-    settings=("paper", "tuned"),
+    modes=("paper", "tuned"),
     seeds=(0, 1, 2, 3, 4),
     labels=None,
     skip=(),
@@ -223,21 +223,21 @@ def write_comparison(
         },
         "order": "shuffle",
         "tasks": list(tasks),
-        "settings": list(settings),
+        "modes": list(modes),
         "seeds": list(seeds),
         "methods": [
             {
                 "label": label,
                 "family": row[0],
-                "setting": setting,
+                "mode": mode,
                 "text": f"what {label} does",
                 "options": {"size": 4} if label == "fixed-4" else {},
             }
-            for setting in settings
-            for label, row in METHODS[setting].items()
+            for mode in modes
+            for label, row in METHODS[mode].items()
             if labels is None or label in labels
         ],
-        "reference": {setting: REFERENCE[setting] for setting in settings},
+        "reference": {mode: REFERENCE[mode] for mode in modes},
         "started": "2026-05-01T10:00:00+00:00",
         "info": {
             "torch": "2.13.0",
@@ -251,10 +251,10 @@ def write_comparison(
     for task in tasks:
         for method in header["methods"]:
             for seed in seeds:
-                name = f"{task}-{method['setting']}-{method['label']}-s{seed}"
+                name = f"{task}-{method['mode']}-{method['label']}-s{seed}"
                 if name in skip:
                     continue
-                record = run_record(task, method["setting"], method["label"], seed)
+                record = run_record(task, method["mode"], method["label"], seed)
                 if change is not None:
                     change(record)
                 (folder / "runs" / f"{name}.json").write_text(json.dumps(record))

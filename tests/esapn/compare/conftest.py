@@ -35,5 +35,5 @@ def finished(tmp_path_factory) -> Job:
 def tuned(tmp_path_factory) -> Group:
     """A group of made-up records of 18 methods and five seeds."""
     folder = tmp_path_factory.mktemp("comparison") / "out"
-    write_comparison(folder, tasks=("binary",), settings=("tuned",))
+    write_comparison(folder, tasks=("binary",), modes=("tuned",))
     return load(folder).groups[0]

@@ -102,7 +102,7 @@ def test_same_bytes_of_known_losses(tuned):
 
 def test_no_reference(tmp_path):
     labels = {"fixed-4", "biases"}
-    write_comparison(tmp_path / "out", tasks=("binary",), settings=("tuned",), labels=labels)
+    write_comparison(tmp_path / "out", tasks=("binary",), modes=("tuned",), labels=labels)
     group = load(tmp_path / "out").groups[0]
     assert group.reference_method is None
     assert paired_contrasts(group) == same_bytes(group) == []

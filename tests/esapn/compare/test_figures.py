@@ -137,7 +137,7 @@ def test_what_the_runs_hold_nothing_for_is_left_out(tmp_path):
             del record[key]
 
     folder = write_comparison(
-        tmp_path / "out", tasks=("binary",), settings=("paper",), seeds=(3,), change=change
+        tmp_path / "out", tasks=("binary",), modes=("paper",), seeds=(3,), change=change
     )
     comparison = load(folder)
     drawn = figures.draw(comparison, comparison.groups[0], tmp_path / "figures")
@@ -163,7 +163,7 @@ def test_frequency_zero_has_a_place_on_the_logarithmic_axis(tmp_path):
     folder = write_comparison(
         tmp_path / "out",
         tasks=("binary",),
-        settings=("tuned",),
+        modes=("tuned",),
         seeds=(0,),
         labels={"esapn-rich", "biases"},
         change=change,

@@ -51,10 +51,10 @@ def test_the_header_says_what_the_streams_are(events, batch_size, fraction, orde
 def test_the_plan_is_complete(tmp_path):
     tasks, modes, seeds = ["multiclass", "binary"], ["tuned", "paper"], range(3)
     header, jobs = planned(tmp_path, tasks=tasks, modes=modes, seeds=seeds)
-    assert (header["tasks"], header["settings"], header["seeds"]) == (tasks, modes, [0, 1, 2])
+    assert (header["tasks"], header["modes"], header["seeds"]) == (tasks, modes, [0, 1, 2])
     assert header["order"] == "shuffle" and header["reference"] == REFERENCES
     assert header["info"]["torch"] and header["started"].endswith("+00:00")
-    listed = [(m["setting"], m["label"]) for m in header["methods"]]
+    listed = [(m["mode"], m["label"]) for m in header["methods"]]
     assert listed == [(mode, label) for mode in modes for label in DEFAULT_METHODS[mode]]
     wanted = {(t, s, *m) for t in tasks for s in seeds for m in listed}
     found = [(j.config.task, j.config.seed, j.config.mode, j.label) for j in jobs]
@@ -67,7 +67,7 @@ def test_the_plan_is_complete(tmp_path):
         ).items()
     for method in header["methods"]:
         settings = method_settings(method["label"])[1]
-        assert method["options"] == {**MODES[method["setting"]], **settings}
+        assert method["options"] == {**MODES[method["mode"]], **settings}
         assert all(f"{key} {value}" in method["text"] for key, value in settings.items())
     json.dumps(header)
 
@@ -75,7 +75,7 @@ def test_the_plan_is_complete(tmp_path):
 def test_what_is_named_twice_is_done_once(tmp_path):
     twice = {"tasks": ["binary"] * 2, "modes": ["paper"] * 2, "methods": ["esapn"] * 2}
     header, jobs = planned(tmp_path, **twice, seeds=iter([3, 3]))
-    assert [len(header[name]) for name in ("tasks", "settings", "methods", "seeds")] == [1] * 4
+    assert [len(header[name]) for name in ("tasks", "modes", "methods", "seeds")] == [1] * 4
     assert len(jobs) == 1
 
 

@@ -100,7 +100,7 @@ def parsed(folder):
 def small(folder, *labels, seeds=(0, 1, 2), **others):
     """Page of a few methods of one group, without its figures."""
     write_comparison(
-        folder, tasks=("binary",), settings=("tuned",), seeds=seeds, labels=set(labels), **others
+        folder, tasks=("binary",), modes=("tuned",), seeds=seeds, labels=set(labels), **others
     )
     return Page(page.render(load(folder), [[]]))
 
@@ -130,7 +130,7 @@ def test_every_table_of_a_group_is_there(folder, parsed):
     for group in comparison.groups:
         tables = [result_table(group), *contrast_tables(group), cost_table(group)]
         tables += [size_table(group, "user"), size_table(group, "item"), bytes_table(group)]
-        title = f"{group.task}, {group.setting}"
+        title = f"{group.task}, {group.mode}"
         shown = {name: rows for (part, name), rows in parsed.tables.items() if part == title}
         assert shown == {table.title: [table.columns, *table.rows] for table in tables}
         for line in summary(group):

@@ -15,7 +15,7 @@ from tests.esapn.fake_comparison import write_comparison
 def test_ranking_does_not_depend_on_which_seeds_are_missing(tuned, tmp_path):
     # Later seeds have the higher losses: without them a method's plain mean looks better.
     gone = {f"binary-tuned-biases-s{seed}" for seed in (2, 3, 4)}
-    write_comparison(tmp_path / "out", tasks=("binary",), settings=("tuned",), skip=gone)
+    write_comparison(tmp_path / "out", tasks=("binary",), modes=("tuned",), skip=gone)
     partial = load(tmp_path / "out")
     assert set(partial.missing) == gone
     group = partial.groups[0]
@@ -34,7 +34,7 @@ def test_runs_without_a_finite_loss_are_set_apart(tmp_path):
         if record["label"] == "fixed-16":
             record["test"]["auc"] = math.nan
 
-    write_comparison(tmp_path / "out", tasks=("binary",), settings=("tuned",), change=change)
+    write_comparison(tmp_path / "out", tasks=("binary",), modes=("tuned",), change=change)
     comparison = load(tmp_path / "out")
     assert comparison.not_finite == ("binary-tuned-fixed-4-s1", "binary-tuned-fixed-8-s1")
     group = comparison.groups[0]
@@ -74,7 +74,7 @@ def test_broken_header(tmp_path, text, message):
     ],
 )
 def test_broken_run(tmp_path, edit, message):
-    folder = write_comparison(tmp_path / "out", tasks=("binary",), settings=("paper",))
+    folder = write_comparison(tmp_path / "out", tasks=("binary",), modes=("paper",))
     path = folder / "runs" / "binary-paper-darts-s2.json"
     record = json.loads(path.read_text())
     edit(record)

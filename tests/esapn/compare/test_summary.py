@@ -11,9 +11,9 @@ from esapn.compare.summary import summary
 from tests.esapn.fake_comparison import write_comparison
 
 
-def text_of(folder, *labels, setting="tuned", seeds=(0, 1, 2), **options) -> str:
+def text_of(folder, *labels, mode="tuned", seeds=(0, 1, 2), **options) -> str:
     chosen = {"labels": set(labels)} if labels else {}
-    options |= {"tasks": options.pop("tasks", ("binary",)), "settings": (setting,)}
+    options |= {"tasks": options.pop("tasks", ("binary",)), "modes": (mode,)}
     write_comparison(folder / "out", seeds=seeds, **options, **chosen)
     (group,) = load(folder / "out").groups
     return " ".join(summary(group))
@@ -28,7 +28,7 @@ def test_it_is_made_of_the_numbers(tuned):
 
 
 def test_a_better_method_with_fewer_bytes_is_named(tmp_path):
-    text = text_of(tmp_path, setting="paper", seeds=range(5))
+    text = text_of(tmp_path, mode="paper", seeds=range(5))
     assert "1 method has a lower mean loss with no more bytes than esapn: biases" in text
 
 

@@ -23,8 +23,8 @@ from esapn.compare.tables import (
 from tests.esapn.fake_comparison import METHODS, loss_of, write_comparison
 
 
-def made_up(folder, *, settings=("tuned",), seeds=(0, 1, 2), task="binary", **options) -> Group:
-    write_comparison(folder / "out", tasks=(task,), settings=settings, seeds=seeds, **options)
+def made_up(folder, *, modes=("tuned",), seeds=(0, 1, 2), task="binary", **options) -> Group:
+    write_comparison(folder / "out", tasks=(task,), modes=modes, seeds=seeds, **options)
     return load(folder / "out").groups[0]
 
 
@@ -36,7 +36,7 @@ def rows_of(table: PageTable) -> dict[str, list[str]]:
 
 @pytest.fixture(scope="module")
 def paper(tmp_path_factory) -> Group:
-    return made_up(tmp_path_factory.mktemp("comparison"), settings=("paper",), seeds=range(5))
+    return made_up(tmp_path_factory.mktemp("comparison"), modes=("paper",), seeds=range(5))
 
 
 def test_results_are_means_of_the_records(tuned):
@@ -156,7 +156,7 @@ def test_csv_has_a_line_for_each_record(tmp_path):
     about += [("fixed-4", 0), ("fixed-4", 3)]
     assert [(row["label"], int(row["seed"])) for row in rows] == about
     for row in rows:
-        assert (row["task"], row["setting"]) == ("binary", "tuned")
+        assert (row["task"], row["mode"]) == ("binary", "tuned")
         record = next(r for r in group.of(row["label"]) if r.seed == int(row["seed"]))
         assert row["family"] == record.family
         for name in ("loss", "accuracy", "log_loss", "auc"):

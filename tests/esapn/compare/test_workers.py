@@ -45,10 +45,10 @@ def test_a_record_is_what_the_report_needs(finished, tmp_path):
     loaded = load(tmp_path)
     (record,) = loaded.records
     assert (loaded.missing, loaded.not_finite) == ((), ())
-    about = (record.task, record.setting, record.label, record.family, record.seed)
+    about = (record.task, record.mode, record.label, record.family, record.seed)
     assert about == ("binary", "paper", job.label, "esapn", 0)
     held = record.content
-    assert about == tuple(held[key] for key in ("task", "setting", "label", "family", "seed"))
+    assert about == tuple(held[key] for key in ("task", "mode", "label", "family", "seed"))
     assert held["config"] == job.config.to_json() and held["data"] == header["data"]
     shown = ("loss", "accuracy", "log_loss", "auc", *BYTES, "cpu_seconds")
     for name in (*shown, "wall_seconds", "events_per_second", "peak_rss"):
