@@ -15,6 +15,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from ..config import ConfigError
 from .intervals import Interval, mean_interval, paired_difference, pareto_front
 from .jobs import record_name
 
@@ -35,8 +36,8 @@ MEASURED = ("loss", "accuracy")
 BYTES = ("serving", "serving_peak", "serving_mean", "training", "fixed128")
 
 
-class ReportError(ValueError):
-    """A folder that holds no readable comparison."""
+class ReportError(ConfigError):
+    """A folder that holds no readable comparison; one line."""
 
 
 @dataclass(frozen=True)
