@@ -28,6 +28,7 @@ PERCENT = "\N{NO-BREAK SPACE}%"
 
 
 def loss(value: float) -> str:
+    """A loss, or another measure of its size."""
     return f"{value:.5f}"
 
 
@@ -37,6 +38,7 @@ def percent(value: float) -> str:
 
 
 def count(value: float) -> str:
+    """A number of things, rounded, with commas."""
     return f"{value:,.0f}"
 
 
@@ -75,6 +77,7 @@ def difference(d: Difference, *, accuracy: bool = False) -> str:
 
 
 def p_value(value: float | None) -> str:
+    """A p; a dash where one seed gives none."""
     if value is None:
         return NONE
     return "< 0.0001" if value < 0.0001 else f"{value:.4f}"

@@ -1,4 +1,4 @@
-"""``report.html`` of a comparison: one page with its figures inside; it fetches nothing, no script.
+"""``report.html`` of a comparison: one file with its figures inside, which fetches nothing.
 
 Every number and every sentence of the page is computed from the records.
 """

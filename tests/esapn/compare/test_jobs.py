@@ -56,9 +56,9 @@ def test_the_plan_is_complete(tmp_path):
     assert header["info"]["torch"] and header["started"].endswith("+00:00")
     listed = [(m["mode"], m["label"]) for m in header["methods"]]
     assert listed == [(mode, label) for mode in modes for label in DEFAULT_METHODS[mode]]
-    wanted = {(t, s, *m) for t in tasks for s in seeds for m in listed}
+    expected = {(t, s, *m) for t in tasks for s in seeds for m in listed}
     found = [(j.config.task, j.config.seed, j.config.mode, j.label) for j in jobs]
-    assert len(found) == len(wanted) and set(found) == wanted
+    assert len(found) == len(expected) and set(found) == expected
     assert [seed for _, seed, *_ in found] == sorted(seed for _, seed, *_ in found)
     for job in jobs:
         settings = method_settings(job.label)[1]
