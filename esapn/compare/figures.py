@@ -1,31 +1,27 @@
-"""The figures of a comparison: one folder of PNG files, one colour and marker per family.
+"""The figures of a comparison: a folder of PNG files, one colour and marker a family.
 
-Every curve is a mean over seeds; bars and bands are 95 % t intervals. Without a display:
-matplotlib's Agg canvas is used directly.
+Every curve is a mean over seeds, every bar a 95 % t interval. matplotlib's Agg canvas is used
+directly, so no display is needed.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, PercentFormatter
 
-from .contrasts import (
-    Comparison,
-    Group,
-    Interval,
-    Method,
-    best_control,
-    mean_interval,
-    paired_difference,
-)
+from ..data.ratings import SIDES
+from .contrasts import best_control
+from .intervals import Interval, mean_interval, paired_difference
+from .records import MEASURED, Comparison, Group, Method, is_finite
 
 __all__ = ["Drawn", "draw", "family_styles", "selected"]
 
@@ -36,10 +32,14 @@ OKABE_ITO = ("#0072B2", "#009E73", "#E69F00", "#56B4E9", "#CC79A7")
 COLORS = (*OKABE_ITO, "#882255", "#999933", "#332288", "#000000", "#888888")
 MARKERS = "osD^vPXh<>"
 LINES = ("-", "--", ":", "-.")
-SIDES = ("user", "item")
 WIDTH = 11.0
 DPI = 120
 ZERO = 0.5  # where a logarithmic axis shows the frequency 0
+
+# Accuracies are drawn in percent.
+SCALE = {"loss": 1, "accuracy": 100}
+# Family to colour and marker.
+Styles = dict[str, tuple[str, str]]
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Drawn:
     caption: str
 
 
-def family_styles(comparison: Comparison) -> dict[str, tuple[str, str]]:
+def family_styles(comparison: Comparison) -> Styles:
     """Colour and marker of every family, the same in every figure of the comparison."""
     references = set(comparison.header["reference"].values())
     mine = {method.family for method in comparison.methods if method.label in references}
@@ -74,17 +74,12 @@ def selected(group: Group) -> list[Method]:
     if reference is not None:
         chosen.append(reference)
     if "fixed" in families:
-        chosen.append(
-            min(
-                families["fixed"],
-                key=lambda m: abs(
-                    math.log(group.mean(m.label, "serving") / group.mean(m.label, "fixed128"))
-                ),
-            )
-        )
+        members = families["fixed"]
+        chosen.append(_nearest(group, members, group.mean(members[0].label, "fixed128")))
     control = best_control(group)
     if control is not None and reference is not None:
-        chosen.append(_nearest(group, families[control.name], reference))
+        serving = group.mean(reference.label, "serving")
+        chosen.append(_nearest(group, families[control.name], serving))
     if group.finished:
         chosen.append(group.finished[0])
         chosen.append(min(group.finished, key=lambda m: group.mean(m.label, "serving")))
@@ -92,17 +87,17 @@ def selected(group: Group) -> list[Method]:
 
 
 def draw(comparison: Comparison, group: Group, folder: Path) -> list[Drawn]:
-    """Write a group's figures into ``folder``; one that its runs hold nothing for is left out.
+    """Write the figures of a group that its records have values for into ``folder``.
 
     Args:
-        comparison: what the colours are chosen over.
-        group: one task in one setting.
+        comparison: the colours are chosen over all its families.
+        group: one task in one mode.
         folder: made if it does not exist.
 
     Returns:
-        What was written, in the order that a reader wants it.
+        The figures that were written, in the order of the page.
     """
-    if not group.runs:
+    if not group.records:
         return []
     folder.mkdir(parents=True, exist_ok=True)
     styles = family_styles(comparison)
@@ -113,23 +108,23 @@ def draw(comparison: Comparison, group: Group, folder: Path) -> list[Drawn]:
         words = function(figure, group, styles, comparison)
         if words is None:
             continue
-        path = folder / f"{group.task}-{group.setting}-{name}.png"
+        path = folder / f"{group.task}-{group.mode}-{name}.png"
         figure.savefig(path, metadata={"Software": None})
         drawn.append(Drawn(path, *words))
     return drawn
 
 
-def _nearest(group: Group, members: Sequence[Method], reference: Method) -> Method:
-    target = math.log(group.mean(reference.label, "serving"))
+def _nearest(group: Group, members: Sequence[Method], serving: float) -> Method:
+    """The member whose mean serving bytes have the least ratio to ``serving``."""
+    target = math.log(serving)
     return min(members, key=lambda m: abs(math.log(group.mean(m.label, "serving")) - target))
 
 
 def _line_styles(
-    methods: Iterable[Method], styles: dict[str, tuple[str, str]]
-) -> list[tuple[Method, dict[str, Any]]]:
+    methods: Iterable[Method], styles: Styles
+) -> Iterator[tuple[Method, dict[str, Any]]]:
     """A family's second member is dashed, its third dotted."""
     seen: dict[str, int] = {}
-    result = []
     for method in methods:
         k = seen[method.family] = seen.get(method.family, -1) + 1
         color, marker = styles[method.family]
@@ -137,8 +132,7 @@ def _line_styles(
         style |= {"linestyle": LINES[k % len(LINES)], "linewidth": 1.5, "markersize": 5}
         if marker == "*":
             style |= {"markersize": 9, "zorder": 5}
-        result.append((method, style))
-    return result
+        yield method, style
 
 
 def _finish(figure: Figure, axes: Iterable[Axes]) -> None:
@@ -154,62 +148,42 @@ def _finish(figure: Figure, axes: Iterable[Axes]) -> None:
         figure.legend(handles.values(), handles.keys(), loc="outside right upper", frameon=False)
 
 
-def _half(intervals: Iterable[Interval]) -> list[float]:
-    return [interval.half or 0.0 for interval in intervals]
+def _half(intervals: Iterable[Interval], scale: float = 1) -> list[float]:
+    return [scale * (interval.half or 0.0) for interval in intervals]
 
 
-def _size(value: float) -> str:
-    """Bytes in the largest unit that leaves a number of at least 1."""
+def _curve(points: Mapping[float, list[float]]) -> tuple[list[float], list[float]]:
+    """Places in their order, and the mean over seeds at each."""
+    x = sorted(points)
+    return x, [mean_interval(points[place]).mean for place in x]
+
+
+def _bytes(value: float, _: int) -> str:
+    """Bytes in the largest unit that leaves a number of at least 1, as labels of an axis."""
     for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if value >= factor:
             return f"{value / factor:.3g} {unit}"
     return f"{value:.3g} B"
 
 
+def _events_axis(axes: Axes, comparison: Comparison) -> None:
+    """Events along the stream; a dotted line where the test part begins."""
+    axes.set_xlabel("events")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    train = comparison.header["data"].get("train_events")
+    if train:
+        axes.axvline(train, color="#555555", linestyle=":", linewidth=1)
+
+
 def _pareto(
-    figure: Figure, group: Group, styles: dict[str, tuple[str, str]], comparison: Comparison
+    figure: Figure, group: Group, styles: Styles, comparison: Comparison
 ) -> tuple[str, str]:
     left, right = figure.subplots(1, 2)
-    for axes, measure in ((left, "loss"), (right, "accuracy")):
-        scale = 100 if measure == "accuracy" else 1
+    for axes, measure in zip((left, right), MEASURED, strict=True):
         for family, members in group.families.items():
-            color, marker = styles[family]
-            x = [group.mean(m.label, "serving") for m in members]
-            y = [mean_interval(group.values(m.label, measure).values()) for m in members]
-            axes.errorbar(
-                x,
-                [scale * point.mean for point in y],
-                yerr=[scale * half for half in _half(y)],
-                color=color,
-                marker=marker,
-                markersize=12 if marker == "*" else 6,
-                # The reference's family holds variants, not one knob's settings: no line.
-                linewidth=0 if marker == "*" else 1.3,
-                elinewidth=1.3,
-                capsize=2.5,
-                label=family,
-                zorder=5 if marker == "*" else 3,
-            )
-            if marker == "*":
-                named: list[float] = []
-                for place, point, method in zip(x, y, members, strict=True):
-                    # A label takes the room of a factor of 3 in bytes; the tables have the rest.
-                    if any(1 / 3 < place / other < 3 for other in named):
-                        continue
-                    named.append(place)
-                    at = (place, scale * point.mean)
-                    axes.annotate(
-                        method.label,
-                        at,
-                        xytext=(8, 8),
-                        textcoords="offset points",
-                        color=color,
-                        fontsize=9,
-                        zorder=6,
-                        bbox={"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 0.5},
-                    )
+            _family_points(axes, group, members, measure, family, styles[family])
         axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _size(value)))
+        axes.xaxis.set_major_formatter(FuncFormatter(_bytes))
         axes.set_xlabel("serving bytes at the end of the stream")
     front = [(group.mean(x, "serving"), group.standing(x)) for x in group.front]
     front.append((max(group.mean(m.label, "serving") for m in group.finished), front[-1][1]))
@@ -235,14 +209,59 @@ def _pareto(
     )
 
 
+def _family_points(
+    axes: Axes,
+    group: Group,
+    members: Sequence[Method],
+    measure: str,
+    family: str,
+    style: tuple[str, str],
+) -> None:
+    """A family's members over their bytes; those of the reference's family by their labels too."""
+    color, marker = style
+    reference = marker == "*"
+    x = [group.mean(m.label, "serving") for m in members]
+    means = [mean_interval(group.values(m.label, measure).values()) for m in members]
+    y = [SCALE[measure] * mean.mean for mean in means]
+    axes.errorbar(
+        x,
+        y,
+        yerr=_half(means, SCALE[measure]),
+        color=color,
+        marker=marker,
+        markersize=12 if reference else 6,
+        # The reference's family holds variants, not one knob's settings: no line.
+        linewidth=0 if reference else 1.3,
+        elinewidth=1.3,
+        capsize=2.5,
+        label=family,
+        zorder=5 if reference else 3,
+    )
+    named: list[float] = []
+    for place, height, method in zip(x, y, members, strict=True):
+        # A label is as wide as a factor of 3 in bytes; the tables have those left out.
+        if not reference or any(1 / 3 < place / other < 3 for other in named):
+            continue
+        named.append(place)
+        axes.annotate(
+            method.label,
+            (place, height),
+            xytext=(8, 8),
+            textcoords="offset points",
+            color=color,
+            fontsize=9,
+            zorder=6,
+            bbox={"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 0.5},
+        )
+
+
 def _buckets(group: Group, label: str, side: str, measure: str) -> dict[float, dict[int, float]]:
     """Lower end of a frequency bucket to seed to the measure of its test events."""
     result: dict[float, dict[int, float]] = {}
-    for run in group.of(label):
-        for bucket in run.record.get("by_frequency", {}).get(side, []):
-            value = bucket[measure]
-            if bucket["events"] and value is not None and math.isfinite(value):
-                result.setdefault(bucket["from"] or ZERO, {})[run.seed] = value
+    for record in group.of(label):
+        for bucket in record.content.get("by_frequency", {}).get(side, []):
+            if bucket["events"] and is_finite(bucket[measure]):
+                result.setdefault(bucket["from"] or ZERO, {})[record.seed] = bucket[measure]
     return dict(sorted(result.items()))
 
 
@@ -254,25 +273,32 @@ def _frequency_axis(axes: Axes, side: str, what: str) -> None:
     axes.set_xlabel(f"{what} of the {side}")
 
 
-def _frequency(
-    figure: Figure, group: Group, styles: dict[str, tuple[str, str]], comparison: Comparison
-) -> tuple[str, str] | None:
+def _frequency_panels(figure: Figure) -> list[tuple[Axes, str, str]]:
+    """Axes, side and measure: a row for each measure, a column for each side."""
     figure.set_size_inches(WIDTH, 7.2)
-    panels = figure.subplots(2, 2)
-    shown = False
-    for row, measure in zip(panels, ("loss", "accuracy"), strict=True):
-        scale = 100 if measure == "accuracy" else 1
+    panels = []
+    for row, measure in zip(figure.subplots(2, 2), MEASURED, strict=True):
         for axes, side in zip(row, SIDES, strict=True):
-            for method, style in _line_styles(selected(group), styles):
-                curve = _buckets(group, method.label, side, measure)
-                y = [scale * mean_interval(values.values()).mean for values in curve.values()]
-                axes.plot(list(curve), y, **style)
-                shown = shown or bool(curve)
             _frequency_axis(axes, side, "running frequency")
-            axes.set_ylabel(group.loss_name if measure == "loss" else "accuracy (%)")
+            panels.append((axes, side, measure))
+    return panels
+
+
+def _frequency(
+    figure: Figure, group: Group, styles: Styles, comparison: Comparison
+) -> tuple[str, str] | None:
+    shown = False
+    panels = _frequency_panels(figure)
+    for axes, side, measure in panels:
+        for method, style in _line_styles(selected(group), styles):
+            buckets = _buckets(group, method.label, side, measure)
+            y = [SCALE[measure] * mean_interval(seeds.values()).mean for seeds in buckets.values()]
+            axes.plot(list(buckets), y, **style)
+            shown = shown or bool(buckets)
+        axes.set_ylabel(group.loss_name if measure == "loss" else "accuracy (%)")
     if not shown:
         return None
-    _finish(figure, panels.flat)
+    _finish(figure, [axes for axes, _, _ in panels])
     return (
         "Loss and accuracy by frequency",
         "Test events by the running frequency of their user (left) or item (right), in buckets of "
@@ -281,44 +307,40 @@ def _frequency(
 
 
 def _frequency_difference(
-    figure: Figure, group: Group, styles: dict[str, tuple[str, str]], comparison: Comparison
+    figure: Figure, group: Group, styles: Styles, comparison: Comparison
 ) -> tuple[str, str] | None:
     reference = group.reference_method
     if reference is None:
         return None
     others = [m for m in selected(group) if m.label != reference.label]
-    figure.set_size_inches(WIDTH, 7.2)
-    panels = figure.subplots(2, 2)
     shown = False
-    for row, measure in zip(panels, ("loss", "accuracy"), strict=True):
-        scale = 100 if measure == "accuracy" else 1
-        for axes, side in zip(row, SIDES, strict=True):
-            mine = _buckets(group, reference.label, side, measure)
-            for k, (method, style) in enumerate(_line_styles(others, styles)):
-                theirs = _buckets(group, method.label, side, measure)
-                # Shifted a little, so that the bars of two methods do not cover each other.
-                shift = 2 ** (0.12 * (k - (len(others) - 1) / 2))
-                points = {
-                    low * shift: paired_difference(theirs[low], mine[low])
-                    for low in mine
-                    if low in theirs and mine[low].keys() & theirs[low].keys()
-                }
-                axes.errorbar(
-                    list(points),
-                    [scale * point.mean for point in points.values()],
-                    yerr=[scale * half for half in _half(points.values())],
-                    capsize=2,
-                    elinewidth=0.9,
-                    **style,
-                )
-                shown = shown or bool(points)
-            axes.axhline(0, color=REFERENCE[0], linewidth=1.5, label=reference.label)
-            _frequency_axis(axes, side, "running frequency")
-            unit = group.loss_name if measure == "loss" else "accuracy (points)"
-            axes.set_ylabel(f"{unit}, minus the reference's")
+    panels = _frequency_panels(figure)
+    for axes, side, measure in panels:
+        mine = _buckets(group, reference.label, side, measure)
+        for k, (method, style) in enumerate(_line_styles(others, styles)):
+            theirs = _buckets(group, method.label, side, measure)
+            # Shifted a little, so that the bars of two methods do not cover each other.
+            shift = 2 ** (0.12 * (k - (len(others) - 1) / 2))
+            points = {
+                low * shift: paired_difference(theirs[low], mine[low])
+                for low in mine
+                if low in theirs and mine[low].keys() & theirs[low].keys()
+            }
+            axes.errorbar(
+                list(points),
+                [SCALE[measure] * point.mean for point in points.values()],
+                yerr=_half(points.values(), SCALE[measure]),
+                capsize=2,
+                elinewidth=0.9,
+                **style,
+            )
+            shown = shown or bool(points)
+        axes.axhline(0, color=REFERENCE[0], linewidth=1.5, label=reference.label)
+        unit = group.loss_name if measure == "loss" else "accuracy (points)"
+        axes.set_ylabel(f"{unit}, minus the reference's")
     if not shown:
         return None
-    _finish(figure, panels.flat)
+    _finish(figure, [axes for axes, _, _ in panels])
     return (
         f"Difference to {reference.label} by frequency",
         f"The curves above minus those of {reference.label}, paired by seed, with 95 % intervals. "
@@ -327,28 +349,29 @@ def _frequency_difference(
 
 
 def _sizes(
-    figure: Figure, group: Group, styles: dict[str, tuple[str, str]], comparison: Comparison
+    figure: Figure, group: Group, styles: Styles, comparison: Comparison
 ) -> tuple[str, str] | None:
     reference = group.reference_method
-    methods = [] if reference is None else [reference]
-    for family, members in group.families.items():
-        if reference is None or family != reference.family:
-            methods.append(
-                members[-1] if reference is None else _nearest(group, members, reference)
-            )
+    if reference is None:
+        methods = [members[-1] for members in group.families.values()]
+    else:
+        serving = group.mean(reference.label, "serving")
+        methods = [reference]
+        for family, members in group.families.items():
+            if family != reference.family:
+                methods.append(_nearest(group, members, serving))
     panels = figure.subplots(1, 2)
     shown = False
     for axes, side in zip(panels, SIDES, strict=True):
         for method, style in _line_styles(methods, styles):
-            curve: dict[float, list[float]] = {}
-            for run in group.of(method.label):
-                for bucket in run.record.get("sizes_by_frequency", {}).get(side, []):
+            points: dict[float, list[float]] = {}
+            for record in group.of(method.label):
+                for bucket in record.content.get("sizes_by_frequency", {}).get(side, []):
                     if bucket["ids"]:
-                        curve.setdefault(bucket["from"] or ZERO, []).append(bucket["mean_size"])
-            if curve:
+                        points.setdefault(bucket["from"] or ZERO, []).append(bucket["mean_size"])
+            if points:
                 shown = True
-                x = sorted(curve)
-                axes.plot(x, [mean_interval(curve[low]).mean for low in x], **style)
+                axes.plot(*_curve(points), **style)
         _frequency_axis(axes, side, "events")
         axes.set(ylabel="mean size (numbers per row)", title=f"{side}s", ylim=(0, None))
     if not shown:
@@ -362,21 +385,16 @@ def _sizes(
 
 
 def _histogram(
-    figure: Figure, group: Group, styles: dict[str, tuple[str, str]], comparison: Comparison
+    figure: Figure, group: Group, styles: Styles, comparison: Comparison
 ) -> tuple[str, str] | None:
-    from matplotlib import colormaps
-
     reference = group.reference_method
     if reference is None:
         return None
-    run = group.of(reference.label)[0]
-    log = run.record.get("log", [])
-    sizes = [int(d) for d in run.record["memory"]["user"]["rows_per_size"]]
-    if (
-        not sizes
-        or not log
-        or any(len(line[f"{s}_rows"]) != len(sizes) for line in log for s in SIDES)
-    ):
+    record = group.of(reference.label)[0]
+    log = record.content.get("log", [])
+    sizes = list(record.content["memory"]["user"]["rows_per_size"])
+    counted = all(len(line[f"{side}_rows"]) == len(sizes) for line in log for side in SIDES)
+    if not sizes or not log or not counted:
         return None
     panels = figure.subplots(1, 2)
     colors = [colormaps["cividis_r"]((k + 0.5) / len(sizes)) for k in range(len(sizes))]
@@ -387,55 +405,44 @@ def _histogram(
             for k in range(len(sizes))
         ]
         axes.stackplot(events, rows, colors=colors, labels=[f"size {d}" for d in sizes])
-        axes.set(xlabel="events", ylabel=f"share of the {side}s", ylim=(0, 1))
+        axes.set(ylabel=f"share of the {side}s", ylim=(0, 1))
         axes.set_xlim(events[0], max(events[-1], events[0] + 1))
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.yaxis.set_major_formatter(PercentFormatter(1, 0))
-        _test_part(axes, comparison)
+        _events_axis(axes, comparison)
     _finish(figure, panels)
     for axes in panels:
         axes.grid(False)
     return (
         f"Sizes of {reference.label} over the stream",
-        f"Share of the rows at each size, seed {run.seed}. The dotted line is where the test part "
-        "begins.",
+        f"Share of the rows at each size, seed {record.seed}. The dotted line is where the test "
+        "part begins.",
     )
 
 
-def _test_part(axes: Axes, comparison: Comparison) -> None:
-    train = comparison.header["data"].get("train_events")
-    if train:
-        axes.axvline(train, color="#555555", linestyle=":", linewidth=1)
-
-
 def _stream(
-    figure: Figure, group: Group, styles: dict[str, tuple[str, str]], comparison: Comparison
+    figure: Figure, group: Group, styles: Styles, comparison: Comparison
 ) -> tuple[str, str] | None:
     left, right = figure.subplots(1, 2)
     shown = False
     for method, style in _line_styles(selected(group), styles):
-        style = style | {"marker": ""}
         for axes, name in ((left, "loss"), (right, "serving_bytes")):
-            curve: dict[int, list[float]] = {}
-            for run in group.of(method.label):
-                for line in run.record.get("log", []):
-                    value = line.get(name)
-                    if value is not None and math.isfinite(value):
-                        curve.setdefault(line["events"], []).append(value)
-            # A window that only some seeds have would move the mean by who is in it.
-            full = max(map(len, curve.values()), default=0)
-            x = sorted(events for events, values in curve.items() if len(values) == full)
-            axes.plot(x, [mean_interval(curve[events]).mean for events in x], **style)
-            shown = shown or bool(x)
+            points: dict[float, list[float]] = {}
+            for record in group.of(method.label):
+                for line in record.content.get("log", []):
+                    if is_finite(line.get(name)):
+                        points.setdefault(line["events"], []).append(line[name])
+            # The mean over some of the seeds would differ from its neighbours' by those left out.
+            full = max(map(len, points.values()), default=0)
+            points = {events: seeds for events, seeds in points.items() if len(seeds) == full}
+            axes.plot(*_curve(points), **style | {"marker": ""})
+            shown = shown or bool(points)
     if not shown:
         return None
     for axes in (left, right):
-        axes.set_xlabel("events")
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        _test_part(axes, comparison)
+        _events_axis(axes, comparison)
     left.set(ylabel=f"{group.loss_name} of the window", title="Prequential loss")
     right.set(ylabel="serving bytes", title="Memory", yscale="log")
-    right.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _size(value)))
+    right.yaxis.set_major_formatter(FuncFormatter(_bytes))
     _finish(figure, (left, right))
     return (
         "Loss and bytes over the stream",
@@ -445,7 +452,7 @@ def _stream(
 
 
 def _throughput(
-    figure: Figure, group: Group, styles: dict[str, tuple[str, str]], comparison: Comparison
+    figure: Figure, group: Group, styles: Styles, comparison: Comparison
 ) -> tuple[str, str] | None:
     rates = [(m, group.interval(m.label, "events_per_second")) for m in group.methods]
     known = [(method, rate) for method, rate in rates if rate is not None]

@@ -1,126 +1,39 @@
-"""Many methods, seeds and tasks on the same stream: one record a run, resumed where it stopped.
+"""The plan of a comparison: one job for every task, mode, method and seed, on one stream.
 
-    DIR/compare.json                             what is compared, and on which data
-    DIR/runs/{task}-{mode}-{label}-s{seed}.json  one finished run (``report.record``)
-    DIR/checkpoints/                             runs under way
-
-Every run is one process and one thread; as many run at once as there are cores. A method is a
-preset, or a preset with settings of its own: ``esapn,history=3``.
+DIR/compare.json                             what is compared, and on which data
+DIR/runs/{task}-{mode}-{label}-s{seed}.json  the record of one finished run
+DIR/checkpoints/                             of unfinished runs
 """
 
 from __future__ import annotations
 
 import json
-import os
-import re
-import shutil
-import signal
-import statistics
-import threading
-import time
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timezone
-from functools import lru_cache
-from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from esapn_kernels import info
 
-from ..config import MODES, ConfigError, SearchConfig
-from ..data.load import load_ratings
+from ..config import MODES, SearchConfig
 from ..data.ratings import Ratings
-from ..data.stream import Stream
-from ..jsonfile import write_json
-from ..run import checkpoint
-from ..run.loop import Run, stream_of
-from ..run.result import describe_data, forget_peak, record
+from ..run.loop import stream_of
+from ..run.result import describe_data
+from ..run.resume import check_origin
+from .methods import DEFAULT_METHODS, REFERENCES, method_settings
 
-__all__ = ["DEFAULT_METHODS", "Job", "compare", "method_settings", "resume_or_start"]
+__all__ = ["Job", "is_finished", "plan", "record_name"]
 
-# label -> settings; a number behind a family's name is its knob.
-PRESETS: dict[str, dict[str, Any]] = {
-    "esapn": {"method": "esapn"},
-    "esapn-rich": {"method": "esapn", "state": "rich"},
-    "esapn-normalised": {"method": "esapn", "advantage": "normalised"},
-    "esapn-entropy": {"method": "esapn", "entropy": 0.01},
-    "esapn-argmax": {"method": "esapn", "acting": "argmax"},
-    "darts": {"method": "darts"},
-    "autoemb": {"method": "autoemb"},
-    "always": {"method": "always"},
-    "never": {"method": "never"},
-    "biases": {"method": "biases"},
-    # The authors' FIXED: as wide as all sizes together, no BatchNorm and tanh on the towers.
-    "fixed-222-plain": {"method": "fixed", "fixed_size": 222, "tower": "plain"},
-}
-# Families with a knob: the setting that the number is, its kind, and what else they set.
-KNOBS: dict[str, tuple[str, type, dict[str, Any]]] = {
-    "esapn-dwell": ("dwell", float, {"method": "esapn"}),
-    "always-dwell": ("dwell", float, {"method": "always"}),
-    "fixed": ("fixed_size", int, {"method": "fixed"}),
-    "random": ("promote_probability", float, {"method": "random"}),
-    "thresholds": ("threshold", float, {"method": "thresholds"}),
-    "power": ("power_scale", float, {"method": "power"}),
-}
-DEFAULT_METHODS = {
-    "paper": (
-        "esapn",
-        "fixed-128",
-        "fixed-222-plain",
-        "darts",
-        "autoemb",
-        "always",
-        "never",
-        "random-0.5",
-        "thresholds-16",
-        "power-1",
-        "biases",
-    ),
-    "tuned": (
-        "esapn-dwell-0.5",
-        "esapn-dwell-1",
-        "esapn-dwell-0.25",
-        "esapn",
-        "fixed-4",
-        "fixed-8",
-        "fixed-16",
-        "fixed-64",
-        "fixed-128",
-        "darts",
-        "autoemb",
-        "always",
-        "always-dwell-0.5",
-        "never",
-        "random-0.02",
-        "random-0.005",
-        "thresholds-32",
-        "thresholds-16",
-        "thresholds-8",
-        "thresholds-4",
-        "power-0.5",
-        "power-1",
-        "power-2",
-        "biases",
-    ),
-}
-REFERENCES = {"paper": "esapn", "tuned": "esapn-dwell-0.5"}
-# What a stream depends on, beside the task and the device.
-STREAM = ("data", "events", "order", "order_seed", "train_fraction", "batch_size", "history")
-# What a comparison sets for all its runs: no method may change it.
-COMMON = (
-    *("data", "events", "task", "mode", "method", "order", "order_seed", "seed", "device"),
-    *("train_fraction", "batch_size", "sizes", "log_every", "patience"),
-)
+
+def record_name(task: str, mode: str, label: str, seed: int) -> str:
+    """File name of a run's record, without its ending."""
+    return f"{task}-{mode}-{label}-s{seed}"
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run to be made."""
+    """One planned run; ``checksum`` is the SHA-256 of its data."""
 
     label: str
     config: SearchConfig
@@ -129,150 +42,18 @@ class Job:
 
     @property
     def name(self) -> str:
-        """File name without its ending."""
-        return f"{self.config.task}-{self.config.mode}-{self.label}-s{self.config.seed}"
+        """Of its record and of its folder of checkpoints."""
+        return record_name(self.config.task, self.config.mode, self.label, self.config.seed)
 
     @property
     def path(self) -> Path:
-        """Where its record goes."""
+        """Of its record."""
         return self.folder / "runs" / f"{self.name}.json"
 
-
-def method_settings(spec: str) -> tuple[str, dict[str, Any]]:
-    """The family and the settings of a method named on the command line.
-
-    Raises:
-        ConfigError: an unknown method or setting, or a value that is none.
-
-    >>> method_settings("fixed-16")
-    ('fixed', {'method': 'fixed', 'fixed_size': 16})
-    >>> method_settings("esapn,history=3")[1]
-    {'method': 'esapn', 'history': 3}
-    """
-    if not re.fullmatch(r"[\w.,=+-]+", spec, re.ASCII):
-        # It becomes part of a file's name.
-        raise ConfigError(f"--methods: {spec!r} has other signs than letters, digits and _.,=+-")
-    name, *own = spec.split(",")
-    family, _, knob = name.rpartition("-")
-    if name in PRESETS:
-        settings = dict(PRESETS[name])
-        family = str(settings["method"])
-    elif family in KNOBS and knob:
-        setting, kind, others = KNOBS[family]
-        settings = {**others, setting: _number(spec, knob, kind)}
-        family = str(settings["method"])
-    else:
-        known = ", ".join([*PRESETS, *(f"{k}-N" for k in KNOBS)])
-        raise ConfigError(f"--methods: unknown method '{name}' (known: {known})")
-    defaults = {f.name: getattr(SearchConfig(), f.name) for f in fields(SearchConfig)}
-    for pair in own:
-        key, equals, text = pair.partition("=")
-        if not equals or key not in defaults or key in COMMON:
-            raise ConfigError(f"--methods: '{pair}' in '{spec}' is no setting of a method")
-        settings[key] = _number(spec, text, type(defaults[key]))
-    return family, settings
-
-
-def _number(spec: str, text: str, kind: type) -> Any:
-    try:
-        return kind(text)
-    except ValueError:
-        raise ConfigError(f"--methods: '{text}' in '{spec}' is no {kind.__name__}") from None
-
-
-def resume_or_start(run: Run, folder: Path, checksum: str) -> list[str]:
-    """Bring ``run`` to where the newest good checkpoint in ``folder`` stands, if there is one.
-
-    Returns:
-        What there is to say: checkpoints passed over, and where the run goes on.
-
-    Raises:
-        ConfigError: the checkpoint is of other settings or other data; nothing is changed.
-        CheckpointError: there are checkpoints, and none is good.
-    """
-    found = checkpoint.load(folder)
-    if found is None:
-        return []
-    held = found.state
-    if not held.keys() >= {"checksum", "config", "run", "rng"}:
-        raise ConfigError(f"{found.path}: is no checkpoint to go on from")
-    if held["checksum"] != checksum:
-        raise ConfigError(
-            f"{found.path}: was made on other data (sha256 {held['checksum'][:12]}...)"
-        )
-    now = run.config.to_json()
-    for key in ("data", "device"):  # where it lies and runs may change
-        held["config"].pop(key, None)
-        now.pop(key)
-    if held["config"] != now:
-        raise ConfigError(f"{found.path}: {_changes(held['config'], now)}")
-    run.load_state_dict(held["run"])
-    checkpoint.set_rng_state(held["rng"])
-    return [*found.passed_over, f"resumed at event {run.measures.seen:,} from {found.path.name}"]
-
-
-def _changes(old: dict[str, Any], new: dict[str, Any]) -> str:
-    keys = sorted(k for k in {*old, *new} if old.get(k) != new.get(k))
-    changed = ", ".join(f"{k} {old.get(k)} -> {new.get(k)}" for k in keys)
-    return f"was made with other settings ({changed}); use another --out"
-
-
-def save_checkpoint(run: Run, folder: Path, checksum: str) -> None:
-    """Write all that the future of ``run`` depends on, and what it belongs to."""
-    state = {
-        "config": run.config.to_json(),
-        "checksum": checksum,
-        "run": run.state_dict(),
-        "rng": checkpoint.rng_state(),
-    }
-    checkpoint.save(folder, run.index, state)
-
-
-class Saver:
-    """A ``pause`` of ``Run.walk``: a checkpoint whenever so many seconds have passed."""
-
-    def __init__(self, folder: Path, checksum: str, seconds: float) -> None:
-        self.folder = folder
-        self.checksum = checksum
-        self.seconds = seconds
-        self.latest = time.monotonic()
-
-    def __call__(self, run: Run) -> None:
-        if time.monotonic() - self.latest < self.seconds or run.done:
-            return
-        save_checkpoint(run, self.folder, self.checksum)
-        self.latest = time.monotonic()
-
-
-@lru_cache(maxsize=1)
-def _ratings(data: str, events: int, seed: int, options: tuple[tuple[str, str], ...]) -> Ratings:
-    chosen: dict[str, Any] = dict(options)
-    return load_ratings(data, events=events, seed=seed, **chosen)
-
-
-@lru_cache(maxsize=1)
-def _stream(config: SearchConfig, options: tuple[tuple[str, str], ...]) -> tuple[Ratings, Stream]:
-    ratings = _ratings(config.data, config.events, config.order_seed, options)
-    return ratings, stream_of(config, ratings)
-
-
-def run_job(job: Job, options: tuple[tuple[str, str], ...], seconds: float) -> tuple[str, float]:
-    """Make one run in this process, going on from its checkpoint; returns label and seconds."""
-    torch.set_num_threads(1)
-    started = time.monotonic()
-    c = job.config
-    shared = {name: getattr(c, name) for name in (*STREAM, "task", "device")}
-    ratings, stream = _stream(SearchConfig(**shared), options)
-    forget_peak()
-    run = Run(c, stream)
-    folder = job.folder / "checkpoints" / job.name
-    resume_or_start(run, folder, ratings.checksum)
-    result = run.walk(pause=Saver(folder, ratings.checksum, seconds))
-    family, _ = method_settings(job.label)
-    about = {"task": c.task, "setting": c.mode, "label": job.label, "family": family}
-    write_json(job.path, {**about, "seed": c.seed, **record(c, ratings, stream, result)})
-    shutil.rmtree(folder, ignore_errors=True)
-    return job.label, time.monotonic() - started
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of its checkpoints."""
+        return self.folder / "checkpoints" / self.name
 
 
 def plan(
@@ -287,50 +68,75 @@ def plan(
 ) -> tuple[dict[str, Any], list[Job]]:
     """``compare.json`` and every job of a comparison, finished or not.
 
+    Args:
+        ratings: the data of all runs.
+        common: settings of all runs.
+        tasks: what is predicted.
+        modes: whose defaults the runs have.
+        methods: as :func:`method_settings` takes them; None: ``DEFAULT_METHODS`` of each mode.
+        seeds: one run of every task, mode and method for each.
+        folder: of the comparison.
+
     Raises:
         ConfigError: an unknown method, or a setting out of range.
         DataError: the ratings cannot be ordered or cut in batches as ``common`` says.
     """
     tasks, modes = list(dict.fromkeys(tasks)), list(dict.fromkeys(modes))
     seeds = list(dict.fromkeys(seeds))
-    jobs: list[Job] = []
-    listed: list[dict[str, Any]] = []
-    references: dict[str, str] = {}
-    for mode in modes:
-        labels = list(dict.fromkeys(methods or DEFAULT_METHODS[mode]))
-        mine = REFERENCES[mode]
-        searches = [label for label in labels if label.startswith("esapn")]
-        references[mode] = mine if mine in labels else (searches or labels)[0]
-        for label in labels:
-            family, settings = method_settings(label)
-            text = ", ".join(f"{k} {v}" for k, v in settings.items())
-            about = {"label": label, "family": family, "setting": mode}
-            listed.append({**about, "text": text, "options": {**MODES[mode], **settings}})
+    listed = [
+        _method(mode, label)
+        for mode in modes
+        for label in dict.fromkeys(methods or DEFAULT_METHODS[mode])
+    ]
     # The longest first within a seed would end better; seeds that complete one by one read better.
-    for seed in seeds:
-        for task in tasks:
-            for method in listed:
-                options = method_settings(method["label"])[1]
-                config = SearchConfig.of_mode(
-                    method["setting"], **{**common, "task": task, "seed": seed}, **options
-                )
-                jobs.append(Job(method["label"], config, folder, ratings.checksum))
+    jobs = [
+        Job(method["label"], _config(method, common, task, seed), folder, ratings.checksum)
+        for seed in seeds
+        for task in tasks
+        for method in listed
+    ]
     header = {
         "data": describe_data(ratings, stream_of(jobs[0].config, ratings)),
         "order": common["order"],
         "tasks": tasks,
-        "settings": modes,
+        "modes": modes,
         "seeds": seeds,
         "methods": listed,
-        "reference": references,
+        "reference": {mode: _reference(mode, listed) for mode in modes},
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "info": info.collect(),
     }
     return header, jobs
 
 
+def _method(mode: str, label: str) -> dict[str, Any]:
+    """What ``compare.json`` says of a method."""
+    family, settings = method_settings(label)
+    return {
+        "label": label,
+        "family": family,
+        "mode": mode,
+        "text": ", ".join(f"{k} {v}" for k, v in settings.items()),
+        "options": {**MODES[mode], **settings},
+    }
+
+
+def _config(method: dict[str, Any], common: dict[str, Any], task: str, seed: int) -> SearchConfig:
+    options = method["options"]
+    return SearchConfig.of_mode(method["mode"], **common, task=task, seed=seed, **options)
+
+
+def _reference(mode: str, listed: Sequence[dict[str, Any]]) -> str:
+    """The mode's own reference, else the first search, else the first method."""
+    labels = [method["label"] for method in listed if method["mode"] == mode]
+    if REFERENCES[mode] in labels:
+        return REFERENCES[mode]
+    searches = [label for label in labels if label.startswith("esapn")]
+    return (searches or labels)[0]
+
+
 def is_finished(job: Job) -> bool:
-    """Whether the job's record is there.
+    """Whether the job's record is there and whole.
 
     Raises:
         ConfigError: it is there, but of other settings or data.
@@ -341,109 +147,6 @@ def is_finished(job: Job) -> bool:
         held = json.loads(job.path.read_text())
         config, checksum = dict(held["config"]), held["data"]["sha256"]
     except (OSError, ValueError, KeyError, TypeError):
-        return False  # half a record is none
-    now = job.config.to_json()
-    for key in ("data", "device"):
-        config.pop(key, None)
-        now.pop(key)
-    if checksum != job.checksum:
-        raise ConfigError(f"{job.path}: was made on other data (sha256 {checksum[:12]}...)")
-    if config != now:
-        raise ConfigError(f"{job.path}: {_changes(config, now)}")
+        return False
+    check_origin(job.path, config, checksum, job.config, job.checksum)
     return True
-
-
-class Clock:
-    """Remaining time from how long each method's runs took so far.
-
-    Example:
-        >>> clock = Clock(workers=2)
-        >>> clock.took("fixed-16", 10.0)
-        >>> clock.left(["fixed-16", "fixed-16"])
-        10.0
-    """
-
-    def __init__(self, workers: int) -> None:
-        self.workers = workers
-        self.times: dict[str, list[float]] = {}
-
-    def took(self, label: str, seconds: float) -> None:
-        """A run of ``label`` has ended."""
-        self.times.setdefault(label, []).append(seconds)
-
-    def left(self, labels: Sequence[str]) -> float | None:
-        """Seconds until runs of ``labels`` have ended; None while nothing is known."""
-        if not self.times:
-            return None
-        known = {label: statistics.mean(times) for label, times in self.times.items()}
-        usual = statistics.mean(known.values())
-        return sum(known.get(label, usual) for label in labels) / self.workers
-
-
-def _follow_parent() -> None:
-    """Begin a worker that leaves Ctrl-C to its parent and ends with it.
-
-    Left alone it would go on with the runs that the same command, given again, makes as well.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def follow() -> None:
-        if (parent := parent_process()) is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
-
-
-def compare(
-    jobs: Sequence[Job],
-    options: tuple[tuple[str, str], ...],
-    *,
-    done: int,
-    workers: int,
-    seconds: float,
-    progress: Callable[[int, int, str, float | None], None],
-) -> None:
-    """Make runs that have no record yet.
-
-    Args:
-        jobs: of :func:`plan`, those that are not finished.
-        done: how many are.
-        options: of ``load_ratings``, as pairs.
-        workers: processes at once.
-        seconds: between the checkpoints of a run.
-        progress: called with runs done, of how many, the label just done, and the seconds left.
-
-    Raises:
-        ConfigError: a process was killed; what had finished stays, and so do checkpoints.
-    """
-    total = done + len(jobs)
-    progress(done, total, "", None)
-    if not jobs:
-        return
-    clock = Clock(workers)
-    waiting = [job.label for job in jobs]
-    os.environ["OMP_NUM_THREADS"] = "1"
-    # spawn: a process forked after torch has made threads can hang.
-    others = set(active_children())
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_follow_parent)
-    try:
-        futures = [pool.submit(run_job, job, options, seconds) for job in jobs]
-        for future in as_completed(futures):
-            label, took = future.result()
-            clock.took(label, took)
-            waiting.remove(label)
-            done += 1
-            progress(done, total, label, clock.left(waiting))
-    except BrokenProcessPool:
-        raise ConfigError(
-            "a run's process was killed (out of memory?); finished runs and checkpoints stay: "
-            "the same command goes on"
-        ) from None
-    except BaseException:
-        # Runs under way, and the next ones that are handed out already, would be ended first.
-        for worker in set(active_children()) - others:
-            worker.terminate()
-        raise
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)

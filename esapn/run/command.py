@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 from ..cli import check_extras, check_least, load, make_folder, say_counts
-from ..compare.jobs import Saver, resume_or_start
 from ..config import ConfigError, SearchConfig
 from ..data.ratings import Ratings
 from ..data.stream import Stream
 from . import checkpoint
 from .loop import Run, device_of, stream_of
 from .result import memory_table, result_lines, save
+from .resume import Saver, resume_or_start
 
 __all__ = ["search"]
 

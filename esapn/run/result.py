@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,7 +30,6 @@ __all__ = [
     "record",
     "result_lines",
     "save",
-    "write_csv",
 ]
 
 
@@ -138,33 +136,6 @@ def peak_rss() -> int | None:
     # In bytes on macOS, in KiB elsewhere.
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def write_csv(folder: Path) -> Path:
-    """``results.csv`` of a comparison: a line a finished run.
-
-    Raises:
-        ReportError: ``folder`` holds no readable comparison.
-    """
-    from ..compare.contrasts import BYTES, load  # here: a search needs no scipy
-
-    columns = ("task", "setting", "label", "family", "seed")
-    measures = ("accuracy", "loss", "log_loss", "auc")
-    runs = sorted(load(folder).runs, key=lambda run: [getattr(run, name) for name in columns])
-    path = folder / "results.csv"
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow([*columns, *measures, *(f"{s}_bytes" for s in BYTES), "cpu_seconds"])
-        for run in runs:
-            row = [getattr(run, name) for name in columns]
-            row += [_short(run.value(name)) for name in measures]
-            row += [round(run.number(name)) for name in BYTES]
-            writer.writerow([*row, _short(run.value("cpu_seconds"), 1)])
-    return path
-
-
-def _short(value: float | None, digits: int = 6) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
 
 
 def save(

@@ -1,6 +1,6 @@
 """A comparison's folder with made-up runs, for the tests of its statistics, figures and page.
 
-``python tests/fake_comparison.py DIR`` writes a full one, to look at the page in a browser. The
+``python tests/esapn/fake_comparison.py DIR`` writes a full one, whose page a browser can show. The
 losses follow a plain rule: ``BASE[label] + 0.0004 seed + NOISE[(seed + place) % 5]``.
 """
 
@@ -38,7 +38,7 @@ TUNED = {
     "never": ("never", 1 / 64, 0.18190, 13_000),
     "biases": ("biases", 0.010, 0.18220, 40_000),
 }
-PUBLISHED = {
+PAPER = {
     "esapn": ("esapn", 0.910, 0.18320, 5_000),
     "fixed-222": ("fixed", 222 / 128, 0.18520, 7_800),
     "fixed-128": ("fixed", 1.0, 0.18450, 8_200),
@@ -46,13 +46,15 @@ PUBLISHED = {
     "autoemb": ("autoemb", 222 / 128, 0.18640, 3_900),
     "biases": ("biases", 0.010, 0.18220, 40_000),
 }
-METHODS = {"published": PUBLISHED, "tuned": TUNED}
-REFERENCE = {"published": "esapn", "tuned": "esapn-rich"}
+# Families whose rows keep the size that they begin with.
+ONE_SIZE = ("fixed", "biases", "darts", "autoemb")
+METHODS = {"paper": PAPER, "tuned": TUNED}
+REFERENCE = {"paper": "esapn", "tuned": "esapn-rich"}
 
 
-def loss_of(task: str, setting: str, label: str, seed: int) -> float:
-    place = list(METHODS[setting]).index(label)
-    loss = METHODS[setting][label][2] + 0.0004 * seed + NOISE[(seed + 2 * place) % 5]
+def loss_of(task: str, mode: str, label: str, seed: int) -> float:
+    place = list(METHODS[mode]).index(label)
+    loss = METHODS[mode][label][2] + 0.0004 * seed + NOISE[(seed + 2 * place) % 5]
     return loss if task == "binary" else 6.4 * loss
 
 
@@ -73,79 +75,16 @@ def _rows(label: str, family: str, share: float, n: int) -> dict[str, int]:
     return rows
 
 
-def run_record(task: str, setting: str, label: str, seed: int) -> dict:
-    family, share, _, speed = METHODS[setting][label]
-    loss = loss_of(task, setting, label, seed)
-    accuracy = (0.7310 if task == "binary" else 0.4600) - 1.9 * (
-        loss - 0.1785 * (1, 6.4)[task[0] == "m"]
-    ) * (1, 0.2)[task[0] == "m"]
+def run_record(task: str, mode: str, label: str, seed: int) -> dict:
+    """What the file of a run holds."""
+    family, share, _, speed = METHODS[mode][label]
+    measures = _measures(task, loss_of(task, mode, label, seed))
     serving = int(FIXED * share) + (0 if family == "fixed" else 1_000 * seed)
-    measures = {
-        "events": EVENTS - TRAIN,
-        "accuracy": accuracy,
-        "loss": loss,
-        "log_loss": loss * 2.95 if task == "binary" else loss,
-    }
-    if task == "binary":
-        measures["auc"] = accuracy + 0.07
-    memory = {}
-    for side, n in (("user", USERS), ("item", ITEMS)):
-        rows = _rows(label, family, share, n)
-        payload = 4 * sum(int(d) * c for d, c in rows.items()) or 8 * n
-        memory[side] = {
-            "rows_per_size": rows,
-            "payload": payload,
-            "slack": 64,
-            "locations": 4 * n,
-            "chain": 37_000 if family == "esapn" else 0,
-            "optimizer": payload,
-            "serving": serving * n // (USERS + ITEMS),
-            "fixed": 512 * n,
-        }
-    log = []
-    for k in range(1, 21):
-        done = EVENTS * k // 20
-        grown = (
-            share * (k / 20) ** 0.5
-            if family not in ("fixed", "biases", "darts", "autoemb")
-            else share
-        )
-        line = {
-            "events": done,
-            "loss": loss + 0.03 * math.exp(-k / 4) + 0.0004 * math.sin(7 * k + seed),
-            "accuracy": accuracy - 0.05 * math.exp(-k / 4),
-            "mean_user_size": 128 * grown,
-            "mean_item_size": 128 * grown,
-            "serving_bytes": int(serving * grown / share),
-        }
-        for side, n in (("user", USERS), ("item", ITEMS)):
-            line[f"{side}_rows"] = list(_rows(label, family, grown, n).values())
-        log.append(line)
-    by_frequency, sizes = {}, {}
-    for side, last in (("user", 11), ("item", 12)):
-        lows = [2**b for b in range(last)]
-        cold = 0.04 if family in ("fixed", "darts", "autoemb") else 0.034
-        by_frequency[side] = [
-            {
-                "from": low,
-                "to": 2 * low,
-                "events": 40 + 30 * b * b,
-                "loss": loss + cold * math.exp(-b / 2.5) - 0.002 + 0.0003 * math.sin(3 * b + seed),
-                "accuracy": accuracy - 0.1 * math.exp(-b / 2.5),
-            }
-            for b, low in enumerate(lows)
-        ]
-        mean = {d: 128 * share for d in range(last)}
-        if family in ("esapn", "thresholds", "power"):
-            mean = {b: min(128, 2 * 1.6**b) for b in range(last)}
-        sizes[side] = [
-            {"from": low, "to": 2 * low, "ids": 900 - 70 * b, "mean_size": mean[b]}
-            for b, low in enumerate(lows)
-        ]
     seconds = EVENTS / speed * (1 + 0.01 * seed)
+    by_frequency, sizes_by_frequency = _frequencies(family, share, measures, seed)
     return {
         "task": task,
-        "setting": setting,
+        "mode": mode,
         "label": label,
         "family": family,
         "seed": seed,
@@ -161,7 +100,7 @@ def run_record(task: str, setting: str, label: str, seed: int) -> dict:
         "data": {"name": "ml-1m", "sha256": "ab" * 32},
         "train": measures | {"events": TRAIN},
         "test": measures,
-        "memory": memory,
+        "memory": _memory(label, family, share, serving),
         "bytes": {
             "serving": serving,
             "serving_peak": int(1.01 * serving),
@@ -169,9 +108,9 @@ def run_record(task: str, setting: str, label: str, seed: int) -> dict:
             "training": 3 * serving,
             "fixed128": FIXED,
         },
-        "log": log,
+        "log": _log(label, family, share, measures, serving, seed),
         "by_frequency": by_frequency,
-        "sizes_by_frequency": sizes,
+        "sizes_by_frequency": sizes_by_frequency,
         "cpu_seconds": seconds,
         "wall_seconds": 1.02 * seconds,
         "events_per_second": EVENTS / seconds / 1.02,
@@ -180,17 +119,97 @@ def run_record(task: str, setting: str, label: str, seed: int) -> dict:
     }
 
 
+def _measures(task: str, loss: float) -> dict:
+    """The accuracy falls as the loss rises."""
+    highest, lowest_loss, slope = (
+        (0.7310, 0.1785, 1.9) if task == "binary" else (0.46, 1.1424, 0.38)
+    )
+    accuracy = highest - slope * (loss - lowest_loss)
+    measures = {"events": EVENTS - TRAIN, "accuracy": accuracy, "loss": loss}
+    if task == "binary":
+        return measures | {"log_loss": loss * 2.95, "auc": accuracy + 0.07}
+    return measures | {"log_loss": loss}
+
+
+def _memory(label: str, family: str, share: float, serving: int) -> dict:
+    memory = {}
+    for side, n in (("user", USERS), ("item", ITEMS)):
+        rows = _rows(label, family, share, n)
+        payload = 4 * sum(int(d) * c for d, c in rows.items()) or 8 * n
+        memory[side] = {
+            "rows_per_size": rows,
+            "payload": payload,
+            "slack": 64,
+            "locations": 4 * n,
+            "chain": 37_000 if family == "esapn" else 0,
+            "optimizer": payload,
+            "serving": serving * n // (USERS + ITEMS),
+            "fixed": 512 * n,
+        }
+    return memory
+
+
+def _log(
+    label: str, family: str, share: float, measures: dict, serving: int, seed: int
+) -> list[dict]:
+    """Twenty windows; rows that can grow do so with the root of the events."""
+    log = []
+    for k in range(1, 21):
+        grown = share if family in ONE_SIZE else share * (k / 20) ** 0.5
+        line = {
+            "events": EVENTS * k // 20,
+            "loss": measures["loss"] + 0.03 * math.exp(-k / 4) + 0.0004 * math.sin(7 * k + seed),
+            "accuracy": measures["accuracy"] - 0.05 * math.exp(-k / 4),
+            "mean_user_size": 128 * grown,
+            "mean_item_size": 128 * grown,
+            "serving_bytes": int(serving * grown / share),
+        }
+        for side, n in (("user", USERS), ("item", ITEMS)):
+            line[f"{side}_rows"] = list(_rows(label, family, grown, n).values())
+        log.append(line)
+    return log
+
+
+def _frequencies(family: str, share: float, measures: dict, seed: int) -> tuple[dict, dict]:
+    """Measures by running frequency and sizes by final frequency, in buckets of powers of two."""
+    loss, accuracy = measures["loss"], measures["accuracy"]
+    cold = 0.04 if family in ("fixed", "darts", "autoemb") else 0.034
+    grows = family in ("esapn", "thresholds", "power")
+    by_frequency, sizes = {}, {}
+    for side, buckets in (("user", 11), ("item", 12)):
+        by_frequency[side] = [
+            {
+                "from": 2**b,
+                "to": 2 ** (b + 1),
+                "events": 40 + 30 * b * b,
+                "loss": loss + cold * math.exp(-b / 2.5) - 0.002 + 0.0003 * math.sin(3 * b + seed),
+                "accuracy": accuracy - 0.1 * math.exp(-b / 2.5),
+            }
+            for b in range(buckets)
+        ]
+        sizes[side] = [
+            {
+                "from": 2**b,
+                "to": 2 ** (b + 1),
+                "ids": 900 - 70 * b,
+                "mean_size": min(128, 2 * 1.6**b) if grows else 128 * share,
+            }
+            for b in range(buckets)
+        ]
+    return by_frequency, sizes
+
+
 def write_comparison(
     folder: Path,
     *,
     tasks=("binary", "multiclass"),
-    settings=("published", "tuned"),
+    modes=("paper", "tuned"),
     seeds=(0, 1, 2, 3, 4),
     labels=None,
     skip=(),
     change=None,
 ) -> Path:
-    """Writes the folder; ``skip`` names runs to leave out and ``change(record)`` edits each."""
+    """Write the folder without the runs ``skip``, each record as ``change(record)`` leaves it."""
     (folder / "runs").mkdir(parents=True)
     header = {
         "data": {
@@ -204,21 +223,21 @@ def write_comparison(
         },
         "order": "shuffle",
         "tasks": list(tasks),
-        "settings": list(settings),
+        "modes": list(modes),
         "seeds": list(seeds),
         "methods": [
             {
                 "label": label,
                 "family": row[0],
-                "setting": setting,
+                "mode": mode,
                 "text": f"what {label} does",
                 "options": {"size": 4} if label == "fixed-4" else {},
             }
-            for setting in settings
-            for label, row in METHODS[setting].items()
+            for mode in modes
+            for label, row in METHODS[mode].items()
             if labels is None or label in labels
         ],
-        "reference": {setting: REFERENCE[setting] for setting in settings},
+        "reference": {mode: REFERENCE[mode] for mode in modes},
         "started": "2026-05-01T10:00:00+00:00",
         "info": {
             "torch": "2.13.0",
@@ -232,10 +251,10 @@ def write_comparison(
     for task in tasks:
         for method in header["methods"]:
             for seed in seeds:
-                name = f"{task}-{method['setting']}-{method['label']}-s{seed}"
+                name = f"{task}-{method['mode']}-{method['label']}-s{seed}"
                 if name in skip:
                     continue
-                record = run_record(task, method["setting"], method["label"], seed)
+                record = run_record(task, method["mode"], method["label"], seed)
                 if change is not None:
                     change(record)
                 (folder / "runs" / f"{name}.json").write_text(json.dumps(record))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 
 import pytest
@@ -9,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from esapn.compare import figures
-from esapn.compare.contrasts import load
+from esapn.compare.records import load
 from tests.esapn.fake_comparison import TRAIN, write_comparison
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -17,8 +18,17 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 @pytest.fixture(scope="module")
 def comparison(tmp_path_factory):
+    """Three seeds of every method; a few values of two of them are not finite."""
+
+    def change(record):
+        if record["label"] == "thresholds-4":
+            record["log"][2] |= {"loss": math.nan, "serving_bytes": None}
+            record["by_frequency"]["user"][0]["loss"] = math.nan
+        if record["label"] == "never":
+            record["events_per_second"] = math.inf
+
     folder = tmp_path_factory.mktemp("comparison") / "out"
-    return load(write_comparison(folder, tasks=("binary",), seeds=(0, 1, 2)))
+    return load(write_comparison(folder, tasks=("binary",), seeds=(0, 1, 2), change=change))
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +91,7 @@ def test_pareto_points_and_front(comparison, tuned):
 
 def test_curves_by_frequency(comparison, tuned):
     figure, _ = drawn_by("frequency", tuned, comparison)
-    runs = [run.record["by_frequency"]["user"] for run in tuned.of("biases")]
+    runs = [run.content["by_frequency"]["user"] for run in tuned.of("biases")]
     curve = line(figure.axes[0], "biases")
     assert list(curve.get_xdata()) == [bucket["from"] for bucket in runs[0]]
     assert curve.get_ydata()[3] == pytest.approx(sum(run[3]["loss"] for run in runs) / 3)
@@ -89,7 +99,7 @@ def test_curves_by_frequency(comparison, tuned):
 
     figure, _ = drawn_by("difference", tuned, comparison)
     bars = next(bar for bar in figure.axes[0].containers if bar.get_label() == "biases")
-    mine = [run.record["by_frequency"]["user"] for run in tuned.of("esapn-rich")]
+    mine = [run.content["by_frequency"]["user"] for run in tuned.of("esapn-rich")]
     expected = sum(a[3]["loss"] - b[3]["loss"] for a, b in zip(runs, mine, strict=True)) / 3
     assert bars.lines[0].get_ydata()[3] == pytest.approx(expected)
 
@@ -99,14 +109,14 @@ def test_histogram_is_of_the_references_rows(comparison, tuned):
     labels = figure.axes[0].get_legend_handles_labels()[1]
     assert labels == [f"size {d}" for d in (2, 4, 8, 16, 64, 128)]
     assert "seed 0" in caption
-    rows = tuned.of("esapn-rich")[0].record["log"][-1]["user_rows"]
+    rows = tuned.of("esapn-rich")[0].content["log"][-1]["user_rows"]
     last = figure.axes[0].collections[0].get_paths()[0].vertices
     assert max(y for x, y in last if x == last[:, 0].max()) == pytest.approx(rows[0] / sum(rows))
 
 
 def test_stream_marks_the_test_part(comparison, tuned):
     figure, _ = drawn_by("stream", tuned, comparison)
-    logs = [run.record["log"] for run in tuned.of("fixed-128")]
+    logs = [run.content["log"] for run in tuned.of("fixed-128")]
     curve = line(figure.axes[0], "fixed-128")
     assert list(curve.get_xdata()) == [entry["events"] for entry in logs[0]]
     assert curve.get_ydata()[0] == pytest.approx(sum(log[0]["loss"] for log in logs) / 3)
@@ -116,7 +126,7 @@ def test_stream_marks_the_test_part(comparison, tuned):
 def test_throughput_of_every_method(comparison, tuned):
     figure, _ = drawn_by("throughput", tuned, comparison)
     names = [text.get_text() for text in figure.axes[0].get_yticklabels()]
-    assert names == [method.label for method in tuned.methods]
+    assert names == [method.label for method in tuned.methods if method.label != "never"]
     widths = [bar.get_width() for bar in figure.axes[0].patches]
     assert widths == pytest.approx([tuned.mean(label, "events_per_second") for label in names])
 
@@ -127,11 +137,21 @@ def test_what_the_runs_hold_nothing_for_is_left_out(tmp_path):
             del record[key]
 
     folder = write_comparison(
-        tmp_path / "out", tasks=("binary",), settings=("published",), seeds=(3,), change=change
+        tmp_path / "out", tasks=("binary",), modes=("paper",), seeds=(3,), change=change
     )
     comparison = load(folder)
     drawn = figures.draw(comparison, comparison.groups[0], tmp_path / "figures")
-    assert [picture.path.name for picture in drawn] == ["binary-published-pareto.png"]
+    assert [picture.path.name for picture in drawn] == ["binary-paper-pareto.png"]
+
+
+def test_values_that_are_not_finite_stay_out(comparison, tuned):
+    figure, _ = drawn_by("frequency", tuned, comparison)
+    upper_left, lower_left = figure.axes[0], figure.axes[2]
+    assert len(line(upper_left, "thresholds-4").get_xdata()) == 10
+    assert len(line(lower_left, "thresholds-4").get_xdata()) == 11
+    figure, _ = drawn_by("stream", tuned, comparison)
+    assert [len(line(axes, "thresholds-4").get_xdata()) for axes in figure.axes] == [19, 19]
+    assert [len(line(axes, "biases").get_xdata()) for axes in figure.axes] == [20, 20]
 
 
 def test_frequency_zero_has_a_place_on_the_logarithmic_axis(tmp_path):
@@ -143,7 +163,7 @@ def test_frequency_zero_has_a_place_on_the_logarithmic_axis(tmp_path):
     folder = write_comparison(
         tmp_path / "out",
         tasks=("binary",),
-        settings=("tuned",),
+        modes=("tuned",),
         seeds=(0,),
         labels={"esapn-rich", "biases"},
         change=change,
