@@ -3,7 +3,8 @@ VENV ?= .venv
 PYTEST_ARGS ?=
 # A file stays with one worker: its tests share what they prepared.
 WORKERS ?= --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
-API := esapn_kernels $(addprefix esapn_kernels.,optim distributed lookup compose reference info) esapn
+API := esapn_kernels esapn_kernels.optim esapn_kernels.distributed esapn_kernels.reference \
+  esapn_kernels.info esapn_kernels.testing esapn_kernels.ops.lookup esapn_kernels.ops.compose esapn
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -40,10 +41,11 @@ docs: $(STAMP) ## write the API reference to build/api, from the docstrings
 	@rm -rf build/api
 	@$(BIN)/pdoc --no-show-source --docformat google -o build/api $(API)
 
-lint: $(STAMP) ## ruff check, ruff format --check, mypy
+lint: $(STAMP) ## ruff check, ruff format --check, mypy, and who may import whom
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-logo
 
 format: $(STAMP) ## apply what ruff can fix
 	@$(BIN)/ruff check --fix .

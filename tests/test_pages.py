@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from esapn.cli import parse
-from esapn.compare.jobs import method_settings
+from esapn.compare.methods import method_settings
 from esapn_kernels import info
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -279,7 +279,7 @@ def test_results_are_of_the_command_above_them():
         count, path = re.findall(r"(\d+) runs; (\S+\.csv)", command.comment)[0]
         args = parse(command.arguments)
         with (ROOT / path).open(encoding="utf-8") as file:
-            records = [(r["label"], r["task"], r["setting"]) for r in csv.DictReader(file)]
+            records = [(r["label"], r["task"], r["mode"]) for r in csv.DictReader(file)]
         labels = args.methods or {label for label, _, _ in records}
         made = [(a, t, m) for a in labels for t in args.tasks for m in args.modes] * args.seeds
         assert Counter(made) <= Counter(records)
