@@ -52,7 +52,7 @@ format: $(STAMP) ## apply what ruff can fix
 	@$(BIN)/ruff format .
 
 clean: ## remove caches, builds and runs, but not .venv
-	rm -rf build dist runs *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist runs *.egg-info .benchmarks .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 $(BIN)/python:
