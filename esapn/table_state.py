@@ -152,7 +152,7 @@ class Field(nn.Module):
             output.register_hook(self.caught.append)
 
     def _gradient(self) -> Tensor:
-        """dL/dy of every event of the batch ``[B, d_n]``, from the backward pass just done."""
+        """dL/dy of every event of the batch ``[B, D]``, from the backward pass just done."""
         caught, self.caught = self.caught, []
         found = sum(g.reshape(-1, g.shape[-1]) for g in caught)
         if not isinstance(found, Tensor) or len(found) != len(self.ids):

@@ -195,7 +195,7 @@ class ResizableEmbeddingBag(ResizableEmbedding):
 
     @torch.no_grad()
     def to_embedding(self) -> nn.EmbeddingBag:  # type: ignore[override]
-        """The plain ``nn.EmbeddingBag(N, d_n)`` with the same outputs."""
+        """The plain ``nn.EmbeddingBag(N, D)`` with the same outputs."""
         return nn.EmbeddingBag.from_pretrained(
             self._dense(),
             not self.arena.storage.requires_grad,

@@ -16,7 +16,7 @@ __all__ = ["Jagged", "ResizableEmbeddingCollection"]
 
 
 class Jagged(NamedTuple):
-    """One feature of a batch of lists: ``values [sum of lengths, d_n]``, ``lengths [B]``."""
+    """One feature of a batch of lists: ``values [sum of lengths, D]``, ``lengths [B]``."""
 
     values: Tensor
     lengths: Tensor
@@ -120,7 +120,7 @@ class ResizableEmbeddingCollection(nn.Module):
                 ids of all keys one behind the other, and for each key in turn a length per line.
 
         Returns:
-            feature -> ``[*ids.shape, d_n]``; for the latter, feature -> :class:`Jagged`.
+            feature -> ``[*ids.shape, D]``; for the latter, feature -> :class:`Jagged`.
 
         Raises:
             KeyError: an unknown feature.

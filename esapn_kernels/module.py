@@ -51,7 +51,9 @@ _READ_ONLY = (
 class ResizableEmbedding(nn.Module):
     """Embedding with a size per row; every lookup is carried to the largest size.
 
-        y(x) = W_{n-1} (... (W_k e_x + b_k) ...) + b_{n-1}        e_x in R^{d_k},  y(x) in R^{d_n}
+        y(x) = W_{n-2} (... (W_k e_x + b_k) ...) + b_{n-2}        e_x in R^{d_k},  y(x) in R^D
+
+    with ``k`` the row's level, counted from 0, and ``D = d_{n-1}`` the largest size.
 
     A row is stored at its own size only. ``promote`` replaces ``e`` by ``W_k e + b_k``, so the
     output does not change at that moment. The row values train through ``arena.storage``, one flat
@@ -71,11 +73,11 @@ class ResizableEmbedding(nn.Module):
             batch, for rows and hops alike.
         sparse: the gradient of ``arena.storage`` is COO, for ``SGD``, ``Adagrad``, ``SparseAdam``.
             ``esapn_kernels.optim`` is faster and needs no gradient at all.
-        _weight: ``[N, d_n]``, rows to start from, all at the largest size; copied.
+        _weight: ``[N, D]``, rows to start from, all at the largest size; copied.
         _freeze: no gradient, neither for rows nor for hops.
         device, dtype: of the parameters; fp32, bf16, fp16 or fp64.
-        sizes: strictly increasing candidate sizes ``d_1 < ... < d_n``; default: 2, 4, 8, 16, 64 and
-            128, or those below ``embedding_dim`` and itself.
+        sizes: strictly increasing candidate sizes ``d_0 < ... < d_{n-1}``; default: 2, 4, 8, 16, 64
+            and 128, or those below ``embedding_dim`` and itself.
         initial_size: size of every row at the start (default: the smallest), or an integer tensor
             ``[N]`` of sizes.
         init_std: rows start as N(0, init_std^2); 1.0 is ``nn.Embedding``'s own.
@@ -313,14 +315,14 @@ class ResizableEmbedding(nn.Module):
         sizes: Sequence[int] | None = None,
         **options: Any,
     ) -> ResizableEmbedding:
-        """A module whose rows are those of ``embeddings``, ``[N, d_n]``, all at the largest size.
+        """A module whose rows are those of ``embeddings``, ``[N, D]``, all at the largest size.
 
         Unlike ``nn.Embedding``'s, it holds a copy: rows of ours lie in an arena.
 
         Args:
-            embeddings: ``[N, d_n]``, fp32, bf16, fp16 or fp64.
+            embeddings: ``[N, D]``, fp32, bf16, fp16 or fp64.
             freeze: no gradient.
-            sizes: candidate sizes; default: ``d_n`` alone, because rows only grow.
+            sizes: candidate sizes; default: ``D`` alone, because rows only grow.
             options: the constructor's other keywords.
 
         Raises:
@@ -374,7 +376,7 @@ class ResizableEmbedding(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """All outputs as one table ``[N, d_n]``, for reading; gradients flow to rows and hops.
+        """All outputs as one table ``[N, D]``, for reading; gradients flow to rows and hops.
 
         With one size a view of the rows, which can be written to; else a dense copy made at every
         access, which refuses to be.
@@ -553,7 +555,7 @@ class ResizableEmbedding(nn.Module):
 
     @torch.no_grad()
     def to_embedding(self) -> nn.Embedding:
-        """The plain ``nn.Embedding(N, d_n)`` with the same outputs, for serving or export."""
+        """The plain ``nn.Embedding(N, D)`` with the same outputs, for serving or export."""
         return nn.Embedding.from_pretrained(
             self._dense(),
             not self.arena.storage.requires_grad,

@@ -61,7 +61,7 @@ def lookup_reference(
     sizes: Sequence[int],
     page: int,
 ) -> Tensor:
-    """``y(x) = e_n`` for every ID, one hop after another; returns ``[*ids.shape, d_n]``.
+    """``y(x) = e_n`` for every ID, one hop after another; returns ``[*ids.shape, D]``.
 
     Differentiable by autograd with respect to ``storage`` and ``chain``.
     """

@@ -226,7 +226,7 @@ def lookup_bytes(
     out_itemsize: int | None = None,
     distinct: Sequence[int] | None = None,
 ) -> int:
-    """Fewest bytes of a forward: ``sum_k count_k (id + 4 + d_n out) + distinct_k d_k itemsize``.
+    """Fewest bytes of a forward: ``sum_k count_k (id + 4 + D out) + distinct_k d_k itemsize``.
 
     ``counts``: ids looked up per size; 4 is the row's location, ``out`` is ``out_itemsize``.
     ``distinct``: rows among them that are read from memory; by default every lookup reads its row,
@@ -253,7 +253,7 @@ def backward_bytes(
     state_bytes: int = 0,
     row_bytes: int = 0,
 ) -> int:
-    """Fewest bytes of the row gradients, or of a fused step: ``sum_k count_k (d_n g + 8) +
+    """Fewest bytes of the row gradients, or of a fused step: ``sum_k count_k (D g + 8) +
     distinct_k (d_k (2 itemsize + 2 state) + 2 row)``.
 
     The output gradient is read once (``g = grad_itemsize``), the row is read (for the chain's

@@ -44,7 +44,7 @@ class AllSizesSide(nn.Module):
             nn.init.normal_(parameter, 0.0, config.init_std)
 
     def forward(self, ids: Tensor, level: Tensor) -> Tensor:
-        """Features ``[B, d_n]`` of ``ids`` at the sizes ``level``, both int64 ``[B]``."""
+        """Features ``[B, D]`` of ``ids`` at the sizes ``level``, both int64 ``[B]``."""
         chosen = nn.functional.one_hot(level, len(self.tables)).float()
         total = torch.zeros(())
         for k, table in enumerate(self.tables):

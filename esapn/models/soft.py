@@ -103,7 +103,7 @@ class SoftEmbedding(nn.Module):
         return torch.softmax(self.controller(state), dim=1)
 
     def forward(self, ids: Tensor, frequency: Tensor, last: Tensor | None = None) -> Tensor:
-        """``y`` ``[B, d_n]``.
+        """``y`` ``[B, D]``.
 
         Args:
             ids: int64 ``[B]``.

@@ -20,7 +20,7 @@ __all__ = ["SoftTwoTower", "TwoTower", "event_losses", "inference_layer", "predi
 class TwoTower(Recommender):
     """Score of a (user, item) pair.
 
-        v_side = tanh(BN(y_side(x)))           y: the row carried to d_n (``ResizableEmbedding``)
+        v_side = tanh(BN(y_side(x)))           y: the row carried to D (``ResizableEmbedding``)
         v_side = y_side(x)                     with plain towers
         logits = W_2 tanh(BN(W_1 BN([v_user; v_item]) + b_1)) + b_2
         logits = W_2 relu(W_1 [v_user; v_item] + b_1) + b_2            with a plain head

@@ -2,7 +2,7 @@
 
 serving     payload + slack + locations + chain          what a server needs
 training    serving + optimizer + the state of the search
-fixed       IDs x d_n x 4                                a plain table at the largest size
+fixed       IDs x D x 4                                  a plain table at the largest size
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def describe(
     Args:
         tables: what a model's ``memory`` gives.
         ids: IDs of every side.
-        largest: d_n, of ``fixed``.
+        largest: D, of ``fixed``.
 
     >>> side = describe({"user": TableBytes({"2": 3}, payload=24, slack=8)}, {"user": 3}, 4)["user"]
     >>> side["serving"], side["fixed"]

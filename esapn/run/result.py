@@ -55,14 +55,14 @@ def result_lines(config: SearchConfig, result: RunResult) -> str:
 def memory_table(memory: Mapping[str, Mapping[str, Any]]) -> str:
     """IDs that ended at each size, as published, then the bytes really allocated.
 
-    ``dims`` is the sum of the rows' sizes, ``of fixed`` its share of IDs x d_n.
+    ``dims`` is the sum of the rows' sizes, ``of fixed`` its share of IDs x the largest size.
     """
     lines = []
     if sizes := list(next(iter(memory.values()))["rows_per_size"]):
         lines.append(
             f"{'IDs at size':<12}"
             + "".join(f"{size:>9}" for size in sizes)
-            + f"{'dims':>12}{'IDs x d_n':>14}{'of fixed':>10}"
+            + f"{'dims':>12}{'IDs x largest':>14}{'of fixed':>10}"
         )
         for name, side in memory.items():
             counts = side["rows_per_size"]

@@ -2,11 +2,11 @@
 
     d M_k = sum_x g e^T,   d c_k = sum_x g        x the distinct rows of level k, g their gradients
 
-    partial [programs, K, d_n]   the blocks of ``composed`` that a program worked on
+    partial [programs, K, D]   the blocks of ``composed`` that a program worked on
 
 Every program takes an equal share of consecutive tiles of runs, keeps the gradient of its level's
 map in registers and writes it once; a second launch adds these in the order of the programs, so
-equal inputs give equal bits. Bytes per row, fp32: 4 d_n + 4 d_k + 8 (its place). Source of the
+equal inputs give equal bits. Bytes per row, fp32: 4 D + 4 d_k + 8 (its place). Source of the
 operator: Liu et al., SIGIR 2020.
 """
 
@@ -186,9 +186,9 @@ def launch_chain_grad(
     """Write the gradient of ``composed``.
 
     Args:
-        grad_composed: ``[K, d_n]`` fp32 (fp64), written.
+        grad_composed: ``[K, D]`` fp32 (fp64), written.
         where: ``run_start, run_first, level_begin`` of the runs, and the output's gradient.
-        sums: summed gradients of the runs longer than one, ``[U, d_n]``.
+        sums: summed gradients of the runs longer than one, ``[U, D]``.
         storage: the rows, not yet stepped.
         shared: compile-time arguments that this pass has in common with the others.
         config: tiles.

@@ -141,10 +141,10 @@ def choose_bwd(n_ids: int, sizes: Sequence[int], dtype: torch.dtype) -> BwdConfi
     168 registers a thread leave room for three blocks of four warps a multiprocessor, each with
     four rows of 16 runs in flight. Without the bound the compiler takes 201 for the rows' products
     and 96, spilling, for the sums; 128 spills a few bytes in some rules. In fp64 a bound makes it
-    spill in the rows' products, 8 warps do not, and the chain's take up to 196.
+    spill in the rows' products, 8 warps do not; the sums take up to 194, the chain's up to 196.
 
     Every program takes an equal share of the tiles. Those of the chain's gradient write up to
-    ``(d_{n-1} + 1) d_n`` partial sums each (33 KB in the default sizes): at most 512 of them, and
+    ``(d_{n-2} + 1) D`` partial sums each (33 KB in the default sizes): at most 512 of them, and
     eight tiles each where there are enough, keep that under a tenth of the gradient's bytes.
     """
     wide = dtype == torch.float64
@@ -157,7 +157,7 @@ def choose_bwd(n_ids: int, sizes: Sequence[int], dtype: torch.dtype) -> BwdConfi
     chain = {"BLOCK_ROWS": 16, "BLOCK_K": block_k, "BLOCK_DIM": half}
     rows = {"BLOCK_ROWS": 16, "BLOCK_K": block_k, "BLOCK_N": min(block_dim, 32)}
     return BwdConfig(
-        PassConfig(min(tiles, 4096), sums, 4, maxnreg=168),
+        PassConfig(min(tiles, 4096), sums, 4, maxnreg=224 if wide else 168),
         PassConfig(few, chain, 4, maxnreg=224 if wide else 168),
         PassConfig(min(tiles, 4096), rows, 8, num_stages=3)
         if wide

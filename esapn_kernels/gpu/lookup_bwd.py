@@ -12,14 +12,14 @@ Distinct rows first (``segments``). Then three passes over tiles of runs of one 
     chain    rows below the last level: d M_k, d c_k, per program and then in order of the programs
     rows     the same rows: d e, finished
 
-    sums [U, d_n]   g of the rows below the last level that occur more than once; a row that
+    sums [U, D]   g of the rows below the last level that occur more than once; a row that
                     occurs once has its g in the output's gradient
 
 Fused into one, the passes would read g once less, but hold the gradient of a map in registers while
 they wait for rows: one block a multiprocessor, too few rows in flight.
 There are no atomics and every sum has a fixed order, so equal inputs give equal bits. Bytes per
-distinct row, fp32: 4 d_n (G) + 8 (key, place) + 8 d_k (row read and written), 16 d_k more with
-Adam's state; below the last level 4 d_n + 4 d_k more for the chain, and 8 d_n for the sum of a row
+distinct row, fp32: 4 D (G) + 8 (key, place) + 8 d_k (row read and written), 16 d_k more with
+Adam's state; below the last level 4 D + 4 d_k more for the chain, and 8 D for the sum of a row
 that occurs more than once. Source of the operator: Liu et al., SIGIR 2020.
 """
 
@@ -79,67 +79,68 @@ def _sums_kernel(
     rows = (storage_ptr, target_ptr)
     state = (moment_ptr, square_ptr, per_id_ptr, clock_ptr, numbers_ptr)
     pid = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, BLOCK_ROWS)
     lo, hi = share(level_begin_ptr, pid, tl.num_programs(0), N_LEVELS, BLOCK_ROWS)
-    tile_base = tl.zeros_like(pid)
-    for k in tl.static_range(N_LEVELS):
+    lo, hi = lo.to(tl.int32), hi.to(tl.int32)
+    tile_base = 0
+    # A loop and no copies: the sums of lower levels do not depend on their size.
+    for k in range(0, N_LEVELS - 1):
         level_run = tl.load(level_begin_ptr + k)
         level_end = tl.load(level_begin_ptr + k + 1)
         n_tiles = tl.cdiv(level_end - level_run, BLOCK_ROWS)
-        tile_lo = tl.maximum(lo - tile_base, 0).to(tl.int32)
-        tile_hi = tl.minimum(hi - tile_base, n_tiles).to(tl.int32)
+        tile_lo = tl.maximum(lo - tile_base, 0)
+        tile_hi = tl.minimum(hi - tile_base, n_tiles)
         for tile in range(tile_lo, tile_hi):
             first_run = level_run + tile * BLOCK_ROWS
             n_runs = level_end - first_run
-            lane = tl.arange(0, BLOCK_ROWS)
-            mask_run = lane < n_runs
-            begin = tl.load(run_begin_ptr + first_run + lane, mask=mask_run, other=0)
-            end = tl.load(run_begin_ptr + first_run + lane + 1, mask=mask_run, other=0)
-            if k == N_LEVELS - 1:
-                runs = (first_run, n_runs, begin, end)
-                start = rows_of_runs(run_start_ptr, first_run, mask_run, DIM, PAGE, BLOCK_ROWS)
-                ids = ids_of_runs(ids_ptr, run_first_ptr, first_run, mask_run, RULE, BLOCK_ROWS)
-                square = tl.zeros([BLOCK_ROWS], dtype=ACC)
-                if DIM <= BLOCK_DIM:
-                    # One block: its sums are taken once, for the rule and for the rows.
-                    offs_d = tl.arange(0, BLOCK_DIM)
-                    total = run_sums(batch, runs, offs_d, DIM, ACC, WALK, BLOCK_ROWS, BLOCK_DIM)
-                    if RULE == "rowwise_adagrad":
-                        square = tl.sum(total * total, axis=1)
-                    decay, keep = step_rows(state, ids, square, mask_run, DIM, RULE, ACC)
-                    kept = (decay, keep)
-                    finish_rows(rows, state, kept, start, mask_run, offs_d, total, DIM, RULE, ACC)
-                else:
-                    if RULE == "rowwise_adagrad":
-                        for j in range(0, DIM, BLOCK_DIM):
-                            offs_d = j + tl.arange(0, BLOCK_DIM)
-                            total = run_sums(
-                                batch, runs, offs_d, DIM, ACC, WALK, BLOCK_ROWS, BLOCK_DIM
-                            )
-                            square += tl.sum(total * total, axis=1)
-                    decay, keep = step_rows(state, ids, square, mask_run, DIM, RULE, ACC)
-                    kept = (decay, keep)
-                    for j in range(0, DIM, BLOCK_DIM):
-                        offs_d = j + tl.arange(0, BLOCK_DIM)
-                        total = run_sums(batch, runs, offs_d, DIM, ACC, WALK, BLOCK_ROWS, BLOCK_DIM)
-                        finish_rows(
-                            rows, state, kept, start, mask_run, offs_d, total, DIM, RULE, ACC
-                        )
-            else:
-                many = end - begin > 1
-                if tl.max(many.to(tl.int32), axis=0) > 0:
-                    runs = (first_run, n_runs, begin, tl.where(many, end, begin))
-                    run = (first_run + lane).to(tl.int64)
-                    for n in range(0, DIM, BLOCK_DIM):
-                        offs_dim = n + tl.arange(0, BLOCK_DIM)
-                        total = run_sums(
-                            batch, runs, offs_dim, DIM, ACC, WALK, BLOCK_ROWS, BLOCK_DIM
-                        )
-                        tl.store(
-                            sums_ptr + run[:, None] * DIM + offs_dim[None, :],
-                            total,
-                            mask=many[:, None] & (offs_dim < DIM)[None, :],
-                        )
+            begin = tl.load(run_begin_ptr + first_run + lane, mask=lane < n_runs, other=0)
+            end = tl.load(run_begin_ptr + first_run + lane + 1, mask=lane < n_runs, other=0)
+            many = end - begin > 1
+            if tl.max(many.to(tl.int32), axis=0) > 0:
+                runs = (first_run, n_runs, begin, tl.where(many, end, begin))
+                run = (first_run + lane).to(tl.int64)
+                for n in range(0, DIM, BLOCK_DIM):
+                    offs_dim = n + tl.arange(0, BLOCK_DIM)
+                    total = run_sums(batch, runs, offs_dim, DIM, ACC, WALK, BLOCK_ROWS, BLOCK_DIM)
+                    tl.store(
+                        sums_ptr + run[:, None] * DIM + offs_dim[None, :],
+                        total,
+                        mask=many[:, None] & (offs_dim < DIM)[None, :],
+                    )
         tile_base += n_tiles
+    level_run = tl.load(level_begin_ptr + N_LEVELS - 1)
+    level_end = tl.load(level_begin_ptr + N_LEVELS)
+    tile_lo = tl.maximum(lo - tile_base, 0)
+    tile_hi = tl.minimum(hi - tile_base, tl.cdiv(level_end - level_run, BLOCK_ROWS))
+    for tile in range(tile_lo, tile_hi):
+        first_run = level_run + tile * BLOCK_ROWS
+        n_runs = level_end - first_run
+        mask_run = lane < n_runs
+        begin = tl.load(run_begin_ptr + first_run + lane, mask=mask_run, other=0)
+        end = tl.load(run_begin_ptr + first_run + lane + 1, mask=mask_run, other=0)
+        runs = (first_run, n_runs, begin, end)
+        start = rows_of_runs(run_start_ptr, first_run, mask_run, DIM, PAGE, BLOCK_ROWS)
+        ids = ids_of_runs(ids_ptr, run_first_ptr, first_run, mask_run, RULE, BLOCK_ROWS)
+        square = tl.zeros([BLOCK_ROWS], dtype=ACC)
+        if DIM <= BLOCK_DIM:
+            # One block: its sums are taken once, for the rule and for the rows.
+            offs_d = tl.arange(0, BLOCK_DIM)
+            total = run_sums(batch, runs, offs_d, DIM, ACC, WALK, BLOCK_ROWS, BLOCK_DIM)
+            if RULE == "rowwise_adagrad":
+                square = tl.sum(total * total, axis=1)
+            kept = step_rows(state, ids, square, mask_run, DIM, RULE, ACC)
+            finish_rows(rows, state, kept, start, mask_run, offs_d, total, DIM, RULE, ACC)
+        else:
+            if RULE == "rowwise_adagrad":
+                for j in range(0, DIM, BLOCK_DIM):
+                    offs_d = j + tl.arange(0, BLOCK_DIM)
+                    total = run_sums(batch, runs, offs_d, DIM, ACC, WALK, BLOCK_ROWS, BLOCK_DIM)
+                    square += tl.sum(total * total, axis=1)
+            kept = step_rows(state, ids, square, mask_run, DIM, RULE, ACC)
+            for j in range(0, DIM, BLOCK_DIM):
+                offs_d = j + tl.arange(0, BLOCK_DIM)
+                total = run_sums(batch, runs, offs_d, DIM, ACC, WALK, BLOCK_ROWS, BLOCK_DIM)
+                finish_rows(rows, state, kept, start, mask_run, offs_d, total, DIM, RULE, ACC)
 
 
 @triton.jit
@@ -209,8 +210,7 @@ def _rows_level(
         grad = _row_grad(grads, a_ptr, offs_d, D, DIM, ACC, PRECISION, BLOCK_ROWS, BLOCK_D, BLOCK_N)
         if RULE == "rowwise_adagrad":
             square = tl.sum(grad * grad, axis=1)
-        decay, keep = step_rows(state, ids, square, mask_run, D, RULE, ACC)
-        kept = (decay, keep)
+        kept = step_rows(state, ids, square, mask_run, D, RULE, ACC)
         finish_rows(rows, state, kept, start, mask_run, offs_d, grad, D, RULE, ACC)
     else:
         if RULE == "rowwise_adagrad":
@@ -220,8 +220,7 @@ def _rows_level(
                     grads, a_ptr, offs_d, D, DIM, ACC, PRECISION, BLOCK_ROWS, BLOCK_D, BLOCK_N
                 )
                 square += tl.sum(grad * grad, axis=1)
-        decay, keep = step_rows(state, ids, square, mask_run, D, RULE, ACC)
-        kept = (decay, keep)
+        kept = step_rows(state, ids, square, mask_run, D, RULE, ACC)
         for j in range(0, D, BLOCK_D):
             offs_d = j + tl.arange(0, BLOCK_D)
             grad = _row_grad(

@@ -11,7 +11,7 @@ Large batches are grouped by level first (see ``group``), and a tile meets one m
 a row meets no number of another level's map that it keeps: a map that is not finite spreads no
 further than in the definition.
 
-Bytes per id, fp32: 8 (id) + 4 (location) + 4 d_k (row) + 4 d_n (out).
+Bytes per id, fp32: 8 (id) + 4 (location) + 4 d_k (row) + 4 D (out).
 """
 
 from __future__ import annotations

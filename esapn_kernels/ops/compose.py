@@ -2,21 +2,21 @@
 
 The chain is affine, so carrying a row of level ``k`` to the last level is one product,
 
-    y = M_k e + c_k,    M_k = W_{n-2} ... W_k,    M_{n-1} = I,    c_{n-1} = 0
+    y = M_k e + c_k,    M_k = W_{n-2} ... W_k,    M_{n-1} = I,    c_{n-1} = 0    y in R^D, D = d_{n-1}
 
 Written row-wise and with the bias as one more input column that is always 1, hop ``k`` is the block
 ``T_k = [W_k | b_k]^T`` of shape ``[d_k + 1, d_{k+1}]`` and the composed map is
 
-    A_k = T_k A'_{k+1} + [0; c_{k+1}]      A_k = [M_k | c_k]^T, shape [d_k + 1, d_n]; A' without c
+    A_k = T_k A'_{k+1} + [0; c_{k+1}]      A_k = [M_k | c_k]^T, shape [d_k + 1, D]; A' without c
 
-``composed`` stacks A_0 ... A_{n-2}: K = sum_{k<n-1} (d_k + 1) rows of d_n numbers, 99 x 128 for the
+``composed`` stacks A_0 ... A_{n-2}: K = sum_{k<n-1} (d_k + 1) rows of D numbers, 99 x 128 for the
 default sizes. Every kernel reads this one operand: a row of level ``k`` meets the block that begins
 at ``chain.operand_offsets(sizes)[k]``.
 
 Both directions are recursions whose columns never meet, so one launch does either, a program per
 block of columns:
 
-    A_k = T_k A'_{k+1} + [0; c_{k+1}]                               k = n-2 ... 0, columns of d_n
+    A_k = T_k A'_{k+1} + [0; c_{k+1}]                               k = n-2 ... 0, columns of D
     R_{j+1} = dA_{j+1} A'_{k+1}^T + [T_j^T R_j; r_j],  dT_k = R_k  j = 0 ... k,  columns of d_{k+1}
 
 R_j is ``G_j A'_{k+1}^T`` with G_j the gradient of A_j from all hops before it, r_j its last row;
@@ -24,7 +24,7 @@ carrying the product in place of G_j leaves no sum across programs. Nothing is s
 A bias is added, never multiplied by a 1 among zeros, and rows of zeros take part in no product: a
 hop that is not finite spreads no further than through the rows that pass it.
 
-Costs ``2 sum (d_k + 1) d_{k+1} d_n`` FLOP once per weight version (0.4 MFLOP for the default
+Costs ``2 sum (d_k + 1) d_{k+1} D`` FLOP once per weight version (0.4 MFLOP for the default
 sizes), against 18,768 FLOP per row of size 2 for the chain itself.
 """
 
@@ -73,11 +73,11 @@ def compose(chain: Tensor, sizes: Sequence[int], *, backend: str = "torch") -> T
 
     Args:
         chain: packed hops, ``[sum_k (d_k + 1) d_{k+1}]``, any float dtype.
-        sizes: increasing sizes ``d_1 < ... < d_n``.
+        sizes: increasing sizes ``d_0 < ... < d_{n-1}``.
         backend: ``triton`` for one launch, ``torch`` (and ``reference``) for a product per hop.
 
     Returns:
-        ``[K, d_n]``, fp32 (fp64 for an fp64 chain), blocks ``[M_k | c_k]^T`` one below the other.
+        ``[K, D]``, fp32 (fp64 for an fp64 chain), blocks ``[M_k | c_k]^T`` one below the other.
 
     Example:
         >>> compose(torch.tensor([1.0, 2.0, 3.0, 4.0]), (1, 2))
@@ -103,7 +103,7 @@ def compose_bwd(
     With G_0 = dA_0: ``dT_k = G_k A'_{k+1}^T`` and ``G_{k+1} = dA_{k+1} + T_k^{+T} G_k``.
 
     Args:
-        grad_composed: ``[K, d_n]``, dtype of ``composed``; may be used as scratch.
+        grad_composed: ``[K, D]``, dtype of ``composed``; may be used as scratch.
         chain, sizes, backend: as for :func:`compose`.
         composed: what :func:`compose` gave for them.
 

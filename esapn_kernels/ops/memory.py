@@ -33,7 +33,7 @@ class MemoryReport:
     """Bytes really allocated, and what a table of one size would take.
 
     ``serving`` (what inference needs) = ``payload`` + ``slack`` + ``locations`` + ``chain``;
-    ``fixed`` = ``num_embeddings * d_n * itemsize``, the plain ``nn.Embedding``. Only training takes
+    ``fixed`` = ``num_embeddings * D * itemsize``, the plain ``nn.Embedding``. Only training takes
     ``optimizer`` (state that follows the rows) and ``scratch`` (4 bytes per row once rows have
     moved on a GPU).
     """

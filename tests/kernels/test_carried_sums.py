@@ -171,7 +171,7 @@ def test_no_row_moves():
 
 
 def test_neighbours_of_moved_rows_keep_their_sums(as_on):
-    """Windows of d_n numbers from a row's start reach into other rows, and beyond the end."""
+    """Windows of D numbers from a row's start reach into other rows, and beyond the end."""
     table, optimizer = taught(rows=40, sizes=(1, 2, 7))
     before = [sums_of(table, optimizer, i) for i in range(40)]
     ids = torch.arange(0, 40, 3)

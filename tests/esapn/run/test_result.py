@@ -43,7 +43,7 @@ MEMORY = {
 
 def test_memory_table_numbers():
     lines = [line.split() for line in report.memory_table(MEMORY).splitlines()]
-    assert " ".join(lines[0]) == "IDs at size 2 4 8 dims IDs x d_n of fixed"
+    assert " ".join(lines[0]) == "IDs at size 2 4 8 dims IDs x largest of fixed"
     dims = 2 * 1000 + 4 * 10 + 8 * 90
     assert lines[1] == f"user 1,000 10 90 {dims:,} {8 * 1100:,} {dims / 8800:.2%}".split()
     assert lines[2] == ["item", "0", "0", "50", "400", "400", "100.00%"]
