@@ -1,10 +1,10 @@
 """How the hops are packed: the chain's blocks, and the blocks of its composition.
 
     chain     one block T_k = [W_k | b_k]^T of shape [d_k + 1, d_{k+1}] per hop,  k = 0 ... n - 2
-    composed  one block A_k = [M_k | c_k]^T of shape [d_k + 1, D] per level below the last, D = d_{n-1}
+    composed  one block A_k = [M_k | c_k]^T of shape [d_k + 1, D] per level below the last
 
-``W_k`` and ``b_k`` carry a row of level ``k`` to level ``k + 1``, ``M_k`` and ``c_k`` to the last
-one; :mod:`esapn_kernels.ops.compose` makes the second from the first.
+``D = d_{n-1}`` is the largest size. ``W_k`` and ``b_k`` carry a row of level ``k`` to level
+``k + 1``, ``M_k`` and ``c_k`` to the last one; ``ops.compose`` makes the second from the first.
 """
 
 from __future__ import annotations

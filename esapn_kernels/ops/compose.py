@@ -2,10 +2,11 @@
 
 The chain is affine, so carrying a row of level ``k`` to the last level is one product,
 
-    y = M_k e + c_k,    M_k = W_{n-2} ... W_k,    M_{n-1} = I,    c_{n-1} = 0    y in R^D, D = d_{n-1}
+    y = M_k e + c_k,    M_k = W_{n-2} ... W_k,    M_{n-1} = I,    c_{n-1} = 0
 
-Written row-wise and with the bias as one more input column that is always 1, hop ``k`` is the block
-``T_k = [W_k | b_k]^T`` of shape ``[d_k + 1, d_{k+1}]`` and the composed map is
+with y in R^D and D = d_{n-1}, the largest size. Written row-wise and with the bias as one more
+input column that is always 1, hop ``k`` is the block ``T_k = [W_k | b_k]^T`` of shape
+``[d_k + 1, d_{k+1}]`` and the composed map is
 
     A_k = T_k A'_{k+1} + [0; c_{k+1}]      A_k = [M_k | c_k]^T, shape [d_k + 1, D]; A' without c
 
