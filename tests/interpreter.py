@@ -91,6 +91,7 @@ def _quick_types() -> None:
     signed, unsigned = frozenset(dtype.SINT_TYPES), frozenset(dtype.UINT_TYPES)
     integral, floating = signed | unsigned, frozenset(dtype.FP_TYPES)
     standard = frozenset(dtype.STANDARD_FP_TYPES)
+    plain = integral | standard
     dtype.is_int = lambda self: self.name in integral
     dtype.is_int_signed = lambda self: self.name in signed
     dtype.is_int_unsigned = lambda self: self.name in unsigned
@@ -121,21 +122,21 @@ def _quick_types() -> None:
         known = shape.__dict__.get("known") if type(shape) is core.tuple else None
         if known is None:
             key = tuple([n.value if type(n) is constexpr else n for n in shape])
-            plain = all([type(n) is int for n in key])
-            known = shapes.get(key) if plain else None
+            whole = all([type(n) is int for n in key])  # 2.0 is no size, and equals 2
+            known = shapes.get(key) if whole else None
             if known is None:
                 init(self, element_ty, shape)  # raises where the shape is none
                 wrapped = core.tuple([constexpr(n) for n in self.shape])
                 known = (self.shape, self.numel, wrapped, constexpr(self.numel))
                 self.shape.known = wrapped.known = known
-                if plain:
+                if whole:
                     shapes[key] = known
         self.element_ty, self.known = element_ty, known
         self.shape, self.numel = known[:2]
 
     def block_to_ir(self: Any, builder: Any) -> Any:
         # To the interpreter, blocks of plain numbers are what they are to the language.
-        if builder is interpreter.interpreter_builder and self.element_ty.name in integral:
+        if builder is interpreter.interpreter_builder and self.element_ty.name in plain:
             return self
         return to_ir(self, builder)
 
