@@ -1,6 +1,7 @@
-"""One rank of tests/kernels/test_distributed.py: ``distributed_worker.py CASE RANK WORLD FOLDER``.
+"""One rank of tests/kernels/test_distributed.py: ``distributed_worker.py CASES RANK WORLD FOLDER``.
 
-Every case returns what the test compares; it is saved as ``FOLDER/RANK.pt``.
+Every case returns what the test compares; it is saved as ``FOLDER/CASE.RANK.pt``. Cases, separated
+by commas, run one after another, each once all ranks are done with the one before.
 """
 
 import copy
@@ -251,7 +252,7 @@ def smallest(rank):
 
 
 def main():
-    case, rank, world, folder = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
+    cases, rank, world, folder = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -261,8 +262,11 @@ def main():
         # Against a rank that waits for ever; a busy machine must not reach it.
         timeout=timedelta(minutes=30),
     )
-    torch.save(globals()[case](rank), folder / f"{rank}.pt")
-    dist.barrier()
+    for case in cases.split(","):
+        torch.manual_seed(0)
+        torch.save(globals()[case](rank), folder / f"{case}.{rank}.pt")
+        dist.barrier()
+        (folder / f"{case}.{rank}.passed").touch()  # by every rank
     dist.destroy_process_group()
 
 
