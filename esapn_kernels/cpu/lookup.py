@@ -82,7 +82,7 @@ def lookup_fwd(
     layout: Layout,
     out: Tensor | None = None,
 ) -> Tensor:
-    """``[len(ids), d_n]``: see :func:`esapn_kernels.lookup.lookup`; ids are in range.
+    """``[len(ids), d_n]``: see :func:`esapn_kernels.ops.lookup.lookup`; ids are in range.
 
     ``out``: contiguous memory of that shape, in the dtype of ``storage``, for the result.
     """
