@@ -419,7 +419,8 @@ class ResizableEmbedding(nn.Module):
         arena: Any = self._modules["arena"]
         storage: Any = arena._parameters["storage"]
         # The torch path finds ids out of range itself, in the same words, if rows are ragged.
-        read = arena.is_table or self.backend not in ("auto", "torch")
+        ragged = not arena.is_table and self.max_norm is None
+        read = not ragged or self.backend not in ("auto", "torch")
         check_ids(ids, self.num_embeddings, read=read)
         if self.max_norm is not None:
             table = self._table().detach()

@@ -332,24 +332,22 @@ class _EagerLookup(torch.autograd.Function):
 
 
 class _FusedLookup(torch.autograd.Function):
-    """:class:`_Lookup` whose backward steps the rows instead of returning their gradient."""
+    """:class:`_Lookup` whose backward steps the rows instead of returning their gradient.
+
+    Under ``torch.func`` too, as long as the derivative is not one of rows or hops.
+    """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        ids: Tensor,
-        storage: Tensor,
-        chain: Tensor,
-        composed: Tensor,
-        layout: Layout,
-        options: Options,
-        backend: str,
-        begin_step: Callable[[], Update],
-    ) -> Tensor:
+    def forward(*inputs: Any) -> Tensor:
+        ids, storage, _, composed, layout, options, backend, _ = inputs
+        return _lookup_fwd(ids, storage, composed, layout, backend, options.out_dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ids, storage, chain, composed, layout, options, backend, begin_step = inputs
         ctx.save_for_backward(ids, storage, chain, composed, layout.row_start, layout.page_level)
         ctx.layout, ctx.options, ctx.backend = layout, options, backend
         ctx.begin_step, ctx.storage, ctx.version = begin_step, storage, storage._version
-        return _lookup_fwd(ids, storage, composed, layout, backend, options.out_dtype)
 
     @staticmethod
     @once_differentiable

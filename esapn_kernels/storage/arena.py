@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -254,21 +253,23 @@ class Arena(nn.Module):
     def _begin(self, rows: int, **needs: Any) -> Places:
         """What a call that moves up to ``rows`` rows works on; ``needs``: see :meth:`_make_room`.
 
-        The torch backend, which says its exact needs, has no use for ``owner``.
+        The torch backend, which says its exact needs, has no use for ``owner``. It needs room for
+        all rows, so it grows the arena after a capture too; during one it cannot run.
         """
         self.followers.remember_layout()
-        owner = None if "exact" in needs else self._owner
-        if is_capturing(self.free_count):
+        is_exact = "exact" in needs
+        owner = None if is_exact else self._owner
+        if is_capturing(self.free_count) and not is_exact:
             # The graph holds the addresses: from here on nothing is replaced unasked.
             self._captured = True
             if owner is None:
                 owner = self._new_owner()  # filled by the graph, at every replay
         else:
-            if not self._captured:
+            if is_exact or not self._captured:
                 rows = min(rows, self.num_rows)
                 self._make_room(rows, **needs)
                 self._ledger.promise(rows)
-            if "exact" not in needs and (owner is None or owner.device != self.storage.device):
+            if not is_exact and (owner is None or owner.device != self.storage.device):
                 owner = self._owner = self._new_owner()
         return Places(
             Layout(self.row_start, self.page_level, self.sizes, self.page),
@@ -419,19 +420,23 @@ class Arena(nn.Module):
         backend = resolve_backend(backend, ids.device)
         needs: dict[str, Any] = {}
         if backend == "torch":
-            needs["exact"] = partial(self._count_promoted, ids, mask)
-        before = (self.row_start[ids], self.level(ids)) if carries else None
+            layout = Layout(self.row_start, self.page_level, self.sizes, self.page)
+            counts = resize.count_promoted(ids, mask, layout)
+            if not any(counts[1]):
+                return torch.zeros_like(ids, dtype=torch.bool)
+            needs["exact"] = lambda: counts
+        before = None
+        if carries:
+            in_range = (ids >= 0) & (ids < self.num_rows)
+            known = torch.where(in_range, ids, self.num_rows)  # others: the sink, without a row
+            before = known, self.row_start[known], self.level(known)
         places = self._begin(ids.numel(), **needs)
         operands = ids, mask, self.storage.detach(), chain.detach(), places
         moved = resize.promote(*operands, *self.followers.fresh(), backend=backend)
         if before is not None:
-            self.followers.carry(ids, *before, moved, self.row_size)
+            self.followers.carry(*before, moved, self.row_size)
         self._end()
         return moved
-
-    def _count_promoted(self, ids: Tensor, mask: Tensor | None) -> tuple[list[int], list[int]]:
-        layout = Layout(self.row_start, self.page_level, self.sizes, self.page)
-        return resize.count_promoted(ids, mask, layout)
 
     @torch.no_grad()
     @with_dense_gradient

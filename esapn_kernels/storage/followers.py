@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..ops.backend import host_reads
+from ..ops.chain import compute_dtype
 from ..ops.layout import Filled, Layout, row_table
 
 __all__ = ["Follower", "Followers", "with_dense_gradient"]
@@ -129,13 +130,14 @@ class Followers:
         Reads nothing on the host where ``ids`` are on a GPU.
 
         Args:
-            ids: int ``[R]``, as they were given to a promotion by zero-padding hops.
+            ids: int ``[R]``, as they were given to a promotion by zero-padding hops; ``N`` in place
+                of ids out of range.
             start, level: ``[R]``, where the rows lay before it.
             moved: bool ``[R]``, what it returned.
             row_size: int64 ``[n]``, the sizes.
         """
         sums = [follower for follower in self.per_element() if follower.name == SUM]
-        if not sums:
+        if not sums or not self._arena.storage.numel():
             return
         layout = self._arena.layout
         if host_reads(ids):
@@ -146,15 +148,17 @@ class Followers:
         grown = row_size[(level + 1).clamp(max=len(layout.sizes) - 1)]
         column = torch.arange(layout.dim, device=ids.device)
         carried = moved[:, None] & (column < width[:, None])
-        new_start = layout.row_start[ids]
+        new_start = layout.row_start[ids.clamp(max=layout.num_rows - 1)]
         for follower in sums:
             flat = follower.tensor
             # Promoted rows left their old places as they were: no row of the call enters them.
             old = flat[_elements(start, column, flat)]
-            ratio = (width / grown)[:, None].to(flat.dtype)
+            dtype = compute_dtype(flat.dtype)
+            ratio = (width.to(dtype) / grown)[:, None]
             # Beyond what a fresh row has, so that adding is setting; the rest adds nothing.
-            value = torch.where(carried, old * ratio - follower.fresh, 0.0)
-            flat.index_put_((_elements(new_start, column, flat),), value, accumulate=True)
+            value = torch.where(carried, old.to(dtype) * ratio - follower.fresh, 0.0)
+            into = _elements(new_start, column, flat)
+            flat.index_put_((into,), value.to(flat.dtype), accumulate=True)
 
     def note_loading(self) -> None:
         """The arena was loaded: state that is loaded with it lies in the present layout."""
@@ -249,7 +253,7 @@ def _relocate(state: Tensor, into: Tensor, loaded: tuple[Tensor, Tensor], layout
     A tensor of another layout leaves ``into`` as it is, and so do rows that were resized.
     """
     row_start, page_level = loaded
-    if state.numel() != page_level.numel() * layout.page:
+    if state.numel() != page_level.numel() * layout.page or not into.numel():
         return
     old_start, new_start = row_start.long(), layout.row_start.long()
     old, new = (

@@ -509,6 +509,22 @@ def test_nothing_grows_while_captured_nor_after(on_a_device, device):
     check_accounts(arena)
 
 
+def test_the_torch_backend_finds_room_after_a_capture(device):
+    arena = with_page(36, 100, (2, 17), device=device)
+    fill(arena)
+    rows = [arena.read(i) for i in range(100)]
+    chain = torch.randn(chain_numel((2, 17)), device=device)
+    ids = torch.arange(100, device=device)
+    with mock.patch.object(arena_file, "is_capturing", return_value=True):
+        arena.promote(ids[:1], chain, backend="triton")
+    assert arena.promote(ids[1:50], chain, backend="torch").all()
+    arena.free(ids[1:50], backend="torch")
+    arena.insert(ids[1:50], 0, backend="torch")
+    check_accounts(arena)
+    for i in range(50, 100):
+        assert torch.equal(arena.read(i), rows[i])
+
+
 def test_a_cap_on_the_host_raises_before_anything_moves():
     arena = with_page(32, 64, (2, 8), max_elements=320)
     arena.storage.data.normal_()

@@ -15,23 +15,23 @@ SIZES = (2, 4, 5)
 LR = 0.1
 
 
-def taught(rows: int = 12, seed: int = 0, steps: int = 4, sizes=SIZES):
+def taught(rows: int = 12, seed: int = 0, steps: int = 4, sizes=SIZES, device="cpu"):
     """A padded table with rows of all sizes and sums of several steps; its optimizer."""
     torch.manual_seed(seed)
-    table = ResizableEmbedding(rows, sizes=sizes, init="padded")
+    table = ResizableEmbedding(rows, sizes=sizes, init="padded").to(device)
     table.chain.requires_grad_(False)
     optimizer = optim.Adagrad(table, lr=LR)
-    table.promote(torch.arange(4, rows))
-    table.promote(torch.arange(9, rows))
+    table.promote(torch.arange(4, rows, device=device))
+    table.promote(torch.arange(9, rows, device=device))
     for _ in range(steps):
-        ids = torch.randint(rows, (8,))
-        (table(ids) * torch.randn(8, sizes[-1])).sum().backward()
+        ids = torch.randint(rows, (8,)).to(device)
+        (table(ids) * torch.randn(8, sizes[-1]).to(device)).sum().backward()
         optimizer.step()
     return table, optimizer
 
 
 def sums_of(table, optimizer, index: int) -> torch.Tensor:
-    start, size = int(table.arena.row_start[index]), int(table.sizes_of(torch.tensor([index])))
+    start, size = int(table.arena.row_start[index]), int(table.sizes_of()[index])
     return optimizer.state[table.arena.storage]["sum"][start : start + size].clone()
 
 
@@ -127,14 +127,34 @@ def test_mask_and_chosen_rows_agree(seed, as_on):
             assert torch.equal(a, b)
 
 
-def test_an_id_given_twice_is_carried_once(as_on, backend):
-    one, two = taught(), taught()
+def test_an_id_given_twice_is_carried_once(as_on, backend, device):
+    one, two = taught(device=device), taught(device=device)
     one[0].backend = two[0].backend = backend
-    ids, mask = torch.tensor([6, 1, 6, 3, 1, 6]), torch.tensor([1, 1, 0, 1, 1, 1]).bool()
+    ids = torch.tensor([6, 1, 6, 3, 1, 6], device=device)
+    mask = torch.tensor([1, 1, 0, 1, 1, 1], device=device).bool()
     assert torch.equal(one[0].promote(ids, mask), mask)
-    assert two[0].promote(torch.tensor([6, 1, 3])).all()
+    assert two[0].promote(torch.tensor([6, 1, 3], device=device)).all()
     for a, b in zip(everything(*one), everything(*two), strict=True):
         assert torch.equal(a, b)
+
+
+def test_ids_out_of_range_are_passed_over(as_on, device):
+    (table, optimizer), two = taught(device=device), taught(device=device)
+    ids = torch.tensor([6, -1, 12, 1, 99, -7], device=device)
+    moved = table.arena.promote(ids, table.chain, carries=True, backend="triton")
+    assert moved.tolist() == [True, False, False, True, False, False]
+    assert two[0].promote(ids[[0, 3]]).all()
+    for a, b in zip(everything(table, optimizer), everything(*two), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_an_arena_without_rows(as_on, backend, device):
+    table, optimizer = taught(device=device)
+    ids = torch.arange(12, device=device)
+    table.arena.free(ids, backend=backend)
+    table.compact()
+    assert not table.arena.promote(ids, table.chain, carries=True, backend=backend).any()
+    assert optimizer.state[table.arena.storage]["sum"].shape == table.arena.storage.shape
 
 
 def test_sums_of_torchs_adagrad_are_carried_too():
@@ -147,6 +167,16 @@ def test_sums_of_torchs_adagrad_are_carried_too():
     table.promote(torch.tensor([1]))
     expected = torch.cat([old / 2, torch.full((2,), 0.25)])
     torch.testing.assert_close(sums_of(table, optimizer, 1), expected)
+
+
+def test_fp64_sums_are_carried_in_fp64():
+    table = ResizableEmbedding(3, sizes=(4, 5), init="padded", dtype=torch.float64)
+    table.chain.requires_grad_(False)
+    optimizer = optim.Adagrad(table, lr=LR)
+    table(torch.tensor([1])).sum().backward()
+    old = sums_of(table, optimizer, 1)
+    table.promote(torch.tensor([1]))
+    assert torch.equal(sums_of(table, optimizer, 1)[:4], old * 0.8)
 
 
 @pytest.mark.parametrize("init, trained", [("padded", True), ("isometric", False)])

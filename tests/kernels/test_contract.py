@@ -532,6 +532,18 @@ def test_max_norm():
         RAGGED(N, D, max_norm=1.0)
 
 
+@pytest.mark.parametrize("moved", [False, True], ids=["a-table", "rows-moved"])
+@pytest.mark.parametrize("bad", [-1, N])
+def test_max_norm_scales_no_row_of_a_refused_batch(moved, bad):
+    _, ours = pair(max_norm=0.01)
+    if moved:
+        ours.arena.free(torch.tensor([0]))
+    before = ours.arena.storage.detach().clone()
+    with pytest.raises(IndexError, match="index out of range in self"):
+        ours(torch.tensor([1, bad]))
+    assert torch.equal(ours.arena.storage, before)
+
+
 @pytest.mark.parametrize(
     "optimizer",
     [torch.optim.Adam, torch.optim.AdamW, OPTIMIZERS["momentum"], OPTIMIZERS["Adagrad"]],

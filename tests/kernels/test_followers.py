@@ -306,6 +306,20 @@ def test_loaded_state_follows_growth():
         assert torch.equal(module.arena.read(i), resumed.arena.read(i)), i
 
 
+def test_loaded_state_of_rows_that_are_all_gone():
+    module = make()
+    optimizer = torch.optim.Adam(module.parameters())
+    train(module, optimizer, torch.arange(3))
+    resumed = make()
+    resumed.load_state_dict(module.state_dict())
+    again = torch.optim.Adam(resumed.parameters())
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    resumed.arena.free(torch.arange(N_ROWS))
+    resumed.compact()
+    again.step()
+    assert again.state[resumed.arena.storage]["exp_avg"].shape == (0,)
+
+
 def test_a_deleted_module_and_optimizer_are_forgotten():
     module = make()
     optimizer = torch.optim.Adam(module.parameters())

@@ -527,6 +527,23 @@ def test_rows_that_moved_under_a_lookup_are_noticed(rule):
     torch.testing.assert_close([module.state_dict(), optimizer.state_dict()], before)
 
 
+def test_derivatives_of_other_weights_by_torch_func():
+    module, ids = make(), torch.arange(3)
+    weight = torch.randn(SIZES[-1], dtype=torch.float64)
+
+    def loss(weight):
+        return (module(ids) @ weight).sum()
+
+    expected = module(ids).sum(0).detach()
+    before = copy.deepcopy(module.state_dict())
+    optimizer = optim.SGD(module, lr=0.1)
+    assert torch.equal(torch.func.grad(loss)(weight), expected)
+    tangent = torch.func.jvp(loss, (weight,), (weight,))[1]
+    torch.testing.assert_close(tangent, expected @ weight)
+    torch.testing.assert_close(module.state_dict(), before, rtol=0, atol=0)
+    assert module.arena.fused_optimizer is optimizer
+
+
 def test_a_storage_that_was_replaced_is_noticed():
     module = make()
     optimizer = optim.SGD(module, lr=0.1)
