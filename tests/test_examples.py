@@ -51,21 +51,32 @@ def test_serving(tmp_path, capsys):
     assert "serving / fixed" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        ["ctr.py", "--events", "0"],
-        ["ctr.py", "--init-std", "-1"],
-        ["ctr.py", "--embedding", "other"],
-        ["own_rule.py", "--steps", "-1"],
-        ["serving.py", "--rows", "0"],
-        ["serving.py", "--out", __file__],
-    ],
-    ids=" ".join,
-)
-def test_bad_arguments(command):
+MISTAKES = [
+    ["ctr.py", "--events", "0"],
+    ["ctr.py", "--init-std", "-1"],
+    ["ctr.py", "--embedding", "other"],
+    ["own_rule.py", "--steps", "-1"],
+    ["serving.py", "--rows", "0"],
+    ["serving.py", "--out", __file__],
+]
+
+
+@pytest.mark.parametrize("command", MISTAKES, ids=" ".join)
+def test_bad_arguments(command, monkeypatch, capsys):
+    name, *arguments = command
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as stop:
+        load(Path(name).stem).main(arguments)
+    captured = capsys.readouterr()
+    assert stop.value.code == 2 and captured.out == ""
+    assert captured.err.splitlines()[-1].startswith(f"{name}: error: ")
+
+
+@pytest.mark.parametrize("command", MISTAKES[2:5], ids=" ".join)
+def test_as_a_process(command):
+    """Every script as a user starts it, here with a mistake."""
     done = subprocess.run(
         [sys.executable, str(FOLDER / command[0]), *command[1:]], capture_output=True, text=True
     )
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith(command[0])
+    assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith(f"{command[0]}: error: ")

@@ -80,7 +80,8 @@ def test_kernels_import_nothing_of_esapn_or_its_extras():
     assert offenders == []
 
 
-def test_import_without_triton_or_train_extras():
+def test_without_triton_or_train_extras():
+    """The package is imported, and what it says of the machine names what is missing."""
     # Blocked, not only absent from sys.modules afterwards: torch itself loads tqdm where it can.
     code = (
         "import sys\n"
@@ -88,6 +89,8 @@ def test_import_without_triton_or_train_extras():
         "    sys.modules[name] = None\n"
         "import esapn_kernels\n"
         "assert 'esapn' not in sys.modules\n"
+        "from esapn_kernels import info\n"
+        "sys.exit(info.main([]))\n"
     )
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
@@ -98,12 +101,7 @@ def test_import_without_triton_or_train_extras():
         text=True,
     )
     assert done.returncode == 0, done.stderr
-
-
-def test_import_initialises_no_device():
-    code = "import torch, esapn_kernels\nassert not torch.cuda.is_initialized()\n"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert "triton cannot be imported" in done.stdout
 
 
 def test_version(setup_arguments):

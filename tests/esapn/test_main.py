@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
 
 import pytest
 import torch
 
+from esapn.compare import figures, workers
 from esapn.config import SearchConfig
 from esapn.data.load import load_ratings
 from esapn.run.loop import Run, stream_of
 from tests.esapn.commands import CSV, ROOT, ROWS, SMALL, refused, run, search
+from tests.esapn.compare.planned import in_this_process
 
 pytestmark = pytest.mark.usefixtures("no_figure", "threads")
 
@@ -60,24 +63,31 @@ def test_an_interrupt_is_one_line(place, tmp_path, capsys, monkeypatch):
 
 
 def test_as_a_process(tmp_path):
-    """One run and one mistake the way a user starts them: nothing but one line, no traceback."""
-
-    def start(*arguments: object) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "esapn", "search", *map(str, arguments)]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-
-    done = start(*SMALL, "--sizes", 1, 3, 5, "--out", tmp_path / "out")
+    """A run the way a user starts it: no traceback, no warning, and its figure is drawn."""
+    command = [sys.executable, "-m", "esapn", "search", *SMALL, "--sizes", "1", "3", "5"]
+    out = tmp_path / "out"
+    done = subprocess.run([*command, "--out", str(out)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr and (tmp_path / "out" / "run.png").is_file()
-    failed = start("--sizes", 3, 1, "--out", tmp_path / "not")
-    assert failed.returncode == 2 and failed.stdout == ""
-    assert failed.stderr == (
+    assert "Traceback" not in done.stderr and "Warning" not in done.stderr
+    assert (out / "run.png").is_file()
+
+
+def test_a_mistake_is_the_status_of_the_process(tmp_path, monkeypatch, capsys):
+    arguments = ["search", "--sizes", "3", "1", "--out", str(tmp_path / "not")]
+    monkeypatch.setattr(sys, "argv", ["esapn", *arguments])
+    monkeypatch.delitem(sys.modules, "esapn.__main__")
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("esapn", run_name="__main__", alter_sys=True)
+    captured = capsys.readouterr()
+    assert stop.value.code == 2 and captured.out == ""
+    assert captured.err == (
         "python -m esapn search: error: "
         "--sizes must be positive and strictly increasing, got [3, 1]\n"
     )
+    assert not list(tmp_path.iterdir())
 
 
-# Comparisons (the rest is in tests/esapn/compare and tests/esapn/run/test_resume.py)
+# Comparisons (the rest is in tests/esapn/compare)
 
 
 def test_a_comparison_of_a_file_in_time_order(tmp_path, capsys):
@@ -105,7 +115,8 @@ def test_a_comparison_of_a_file_in_time_order(tmp_path, capsys):
 
 
 def test_a_comparison_on_another_shuffle(tmp_path, monkeypatch):
-    monkeypatch.setattr("esapn.compare.figures.FIGURES", {})
+    monkeypatch.setattr(workers, "run_jobs", in_this_process)
+    monkeypatch.setattr(figures, "FIGURES", {})
     data = tmp_path / "ratings.csv"
     data.write_text(CSV + ROWS)
     arguments = ["--data", data, "--batch-size", 50, "--tasks", "binary", "--seeds", 1]

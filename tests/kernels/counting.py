@@ -14,7 +14,7 @@ from triton.runtime import driver
 
 from esapn_kernels.ops import backend
 
-marks: list[list[str]] = []
+marks: dict[str, list[list[str]]] = {}
 _seen: set[Any] = set()
 _new: list[str] = []
 
@@ -39,9 +39,16 @@ def _note(*, key: Any, fn: Any, **_: Any) -> bool:
     return True  # stands for "compiled already": nothing is compiled or run
 
 
+def begin(name: str) -> None:
+    """Marks that follow are of ``name``, which begins with nothing compiled."""
+    marks[name] = []
+    _seen.clear()
+    _new.clear()
+
+
 def mark() -> None:
     """Note what is new since the last call."""
-    marks.append(sorted(_new))
+    list(marks.values())[-1].append(sorted(_new))
     _new.clear()
 
 

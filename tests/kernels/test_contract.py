@@ -9,7 +9,7 @@ import inspect
 import io
 import pickle
 import re
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -1053,11 +1053,15 @@ def test_every_row_of_the_table_has_its_test():
     rows = [line for line in page.splitlines() if line.startswith("| ") and "---" not in line]
     rows = [row for row in rows if not row.startswith("| feature")]
     assert len(rows) > 30
+    files = {path.stem: path for folder in (here.parent, here) for path in folder.glob("test_*.py")}
+
+    @cache
+    def tests_of(file):
+        tree = ast.parse(files[file].read_text(encoding="utf-8"))
+        return {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+
     for row in rows:
         named = re.findall(r"`(test_\w+)\.py::(test_\w+)`", row)
         assert named, f"no test is named in: {row}"
         for file, test in named:
-            path = next(p for p in (here / f"{file}.py", here.parent / f"{file}.py") if p.exists())
-            tree = ast.parse(path.read_text(encoding="utf-8"))
-            names = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
-            assert test in names, f"{file}.py has no {test}: {row}"
+            assert test in tests_of(file), f"{file}.py has no {test}: {row}"

@@ -86,20 +86,22 @@ def test_every_launch_goes_through_launch_kernel():
     assert calls >= 15
 
 
-def compiled(script: str) -> list[list[str]]:
+def compiled(scripts: dict[str, str]) -> dict[str, list[list[str]]]:
     """For every ``mark()`` in a script, the kernels that it would have compiled since the last.
 
     A process of its own, with Triton's real cache keys and a device that is not there: whatever
-    would be compiled is noted, and nothing runs.
+    would be compiled is noted, and nothing runs. Each script begins with nothing compiled.
     """
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    ends = "import json\nprint(json.dumps(marks))"
-    code = f"from tests.kernels.counting import mark, marks\n{script}\n{ends}"
+    parts = ["import json", "from tests.kernels.counting import begin, mark, marks"]
+    for name, script in scripts.items():
+        parts += [f"begin({name!r})", script]
+    code = "\n".join([*parts, "print(json.dumps(marks))"])
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    marks: list[list[str]] = json.loads(done.stdout.splitlines()[-1])
-    return marks
+    found: dict[str, list[list[str]]] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 PREPARED = """
@@ -115,29 +117,33 @@ def step(n_ids):
     module(ids).backward(torch.randn(n_ids, 128))
     module.promote(ids[: n_ids // 2])
 """
+LENGTHS = """
+for n in (512, 500, 333, 1, 2, 1024, 4096):
+    step(n)
+    mark()
+"""
+MOMENTUM = """
+schedule = torch.optim.lr_scheduler.OneCycleLR(rows, max_lr=0.2, total_steps=20)
+seen = set()
+for _ in range(20):
+    seen.add(rows.param_groups[0]["betas"])
+    step(512)
+    rows.step()
+    schedule.step() if len(seen) < 20 else None
+    mark()
+assert len(seen) > 15
+"""
 
 
-@pytest.mark.parametrize("optimizer", ["Adam", "Adagrad", "SGD"])
-def test_batches_of_other_lengths_compile_nothing(optimizer):
-    lengths = (512, 500, 333, 1, 2, 1024, 4096)
-    script = PREPARED.format(optimizer=optimizer)
-    first, *others = compiled(script + f"for n in {lengths}:\n    step(n)\n    mark()")
-    assert "_rows_kernel" in first and "_move_kernel" in first
-    assert others == [[]] * (len(lengths) - 1)
-
-
-def test_a_schedule_of_momentum_compiles_nothing():
-    script = PREPARED.format(optimizer="Adam") + (
-        "schedule = torch.optim.lr_scheduler.OneCycleLR(rows, max_lr=0.2, total_steps=20)\n"
-        "seen = set()\n"
-        "for _ in range(20):\n"
-        "    seen.add(rows.param_groups[0]['betas'])\n"
-        "    step(512)\n"
-        "    rows.step()\n"
-        "    schedule.step() if len(seen) < 20 else None\n"
-        "    mark()\n"
-        "assert len(seen) > 15\n"
-    )
-    first, *others = compiled(script)
-    assert "_rows_kernel" in first and "_sums_kernel" in first
-    assert others == [[]] * 19
+def test_other_lengths_and_momenta_compile_nothing():
+    optimizers = ("Adam", "Adagrad", "SGD")
+    scripts = {name: PREPARED.format(optimizer=name) + LENGTHS for name in optimizers}
+    scripts["momentum"] = PREPARED.format(optimizer="Adam") + MOMENTUM
+    found = compiled(scripts)
+    assert {name: len(marks) for name, marks in found.items()} == {
+        **dict.fromkeys(optimizers, 7),
+        "momentum": 20,
+    }
+    for name, (first, *others) in found.items():
+        assert {"_rows_kernel", "_sums_kernel", "_move_kernel"} <= set(first), name
+        assert others == [[]] * len(others), name

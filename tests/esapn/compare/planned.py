@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from esapn.compare.jobs import Job, plan
+from esapn.compare.workers import run_job
 from esapn.data.load import load_ratings
 
 OPTIONS = (("malformed", "refuse"),)
 SEARCH = "esapn,hidden=6,policy_hidden=6"
+MEASURES = ("test", "train", "memory", "bytes", "log", "by_frequency", "sizes_by_frequency")
 
 
 def planned(folder: Path, ratings=None, **changes):
@@ -33,3 +36,18 @@ def planned(folder: Path, ratings=None, **changes):
 def only_job(folder: Path, method: str = SEARCH, **changes) -> Job:
     (job,) = planned(folder, methods=[method], **changes)[1]
     return job
+
+
+def in_this_process(jobs, options, *, done, workers, seconds, progress):
+    """``run_jobs`` without processes."""
+    total = done + len(jobs)
+    for job in jobs:
+        label, _ = run_job(job, options, seconds)
+        done += 1
+        progress(done, total, label, None)
+
+
+def measures(path: Path) -> dict:
+    """What a record or a result holds that does not depend on the machine."""
+    content = json.loads(path.read_text())
+    return {name: content[name] for name in MEASURES}

@@ -10,10 +10,9 @@ import pytest
 from esapn.__main__ import main
 from esapn.compare import figures, workers
 from esapn.compare.records import load
-from esapn.compare.workers import run_job
 from esapn.config import ConfigError
 from esapn.jsonfile import write_json
-from tests.esapn.compare.planned import SEARCH, planned
+from tests.esapn.compare.planned import SEARCH, in_this_process, measures, planned
 
 COMMAND = ["--events", "600", "--batch-size", "50", "--tasks", "binary", "--seeds", "2"]
 COMMAND += ["--sizes", "1", "2", "4", "--workers", "1", "--methods", SEARCH, "biases"]
@@ -25,15 +24,6 @@ def command(out: Path, *more: object) -> int:
         return main(["compare", *COMMAND, "--out", str(out), *map(str, more)])
     except SystemExit as leave:
         return int(leave.code or 0)
-
-
-def in_this_process(jobs, options, *, done, workers, seconds, progress):
-    """``run_jobs`` without processes."""
-    total = done + len(jobs)
-    for job in jobs:
-        label, _ = run_job(job, options, seconds)
-        done += 1
-        progress(done, total, label, None)
 
 
 @pytest.mark.parametrize(
@@ -78,6 +68,33 @@ def test_the_same_command_goes_on(error, status, said, tmp_path, capsys, monkeyp
     assert command(tmp_path, "--sizes", 2, 4) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "other settings (sizes" in line and "another --out" in line
+
+
+# The methods of a comparison, and the arguments that give each in a search.
+SINGLE = {
+    "esapn": [],
+    "fixed-4": ["--method", "fixed", "--fixed-size", "4"],
+    "biases": ["--method", "biases"],
+}
+
+
+def test_runs_are_those_of_single_searches(no_figure, tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "run_jobs", in_this_process)
+    monkeypatch.setattr(figures, "FIGURES", {})
+    parts, common = tmp_path / "parts", ["--events", "1000", "--batch-size", "50"]
+    common += ["--log-every", "1"]
+    whole = [*common, "--tasks", "binary", "--seeds", "2", "--methods", *SINGLE]
+    assert main(["compare", *whole, "--out", str(parts)]) == 0
+    page = (parts / "report.html").read_text()
+    assert all(label in page for label in SINGLE)
+    assert len(list((parts / "runs").iterdir())) == 6
+    for label, arguments in SINGLE.items():
+        for seed in (0, 1):
+            out = tmp_path / f"{label}-{seed}"
+            one = [*common, *arguments, "--seed", str(seed), "--out", str(out)]
+            assert main(["search", *one]) == 0
+            record = parts / "runs" / f"binary-paper-{label}-s{seed}.json"
+            assert measures(record) == measures(out / "result.json")
 
 
 @pytest.mark.parametrize("taken", ["out", "out/runs", "out/compare.json"])

@@ -13,22 +13,24 @@ from pathlib import Path
 
 import pytest
 
-from esapn.compare import page, workers
+from esapn.__main__ import main
+from esapn.compare import figures, page, workers
 from esapn.compare.jobs import Job
 from esapn.compare.records import BYTES, load
 from esapn.compare.workers import RemainingTime, run_job, run_jobs
 from esapn.config import ConfigError
 from esapn.jsonfile import write_json
-from tests.esapn.compare.planned import OPTIONS, SEARCH, only_job, planned
+from tests.esapn.compare.planned import (
+    OPTIONS,
+    SEARCH,
+    in_this_process,
+    measures,
+    only_job,
+    planned,
+)
 
 ROOT = Path(__file__).resolve().parents[3]
-MEASURES = ("test", "train", "memory", "bytes", "log", "by_frequency", "sizes_by_frequency")
 pytestmark = pytest.mark.usefixtures("threads")
-
-
-def measures(job: Job) -> dict:
-    content = json.loads(job.path.read_text())
-    return {name: content[name] for name in MEASURES}
 
 
 # One run
@@ -63,7 +65,7 @@ def test_a_run_depends_on_its_job_alone(finished, tmp_path):
     job.path.parent.mkdir()
     run_job(other, OPTIONS, 60.0)
     run_job(job, OPTIONS, 60.0)
-    assert measures(job) == measures(finished)
+    assert measures(job.path) == measures(finished.path)
 
 
 # Many runs
@@ -129,7 +131,7 @@ def test_a_killed_worker_is_one_line_and_its_run_goes_on(finished, tmp_path, mon
     monkeypatch.setattr(workers, "resume_or_start", lambda *a: said.extend(real(*a)))
     run_job(second, OPTIONS, 60.0)
     assert said[-1].startswith("resumed at event ")
-    assert measures(second) == measures(finished) and not second.checkpoints.exists()
+    assert measures(second.path) == measures(finished.path) and not second.checkpoints.exists()
 
 
 def test_an_interrupt_ends_the_workers(tmp_path):
@@ -173,13 +175,13 @@ def workers_of(parent: int) -> list[int]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
-def test_workers_end_with_a_killed_comparison(tmp_path):
-    """They would write beside those of the same command, given again."""
-    line = [sys.executable, "-m", "esapn", "compare", "--out", str(tmp_path), "--workers", "1"]
-    line += ["--events", "10000", "--batch-size", "20", "--tasks", "binary", "--seeds", "1"]
-    line += ["--methods", SEARCH]
+def test_workers_end_with_a_killed_comparison(tmp_path, monkeypatch):
+    """They would write beside those of the same command, given again, which goes on."""
+    command = ["compare", "--out", str(tmp_path), "--workers", "1", "--methods", SEARCH]
+    command += ["--events", "4000", "--batch-size", "20", "--tasks", "binary", "--seeds", "1"]
+    command += ["--log-every", "1", "--checkpoint-seconds"]
     process = subprocess.Popen(
-        [*line, "--checkpoint-seconds", "0", "--log-every", "1"],
+        [sys.executable, "-m", "esapn", *command, "0"],
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -197,3 +199,15 @@ def test_workers_end_with_a_killed_comparison(tmp_path):
             os.killpg(process.pid, signal.SIGKILL)
         except ProcessLookupError:
             process.wait()
+
+    (run,) = (tmp_path / "checkpoints").iterdir()
+    record = tmp_path / "runs" / f"{run.name}.json"
+    assert not record.exists()
+    said, real = [], workers.resume_or_start
+    monkeypatch.setattr(workers, "resume_or_start", lambda *a: said.extend(real(*a)))
+    monkeypatch.setattr(workers, "run_jobs", in_this_process)
+    monkeypatch.setattr(figures, "FIGURES", {})
+    assert main([*command, "60"]) == 0
+    assert said[-1].startswith("resumed at event ") and not run.exists()
+    assert len(json.loads(record.read_text())["log"]) == 200
+    assert "1 of 1 runs" in (tmp_path / "report.html").read_text()
