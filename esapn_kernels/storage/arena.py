@@ -203,7 +203,7 @@ class Arena(nn.Module):
         *,
         takes: bool = True,
         strict: bool = False,
-        exact: Callable[[], tuple[list[int], list[int]]] | None = None,
+        exact: tuple[list[int], list[int]] | None = None,
     ) -> None:
         """Grow, if ``rows`` more rows might not find room, as far as ``max_elements`` allows.
 
@@ -211,8 +211,8 @@ class Arena(nn.Module):
             rows: rows that move, at most.
             takes: whether they take places; rows that are freed only give theirs back.
             strict: refuse where ``max_elements`` allows less, and grow by no more than is missing.
-            exact: gives the rows that every level takes and gives back. It is called if the bounds
-                of the ledger do not suffice; then what it says decides, strictly.
+            exact: the rows that every level takes and gives back. Where the bounds of the ledger do
+                not suffice these decide, strictly.
 
         Raises:
             RuntimeError: ``max_elements`` allows less, where that is refused.
@@ -222,7 +222,7 @@ class Arena(nn.Module):
         missing = missing if takes else 0
         suffices = missing <= 0 and all(h <= r for h, r in zip(heights, self._room, strict=True))
         if exact is not None and not suffices:
-            taken, given = exact()
+            taken, given = exact
             missing, heights = self._needs(taken, given)
             rows = max(sum(taken), sum(given))
         if missing > self._pages_allowed() and (strict or exact is not None):
@@ -250,14 +250,20 @@ class Arena(nn.Module):
         levels = zip(taken, self.free_count.tolist(), self.rows_per_page, strict=False)
         return sum(-(-max(take - free, 0) // per) for take, free, per in levels)
 
-    def _begin(self, rows: int, **needs: Any) -> Places:
-        """What a call that moves up to ``rows`` rows works on; ``needs``: see :meth:`_make_room`.
+    def _begin(
+        self,
+        rows: int,
+        *,
+        takes: bool = True,
+        exact: tuple[list[int], list[int]] | None = None,
+    ) -> Places:
+        """What a call that moves up to ``rows`` rows works on; see :meth:`_make_room`.
 
-        The torch backend, which says its exact needs, has no use for ``owner``. It needs room for
-        all rows, so it grows the arena after a capture too; during one it cannot run.
+        The torch backend, which says its ``exact`` needs, has no use for ``owner``. It needs room
+        for all rows, so it grows the arena after a capture too; during one it cannot run.
         """
         self.followers.remember_layout()
-        is_exact = "exact" in needs
+        is_exact = exact is not None
         owner = None if is_exact else self._owner
         if is_capturing(self.free_count) and not is_exact:
             # The graph holds the addresses: from here on nothing is replaced unasked.
@@ -267,7 +273,7 @@ class Arena(nn.Module):
         else:
             if is_exact or not self._captured:
                 rows = min(rows, self.num_rows)
-                self._make_room(rows, **needs)
+                self._make_room(rows, takes=takes, exact=exact)
                 self._ledger.promise(rows)
             if not is_exact and (owner is None or owner.device != self.storage.device):
                 owner = self._owner = self._new_owner()
@@ -418,19 +424,18 @@ class Arena(nn.Module):
                 moves the rows that fit, by level and then in the order of ``ids``.
         """
         backend = resolve_backend(backend, ids.device)
-        needs: dict[str, Any] = {}
+        exact = None
         if backend == "torch":
             layout = Layout(self.row_start, self.page_level, self.sizes, self.page)
-            counts = resize.count_promoted(ids, mask, layout)
-            if not any(counts[1]):
+            exact = resize.count_promoted(ids, mask, layout)
+            if not any(exact[1]):
                 return torch.zeros_like(ids, dtype=torch.bool)
-            needs["exact"] = lambda: counts
         before = None
         if carries:
             in_range = (ids >= 0) & (ids < self.num_rows)
             known = torch.where(in_range, ids, self.num_rows)  # others: the sink, without a row
             before = known, self.row_start[known], self.level(known)
-        places = self._begin(ids.numel(), **needs)
+        places = self._begin(ids.numel(), exact=exact)
         operands = ids, mask, self.storage.detach(), chain.detach(), places
         moved = resize.promote(*operands, *self.followers.fresh(), backend=backend)
         if before is not None:
@@ -457,14 +462,14 @@ class Arena(nn.Module):
             RuntimeError: as for :meth:`promote`.
         """
         backend = resolve_backend(backend, ids.device)
-        needs: dict[str, Any] = {}
+        exact = None
         if backend == "torch":
             _refuse_repeated(ids, "insert")
             if bool((self.row_start[ids] >= 0).any()):
                 raise ValueError("insert takes ids that have no row")
             taken = [ids.numel() if k == level else 0 for k in range(len(self.sizes))]
-            needs["exact"] = lambda: (taken, [0] * len(taken))
-        places = self._begin(ids.numel(), **needs)
+            exact = taken, [0] * len(taken)
+        places = self._begin(ids.numel(), exact=exact)
         self.is_table = False
         operands = ids, level, self.storage.detach(), places
         moved = resize.insert(*operands, *self.followers.fresh(), backend=backend)
@@ -487,14 +492,14 @@ class Arena(nn.Module):
                 passes over the former and frees the latter once.
         """
         backend = resolve_backend(backend, ids.device)
-        needs: dict[str, Any] = {}
+        exact = None
         if backend == "torch":
             _refuse_repeated(ids, "free")
             if bool((self.row_start[ids] < 0).any()):
                 raise ValueError("free takes ids that have a row")
             given = torch.bincount(self.level(ids), minlength=len(self.sizes)).tolist()
-            needs["exact"] = lambda: ([0] * len(given), given)
-        places = self._begin(ids.numel(), takes=False, **needs)
+            exact = [0] * len(given), given
+        places = self._begin(ids.numel(), takes=False, exact=exact)
         self.is_table = False
         moved = resize.free(ids, self.storage.detach(), places, backend=backend)
         self._end()
