@@ -16,7 +16,7 @@ may be given ``module.parameters()`` as a whole: it skips the storage, which has
 Memory picture, per row of size d: SGD nothing, Adagrad ``4 d`` bytes, row-wise Adagrad 4, Adam
 ``8 d + 4``, in fp32 whatever the rows' own dtype (fp64 for fp64 rows). The state lies in the
 arena's layout or holds one number per id; it grows and moves with the rows, and is a fresh row's
-where a row is resized (``storage.followers``). The rules themselves are in ``update``.
+where a row is resized (``storage.followers``). The rules themselves are in ``ops.update``.
 
 Because a row steps when its gradient is known, whatever comes between backward and ``step`` in
 other training loops does not apply to the rows: gradient clipping, loss scaling
@@ -75,7 +75,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @property
     def rule(self) -> str:
-        """One of ``update.RULES``."""
+        """One of ``ops.update.RULES``."""
         raise NotImplementedError
 
     @property
