@@ -34,7 +34,7 @@ def replicate(
 
     - averages the gradients of rows and hops over the ranks, in backward;
     - makes ``promote`` and ``resize`` collective: every rank calls them equally often, each with
-      ids of its own (or none), and all ranks enlarge the rows that any of them asks for;
+      ids of its own (or none), and all ranks enlarge the rows that any of them names;
     - has DDP pass over the tables' parameters and buffers.
 
     Args:
@@ -158,7 +158,7 @@ class _Averaging:
 
 
 class _Agreement:
-    """The ids that any rank wants to promote, in the order of the ranks, on every rank."""
+    """The ids that any rank promotes, in the order of the ranks, on every rank."""
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         self.group = group

@@ -112,7 +112,7 @@ def _scan_kernel(
     levels = tl.arange(0, LEVELS)
     index = new_start_ptr.dtype.element_ty
 
-    # Rank of every owner in its group, and how many rows every group wants.
+    # Rank of every owner in its group, and how many rows every group needs.
     need = tl.zeros([LEVELS], dtype=tl.int32)
     for begin in range(0, n_ids, BLOCK_IDS):
         offs = begin + tl.arange(0, BLOCK_IDS)
@@ -275,13 +275,13 @@ def _move_kernel(
     tl.store(owner_ptr + ids, unclaimed, mask=mask_id)
 
     group = tl.load(group_ptr + offs_row, mask=inside, other=-1).to(tl.int32)
-    asks = group >= 0
-    limit = tl.load(plan_ptr + group, mask=asks, other=0)
-    rank = tl.load(rank_ptr + offs_row, mask=asks, other=-1).to(tl.int64)
+    names = group >= 0
+    limit = tl.load(plan_ptr + group, mask=names, other=0)
+    rank = tl.load(rank_ptr + offs_row, mask=names, other=-1).to(tl.int64)
     mask_go = (rank >= 0) & (rank < limit)
-    # An occurrence that is not the first asks for what the first got.
-    first = tl.load(first_ptr + offs_row, mask=asks, other=0).to(tl.int64)
-    moved = tl.load(rank_ptr + first, mask=asks, other=0).to(tl.int64) < limit
+    # An occurrence that is not the first says what became of the first.
+    first = tl.load(first_ptr + offs_row, mask=names, other=0).to(tl.int64)
+    moved = tl.load(rank_ptr + first, mask=names, other=0).to(tl.int64) < limit
     tl.store(moved_ptr + offs_row, moved.to(tl.uint8), mask=inside)
 
     old_start = tl.load(old_start_ptr + offs_row, mask=mask_go, other=-1).to(tl.int64)
