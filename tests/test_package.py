@@ -174,3 +174,15 @@ def test_no_file_names_a_home_folder():
         if HOME_PATH.search(text):
             offenders.append(path.relative_to(ROOT).as_posix())
     assert offenders == []
+
+
+def test_no_conftest_imports_the_packages():
+    """Named on the command line, it is read before the root's one says how kernels run."""
+    found = []
+    for path in (ROOT / "tests").rglob("conftest.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        # What only annotations need is not imported.
+        top = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+        names = imported_names("\n".join(map(ast.unparse, top)))
+        found += [f"{path}: {name}" for name in names & {*PACKAGES, "tests"}]
+    assert found == []
