@@ -4,7 +4,7 @@ PYTEST_ARGS ?=
 # A file stays with one worker: its tests share what they prepared.
 WORKERS ?= --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 API := esapn_kernels esapn_kernels.optim esapn_kernels.distributed esapn_kernels.reference \
-  esapn_kernels.info esapn_kernels.testing esapn_kernels.ops.lookup esapn_kernels.ops.compose esapn
+  esapn_kernels.info esapn_kernels.testing esapn_kernels.ops.lookup esapn_kernels.ops.compose esapn esapn.search esapn.config
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed

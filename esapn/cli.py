@@ -184,7 +184,7 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
     _add(comparison, "--seeds", text=text, default=5, type=int, metavar="N")
     _add_settings(groups, SHARED)
     _add_data_options(groups["data"])
-    text = "processes at once; 0: one a core, or one a GPU"
+    text = "processes at once; 0: one per core, or one in all on a GPU"
     _add(run, "--workers", text=text, default=0, type=int, metavar="N")
     _add_checkpoint_seconds(run)
 

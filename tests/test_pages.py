@@ -9,6 +9,7 @@ import json
 import pkgutil
 import re
 import shlex
+import statistics
 import subprocess
 import sys
 from collections import Counter
@@ -296,6 +297,36 @@ def test_figures_of_the_readme_are_in_the_comparison():
     for row in rows:
         assert len(figures(row)) == 3
         assert any(figures(row) <= figures(line) for line in comparison.splitlines()), row
+
+
+NAMES = {"ESAPN": "esapn", "biases only": "biases"}
+
+
+def label_of(name: str) -> str:
+    """A method's label in the records, from its name in a table."""
+    name = name.strip("* ")
+    name = re.sub(r"power, d <= (\d*) ?f\^0.5", lambda m: f"power-{m[1] or 1}", name)
+    name = re.sub(r"thresholds (\d+), .*", r"thresholds-\1", name)
+    return re.sub(r",? ", "-", NAMES.get(name, name)).lower()
+
+
+def test_the_tuned_table_is_that_of_its_records():
+    """Means, and standard deviations in units of the last digit."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    path = ROOT / "bench" / "results" / "compare-ml1m-tuned.csv"
+    with path.open(newline="", encoding="utf-8") as file:
+        for record in csv.DictReader(file):
+            numbers = float(record["accuracy"]), float(record["loss"])
+            found.setdefault(record["label"], []).append(numbers)
+    section = COMPARISON.read_text(encoding="utf-8").partition("## At tuned settings")[2]
+    table = section.partition("| method |")[2].partition("\n\n")[0]
+    rows = [line.split("|")[1:4] for line in table.splitlines()[2:]]
+    assert {label_of(name) for name, *_ in rows} == set(found)
+    for name, *cells in rows:
+        for cell, values in zip(cells, zip(*found[label_of(name)], strict=True), strict=True):
+            spread = round(statistics.stdev(values) * 1e4)
+            shown = cell.replace("*", "").strip()
+            assert shown == f"{statistics.mean(values):.4f} ({spread})", name
 
 
 @every_page

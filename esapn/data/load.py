@@ -72,7 +72,7 @@ def load_ratings(
         raise DataError(f"malformed must be refuse or skip, got {malformed!r}")
     is_set = isinstance(data, str) and data in MOVIELENS
     if not is_set and (archive is not None or url is not None):
-        given = "archive" if archive is not None else "url"
+        given = "--archive" if archive is not None else "--url"
         meant = did_you_mean(os.fspath(data), MOVIELENS)
         raise DataError(f"{given} is for one of {', '.join(MOVIELENS)}, not for {data}{meant}")
     if os.fspath(data) == "synthetic":

@@ -36,7 +36,7 @@ TIMEOUT_SECONDS = 30.0
 _PIECE = 1 << 20
 # A try that brought bytes is followed by another, up to this many in one call.
 _TRIES = 5
-_INSTEAD = "a local copy of the archive works too (archive=FILE)"
+_INSTEAD = "a local copy of the archive works too: --archive FILE"
 
 
 @dataclass(frozen=True)

@@ -156,13 +156,15 @@ def plot(path: Path, config: SearchConfig, stream: Stream, result: RunResult) ->
     FigureCanvasAgg(figure)
     (quality, size), (histogram, frequency) = figure.subplots(2, 2)
     events = [line["events"] for line in result.log]
+    # One line of the log is a point, which a line without markers does not show.
+    marker = "o" if len(events) == 1 else ""
 
     loss_name = "MSE" if config.task == "binary" else "cross-entropy"
-    quality.plot(events, [line["loss"] for line in result.log], color="C0")
+    quality.plot(events, [line["loss"] for line in result.log], color="C0", marker=marker)
     quality.set(xlabel="events", ylabel=loss_name, title="Prequential loss and accuracy")
     quality.yaxis.label.set_color("C0")
     right = quality.twinx()
-    right.plot(events, [line["accuracy"] for line in result.log], color="C1")
+    right.plot(events, [line["accuracy"] for line in result.log], color="C1", marker=marker)
     right.set_ylabel("accuracy", color="C1")
     quality.axvline(stream.n_train, color="grey", linestyle=":")
     quality.annotate(
@@ -171,7 +173,7 @@ def plot(path: Path, config: SearchConfig, stream: Stream, result: RunResult) ->
 
     for color, name in enumerate(SIDES):
         mean = [line[f"mean_{name}_size"] for line in result.log]
-        size.plot(events, mean, color=f"C{color}", label=f"mean {name} size")
+        size.plot(events, mean, color=f"C{color}", marker=marker, label=f"mean {name} size")
     size.set(xlabel="events", ylabel="numbers per row", title="Mean size", ylim=(0, None))
     size.legend()
 

@@ -141,7 +141,7 @@ def choose_bwd(n_ids: int, sizes: Sequence[int], dtype: torch.dtype) -> BwdConfi
     168 registers a thread leave room for three blocks of four warps a multiprocessor, each with
     four rows of 16 runs in flight. Without the bound the compiler takes 201 for the rows' products
     and 96, spilling, for the sums; 128 spills a few bytes in some rules. In fp64 a bound makes it
-    spill in the rows' products, 8 warps do not; the sums take up to 194, the chain's up to 196.
+    spill in the rows' products, 8 warps do not; the sums and the chain's take up to 196.
 
     Every program takes an equal share of the tiles. Those of the chain's gradient write up to
     ``(d_{n-2} + 1) D`` partial sums each (33 KB in the default sizes): at most 512 of them, and

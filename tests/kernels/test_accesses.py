@@ -149,7 +149,7 @@ def test_rows_that_come_and_go(accesses):
 def test_an_unfenced_write_is_found(accesses):
     accesses.allowed = [(0, 64)]
     places = np.arange(0, 32, 4, dtype=np.uint64)
-    frame = "esapn_kernels/update.py"
+    frame = "esapn_kernels/gpu/update.py"
     note = compile("note(kind, places, mask, 4)", frame, "eval")
 
     def at(kind, mask):
@@ -167,8 +167,8 @@ def test_an_unfenced_write_is_found(accesses):
     accesses.allowed = [(0, 8)]
     at("read", every)
     assert {fault.partition(" ")[2] for fault in accesses.faults} == {
-        "writes what /update.py:1 read",
+        "writes what /gpu/update.py:1 read",
         "a mask of int32",
-        "reads what /update.py:1 wrote",
+        "reads what /gpu/update.py:1 wrote",
         "read outside of every argument",
     }
