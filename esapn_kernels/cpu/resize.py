@@ -34,13 +34,14 @@ def promote(
     places: Places,
     states: Filled,
     per_id: Filled,
+    movers: tuple[Tensor, Tensor],
 ) -> Tensor:
     """See :func:`esapn_kernels.ops.resize.promote`; there is room for all of them."""
     layout = places.layout
     moved = _can_grow(_level(ids, layout), layout)
     if mask is not None:
         moved &= mask
-    distinct, source = find_movers(ids, mask, layout)
+    distinct, source = movers
     if distinct.numel():
         old_start = layout.row_start[distinct].long()
         new_start = _take(places, source + 1)

@@ -11,14 +11,16 @@ the caller has made room (``storage.Arena``). Source: Liu et al., SIGIR 2020.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..cpu import resize as cpu
 from ..gpu.resize import launch_free, launch_insert, launch_promote
 from .layout import Filled, Layout, Places
 
-__all__ = ["count_promoted", "free", "insert", "promote"]
+__all__ = ["Movers", "find_movers", "free", "insert", "promote"]
+
+Movers = tuple[Tensor, Tensor]
+"""Distinct ids, ascending, and the levels that their rows leave, int64 ``[U]`` both."""
 
 
 def promote(
@@ -31,6 +33,7 @@ def promote(
     per_id: Filled,
     *,
     backend: str,
+    movers: Movers | None = None,
 ) -> Tensor:
     """Move the rows of ``ids`` (where ``mask``) one level up.
 
@@ -44,13 +47,15 @@ def promote(
             fit, by level and then in the order of ``ids``; the torch backend needs room for all.
         states, per_id: in the layout of ``storage``, and ``[N]``: fresh where rows moved.
         backend: ``triton`` | ``torch``.
+        movers: what :func:`find_movers` gave, for the torch backend.
 
     Returns:
         Bool ``[R]``: True where the position named a row that moved.
     """
     if backend == "triton":
         return launch_promote(ids, mask, storage, chain, places, states, per_id)
-    return cpu.promote(ids, mask, storage, chain, places, states, per_id)
+    assert movers is not None
+    return cpu.promote(ids, mask, storage, chain, places, states, per_id, movers)
 
 
 def insert(
@@ -76,11 +81,9 @@ def free(ids: Tensor, storage: Tensor, places: Places, *, backend: str) -> Tenso
     return cpu.free(ids, places)
 
 
-def count_promoted(ids: Tensor, mask: Tensor | None, layout: Layout) -> tuple[list[int], list[int]]:
-    """How many rows of every level :func:`promote` takes, and how many it gives back.
+def find_movers(ids: Tensor, mask: Tensor | None, layout: Layout) -> Movers:
+    """The rows that :func:`promote` moves on the torch backend, whose room is made beforehand.
 
     Reads the device. ``layout`` ends with the sinks of :class:`~esapn_kernels.ops.layout.Places`.
     """
-    _, source = cpu.find_movers(ids, mask, layout)
-    given = torch.bincount(source, minlength=len(layout.sizes)).tolist()
-    return [0, *given[:-1]], given
+    return cpu.find_movers(ids, mask, layout)

@@ -424,12 +424,14 @@ class Arena(nn.Module):
                 moves the rows that fit, by level and then in the order of ``ids``.
         """
         backend = resolve_backend(backend, ids.device)
-        exact = None
+        exact = movers = None
         if backend == "torch":
             layout = Layout(self.row_start, self.page_level, self.sizes, self.page)
-            exact = resize.count_promoted(ids, mask, layout)
-            if not any(exact[1]):
+            movers = resize.find_movers(ids, mask, layout)
+            if not movers[0].numel():
                 return torch.zeros_like(ids, dtype=torch.bool)
+            given = torch.bincount(movers[1], minlength=len(self.sizes)).tolist()
+            exact = [0, *given[:-1]], given
         before = None
         if carries:
             in_range = (ids >= 0) & (ids < self.num_rows)
@@ -437,7 +439,8 @@ class Arena(nn.Module):
             before = known, self.row_start[known], self.level(known)
         places = self._begin(ids.numel(), exact=exact)
         operands = ids, mask, self.storage.detach(), chain.detach(), places
-        moved = resize.promote(*operands, *self.followers.fresh(), backend=backend)
+        states = self.followers.fresh()
+        moved = resize.promote(*operands, *states, backend=backend, movers=movers)
         if before is not None:
             self.followers.carry(*before, moved, self.row_size)
         self._end()
