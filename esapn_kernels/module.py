@@ -475,7 +475,7 @@ class ResizableEmbedding(nn.Embedding):
         if isinstance(input, fx.Proxy):
             return as_leaf(self, input)
         if self._as_torch():
-            if self.max_norm is not None:
+            if self.max_norm is not None and not input.is_nested:
                 # Before torch scales rows, which it does in front of its own check.
                 check_ids(input, self.weight.shape[0])
             y = F.embedding(
