@@ -18,34 +18,11 @@ from .ops.layout import row_table
 from .ops.lookup import Options, lookup
 from .ops.memory import MemoryReport
 from .storage.arena import Arena
+from .weight import check_assigned, dense_weight
 
 __all__ = ["ResizableEmbedding"]
 
 _DEFAULT_SIZES = (2, 4, 8, 16, 64, 128)
-
-
-class _ReadOnly(Tensor):
-    """What ``weight`` gives: reads like any tensor, refuses to be written to."""
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        name = func.__name__
-        writes = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
-        if writes or isinstance(kwargs.get("out"), cls) or func == Tensor.data.__get__:  # type: ignore[attr-defined]
-            raise RuntimeError(_READ_ONLY)
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **kwargs)
-
-
-_OPERATORS = "add and div floordiv lshift mod mul or pow rshift sub truediv xor"
-_IN_PLACE = {"__setitem__", "__set__", *(f"__i{name}__" for name in _OPERATORS.split())}
-_READ_ONLY = (
-    "weight of rows of several sizes is a dense copy, read-only: build the module by "
-    "from_pretrained, or write to arena.storage and chain"
-)
 
 
 class ResizableEmbedding(nn.Module):
@@ -376,15 +353,14 @@ class ResizableEmbedding(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """All outputs as one table ``[N, D]``, for reading; gradients flow to rows and hops.
+        """All outputs as one table ``[N, D]``; gradients flow to rows and hops.
 
-        With one size a view of the rows, which can be written to; else a dense copy made at every
-        access, which refuses to be.
+        With one size a view of the rows; else computed at every access, and what is written to it
+        goes to the rows, each at its own size: see ``esapn_kernels.weight``.
         """
         if self.arena.is_table:
             return self._table()
-        dense = self._dense()
-        return dense if torch.compiler.is_compiling() else dense.as_subclass(_ReadOnly)
+        return dense_weight(self, partial(ResizableEmbedding.forward, self))
 
     def _dense(self) -> Tensor:
         ids = torch.arange(self.num_embeddings, device=self.chain.device)
@@ -397,8 +373,9 @@ class ResizableEmbedding(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
-            raise AttributeError(_READ_ONLY)
-        super().__setattr__(name, value)
+            check_assigned(self, value)
+        else:
+            super().__setattr__(name, value)
 
     def forward(self, input: Tensor) -> Tensor:
         """Look up ids; returns ``[*input.shape, embedding_dim]``.
