@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._guards import CompileContext
 from torch.utils._pytree import tree_leaves
 
 from .ops.checks import is_eager
@@ -163,6 +164,12 @@ def _refuse(sentence: str) -> Callable[..., Any]:
     return refuse
 
 
+def _no_gradient(weight: Tensor) -> None:
+    # torch.compile looks at the gradients of what it is given.
+    if CompileContext.try_get() is None:
+        raise RuntimeError(_GRAD)
+
+
 class Weight(Tensor):
     """What ``weight`` gives, and views of it: a tensor whose memory is that of an :class:`Access`.
 
@@ -184,9 +191,10 @@ class Weight(Tensor):
     # An optimizer takes what is a leaf, or retains its gradient.
     is_leaf = False  # type: ignore[assignment]
     retains_grad = property(_refuse(_OPTIMIZER))  # type: ignore[assignment]
-    grad = property(_refuse(_GRAD), _refuse(_GRAD))  # type: ignore[assignment]
+    grad = property(_no_gradient, _refuse(_GRAD))  # type: ignore[assignment]
     register_hook = register_post_accumulate_grad_hook = _refuse(_HOOK)
     retain_grad = _refuse(_GRAD)
+    set_ = _refuse(_SHAPE)  # the one of these that torch does not hand to __torch_function__
 
     @property
     def requires_grad(self) -> bool:  # type: ignore[override]
@@ -318,7 +326,8 @@ def _check_target(name: str, func: Any, targets: list[Weight], is_out: bool) -> 
                 "differentiation, but one of the arguments requires grad."
             )
         if target.requires_grad:
-            leaf = "a leaf Variable" if target.is_whole else "a view of a leaf Variable"
+            is_leaf = target.is_whole and name != "__setitem__"
+            leaf = "a leaf Variable" if is_leaf else "a view of a leaf Variable"
             raise RuntimeError(f"{leaf} that requires grad is being used in an in-place operation.")
 
 
