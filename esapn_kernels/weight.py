@@ -55,10 +55,12 @@ _HOOK = f"{_WEIGHT} and takes no hooks: register them on arena.storage and chain
 _OPTIMIZER = f"{_WEIGHT} and cannot be optimized: give the optimizer the module's parameters()"
 _PARAMETER = (
     f"{_WEIGHT} and is no Parameter, nor is a view of it: to tie a layer to it use "
-    "F.linear(x, emb.weight), to freeze it emb.weight.requires_grad_(False)"
+    "F.linear(x, emb.weight), to freeze it emb.weight.requires_grad_(False), to copy it "
+    "emb.weight.detach().clone()"
 )
 _LISTS = f"{_WEIGHT}: functions that write to lists of tensors do not take it; write to it alone"
 _MOVED = "the module has moved to another device: take its weight anew"
+_STALE = "the rows have changed since this weight was taken: take it anew"
 _DIVERGED = "chain holds numbers that are not finite: call reset_parameters() or write to it first"
 
 
@@ -128,7 +130,10 @@ class Access:
             drawn_now: bool ``[N]``, rows that were just drawn.
             goes_on: rows drawn earlier stay drawn, although they were changed.
         """
-        before = self._all() if before is None else before
+        if before is None:
+            if self._seen != self._versions():
+                raise RuntimeError(_STALE)
+            before = self._all()
         changed = (_bits(self.dense) != _bits(before)).any(1)
         stay = self.drawn & goes_on
         if drawn_now is not None:
@@ -141,6 +146,8 @@ class Access:
         for k, dim in enumerate(arena.sizes):
             # In pieces, for the sake of the fp64 copies.
             for mine in ids[level == k].split(_CHUNK):
+                if not len(mine):
+                    continue
                 rows = self.dense[mine]
                 if k < len(maps):
                     fits = drawn(rows, maps[k]), nearest(rows, maps[k])
@@ -164,10 +171,9 @@ def _refuse(sentence: str) -> Callable[..., Any]:
     return refuse
 
 
-def _no_gradient(weight: Tensor) -> None:
-    # torch.compile looks at the gradients of what it is given.
-    if CompileContext.try_get() is None:
-        raise RuntimeError(_GRAD)
+def _is_inspected() -> bool:
+    """Whether ``torch.compile`` looks at what it is given."""
+    return CompileContext.try_get() is not None
 
 
 class Weight(Tensor):
@@ -185,16 +191,32 @@ class Weight(Tensor):
         cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        # A break of the graph: compiled, a write would end at the table.
+        if torch.compiler.is_dynamo_compiling() and _writes(func.__name__, kwargs):
+            return _call_uncompiled(func, args, kwargs)
         with torch._C.DisableTorchFunctionSubclass():
             return _call(func, args, kwargs) if is_eager() else func(*args, **kwargs)
 
-    # An optimizer takes what is a leaf, or retains its gradient.
-    is_leaf = False  # type: ignore[assignment]
-    retains_grad = property(_refuse(_OPTIMIZER))  # type: ignore[assignment]
-    grad = property(_no_gradient, _refuse(_GRAD))  # type: ignore[assignment]
     register_hook = register_post_accumulate_grad_hook = _refuse(_HOOK)
     retain_grad = _refuse(_GRAD)
     set_ = _refuse(_SHAPE)  # the one of these that torch does not hand to __torch_function__
+
+    retains_grad = property(_refuse(_OPTIMIZER))  # type: ignore[assignment]
+
+    @property
+    def is_leaf(self) -> bool:  # type: ignore[override]
+        """False: an optimizer takes what is a leaf, or ``retains_grad``."""
+        return super().is_leaf if _is_inspected() else False
+
+    @property
+    def grad(self) -> None:  # type: ignore[override]
+        """Refused: rows and hops have gradients."""
+        if not _is_inspected():
+            raise RuntimeError(_GRAD)
+
+    @grad.setter
+    def grad(self, value: Any) -> None:
+        raise RuntimeError(_GRAD)
 
     @property
     def requires_grad(self) -> bool:  # type: ignore[override]
@@ -303,12 +325,23 @@ def _call(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     return _wrap(result, accesses)
 
 
+@torch.compiler.disable
+def _call_uncompiled(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    return func(*args, **kwargs)
+
+
+def _writes(name: str, kwargs: Any) -> bool:
+    """Whether a function writes, as far as its name and arguments tell."""
+    in_place = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+    return in_place or bool(kwargs.get("inplace")) or kwargs.get("out") is not None
+
+
 def _targets(name: str, args: Any, kwargs: Any) -> list[Weight]:
-    """What a function writes to, as far as its name and arguments tell."""
+    """What a function that writes writes to."""
     found: Any = ()
     if kwargs.get("out") is not None:
         found = tree_leaves(kwargs["out"])
-    elif name in _IN_PLACE or name.endswith("_") and name[-2:] != "__" or kwargs.get("inplace"):
+    elif _writes(name, kwargs):
         found = (*args, *kwargs.values())[:1]
     return [t for t in found if isinstance(t, Weight) and t.access.shares(t)]
 
