@@ -221,7 +221,7 @@ class Weight(Tensor):
     @property
     def requires_grad(self) -> bool:  # type: ignore[override]
         """Of ``weight``: whether rows or hops require a gradient; of views: as in torch."""
-        if self.is_whole:
+        if self.is_whole and not _is_inspected():
             return any(leaf.requires_grad for leaf in self.access.leaves)
         return super().requires_grad
 

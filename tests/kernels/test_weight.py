@@ -679,6 +679,8 @@ def test_compiled_traced_and_transformed_code_has_a_plain_tensor():
     x = torch.randn(2, D)
     weight = module.weight.detach()
     torch.testing.assert_close(scores(x, weight), x @ weight.t())
+    with torch.no_grad():
+        torch.testing.assert_close(scores(x, module.weight), x @ weight.t())
     assert nn.init.normal_(RAGGED(N, D, device="meta").weight).is_meta
 
 
