@@ -17,7 +17,8 @@ class OneSize(ResizableEmbedding):
     """Takes what ``nn.Embedding`` takes, and is ``nn.Embedding``, number for number."""
 
     def __init__(self, num_embeddings: int, embedding_dim: int, *args: Any, **options: Any):
-        super().__init__(num_embeddings, embedding_dim, *args, sizes=(embedding_dim,), **options)
+        options.setdefault("sizes", (embedding_dim,))
+        super().__init__(num_embeddings, embedding_dim, *args, **options)
 
 
 CLASSES = {"plain": nn.Embedding, "one size": OneSize, "default sizes": ResizableEmbedding}

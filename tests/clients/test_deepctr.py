@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import deepctr_torch.models
 import numpy as np
 import pytest
 import torch
-
-import deepctr_torch.models
 from deepctr_torch.inputs import SparseFeat
+
 from tests.clients.shared import FIELDS, check_growing, check_same, toy
 
 MODELS = ("AutoInt", "DCN", "DeepFM", "NFM", "WDL", "xDeepFM")
