@@ -1,4 +1,4 @@
-"""Classes that stand for ``nn.Embedding`` in a client's code, and what is checked of each client."""
+"""What stands for ``nn.Embedding`` in a client's code, and what is checked of each client."""
 
 from __future__ import annotations
 
