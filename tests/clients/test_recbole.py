@@ -10,6 +10,7 @@ import pytest
 import torch
 from recbole.config import Config
 from recbole.data import create_dataset, data_preparation
+from recbole.data.interaction import Interaction
 from recbole.trainer import Trainer
 from recbole.utils import get_model, init_seed
 
@@ -78,7 +79,7 @@ def test_one_size_gives_the_same_numbers(embeddings, name):
 @pytest.mark.parametrize("name", MODELS)
 def test_default_sizes(embeddings, name):
     embeddings("default sizes")
-    trainer, train, _, test = prepare(name)
+    trainer, train, *_ = prepare(name)
 
     def fit() -> list[float]:
         trainer.fit(train, saved=False, verbose=False)
@@ -86,9 +87,7 @@ def test_default_sizes(embeddings, name):
 
     @torch.no_grad()
     def predict(model: torch.nn.Module) -> torch.Tensor:
-        model.eval()
-        # Of a full ranking a batch begins with its users; of labelled rows it is all there is.
-        batches = [batch[0] if isinstance(batch, tuple) else batch for batch in test]
-        return torch.cat([model.predict(batch) for batch in batches])
+        users, items = torch.cartesian_prod(torch.arange(50), torch.arange(40)).unbind(1)
+        return model.eval().predict(Interaction({"user_id": users, "item_id": items}))
 
     check_growing(trainer.model, fit, lambda: prepare(name)[0].model, predict)
