@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-newest docs lint format clean
+.PHONY: help install demo test test-newest test-clients docs lint format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 14
@@ -37,6 +37,13 @@ test-newest: $(STAMP) ## the kernels' tests, shortened, on the newest Triton tha
 	@PYTHONPATH=$(NEWEST) $(BIN)/python -m pytest $(KERNELS:%=tests/kernels/test_%.py) -k "$(SHORT)" \
 	  $(WORKERS) $(PYTEST_ARGS)
 
+# An environment of their own: they bring many packages, which nothing else here needs.
+CLIENTS := .venv-clients
+RECBOLE := recbole==1.2.1
+
+test-clients: $(CLIENTS)/.installed ## RecBole, transformers and others on our class, in .venv-clients
+	@$(CLIENTS)/bin/python -m pytest tests/clients -W ignore $(PYTEST_ARGS)
+
 docs: $(STAMP) ## write the API reference to build/api, from the docstrings
 	@rm -rf build/api
 	@$(BIN)/pdoc --no-show-source --docformat google -o build/api $(API)
@@ -51,9 +58,9 @@ format: $(STAMP) ## apply what ruff can fix
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-clean: ## remove caches, builds and runs, but not .venv
+clean: ## remove caches, builds and runs, but not .venv and .venv-clients
 	rm -rf build dist runs *.egg-info .benchmarks .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
-	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+	find . \( -path ./$(VENV) -o -path ./$(CLIENTS) \) -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
@@ -64,4 +71,11 @@ $(BIN)/python:
 
 $(STAMP): setup.py constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,bench,serving,docs,dev]'
+	@touch $@
+
+$(CLIENTS)/.installed: setup.py constraints.txt tests/clients/requirements.txt
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	  -e . -r tests/clients/requirements.txt
+	$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(RECBOLE)
 	@touch $@

@@ -8,7 +8,25 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-__all__ = ["read_json", "write_json"]
+__all__ = ["load_json", "read_json", "write_json"]
+
+
+def load_json(path: Path) -> Any:
+    """The value in a file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no JSON in UTF-8, or nested too deeply.
+
+    Example:
+        >>> load_json(Path("absent.json"))
+        Traceback (most recent call last):
+        FileNotFoundError: [Errno 2] No such file or directory: 'absent.json'
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -18,7 +36,7 @@ def read_json(path: Path) -> dict[str, Any]:
     {}
     """
     with suppress(OSError, ValueError):
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = load_json(path)
         if isinstance(value, dict):
             return value
     return {}

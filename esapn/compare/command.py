@@ -6,7 +6,6 @@ Nothing is imported here that needs scipy or jinja2 before ``check_extras`` has 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 from ..cli import SHARED, check_extras, check_least, load, make_folder, say_counts
 from ..config import ConfigError, SearchConfig
-from ..jsonfile import write_json
+from ..jsonfile import load_json, write_json
 from ..run.loop import device_of
 from . import workers
 from .jobs import Job, is_finished, plan
@@ -95,7 +94,7 @@ def _keep_header(path: Path, header: dict[str, Any]) -> None:
     """Write ``compare.json``, unless the folder holds a comparison on other data."""
     if path.exists():
         try:
-            held = json.loads(path.read_text())
+            held = load_json(path)
             same = held["data"]["sha256"] == header["data"]["sha256"]
             same = same and held["order"] == header["order"]
         except (OSError, ValueError, KeyError, TypeError):

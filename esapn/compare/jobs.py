@@ -7,7 +7,6 @@ DIR/checkpoints/                             of unfinished runs
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -18,6 +17,7 @@ from esapn_kernels import info
 
 from ..config import MODES, SearchConfig
 from ..data.ratings import Ratings
+from ..jsonfile import load_json
 from ..run.loop import stream_of
 from ..run.result import describe_data
 from ..run.resume import check_origin
@@ -144,7 +144,7 @@ def is_finished(job: Job) -> bool:
     if not job.path.exists():
         return False
     try:
-        held = json.loads(job.path.read_text())
+        held = load_json(job.path)
         config, checksum = dict(held["config"]), held["data"]["sha256"]
     except (OSError, ValueError, KeyError, TypeError):
         return False

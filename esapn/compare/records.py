@@ -7,15 +7,15 @@ Record       one finished run
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from ..config import ConfigError
+from ..jsonfile import load_json
 from .intervals import Interval, mean_interval, paired_difference, pareto_front
 from .jobs import record_name
 
@@ -31,7 +31,9 @@ __all__ = [
     "load",
 ]
 
-HEADER = ("data", "tasks", "modes", "seeds", "methods", "reference")
+HEADER = {"data": dict, "tasks": list, "modes": list, "seeds": list, "methods": list}
+HEADER |= {"reference": dict}
+RECORD = {"test": dict, "bytes": dict, "memory": dict, "config": dict}
 MEASURED = ("loss", "accuracy")
 BYTES = ("serving", "serving_peak", "serving_mean", "training", "fixed128")
 
@@ -217,28 +219,30 @@ def load(folder: Path) -> Comparison:
     return Comparison(header, tuple(groups), methods, tuple(missing), tuple(not_finite))
 
 
-def _read(path: Path, keys: Iterable[str]) -> dict[str, Any]:
+def _read(path: Path, keys: Mapping[str, type]) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = load_json(path)
     except FileNotFoundError as error:
         raise ReportError(f"{path.parent}: no {path.name}; is it a comparison's folder?") from error
     except (OSError, ValueError) as error:
         raise ReportError(f"{path}: not readable as JSON: {error}") from error
-    lacking = [key for key in keys if not isinstance(content, dict) or key not in content]
+    held = content if isinstance(content, dict) else {}
+    lacking = [key for key, kind in keys.items() if not isinstance(held.get(key), kind)]
     if lacking:
         raise ReportError(f"{path}: lacks {', '.join(lacking)}")
-    return content
+    return held
 
 
 def _read_record(path: Path, data: Mapping[str, Any]) -> dict[str, Any]:
-    content = _read(path, ("test", "bytes", "memory", "config"))
+    content = _read(path, RECORD)
     lacking = [key for key in MEASURED if key not in content["test"]]
     lacking += [f"bytes {key}" for key in BYTES if not is_finite(content["bytes"].get(key))]
     if lacking:
         raise ReportError(f"{path}: lacks {', '.join(lacking)}")
     if content["bytes"]["serving"] <= 0:
         raise ReportError(f"{path}: serving bytes must be positive")
-    checksum = content.get("data", {}).get("sha256", data.get("sha256"))
+    own = content.get("data", data)
+    checksum = own.get("sha256", data.get("sha256")) if isinstance(own, dict) else None
     if checksum != data.get("sha256"):
         raise ReportError(f"{path}: run on other data than compare.json names")
     return content

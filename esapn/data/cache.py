@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from ..jsonfile import read_json, write_json
+from ..jsonfile import load_json, read_json, write_json
 from .files import Columns, read_columns
 from .ratings import DataError, fail
 
@@ -117,7 +117,7 @@ def open_columns(
     if not place.exists():
         return None
     try:
-        manifest = json.loads((place / "manifest.json").read_text(encoding="utf-8"))
+        manifest = load_json(place / "manifest.json")
         if manifest["format"] != _FORMAT:
             return None
         columns = _open_checked(place, manifest, checksum)

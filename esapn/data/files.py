@@ -34,10 +34,9 @@ _ALIASES = {
     "timestamp": ("timestamp",),
 }
 _FIELDS = tuple(_ALIASES)
-_BLANKS = " \r"  # what a line may hold that is no row; a tab is a separator
 _WIDTH = "wrong number of fields"
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-_HEADER_BYTES = 1 << 20  # a line of the header has no more
+_HEADER_BYTES = 1 << 20  # a header has fewer, with the blank lines before it
 BLOCK_BYTES = 1 << 24  # of text at a time
 BLOCK_ROWS = 1 << 19  # of a Parquet file or of quoted text at a time
 
@@ -108,7 +107,7 @@ def read_columns(path: Path, kind: str, *, name: str, malformed: str = "refuse")
         for block in blocks(path, kind, name):
             checker.add(block)
     except UnicodeDecodeError as error:
-        fail(name, f"cannot be read: not UTF-8 ({error.reason})")
+        fail(name, f"cannot be read: line {_first_not_utf8(path)}: not UTF-8 ({error.reason})")
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
         fail(name, f"cannot be read: {(str(error).strip() or repr(error)).splitlines()[0]}")
     return checker.finish(name)
@@ -272,51 +271,66 @@ def _parquet_blocks(path: Path, kind: str, name: str) -> Iterator[_Block]:
 def _text_blocks(path: Path, kind: str, name: str) -> Iterator[_Block]:
     """Cut lines at the separator, and from the first quote of a CSV on read as CSV in full."""
     with path.open("rb") as file:
-        if file.read(len(_BYTE_ORDER_MARK)) != _BYTE_ORDER_MARK:
-            file.seek(0)
+        start = len(_BYTE_ORDER_MARK) if file.read(len(_BYTE_ORDER_MARK)) == _BYTE_ORDER_MARK else 0
+        file.seek(start)
         header: list[str] = []
+        number = 0  # of lines before `start`
         if kind == ".csv":
-            header = _read_header(file, name)
+            header, number = _read_header(file, name)
             columns = _pick_columns(name, header)
             places = {field: header.index(raw) for field, raw in columns.items()}
+            start = file.tell()
         else:
             places = {field: place for place, field in enumerate(_FIELDS)}
-        start = file.tell()
         for lines in _whole_lines(file):
             if kind == ".csv" and b'"' in lines:
                 file.seek(start)
-                yield from _quoted_blocks(file, name, places, len(header))
+                yield from _quoted_blocks(file, name, places, len(header), number)
                 return
             start += len(lines)
-            yield _plain_block(lines.decode(), kind, places, len(header))
+            text = lines.decode().replace("\r\n", "\n").replace("\r", "\n")
+            number += text.count("\n")
+            yield _plain_block(text, kind, places, len(header))
 
 
-def _read_header(file: BinaryIO, name: str) -> list[str]:
-    """The column names of a CSV, on one line or several; the file stands behind them then."""
-    line = file.readline(_HEADER_BYTES)
-    while line and not line.strip():
-        line = file.readline(_HEADER_BYTES)
+def _read_header(file: BinaryIO, name: str) -> tuple[list[str], int]:
+    """The column names of a CSV, and how many lines they end on; the file stands behind them."""
+    start, head = file.tell(), file.read(_HEADER_BYTES)
+    ends = start
 
     def lines() -> Iterator[str]:
-        nonlocal line
-        while line:
-            if len(line) == _HEADER_BYTES:
-                raise csv.Error(f"longer than {_HEADER_BYTES:,} bytes")
+        nonlocal ends
+        for line in head.splitlines(keepends=True):
+            ends += len(line)
+            if ends - start == _HEADER_BYTES:
+                raise csv.Error(f"the header is longer than {_HEADER_BYTES:,} bytes")
             yield line.decode()
-            line = file.readline(_HEADER_BYTES)
 
+    header, number = next(_csv_rows(lines(), name), ([], 0))
+    file.seek(ends)
+    return header, number
+
+
+def _csv_rows(lines: Iterable[str], name: str, number: int = 0) -> Iterator[tuple[list[str], int]]:
+    """Rows that are not blank, and the line that each ends on; `number` lines came before."""
+    reader = csv.reader(lines, strict=True)
+    ends = 0
     try:
-        return next(csv.reader(lines(), strict=True), [])
+        for row in reader:
+            ends = reader.line_num
+            if len(row) > 1 or (row and row[0].strip()):
+                yield row, number + ends
     except csv.Error as error:
-        if re.search(rb"\r(?!\n)", line):
-            fail(name, "cannot be read: its lines end with a carriage return alone")
-        fail(name, f"cannot be read: the header: {error}")
+        fail(name, f"cannot be read: line {number + ends + 1}: {error}")
 
 
 def _whole_lines(file: BinaryIO) -> Iterator[bytes]:
+    """Blocks of lines, which end with a line feed, a carriage return or both."""
     rest = b""
     while chunk := file.read(BLOCK_BYTES):
-        end = chunk.rfind(b"\n") + 1
+        if chunk.endswith(b"\r"):
+            chunk += file.read(1)  # the two stay together
+        end = max(chunk.rfind(b"\n"), chunk.rfind(b"\r")) + 1
         if end:
             yield rest + chunk[:end]
             rest = b""
@@ -325,13 +339,20 @@ def _whole_lines(file: BinaryIO) -> Iterator[bytes]:
         yield rest
 
 
+def _first_not_utf8(path: Path) -> int:
+    """The number of the first line that is not UTF-8."""
+    with path.open(encoding="utf-8", errors="surrogateescape") as file:
+        return next(n for n, line in enumerate(file, 1) if re.search("[\udc80-\udcff]", line))
+
+
 def _plain_block(text: str, kind: str, places: dict[str, int], header: int) -> _Block:
     import polars as pl
 
     separator = SEPARATORS[kind]
     lines = pl.Series([text.removesuffix("\n")]).str.split("\n").explode()
-    lines = lines.filter(lines.str.strip_chars(_BLANKS) != "")
     width = lines.str.count_matches(separator, literal=True) + 1
+    row = (width > 1) | (lines.str.strip_chars() != "")
+    lines, width = lines.filter(row), width.filter(row)
     cut = lines.str.split_exact(separator, max(places.values())).struct.unnest()
     frame = pl.DataFrame({field: cut.to_series(place) for field, place in places.items()})
     if kind == ".csv":
@@ -341,26 +362,20 @@ def _plain_block(text: str, kind: str, places: dict[str, int], header: int) -> _
 
 
 def _quoted_blocks(
-    file: BinaryIO, name: str, places: dict[str, int], header: int
+    file: BinaryIO, name: str, places: dict[str, int], header: int, number: int
 ) -> Iterator[_Block]:
     import polars as pl
 
     text = io.TextIOWrapper(file, encoding="utf-8", newline="")
-    rows = (row for row in csv.reader(text, strict=True) if not _is_blank(row))
+    rows = (row for row, _ in _csv_rows(text, name, number))
     try:
         while block := list(islice(rows, BLOCK_ROWS)):
             cut = {f: [r[at] if at < len(r) else None for r in block] for f, at in places.items()}
             frame = pl.DataFrame(cut, schema=dict.fromkeys(places, pl.String))
             width = pl.Series([len(row) for row in block])
             yield _Block(frame, width, width > header, f"fields, the header has {header}")
-    except csv.Error as error:
-        fail(name, f"cannot be read: {error}")
     finally:
         text.detach()  # the file is the caller's to close
-
-
-def _is_blank(row: list[str]) -> bool:
-    return not row or (len(row) == 1 and not row[0].strip(_BLANKS))
 
 
 def _pick_columns(name: str, columns: Iterable[str]) -> dict[str, str]:

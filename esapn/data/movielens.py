@@ -5,8 +5,10 @@ No rating is part of this project. The sets are GroupLens's: research use, citat
 
 from __future__ import annotations
 
+import errno
 import http
 import http.client
+import lzma
 import re
 import shutil
 import ssl
@@ -34,6 +36,8 @@ CITATION = (
 _SITE = "https://files.grouplens.org/datasets/movielens"
 TIMEOUT_SECONDS = 30.0
 _PIECE = 1 << 20
+# Of zipfile; UnicodeError for the names in an archive, RuntimeError where it cannot unpack.
+_DAMAGE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, UnicodeError, RuntimeError)
 # A try that brought bytes is followed by another, up to this many in one call.
 _TRIES = 5
 _INSTEAD = "a local copy of the archive works too: --archive FILE"
@@ -319,6 +323,10 @@ def _extract(dataset: Dataset, archive: Path, folder: Path) -> Path:
                 fail(dataset.name, f"{archive} holds no {dataset.member}")
             with opened.open(dataset.member) as member, out.open("wb") as file:
                 shutil.copyfileobj(member, file, _PIECE)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+    except OSError as error:
+        if error.errno not in (None, errno.EINVAL):  # bz2's own, and places outside the archive
+            raise
+        fail(dataset.name, f"{archive} is damaged: {error.strerror or error}")
+    except _DAMAGE as error:
         fail(dataset.name, f"{archive} is damaged: {error or 'it ends too early'}")
     return out

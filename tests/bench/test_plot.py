@@ -63,6 +63,9 @@ def test_plot_from_a_shell(result: dict[str, Any], tmp_path: Path) -> None:
         (["no.json", "x.png"], "No such file"),
         (["bad.json", "x.png"], "Expecting value"),
         (["empty.json", "x.png"], "no measured row of forward"),
+        (["list.json", "x.png"], "list indices must be"),
+        (["short.json", "x.png"], "list index out of range"),
+        (["deep.json", "x.png"], "recursion"),
         (["empty.json", "no/x.png"], "cannot write no/x.png: No such file"),
     ],
 )
@@ -72,6 +75,10 @@ def test_mistakes_are_one_line(
     monkeypatch.chdir(tmp_path)
     Path("empty.json").write_text('{"rows": []}')
     Path("bad.json").write_text("rows")
+    Path("list.json").write_text("[]")
+    row = json.dumps(asdict(measured_row("forward", "ours", 2.0, ids=500)))
+    Path("short.json").write_text(f'{{"rows": [{row}], "conditions": []}}')
+    Path("deep.json").write_text("[" * 200_000)
     with pytest.raises(SystemExit) as stop:
         plot.main(arguments)
     out, err = capsys.readouterr()

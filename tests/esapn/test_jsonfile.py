@@ -21,8 +21,8 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
         write_json(tmp_path / "absent" / "result.json", {})
 
 
-@pytest.mark.parametrize("text", ["", "[1, 2]", "{"])
+@pytest.mark.parametrize("text", ["", "[1, 2]", "{", "[" * 200_000, "\x80"])
 def test_what_is_no_object_reads_as_an_empty_one(text, tmp_path):
     path = tmp_path / "note.json"
-    path.write_text(text)
+    path.write_text(text, encoding="latin-1")
     assert read_json(path) == read_json(tmp_path) == {}

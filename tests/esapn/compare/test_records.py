@@ -51,6 +51,8 @@ def test_folder_without_a_comparison(tmp_path):
     ("text", "message"),
     [
         ("{", "not readable as JSON"),
+        ("[" * 200_000, "not readable as JSON: nested too deeply"),
+        ('{"data": 1, "tasks": {}, "modes": null}', "lacks data, tasks, modes, seeds"),
         ("[]", "lacks data, tasks"),
         ("{}", "lacks data, tasks"),
     ],
@@ -67,6 +69,8 @@ def test_broken_header(tmp_path, text, message):
     [
         (lambda record: None, "not readable as JSON"),
         (lambda record: record.pop("bytes"), "lacks bytes"),
+        (lambda record: record.update(test=1, bytes=[], config=None), "lacks test, bytes, config"),
+        (lambda record: record.update(data="x"), "other data"),
         (lambda record: record["test"].pop("loss"), "lacks loss"),
         (lambda record: record["bytes"].pop("serving_peak"), "lacks bytes serving_peak"),
         (lambda record: record["bytes"].update(serving=0), "must be positive"),

@@ -229,8 +229,11 @@ def test_parquet_without_rows_or_columns_or_end(tmp_path):
 
 def test_text_that_is_not_utf8(tmp_path):
     for name in ("ratings.csv", "ratings.dat"):
-        (tmp_path / name).write_bytes(b"user,item,rating\n\xff,1,4\n")
-        assert f"{name}: cannot be read" in refusal(load_ratings, tmp_path / name)
+        for mark in (b"", b'"'):
+            text = b"user,item,rating\n" + b"1,1,4\r\n" * 9 + mark + b"\xff" + mark + b",1,4\n"
+            (tmp_path / name).write_bytes(text)
+            wanted = f"{name}: cannot be read: line 11: not UTF-8 (invalid start byte)"
+            assert refusal(load_ratings, tmp_path / name) == wanted
 
 
 def test_missing_paths(tmp_path):
@@ -305,9 +308,12 @@ def test_quotes_anywhere_in_a_csv(tmp_path, monkeypatch, size):
 
 def test_an_open_quote_is_refused_and_not_skipped(tmp_path):
     path = tmp_path / "ratings.csv"
-    path.write_text('user,item,rating\n1,1,4\n1,"2,4\n1,3,4\n')
-    for malformed in ("refuse", "skip"):
-        assert "cannot be read: unexpected end" in refusal(load_ratings, path, malformed=malformed)
+    wanted = "ratings.csv: cannot be read: line 5: unexpected end of data"
+    for end in ("\n", "\r", "\r\n"):
+        text = 'user,item,rating|1,1,4|"1\n",2,4|1,"2,4|1,3,4|'.replace("|", end)
+        path.write_text(text, newline="")
+        for malformed in ("refuse", "skip"):
+            assert refusal(load_ratings, path, malformed=malformed) == wanted
 
 
 def test_byte_order_mark_and_blank_lines_before_the_header(tmp_path):
@@ -322,7 +328,7 @@ def test_byte_order_mark_and_blank_lines_before_the_header(tmp_path):
 
 
 @pytest.mark.parametrize("size", [1, 9, 1 << 20])
-@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r", "\r\r\n"])
 @pytest.mark.parametrize("quoted", [False, True])
 def test_blank_lines_are_no_rows(tmp_path, monkeypatch, size, end, quoted):
     monkeypatch.setattr(esapn.data.files, "BLOCK_BYTES", size)
@@ -333,24 +339,41 @@ def test_blank_lines_are_no_rows(tmp_path, monkeypatch, size, end, quoted):
             lines = ["user,item,rating,timestamp", *lines]
             if quoted:
                 lines[1] = '"10",5,4.0,40'
-        blank = ["", "", " "]
-        spread = [lines[0], *blank, lines[1], "", *lines[2:], *blank, ""]
+        blank = ["", "", " ", "\x0c", "\xa0"] + ["\t"] * (separator != "\t")
+        spread = [*blank, lines[0], *blank, lines[1], "", *lines[2:], *blank, ""]
         path = tmp_path / name
-        path.write_text(end.join(spread), newline="")
+        path.write_text(end.join(spread), encoding="utf-8", newline="")
         ratings = load_ratings(path)
         check_rows(ratings)
         assert ratings.counts == counts(4, duplicates=0, unsorted=3)
 
 
-CARRIAGE_RETURNS = "user,item,rating\r1,1,4\r1,2,3\r"
+@pytest.mark.parametrize("size", [7, 1 << 20])
+@pytest.mark.parametrize("header_end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("end", ["\r", "\r\n"])
+def test_ends_of_lines_may_differ(tmp_path, monkeypatch, size, header_end, end):
+    monkeypatch.setattr(esapn.data.files, "BLOCK_BYTES", size)
+    path = tmp_path / "ratings.csv"
+    text = as_text(",").replace("\n", end, 2)
+    for mark in ("", '"'):
+        text = text.replace("100", f"{mark}100{mark}")
+        path.write_text(f"user,item,rating,timestamp{header_end}{text}", newline="")
+        check_rows(load_ratings(path))
+
+
+def test_a_long_file_of_carriage_returns(tmp_path):
+    path = tmp_path / "ratings.csv"
+    path.write_text("user,item,rating\r" + "1,1,4\r" * 200_000, newline="")
+    assert len(load_ratings(path).user) == 200_000
+
+
 HEADERS = {
-    "cr": (CARRIAGE_RETURNS, "lines end with a carriage return alone"),
-    "cr, long": (CARRIAGE_RETURNS + "1,1,4\r" * 300_000, "lines end with a carriage return alone"),
-    "field": (f"user,item,rating,{'x' * 131_073}\n1,1,4\n", "cannot be read: the header: field"),
-    "long": (f"user,item,rating{',abcdefg' * 200_000}\n1,1,4\n", "the header: longer than 1,048,"),
-    "open": ('user,item,rating,"genre\n1,1,4\n', "cannot be read: the header: unexpected end"),
-    "after": ('user,item,rating,"gen"re\n1,1,4\n', "cannot be read: the header: "),
-    "utf-16": ("user,item,rating\n1,1,4\n".encode("utf-16"), "not UTF-8"),
+    "field": (f"\nuser,item,rating,{'x' * 131_073}\n1,1,4\n", "line 2: field larger than field"),
+    "long": (f"user,item,rating{',abcdefg' * 200_000}\n1,1,4\n", "line 1: the header is longer"),
+    "open": ('user,item,rating,"genre\n1,1,4\n', "cannot be read: line 1: unexpected end"),
+    "after": ('user,item,rating,"gen"re\n1,1,4\n', "cannot be read: line 1: "),
+    "blanks": ("\n" * (1 << 20), "line 1048576: the header is longer"),
+    "utf-16": ("user,item,rating\n1,1,4\n".encode("utf-16"), "line 1: not UTF-8"),
     "nul": ("u\0s\0e\0r,item,rating\n1,1,4\n", ""),
     "nul body": ("user,item,rating\n1,1,4\n\0\0\0", "row 2: "),
     "escape": ("user,item,\x1b[31mrating\n1,1,4\n", "item, \\x1b[31mrating)"),

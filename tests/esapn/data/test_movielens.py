@@ -370,11 +370,15 @@ def broken_archives() -> dict[str, tuple[bytes, str]]:
     data = zip_of("ml-latest")
     flipped = bytearray(data)
     flipped[len(data) // 2] ^= 1
-    packed = io.BytesIO()
-    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("ml-latest/ratings.csv", rows_of("ml-latest"))
-    torn = bytearray(packed.getvalue())
-    torn[500:900] = bytes(400)
+    torn = {}
+    for method in (zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
+        packed = io.BytesIO()
+        with zipfile.ZipFile(packed, "w", method) as archive:
+            archive.writestr("ml-latest/ratings.csv", rows_of("ml-latest"))
+        torn[method] = bytearray(packed.getvalue())
+        torn[method][500:900] = bytes(400)
+    misnamed = bytearray(zip_of("ml-latest", member="ml-latest/\xe9.csv"))
+    misnamed[misnamed.rindex("\xe9".encode())] = 0xFF
     encrypted = bytearray(data)
     for mark in (b"PK\x03\x04", b"PK\x01\x02"):
         at = encrypted.rindex(mark)
@@ -382,7 +386,10 @@ def broken_archives() -> dict[str, tuple[bytes, str]]:
     return {
         "truncated": (data[: len(data) // 2], "is damaged: File is not a zip file"),
         "corrupted": (bytes(flipped), "is damaged: Bad CRC-32 for file 'ml-latest/ratings.csv'"),
-        "torn": (bytes(torn), "is damaged: "),
+        "torn": (bytes(torn[zipfile.ZIP_DEFLATED]), "is damaged: "),
+        "torn bzip2": (bytes(torn[zipfile.ZIP_BZIP2]), "is damaged: Invalid data stream"),
+        "torn lzma": (bytes(torn[zipfile.ZIP_LZMA]), "is damaged: Corrupt input data"),
+        "misnamed": (bytes(misnamed), "is damaged: 'utf-8' codec can't decode"),
         "encrypted": (bytes(encrypted), "is damaged: "),
         "no zip": (b"not a zip", "is damaged: File is not a zip file"),
         "empty": (b"", "is damaged: File is not a zip file"),

@@ -1,0 +1,93 @@
+"""RecBole: two general recommenders and a context-aware one, by the library's own trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from recbole.config import Config
+from recbole.data import create_dataset, data_preparation
+from recbole.data.interaction import Interaction
+from recbole.trainer import Trainer
+from recbole.utils import get_model, init_seed
+
+from tests.clients.shared import check_growing, check_same
+
+MODELS = ("BPR", "NeuMF", "DeepFM")
+CONFIG = {
+    "data_path": "data",
+    "load_col": {"inter": ["user_id", "item_id", "rating"]},
+    "use_gpu": False,
+    "state": "ERROR",
+    "embedding_size": 16,
+    "mf_embedding_size": 16,
+    "mlp_embedding_size": 16,
+    "learning_rate": 0.01,
+    "train_batch_size": 40,
+    "epochs": 3,
+}
+CONTEXT = {
+    "threshold": {"rating": 3},
+    "eval_args": {"split": {"RS": [0.8, 0.1, 0.1]}, "order": "RO", "mode": "labeled"},
+    "metrics": ["AUC", "LogLoss"],
+    "valid_metric": "AUC",
+    "train_neg_sample_args": None,
+}
+
+
+@pytest.fixture(autouse=True)
+def prepared(monkeypatch, tmp_path):
+    """A file of ratings, and the names that RecBole's ``Config`` looks up in NumPy.
+
+    NumPy 2 removed them: without them no RecBole model can be built, with any embedding.
+    """
+    for old, new in {"float_": "float64", "complex_": "complex128", "unicode_": "str_"}.items():
+        monkeypatch.setattr(np, old, getattr(np, new), raising=False)
+    draws = np.random.default_rng(0)
+    lines = ["user_id:token\titem_id:token\trating:float"]
+    for user, item in zip(draws.integers(0, 50, 1_000), draws.integers(0, 40, 1_000), strict=True):
+        lines.append(f"u{user}\ti{item}\t{user * item % 5 + 1}")
+    Path(tmp_path, "data", "toy").mkdir(parents=True)
+    Path(tmp_path, "data", "toy", "toy.inter").write_text("\n".join(lines) + "\n")
+
+
+def prepare(name: str) -> tuple[Trainer, Any, Any, Any]:
+    """A trainer of a new model, and the parts to train, validate and test on."""
+    more = CONTEXT if name == "DeepFM" else {}
+    config = Config(model=name, dataset="toy", config_dict={**CONFIG, **more})
+    init_seed(config["seed"], reproducibility=True)
+    train, valid, test = data_preparation(config, create_dataset(config))
+    trainer = Trainer(config, get_model(name)(config, train.dataset))
+    return trainer, train, valid, test
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_one_size_gives_the_same_numbers(embeddings, name):
+    def run() -> tuple[torch.nn.Module, list[Any]]:
+        trainer, train, valid, test = prepare(name)
+        trainer.epochs = 5
+        best = trainer.fit(train, valid, saved=False, verbose=False)
+        scores = trainer.evaluate(test, load_best_model=False)
+        return trainer.model, [best, trainer.train_loss_dict, scores]
+
+    check_same(embeddings, run)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_default_sizes(embeddings, name):
+    embeddings("default sizes")
+    trainer, train, *_ = prepare(name)
+
+    def fit() -> list[float]:
+        trainer.fit(train, saved=False, verbose=False)
+        return list(trainer.train_loss_dict.values())
+
+    @torch.no_grad()
+    def predict(model: torch.nn.Module) -> torch.Tensor:
+        users, items = torch.cartesian_prod(torch.arange(50), torch.arange(40)).unbind(1)
+        return model.eval().predict(Interaction({"user_id": users, "item_id": items}))
+
+    check_growing(trainer.model, fit, lambda: prepare(name)[0].model, predict)
