@@ -92,26 +92,27 @@ def beside(*kinds: str) -> Callable[..., Any]:
 
 def same(theirs: Any, ours: Any, where: str = "") -> None:
     """Nested results, tensor by tensor and bit by bit."""
+    said = f"{where}: {theirs!r} of torch's, {ours!r} of ours"
     if isinstance(theirs, torch.Tensor):
-        assert isinstance(ours, torch.Tensor), where
-        assert theirs.requires_grad == ours.requires_grad, where
+        assert isinstance(ours, torch.Tensor), said
+        assert theirs.requires_grad == ours.requires_grad, said
         if theirs.is_nested:
-            assert theirs.layout == ours.layout, where
+            assert theirs.layout == ours.layout, said
             same(theirs.unbind(), ours.unbind(), where)
         else:
             torch.testing.assert_close(
                 ours, theirs, rtol=0, atol=0, equal_nan=True, msg=lambda m: f"{where}: {m}"
             )
     elif isinstance(theirs, dict):
-        assert isinstance(ours, dict) and list(theirs) == list(ours), where
+        assert isinstance(ours, dict) and list(theirs) == list(ours), said
         for key, value in theirs.items():
             same(value, ours[key], f"{where}.{key}")
     elif isinstance(theirs, (list, tuple)):
-        assert isinstance(ours, (list, tuple)) and len(theirs) == len(ours), where
+        assert isinstance(ours, (list, tuple)) and len(theirs) == len(ours), said
         for k, (one, two) in enumerate(zip(theirs, ours, strict=True)):
             same(one, two, f"{where}[{k}]")
     else:
-        assert theirs == ours, where
+        assert theirs == ours, said
 
 
 def outcome(call: Callable[..., Any], *args: Any, **options: Any) -> Any:

@@ -10,7 +10,7 @@ from torch.func import functional_call
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from esapn_kernels import ResizableEmbedding, ResizableEmbeddingBag, ResizableEmbeddingCollection
-from tests.kernels.beside import D, IDS, KINDS, N, backward, beside, outcome, same, seen, trained
+from tests.kernels.beside import IDS, KINDS, D, N, backward, beside, outcome, same, seen, trained
 
 ALL = ("table", "bag", "collection")
 # What clients write: not what any module starts with.
