@@ -87,7 +87,7 @@ class SizeSearch(nn.Module):
         # The same ones, as parts of this module.
         self.parts = nn.ModuleList(self.fields)
         self.step = 0
-        device = self.fields[0].embedding.arena.storage.device
+        device = self.fields[0].embedding.arena.parameter.device
         self.generator = torch.Generator(device).manual_seed(config.seed)
         parameters = list(self.parameters())
         self.optimizer: torch.optim.Optimizer | None = None

@@ -93,7 +93,7 @@ class Field(nn.Module):
 
     def __init__(self, name: str, embedding: ResizableEmbedding, config: SearchConfig) -> None:
         super().__init__()
-        device = embedding.arena.storage.device
+        device = embedding.arena.parameter.device
         rows, n_levels = embedding.num_embeddings, len(embedding.sizes)
         self.name = name
         # In a tuple: the table belongs to the model, not to the search.

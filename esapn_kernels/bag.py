@@ -6,21 +6,22 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from .module import ResizableEmbedding
+from .module import ResizableEmbedding, as_leaf
 
 __all__ = ["ResizableEmbeddingBag"]
 
 
-class ResizableEmbeddingBag(ResizableEmbedding):
+class ResizableEmbeddingBag(ResizableEmbedding, nn.EmbeddingBag):
     """``nn.EmbeddingBag`` whose rows have their own sizes and grow.
 
         z_b = sum_{i in bag b} w_i y(x_i)        mode sum; mean divides by the number of ids
 
     with ``y`` as in :class:`ResizableEmbedding`, whose other methods it has. All bags are one
-    lookup; the rows are then reduced by torch's own operator, with its checks.
+    lookup; the rows are then reduced by torch's own operator, with its checks. With one size it
+    *is* ``nn.EmbeddingBag``.
 
     Args:
         num_embeddings, embedding_dim, max_norm, norm_type, scale_grad_by_freq, sparse, _weight,
@@ -33,8 +34,8 @@ class ResizableEmbeddingBag(ResizableEmbedding):
         ValueError: an unknown mode; what :class:`ResizableEmbedding` raises.
 
     Notes:
-        Entries of ``padding_idx`` are left out, of the count of a mean too. ``scale_grad_by_freq``
-        divides by the id's own count, as ``nn.Embedding`` does.
+        Entries of ``padding_idx`` are left out, of the count of a mean too. With several sizes
+        ``scale_grad_by_freq`` divides by the id's own count, as ``nn.Embedding`` does.
 
     Example:
         >>> bag = ResizableEmbeddingBag(10, sizes=(2, 4), mode="sum")
@@ -59,6 +60,8 @@ class ResizableEmbeddingBag(ResizableEmbedding):
         padding_idx: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        _freeze: bool = False,
         **options: Any,
     ) -> None:
         if mode not in ("sum", "mean", "max"):
@@ -76,6 +79,7 @@ class ResizableEmbeddingBag(ResizableEmbedding):
             scale_grad_by_freq,
             sparse,
             _weight,
+            _freeze,
             device=device,
             dtype=dtype,
             **options,
@@ -99,10 +103,26 @@ class ResizableEmbeddingBag(ResizableEmbedding):
         Raises:
             ValueError, RuntimeError, TypeError: as ``nn.EmbeddingBag``, ids out of range too.
         """
+        if isinstance(input, fx.Proxy):
+            return as_leaf(self, input, offsets, per_sample_weights)
+        if self.out_dtype is None and self._as_torch():
+            return F.embedding_bag(
+                input,
+                self.weight,
+                offsets,
+                self.max_norm,
+                self.norm_type,
+                self.scale_grad_by_freq,
+                self.mode,
+                self.sparse,
+                per_sample_weights,
+                self.include_last_offset,
+                self.padding_idx,
+            )
         refused: Exception | None = None
         try:
             ids = input.reshape(-1)
-            rows = super().forward(ids)
+            rows = ResizableEmbedding.forward(self, ids)
         except (AttributeError, IndexError, RuntimeError) as error:
             refused = error
         if refused is not None:
@@ -158,7 +178,7 @@ class ResizableEmbeddingBag(ResizableEmbedding):
         if embeddings.dim() != 2:
             raise AssertionError("Embeddings parameter is expected to be 2-dimensional")
         rows, dim = embeddings.shape
-        bag = cls(
+        return cls(
             rows,
             dim,
             max_norm,
@@ -169,10 +189,10 @@ class ResizableEmbeddingBag(ResizableEmbedding):
             embeddings.detach(),
             include_last_offset,
             padding_idx,
+            _freeze=freeze,
             sizes=(dim,) if sizes is None else sizes,
             **options,
         )
-        return bag.requires_grad_(not freeze)
 
     @classmethod
     def from_embedding(  # type: ignore[override]
@@ -198,7 +218,7 @@ class ResizableEmbeddingBag(ResizableEmbedding):
         """The plain ``nn.EmbeddingBag(N, D)`` with the same outputs."""
         return nn.EmbeddingBag.from_pretrained(
             self._dense(),
-            not self.arena.storage.requires_grad,
+            not self.arena.parameter.requires_grad,
             self.max_norm,
             self.norm_type,
             self.scale_grad_by_freq,

@@ -97,11 +97,12 @@ class ResizableEmbeddingCollection(nn.Module):
         ids = ids.long()
         outside = (ids < 0) | (ids >= self.tables[table])
         # Not read here, which would wait for a GPU: the lookup itself refuses them.
-        return torch.where(outside, self.rows.num_embeddings, ids + self._first[table])
+        return torch.where(outside, self.rows.arena.num_rows, ids + self._first[table])
 
     def _together(self, ids: Mapping[str, Tensor]) -> Tensor:
         parts = [self._row_ids(feature, part).reshape(-1) for feature, part in ids.items()]
-        return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
+        device = self.rows.arena.parameter.device
+        return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64, device=device)
 
     @staticmethod
     def _apart(whole: Tensor, ids: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -186,7 +187,7 @@ class ResizableEmbeddingCollection(nn.Module):
     def to_embeddings(self) -> nn.ModuleDict:
         """A plain ``nn.Embedding`` per table, with the same outputs."""
         parts = self.rows.to_embedding().weight.detach().split(list(self.tables.values()))
-        freeze = not self.rows.arena.storage.requires_grad
+        freeze = not self.rows.arena.parameter.requires_grad
         return nn.ModuleDict(
             {
                 name: nn.Embedding.from_pretrained(part.clone(), freeze)

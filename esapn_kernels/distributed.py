@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .module import ResizableEmbedding
+from .storage.arena import Arena
 
 __all__ = ["replicate"]
 
@@ -119,8 +120,9 @@ def _refuse(name: str, table: ResizableEmbedding) -> None:
 def _kind(table: ResizableEmbedding) -> tuple[object, ...]:
     """What must be equal on all ranks before rank 0's numbers are sent."""
     flags = [parameter.requires_grad for parameter in table.parameters()]
-    dtype = str(table.arena.storage.dtype)
-    return table.num_embeddings, table.sizes, dtype, table.arena.max_elements, flags
+    rows = table.arena
+    limit = rows.max_elements if isinstance(rows, Arena) else None
+    return rows.num_rows, table.sizes, str(rows.parameter.dtype), limit, flags
 
 
 def _names(tables: dict[str, ResizableEmbedding]) -> Iterator[str]:
@@ -141,8 +143,9 @@ def _send(table: ResizableEmbedding, group: dist.ProcessGroup | None) -> None:
         dist.broadcast(state[key], src=source, group=group)
     if dist.get_rank() != source:
         table.load_state_dict(state)
-    # What the host knew of its own free rows would have the arenas grow apart.
-    table.arena.forget_counters()
+    if isinstance(table.arena, Arena):
+        # What the host knew of its own free rows would have the arenas grow apart.
+        table.arena.forget_counters()
 
 
 class _Averaging:

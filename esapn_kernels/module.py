@@ -9,7 +9,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
 from .ops.chain import chain_numel, split_chain
 from .ops.checks import check_ids
@@ -18,8 +19,9 @@ from .ops.layout import row_table
 from .ops.lookup import Options, lookup
 from .ops.memory import MemoryReport
 from .storage.arena import Arena
+from .storage.table import Table
 
-__all__ = ["ResizableEmbedding"]
+__all__ = ["ResizableEmbedding", "as_leaf"]
 
 _DEFAULT_SIZES = (2, 4, 8, 16, 64, 128)
 
@@ -48,7 +50,7 @@ _READ_ONLY = (
 )
 
 
-class ResizableEmbedding(nn.Module):
+class ResizableEmbedding(nn.Embedding):
     """Embedding with a size per row; every lookup is carried to the largest size.
 
         y(x) = W_{n-2} (... (W_k e_x + b_k) ...) + b_{n-2}        e_x in R^{d_k},  y(x) in R^D
@@ -60,7 +62,8 @@ class ResizableEmbedding(nn.Module):
     Parameter whose identity never changes, the hops through ``chain``, their packed Parameter.
 
     Takes what ``nn.Embedding`` takes, in its order; what is ours is keyword-only. With one size it
-    *is* ``nn.Embedding``, number for number.
+    *is* ``nn.Embedding``: the rows are the Parameter ``weight``, ``[N, d]``, and nothing else is
+    registered; ``chain`` is ``None``.
 
     Args:
         num_embeddings: number of rows ``N``.
@@ -73,7 +76,8 @@ class ResizableEmbedding(nn.Module):
             batch, for rows and hops alike.
         sparse: the gradient of ``arena.storage`` is COO, for ``SGD``, ``Adagrad``, ``SparseAdam``.
             ``esapn_kernels.optim`` is faster and needs no gradient at all.
-        _weight: ``[N, D]``, rows to start from, all at the largest size; copied.
+        _weight: ``[N, D]``, rows to start from, all at the largest size; with one size they are
+            ``weight`` itself, as in torch, with several a copy.
         _freeze: no gradient, neither for rows nor for hops.
         device, dtype: of the parameters; fp32, bf16, fp16 or fp64.
         sizes: strictly increasing candidate sizes ``d_0 < ... < d_{n-1}``; default: 2, 4, 8, 16, 64
@@ -81,9 +85,9 @@ class ResizableEmbedding(nn.Module):
         initial_size: size of every row at the start (default: the smallest), or an integer tensor
             ``[N]`` of sizes.
         init_std: rows start as N(0, init_std^2); 1.0 is ``nn.Embedding``'s own.
-        init: how hops start. ``linear``: as ``nn.Linear``, uniform in ``+-1/sqrt(d_k)``, like the
-            paper's authors. ``isometric``: orthonormal columns times ``sqrt(d_{k+1} / d_k)``, no
-            bias, so that outputs have the variance ``init_std^2`` at every size. ``padded``: the
+        init: how hops start. ``isometric``: orthonormal columns times ``sqrt(d_{k+1} / d_k)``, no
+            bias, so that outputs have the variance ``init_std^2`` at every size. ``linear``: as
+            ``nn.Linear``, uniform in ``+-1/sqrt(d_k)``, like the paper's authors. ``padded``: the
             same with the columns of the identity, so that growing a row appends zeros to it; if
             such hops are not trained (``chain.requires_grad_(False)``), Adagrad's sums of the old
             numbers go along with a grown row.
@@ -102,8 +106,9 @@ class ResizableEmbedding(nn.Module):
             ``scale_grad_by_freq`` with ``sparse``, as torch.
         NotImplementedError: ``max_norm`` with several sizes.
 
-    State dict: ``arena.storage``, ``chain`` and the arena's location and free-list buffers; tensors
-    only. A module whose rows have other sizes loads it and takes its sizes. Optimizer state of
+    State dict: with one size ``weight``; else ``chain``, ``arena.storage`` and the buffers that
+    say where rows lie; tensors only. A module whose rows have other sizes loads it and takes its
+    sizes; one of several sizes loads a ``weight`` too, all rows at the largest. Optimizer state of
     resized rows starts afresh, see ``esapn_kernels.storage.followers``. Resize between
     ``optimizer.step()`` and the next forward; between forward and backward it raises at backward.
 
@@ -124,6 +129,9 @@ class ResizableEmbedding(nn.Module):
         True
     """
 
+    arena: Arena | Table
+    # nn.Parameter; None with one size.
+    chain: Any
     # Of a replica (see distributed): gives the ids that all ranks promote together.
     agree: Callable[..., Tensor] | None = None
     # torch's words, which begin otherwise for a bag.
@@ -147,24 +155,25 @@ class ResizableEmbedding(nn.Module):
         sizes: Sequence[int] | None = None,
         initial_size: int | Tensor | None = None,
         init_std: float = 1.0,
-        init: str = "linear",
+        init: str = "isometric",
         backend: str = "auto",
         out_dtype: torch.dtype | None = None,
         max_elements: int | None = None,
     ) -> None:
-        super().__init__()
+        # What torch's class would allocate is allocated here.
+        nn.Module.__init__(self)
         if _weight is not None:
             if embedding_dim is None and sizes is None and _weight.dim() == 2:
                 embedding_dim = _weight.shape[1]
             device, dtype = _weight.device, _weight.dtype
-        self.sizes = _check_sizes(_default_sizes(embedding_dim) if sizes is None else sizes)
-        if embedding_dim not in (None, self.sizes[-1]):
+        sizes = _check_sizes(_default_sizes(embedding_dim) if sizes is None else sizes)
+        if embedding_dim not in (None, sizes[-1]):
             raise ValueError(
-                f"embedding_dim must be the largest size, {self.sizes[-1]}, got {embedding_dim}"
+                f"embedding_dim must be the largest size, {sizes[-1]}, got {embedding_dim}"
             )
         self.num_embeddings = num_embeddings
-        self.embedding_dim = self.sizes[-1]
-        self.padding_idx = self._check_padding(padding_idx)
+        self.embedding_dim = sizes[-1]
+        self.padding_idx = self._check_padding(padding_idx, num_embeddings)
         self.max_norm = max_norm
         self.norm_type = norm_type
         self.scale_grad_by_freq = scale_grad_by_freq
@@ -173,66 +182,92 @@ class ResizableEmbedding(nn.Module):
         self.init = init
         self.backend = backend
         self.out_dtype = out_dtype
-        self._check(dtype)
+        self._check(len(sizes) > 1)
         if _weight is not None and list(_weight.shape) != [num_embeddings, self.embedding_dim]:
             raise AssertionError("Shape of weight does not match num_embeddings and embedding_dim")
-        top = self.embedding_dim
-        self.arena = Arena(
-            num_embeddings,
-            self.sizes,
-            level=self._initial_level(initial_size if _weight is None else top),
-            max_elements=max_elements,
-            device=device,
-            dtype=dtype,
-        )
-        self.chain = nn.Parameter(torch.empty(chain_numel(self.sizes), device=device, dtype=dtype))
-        self._composed = ComposedCache()
-        self.reset_parameters()
         if _weight is not None:
-            self._write_rows(_weight)
-        if _freeze:
-            self.requires_grad_(False)
+            initial_size = self.embedding_dim
+        level = self._initial_level(initial_size, sizes)
+        if len(sizes) > 1:
+            _check_floating(dtype)
+            self._make_arena(sizes, level, max_elements, device, dtype)
+            self.reset_parameters()
+            if _weight is not None:
+                self._write_rows(_weight)
+            if _freeze:
+                self.requires_grad_(False)
+            return
+        if max_elements is not None and num_embeddings * sizes[0] > max_elements:
+            raise ValueError(
+                f"the rows take {num_embeddings * sizes[0]} elements, "
+                f"max_elements={max_elements} allows fewer"
+            )
+        self.arena = Table(self)
+        self.register_parameter("chain", None)
+        if _weight is None:
+            rows = torch.empty((num_embeddings, sizes[0]), device=device, dtype=dtype)
+            self.weight = nn.Parameter(rows, requires_grad=not _freeze)
+            self.reset_parameters()
+        else:
+            self.weight = nn.Parameter(_weight, requires_grad=not _freeze)
 
-    def _check(self, dtype: torch.dtype | None) -> None:
-        """Refuse arguments that exclude each other, before anything is allocated."""
+    def _make_arena(
+        self,
+        sizes: tuple[int, ...],
+        level: int | Tensor,
+        max_elements: int | None,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
         if self.num_embeddings < 0:
             shape = [self.num_embeddings, self.embedding_dim]
             raise RuntimeError(
                 f"Trying to create tensor with negative dimension {self.num_embeddings}: {shape}"
             )
+        self.arena = Arena(
+            self.num_embeddings,
+            sizes,
+            level=level,
+            max_elements=max_elements,
+            device=device,
+            dtype=dtype,
+        )
+        self.chain = nn.Parameter(torch.empty(chain_numel(sizes), device=device, dtype=dtype))
+        self._composed = ComposedCache()
+
+    def _check(self, several: bool) -> None:
+        """Refuse options that exclude each other; of one size torch refuses them itself."""
         if self.backend not in ("auto", "triton", "torch", "reference"):
             raise ValueError(
                 f"backend must be auto, triton, torch or reference, got {self.backend!r}"
             )
         if self.init not in ("linear", "isometric", "padded"):
             raise ValueError(f"init must be linear, isometric or padded, got {self.init!r}")
-        floating = (None, torch.float32, torch.bfloat16, torch.float16, torch.float64)
-        if dtype not in floating:
-            raise RuntimeError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype}")
-        if self.max_norm is not None and len(self.sizes) > 1:
+        if self.max_norm is not None and several:
+            dim = self.embedding_dim
             raise NotImplementedError(
                 "max_norm bounds a stored row, and of a row that is shorter than the output this "
-                f"says nothing: use one size, sizes=({self.sizes[-1]},), or normalise the output"
+                f"says nothing: use one size, sizes=({dim},), or normalise the output"
             )
         if self.sparse and self.scale_grad_by_freq:
             raise RuntimeError("scale_grad_by_freq not supported with sparse gradients")
         if self.sparse and self.backend == "reference":
             raise ValueError("backend 'reference' has no sparse gradients: use sparse=False")
 
-    def _check_padding(self, padding_idx: int | None) -> int | None:
+    def _check_padding(self, padding_idx: int | None, rows: int) -> int | None:
         """``padding_idx`` counted from the front; refused in torch's own words."""
         if padding_idx is None:
             return None
-        if not -self.num_embeddings <= padding_idx < self.num_embeddings:
+        if not -rows <= padding_idx < rows:
             raise AssertionError(self._padding_refused)
-        return padding_idx % self.num_embeddings
+        return padding_idx % rows
 
-    def _initial_level(self, size: int | Tensor | None) -> int | Tensor:
+    def _initial_level(self, size: int | Tensor | None, sizes: tuple[int, ...]) -> int | Tensor:
         level: int | Tensor
         if size is None:
             level = 0
         elif not isinstance(size, Tensor):
-            level = self._level_of(size)
+            level = _level_of(size, sizes)
         else:
             if size.shape != (self.num_embeddings,):
                 raise ValueError(
@@ -240,21 +275,21 @@ class ResizableEmbedding(nn.Module):
                     f"got shape {list(size.shape)}"
                 )
             size = size.cpu().contiguous()
-            known = torch.tensor(self.sizes, device="cpu")
-            level = torch.searchsorted(known, size).clamp(max=len(self.sizes) - 1)
+            known = torch.tensor(sizes, device="cpu")
+            level = torch.searchsorted(known, size).clamp(max=len(sizes) - 1)
             if not torch.equal(known[level], size.to(known.dtype)):
-                raise ValueError(f"initial_size holds sizes that are not among {list(self.sizes)}")
+                raise ValueError(f"initial_size holds sizes that are not among {list(sizes)}")
             level = level.to(torch.int8)
-        if self.padding_idx is not None and len(self.sizes) > 1:
+        if self.padding_idx is not None and len(sizes) > 1:
             if not isinstance(level, Tensor):
                 level = torch.full((self.num_embeddings,), level, dtype=torch.int8, device="cpu")
-            level[self.padding_idx] = len(self.sizes) - 1
+            level[self.padding_idx] = len(sizes) - 1
         return level
 
-    def _level_of(self, size: int) -> int:
-        if size not in self.sizes:
-            raise ValueError(f"size must be one of {list(self.sizes)}, got {size}")
-        return self.sizes.index(size)
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The candidate sizes; with one size the width of ``weight``."""
+        return self.arena.sizes
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -263,6 +298,11 @@ class ResizableEmbedding(nn.Module):
         The padding row becomes zeros. After ``to_empty`` of a module on the meta device rows have
         their initial sizes.
         """
+        if self.chain is None:
+            self.weight.normal_(0.0, self.init_std)
+            self._fill_padding_idx_with_zero()
+            return
+        self._check(several=True)
         storage = self.arena.storage
         if storage.is_meta:
             return
@@ -271,7 +311,6 @@ class ResizableEmbedding(nn.Module):
         storage.zero_()
         for k, dim in enumerate(self.sizes):
             mine = start[level == k]
-            # Drawn as one table, so that a single size gives nn.Embedding's own numbers.
             rows = torch.empty(len(mine), dim, device=storage.device, dtype=storage.dtype)
             rows.normal_(0.0, self.init_std)
             if len(mine):
@@ -317,10 +356,11 @@ class ResizableEmbedding(nn.Module):
     ) -> ResizableEmbedding:
         """A module whose rows are those of ``embeddings``, ``[N, D]``, all at the largest size.
 
-        Unlike ``nn.Embedding``'s, it holds a copy: rows of ours lie in an arena.
+        With one size it shares their memory, as ``nn.Embedding``'s does; with several it holds a
+        copy, for rows lie in an arena then.
 
         Args:
-            embeddings: ``[N, D]``, fp32, bf16, fp16 or fp64.
+            embeddings: ``[N, D]``; fp32, bf16, fp16 or fp64 for several sizes, any for one.
             freeze: no gradient.
             sizes: candidate sizes; default: ``D`` alone, because rows only grow.
             options: the constructor's other keywords.
@@ -376,71 +416,122 @@ class ResizableEmbedding(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """All outputs as one table ``[N, D]``, for reading; gradients flow to rows and hops.
+        """All outputs as one table ``[N, D]``; gradients flow to rows and hops.
 
-        With one size a view of the rows, which can be written to; else a dense copy made at every
-        access, which refuses to be.
+        With one size the Parameter that holds the rows; else a dense copy made at every access,
+        which refuses to be written to.
         """
-        if self.arena.is_table:
-            return self._table()
+        held = self._parameters.get("weight")
+        if held is None:
+            # What pruning, and replicas of nn.DataParallel, set in the Parameter's place.
+            held = self.__dict__.get("weight")
+        if held is not None:
+            return held
+        if "arena" not in self._modules:
+            raise AttributeError(f"{self._get_name()!r} object has no attribute 'weight'")
         dense = self._dense()
         return dense if torch.compiler.is_compiling() else dense.as_subclass(_ReadOnly)
 
-    def _dense(self) -> Tensor:
-        ids = torch.arange(self.num_embeddings, device=self.chain.device)
-        return ResizableEmbedding.forward(self, ids)
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        self.__dict__["weight"] = value
 
-    def _table(self) -> Tensor:
-        """The rows of a module of one size, ``[N, d]``: a view of the storage."""
-        storage = self.arena.storage
-        return storage.view(-1, self.embedding_dim)[: self.num_embeddings]
+    @weight.deleter
+    def weight(self) -> None:
+        del self.__dict__["weight"]
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
-            raise AttributeError(_READ_ONLY)
+            if "arena" in self._modules:
+                raise AttributeError(_READ_ONLY)
+            if self.arena.fused_optimizer is not None and value is not self.weight:
+                raise RuntimeError(
+                    "weight cannot be replaced while a fused optimizer steps its rows: call the "
+                    "optimizer's detach() first, or write with weight.data.copy_"
+                )
         super().__setattr__(name, value)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "arena" not in self._modules:
+            self.arena = Table(self)
+
+    def _dense(self) -> Tensor:
+        if self.chain is None:
+            return self.weight.clone()
+        ids = torch.arange(self.arena.num_rows, device=self.chain.device)
+        return ResizableEmbedding.forward(self, ids)
 
     def forward(self, input: Tensor) -> Tensor:
         """Look up ids; returns ``[*input.shape, embedding_dim]``.
 
         Args:
-            input: ids, int32 or int64, of any shape, jagged too; torch's name for them.
+            input: ids, int32 or int64, of any shape, nested too; torch's name for them.
 
         Raises:
             IndexError: an id out of range (on a GPU: an asynchronous device assertion).
             RuntimeError: ids that are neither int32 nor int64.
         """
-        ids = input
-        if isinstance(ids, Tensor) and ids.is_nested:
-            jagged: Any = ids
-            rows = ResizableEmbedding.forward(self, jagged.values())
-            return torch.nested.nested_tensor_from_jagged(rows, jagged.offsets(), jagged.lengths())
+        if isinstance(input, fx.Proxy):
+            return as_leaf(self, input)
+        if self._as_torch():
+            y = F.embedding(
+                input,
+                self.weight,
+                self.padding_idx,
+                self.max_norm,
+                self.norm_type,
+                self.scale_grad_by_freq,
+                self.sparse,
+            )
+            return y if self.out_dtype is None else y.to(self.out_dtype)
+        if isinstance(input, Tensor) and input.is_nested:
+            return _look_up_nested(self, input)
+        table = self._parameters["chain"] is None
         # Past nn.Module's own lookup of attributes, for the sake of small batches.
-        arena: Any = self._modules["arena"]
-        storage: Any = arena._parameters["storage"]
-        # The torch path finds ids out of range itself, in the same words, if rows are ragged.
-        ragged = not arena.is_table and self.max_norm is None
-        read = not ragged or self.backend not in ("auto", "torch")
-        check_ids(ids, self.num_embeddings, read=read)
-        if self.max_norm is not None:
-            table = self._table().detach()
-            torch.embedding_renorm_(table, ids.contiguous(), self.max_norm, self.norm_type)
+        arena: Any = self.__dict__["arena"] if table else self._modules["arena"]
+        options = self._options(arena.num_rows)
+        # The torch path finds ids out of range itself, in the same words.
+        read = table or self.backend not in ("auto", "torch")
+        check_ids(input, arena.num_rows, read=read)
+        if table:
+            storage, chain = arena.flat, arena.flat.new_empty(0)
+            if self.max_norm is not None:
+                rows = self.weight.detach()
+                torch.embedding_renorm_(rows, input.contiguous(), self.max_norm, self.norm_type)
+        else:
+            storage, chain = arena._parameters["storage"], self._parameters["chain"]
         fused = arena.fused_optimizer
         return lookup(
-            ids,
+            input,
             storage,
-            self._parameters["chain"],  # type: ignore[arg-type]
+            chain,
             arena.layout,
-            Options(self.padding_idx, self.scale_grad_by_freq, self.sparse, self.out_dtype),
+            options,
             backend=self.backend,
-            begin_step=None if fused is None else partial(fused.begin_step, storage),
-            cache=self._composed,
+            begin_step=None if fused is None else partial(fused.begin_step, arena.parameter),
+            cache=None if table else self._composed,
         )
+
+    def _as_torch(self) -> bool:
+        """Whether torch's own lookup does: one size, which no kernel or optimizer of ours needs."""
+        if "arena" in self._modules:
+            return False
+        return self.backend in ("auto", "torch") and self.arena.fused_optimizer is None
+
+    def _options(self, rows: int) -> Options:
+        """The options as they are set now, checked where they may have changed."""
+        padding_idx = self.padding_idx
+        if padding_idx is not None and not 0 <= padding_idx < rows:
+            padding_idx = self._check_padding(padding_idx, rows)
+        if self.sparse or self.max_norm is not None:
+            self._check(several=self._parameters["chain"] is not None)
+        return Options(padding_idx, self.scale_grad_by_freq, self.sparse, self.out_dtype)
 
     def sizes_of(self, ids: Tensor | None = None) -> Tensor:
         """Size of every row of ``ids`` (of all rows), int64, shape of ``ids``; 0: no row."""
         if ids is not None:
-            check_ids(ids, self.num_embeddings)
+            check_ids(ids, self.arena.num_rows)
         level = self.arena.level(ids)
         return torch.tensor([*self.sizes, 0], device=level.device)[level]
 
@@ -467,22 +558,25 @@ class ResizableEmbedding(nn.Module):
             ValueError: a mask of another shape or dtype.
         """
         with self._refusing():
-            check_ids(ids, self.num_embeddings)
+            check_ids(ids, self.arena.num_rows)
             if mask is not None:
                 _check_mask(mask, ids)
                 mask = mask.reshape(-1)
+        arena = self.arena
+        if isinstance(arena, Table):
+            return torch.zeros_like(ids, dtype=torch.bool)
         backend = "torch" if self.backend == "reference" else self.backend
         flat = ids.reshape(-1)
         # Hops that pad with zeros and stay so: Adagrad's sums go along.
         carries = self.init == "padded" and not self.chain.requires_grad
-        promote = partial(self.arena.promote, chain=self.chain, carries=carries, backend=backend)
+        promote = partial(arena.promote, chain=self.chain, carries=carries, backend=backend)
         if self.agree is None:
             moved = promote(flat, mask=mask)
         else:
             everyones = self.agree(flat if mask is None else flat[mask])
             enlarged = promote(everyones)
             # What the host knows of a device differs between ranks; growth must not.
-            self.arena.forget_counters()
+            arena.forget_counters()
             moved = torch.isin(flat, everyones[enlarged])
         return moved.view(ids.shape)
 
@@ -492,7 +586,7 @@ class ResizableEmbedding(nn.Module):
         try:
             yield
         except Exception:
-            if self.agree is not None:
+            if self.agree is not None and self.chain is not None:
                 with contextlib.suppress(RuntimeError):
                     self.agree(torch.empty(0, device=self.chain.device), refused=True)
             raise
@@ -506,7 +600,8 @@ class ResizableEmbedding(nn.Module):
         Raises:
             RuntimeError: a graph is being captured.
         """
-        self.arena.reserve(rows)
+        if isinstance(self.arena, Arena):
+            self.arena.reserve(rows)
 
     def resize(self, ids: Tensor, size: int) -> Tensor:
         """Enlarge the rows of ``ids`` to ``size``, hop by hop; rows of that size stay as they are.
@@ -520,8 +615,8 @@ class ResizableEmbedding(nn.Module):
             IndexError, RuntimeError: as for :meth:`forward`; nothing is changed.
         """
         with self._refusing():
-            target = self._level_of(size)
-            check_ids(ids, self.num_embeddings)
+            target = _level_of(size, self.sizes)
+            check_ids(ids, self.arena.num_rows)
             level = self.arena.level(ids)
             if self.padding_idx is not None:
                 level = level.masked_fill(ids == self.padding_idx, target)
@@ -535,22 +630,24 @@ class ResizableEmbedding(nn.Module):
 
     def compact(self) -> None:
         """Close the holes that moved rows left: the fewest pages that hold the rows."""
-        self.arena.compact()
+        if isinstance(self.arena, Arena):
+            self.arena.compact()
 
     def memory_report(self) -> MemoryReport:
         """Bytes really allocated, part by part; see :class:`MemoryReport`."""
         parts = self.arena.bytes()
         itemsize = self.arena.storage.element_size()
         level = self.arena.level()
+        chain = 0 if self.chain is None else self.chain.untyped_storage().nbytes()
         counts = torch.bincount(level[level >= 0], minlength=len(self.sizes)).tolist()
         return MemoryReport(
             payload=parts.payload,
             slack=parts.slack,
             locations=parts.locations,
-            chain=self.chain.untyped_storage().nbytes(),
+            chain=chain,
             optimizer=self.arena.followers.state_bytes(),
             scratch=parts.scratch,
-            fixed=self.num_embeddings * self.embedding_dim * itemsize,
+            fixed=self.arena.num_rows * self.sizes[-1] * itemsize,
             rows_per_size=dict(zip(self.sizes, counts, strict=True)),
         )
 
@@ -559,7 +656,7 @@ class ResizableEmbedding(nn.Module):
         """The plain ``nn.Embedding(N, D)`` with the same outputs, for serving or export."""
         return nn.Embedding.from_pretrained(
             self._dense(),
-            not self.arena.storage.requires_grad,
+            not self.arena.parameter.requires_grad,
             self.padding_idx,
             self.max_norm,
             self.norm_type,
@@ -568,7 +665,7 @@ class ResizableEmbedding(nn.Module):
         )
 
     def __repr__(self) -> str:
-        # One line, like nn.Embedding: the arena has nothing to add.
+        # One line, as nn.Embedding has it: the arena has nothing to add.
         return f"{self._get_name()}({self.extra_repr()})"
 
     def extra_repr(self) -> str:
@@ -580,11 +677,46 @@ class ResizableEmbedding(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         # All or nothing: hops without the rows that they belong to would be another table.
-        if self.arena.fits(state_dict, prefix + "arena."):
+        if isinstance(self.arena, Table) or self.arena.fits(state_dict, prefix + "arena."):
             super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 _DEFAULTS = {"norm_type": 2.0, "scale_grad_by_freq": False, "sparse": False}
+
+
+def as_leaf(module: nn.Module, *inputs: Any) -> Any:
+    """``module(*inputs)`` as one node of the graph that ``torch.fx`` traces, as of torch's own."""
+    tracer: Any = inputs[0].tracer
+    if tracer.root is module:
+        raise TypeError(
+            f"torch.fx does not trace {type(module).__name__} itself: trace a module that holds it"
+        )
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), inputs, {})
+
+
+def _look_up_nested(module: ResizableEmbedding, ids: Any) -> Tensor:
+    """The rows of nested ids, nested alike."""
+    if ids.layout == torch.jagged:
+        rows = ResizableEmbedding.forward(module, ids.values())
+        return torch.nested.nested_tensor_from_jagged(rows, ids.offsets(), ids.lengths())
+    parts = ids.unbind()
+    rows = ResizableEmbedding.forward(module, torch.cat([part.reshape(-1) for part in parts]))
+    found = rows.split([part.numel() for part in parts])
+    shapes = [(*part.shape, rows.shape[1]) for part in parts]
+    return torch.nested.as_nested_tensor(
+        [part.view(shape) for part, shape in zip(found, shapes, strict=True)]
+    )
+
+
+def _level_of(size: int, sizes: tuple[int, ...]) -> int:
+    if size not in sizes:
+        raise ValueError(f"size must be one of {list(sizes)}, got {size}")
+    return sizes.index(size)
+
+
+def _check_floating(dtype: torch.dtype | None) -> None:
+    if dtype not in (None, torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise RuntimeError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype}")
 
 
 def _default_sizes(embedding_dim: int | None) -> Sequence[int]:
@@ -607,6 +739,8 @@ def _check_mask(mask: Tensor, ids: Tensor) -> None:
 def _check_sizes(sizes: Sequence[int]) -> tuple[int, ...]:
     sizes = tuple(sizes)
     whole = all(isinstance(d, int) and not isinstance(d, bool) for d in sizes)
+    if sizes == (0,):
+        return sizes  # torch's class takes rows without numbers, too
     if not sizes or not whole or sizes[0] < 1:
         raise ValueError(f"sizes must be positive integers, got {list(sizes)}")
     if any(a >= b for a, b in zip(sizes, sizes[1:], strict=False)):

@@ -4,9 +4,10 @@
     here            backward steps the rows of the batch, and nothing else exists or moves
 
 An optimizer built on a module is *attached* to it: from then on ``loss.backward()`` updates the
-rows that were looked up, in place, and ``arena.storage.grad`` stays ``None``. The chain (and the
+rows that were looked up, in place, and the gradient of the Parameter that holds them
+(``arena.storage``; with one size ``weight``) stays ``None``. The chain (and the
 rest of the model) has gradients as always and is stepped by any ``torch.optim`` optimizer, which
-may be given ``module.parameters()`` as a whole: it skips the storage, which has no gradient.
+may be given ``module.parameters()`` as a whole: it skips the rows, which have no gradient.
 
     rows, dense = optim.Adam(embedding), torch.optim.Adam(model.parameters())
     loss.backward()     # steps the rows
@@ -40,6 +41,7 @@ from .ops.backend import is_capturing
 from .ops.chain import compute_dtype
 from .ops.update import Update, rule_numbers
 from .storage.arena import Arena
+from .storage.table import Table
 
 __all__ = ["SGD", "Adagrad", "Adam", "FusedOptimizer"]
 
@@ -47,7 +49,7 @@ __all__ = ["SGD", "Adagrad", "Adam", "FusedOptimizer"]
 class FusedOptimizer(torch.optim.Optimizer):
     """What the optimizers of this file share: attaching, the clock, and exact checkpoints.
 
-    ``self.state[arena.storage]`` holds the state under ``torch.optim``'s names; there is one
+    ``self.state[arena.parameter]`` holds the state under ``torch.optim``'s names; there is one
     parameter group, whose ``lr`` and ``betas`` any scheduler of ``torch.optim.lr_scheduler`` may
     change.
 
@@ -59,17 +61,17 @@ class FusedOptimizer(torch.optim.Optimizer):
         self, modules: ResizableEmbedding | Iterable[ResizableEmbedding], defaults: dict[str, Any]
     ) -> None:
         arenas = [module.arena for module in _check_modules(modules)]
-        super().__init__([arena.storage for arena in arenas], defaults)
+        super().__init__([arena.parameter for arena in arenas], defaults)
         self._arenas = arenas
         self._numbers: dict[Tensor, Tensor] = {}
         self._shown = self._present()
         for arena in arenas:
-            storage = arena.storage
-            numbers = torch.tensor(self._shown, dtype=torch.float64, device=storage.device)
-            self._numbers[storage] = numbers
+            parameter = arena.parameter
+            numbers = torch.tensor(self._shown, dtype=torch.float64, device=parameter.device)
+            self._numbers[parameter] = numbers
             state = self._fresh_state(arena)
             if state:
-                self.state[storage] = state
+                self.state[parameter] = state
         for arena in arenas:
             arena.attach(self)
 
@@ -80,7 +82,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @property
     def state_per_element(self) -> dict[str, float]:
-        """State ``[capacity]`` in the arena's layout: its names and what it starts as."""
+        """State of the Parameter's shape: its names and what it starts as."""
         return {}
 
     @property
@@ -88,15 +90,15 @@ class FusedOptimizer(torch.optim.Optimizer):
         """State ``[num_rows]``: its names and what it starts as."""
         return {}
 
-    def _fresh_state(self, arena: Arena) -> dict[str, Tensor]:
-        storage = arena.storage
-        dtype = compute_dtype(storage.dtype)
+    def _fresh_state(self, arena: Arena | Table) -> dict[str, Tensor]:
+        rows = arena.parameter
+        dtype = compute_dtype(rows.dtype)
         state = {
-            name: torch.full_like(storage, fresh, dtype=dtype, requires_grad=False)
+            name: torch.full_like(rows, fresh, dtype=dtype, requires_grad=False)
             for name, fresh in self.state_per_element.items()
         }
         for name, fresh in self.state_per_id.items():
-            state[name] = torch.full((arena.num_rows,), fresh, dtype=dtype, device=storage.device)
+            state[name] = torch.full((arena.num_rows,), fresh, dtype=dtype, device=rows.device)
         return state
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -115,30 +117,39 @@ class FusedOptimizer(torch.optim.Optimizer):
             arena.detach(self)
         self._arenas = []
 
-    def begin_step(self, storage: Tensor) -> Update:
-        """Count one step of an arena's rows and say what it does to one; backward calls this once.
+    def begin_step(self, parameter: Tensor) -> Update:
+        """Count one step of the rows and say what it does to one; backward calls this once.
 
         Works on the device alone, and can be captured in a CUDA graph.
         """
         if not self._arenas:
             raise RuntimeError("the fused optimizer was detached between forward and backward")
-        if storage not in self._numbers or self._numbers[storage].device != storage.device:
+        numbers = self._numbers.get(parameter)
+        if numbers is None or numbers.device != parameter.device:
             raise RuntimeError(
-                "arena.storage was replaced or moved to another device after the fused optimizer "
-                "was built: build the optimizer last"
+                "the rows were replaced or moved to another device after the fused optimizer was "
+                "built: build the optimizer last"
+            )
+        state = self.state.get(parameter, {})
+        elements = [state[name] for name in self.state_per_element]
+        per_id = [state[name] for name in self.state_per_id]
+        if any(held.shape != parameter.shape for held in elements) or (
+            parameter.dim() == 2 and any(len(held) != len(parameter) for held in per_id)
+        ):
+            raise RuntimeError(
+                f"weight is {list(parameter.shape)} now, which the fused optimizer was not built "
+                "for: call its detach() and build another one"
             )
         self._bring()
-        state = self.state.get(storage, {})
-        per_id = [state[name] for name in self.state_per_id]
         return Update(
             self.rule,
-            self._numbers[storage],
-            state=tuple(state[name] for name in self.state_per_element),
+            numbers,
+            state=tuple(held.view(-1) for held in elements),
             per_id=per_id[0] if per_id else None,
-            clock=self._tick(storage),
+            clock=self._tick(parameter),
         )
 
-    def _tick(self, storage: Tensor) -> Tensor | None:
+    def _tick(self, parameter: Tensor) -> Tensor | None:
         return None
 
     def _present(self) -> tuple[float, ...]:
@@ -191,15 +202,15 @@ class FusedOptimizer(torch.optim.Optimizer):
         copies = list(self._matched(state_dict))
         # torch casts state to the rows' dtype: fp32 moments of 16-bit rows, and counters, too.
         super().load_state_dict({**state_dict, "state": {}})
-        for own, saved, storage, name in copies:
+        for own, saved, parameter, name in copies:
             own.copy_(saved)
-            self.state[storage][name] = own
+            self.state[parameter][name] = own
 
     def _matched(self, state_dict: dict[str, Any]) -> Iterable[tuple[Tensor, Tensor, Tensor, str]]:
-        """``(own tensor, saved tensor, storage, name)`` for everything in ``state``."""
+        """``(own tensor, saved tensor, parameter, name)`` for everything in ``state``."""
         saved_params = [p for group in state_dict["param_groups"] for p in group["params"]]
-        for storage, key in zip(self.param_groups[0]["params"], saved_params, strict=False):
-            own, saved = self.state.get(storage, {}), state_dict["state"].get(key, {})
+        for parameter, key in zip(self.param_groups[0]["params"], saved_params, strict=False):
+            own, saved = self.state.get(parameter, {}), state_dict["state"].get(key, {})
             shapes, saved_shapes = (
                 {name: tuple(getattr(value, "shape", ())) for name, value in state.items()}
                 for state in (own, saved)
@@ -210,7 +221,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                     "load the module first"
                 )
             for name, value in own.items():
-                yield value, saved[name], storage, name
+                yield value, saved[name], parameter, name
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -273,7 +284,7 @@ class Adagrad(FusedOptimizer):
 
     Notes:
         Element-wise the same steps as ``torch.optim.Adagrad`` with a dense gradient, whose rows
-        without a gradient do not move. State: ``sum``, ``[capacity]`` or ``[num_rows]``.
+        without a gradient do not move. State: ``sum``, like the rows or ``[num_rows]``.
         Row-wise, ``s_x`` starts afresh when a row grows, for its mean was over other numbers.
 
     Example:
@@ -347,7 +358,7 @@ class Adam(FusedOptimizer):
 
     Notes:
         The same steps as ``torch.optim.Adam`` if every row is in every batch. State: ``exp_avg``
-        and ``exp_avg_sq`` ``[capacity]``, ``last_step`` int32 ``[num_rows]``, and ``clock`` fp64
+        and ``exp_avg_sq`` like the rows, ``last_step`` int32 ``[num_rows]``, and ``clock`` fp64
         ``[3]``, ``(t, beta1^t, beta2^t)``, which one launch moves on. A resized row starts afresh,
         the clock goes on.
 
@@ -388,19 +399,20 @@ class Adam(FusedOptimizer):
     def state_per_id(self) -> dict[str, float]:
         return {"last_step": 0.0}
 
-    def _fresh_state(self, arena: Arena) -> dict[str, Tensor]:
+    def _fresh_state(self, arena: Arena | Table) -> dict[str, Tensor]:
         state = super()._fresh_state(arena)
         state["last_step"] = state["last_step"].to(torch.int32)
-        clock = torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64, device=arena.storage.device)
+        device = arena.parameter.device
+        clock = torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64, device=device)
         state["clock"] = clock
         # On the device before a graph is captured.
-        self._one[arena.storage] = clock.new_tensor([1.0, 0.0, 0.0])
+        self._one[arena.parameter] = clock.new_tensor([1.0, 0.0, 0.0], device=device)
         return state
 
-    def _tick(self, storage: Tensor) -> Tensor:
-        clock = self.state[storage]["clock"]
-        factor = self._numbers[storage][:3]
-        return torch.addcmul(self._one[storage], clock, factor, out=clock)
+    def _tick(self, parameter: Tensor) -> Tensor:
+        clock = self.state[parameter]["clock"]
+        factor = self._numbers[parameter][:3]
+        return torch.addcmul(self._one[parameter], clock, factor, out=clock)
 
 
 def _check_modules(
@@ -421,7 +433,7 @@ def _check_modules(
             raise TypeError(
                 f"optimizer can only optimize ResizableEmbedding, got {type(module).__name__}"
             )
-        if not module.arena.storage.numel():
+        if not module.arena.parameter.numel():
             raise ValueError("optimizer got a ResizableEmbedding without rows")
         if any(module.arena is other.arena for other in found[:i]):
             raise ValueError("optimizer got the same ResizableEmbedding twice")

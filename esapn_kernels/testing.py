@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -42,14 +42,20 @@ class Case:
 
     @property
     def layout(self) -> Layout:
-        """Where the rows lie; never as a table, so that the package's own paths run."""
-        return replace(self.module.arena.layout, is_table=False)
+        """Where the rows lie."""
+        return self.module.arena.layout
+
+    @property
+    def hops(self) -> Tensor:
+        """The packed hops; those of one size are none."""
+        chain = self.module.chain
+        return self.module.arena.storage.new_empty(0) if chain is None else chain
 
     def leaves(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """Copies of ``(storage, chain)`` that take gradients."""
         storage, chain = (
             p.detach().to(dtype or p.dtype, copy=True).requires_grad_()
-            for p in (self.module.arena.storage, self.module.chain)
+            for p in (self.module.arena.storage, self.hops)
         )
         return storage, chain
 
@@ -126,6 +132,8 @@ def make_case(
         num_rows,
         sizes=sizes,
         initial_size=torch.tensor(sizes)[level],
+        # Biases too, which isometric hops have none of.
+        init="linear",
         backend=backend,
         device=device,
         dtype=dtype,

@@ -199,7 +199,7 @@ class Ours(Provider):
 
     def places(self, ids: Tensor, dim: int) -> Tensor:
         """Where the rows of ``ids``, all of size ``dim``, lie in the storage, ``[n, dim]``."""
-        start = self.module.arena.row_start[ids].long()
+        start = self.module.arena.layout.row_start[ids].long()
         return start[:, None] + torch.arange(dim, device=start.device)
 
     def rows_of(self, flat: Tensor, ids: Tensor, dim: int) -> Tensor:
@@ -208,7 +208,7 @@ class Ours(Provider):
         They begin at multiples of their size: an index of single elements would be larger than
         the rows.
         """
-        return flat.view(-1, dim)[self.module.arena.row_start[ids].long() // dim]
+        return flat.view(-1, dim)[self.module.arena.layout.row_start[ids].long() // dim]
 
     def hops(self) -> Hops:
         """``(W_j, b_j)`` of every hop, views without gradient."""

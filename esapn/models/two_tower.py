@@ -60,9 +60,9 @@ class TwoTower(Recommender):
         options: dict[str, Any] = {"sizes": sizes, "init_std": init_std, "init": hops}
         self.user = ResizableEmbedding(n_users, **options)
         self.item = ResizableEmbedding(n_items, **options)
-        if hops == "padded":
-            self.user.chain.requires_grad_(False)
-            self.item.chain.requires_grad_(False)
+        for table in (self.user, self.item):
+            if hops == "padded" and table.chain is not None:
+                table.chain.requires_grad_(False)
         dim = self.user.embedding_dim
         self.user_norm = _tower(dim, plain)
         self.item_norm = _tower(dim, plain)
@@ -79,11 +79,11 @@ class TwoTower(Recommender):
         return {"user": self.user, "item": self.item}
 
     def rows(self) -> list[Tensor]:
-        """The storage of both tables."""
-        return [table.arena.storage for table in self.tables().values()]
+        """What holds the rows of both tables."""
+        return [table.arena.parameter for table in self.tables().values()]
 
     def row_optimizer(self, name: str, lr: float) -> torch.optim.Optimizer:
-        """Adam over the storages, or an Adagrad that steps in the backward pass of the lookup."""
+        """Adam over all rows, or an Adagrad that steps in the backward pass of the lookup."""
         if name == "adam":
             return torch.optim.Adam(self.rows(), lr=lr, fused=True)
         return optim.Adagrad([self.user, self.item], lr=lr)

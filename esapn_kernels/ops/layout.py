@@ -24,7 +24,6 @@ __all__ = [
     "Places",
     "gather_rows",
     "index_dtype",
-    "is_table",
     "page_elements",
     "place_densely",
     "row_table",
@@ -49,14 +48,12 @@ class Layout:
         page_level: int8 ``[pages]``, index into ``sizes`` of a page's rows; -1: a free page.
         sizes: increasing row sizes ``d_0 < ... < d_{n-1}``.
         page: elements per page; a row never crosses a page.
-        is_table: the storage is a table of all rows in order: one size, and no row ever moved.
     """
 
     row_start: Tensor
     page_level: Tensor
     sizes: tuple[int, ...]
     page: int
-    is_table: bool = False
 
     @property
     def num_rows(self) -> int:
@@ -152,14 +149,6 @@ def place_densely(
         page_level.append(torch.full((need,), k, dtype=torch.int8))
         pages += need
     return starts, torch.cat(page_level), free
-
-
-def is_table(starts: Tensor, sizes: Sequence[int], page: int) -> bool:
-    """Whether rows of one size that start at ``starts`` form a table of all rows in order."""
-    dim = sizes[0]
-    if len(sizes) > 1 or page % dim:
-        return False
-    return torch.equal(starts.long(), torch.arange(len(starts), device=starts.device) * dim)
 
 
 def row_table(flat: Tensor, dim: int) -> Tensor:

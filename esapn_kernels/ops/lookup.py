@@ -396,17 +396,6 @@ def _eager(
 _sparse = torch.compiler.disable(_eager)
 
 
-def _look_up_table(ids: Tensor, storage: Tensor, layout: Layout, options: Options) -> Tensor:
-    """One size, in order: what ``nn.Embedding`` does, by torch's own operator."""
-    table = storage.view(-1, layout.dim)
-    if storage.device.type != "cpu" or not is_eager():
-        # Elsewhere the ids have been read, so that the spare rows can stay: cutting them off would
-        # cost a copy of the gradient.
-        table = table[: layout.num_rows]
-    padding_idx = -1 if options.padding_idx is None else options.padding_idx
-    return torch.embedding(table, ids, padding_idx, options.scale_grad_by_freq)
-
-
 def _look_up_reference(
     ids: Tensor, storage: Tensor, chain: Tensor, layout: Layout, options: Options
 ) -> Tensor:
@@ -437,8 +426,7 @@ def lookup(
     Args:
         ids: any shape, int32 or int64, in ``[0, N)``; duplicates allowed. Not checked here: see
             ``checks.check_ids``, which the modules call. Ids out of range raise ``IndexError`` on
-            the torch backend, unless they name spare rows of a table (``layout.is_table``) on a
-            CPU; they fail an assertion on a GPU, and interpreted kernels give zeros.
+            the torch backend; they fail an assertion on a GPU, and interpreted kernels give zeros.
         storage: all rows, flat ``[capacity]``, fp32 / bf16 / fp16 / fp64; gradient flows (dense).
         chain: packed hops (see ``chain``), same dtype; gradient flows.
         layout: where the rows lie.
@@ -460,9 +448,7 @@ def lookup(
         Deterministic on every backend. Empty ``ids`` give an empty output and zero gradients. The
         gradient is computed from ``storage`` at backward time: changing rows in between raises.
         Differentiable any number of times; ``torch.func`` and ``torch.compile`` apply (``vmap``
-        over anything but ids runs the elements in turn). Forward-mode derivatives raise. A table
-        (``layout.is_table``) is looked up by torch's own operator unless something else than torch
-        could do is needed: Triton, ``out``, a fused step, a sparse gradient, another dtype.
+        over anything but ids runs the elements in turn). Forward-mode derivatives raise.
 
     Example:
         >>> storage = torch.tensor([1.0, 2.0, 5.0, 6.0])  # two rows of size 1, one of size 2
@@ -474,9 +460,6 @@ def lookup(
                 [ 5.0000,  6.0000]])
     """
     fuses = begin_step is not None and storage.requires_grad
-    as_torch = not (fuses or options.sparse or options.out_dtype) and out is None
-    if layout.is_table and as_torch and backend in ("auto", "torch"):
-        return _look_up_table(ids, storage, layout, options)
     backend = resolve_backend(backend, storage.device)
     shape = (*ids.shape, layout.dim)
     if out is not None:

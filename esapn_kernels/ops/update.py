@@ -60,11 +60,11 @@ class RowStep(Protocol):
 
     @property
     def state_per_element(self) -> Mapping[str, float]:
-        """State ``[capacity]`` in the arena's layout: its names and what it starts as."""
+        """State of the Parameter's shape: its names and what it starts as."""
 
     @property
     def state_per_id(self) -> Mapping[str, float]:
         """State ``[num_rows]``: its names and what it starts as."""
 
-    def begin_step(self, storage: Tensor) -> Update:
-        """Count one step of the rows in ``storage`` and say what it does to a row."""
+    def begin_step(self, parameter: Tensor) -> Update:
+        """Count one step of the rows in ``parameter`` and say what it does to a row."""

@@ -21,7 +21,6 @@ what the report says.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -36,14 +35,13 @@ from ..ops.layout import (
     Places,
     gather_rows,
     index_dtype,
-    is_table,
     page_elements,
     place_densely,
 )
 from ..ops.memory import ArenaBytes
-from ..ops.update import RowStep
 from .followers import Follower, Followers, with_dense_gradient
 from .ledger import Ledger
+from .stepped import Stepped
 
 __all__ = ["Arena"]
 
@@ -54,7 +52,7 @@ def _upload(values: Sequence[int], device: torch.device) -> Tensor:
     return pinned.to(device, non_blocking=True)
 
 
-class Arena(nn.Module):
+class Arena(nn.Module, Stepped):
     """Rows ``0 .. num_rows - 1``, each at one of ``sizes``, in one flat Parameter.
 
     Args:
@@ -79,7 +77,6 @@ class Arena(nn.Module):
         free_count: int64 ``[n + 1]``: height of every level's stack, then of the page stack.
         free_base: int64 ``[n + 1]``: where every level's segment begins.
         row_size: int64 ``[n]``: the sizes, so that a checkpoint says what its levels are.
-        is_table: whether ``storage`` is a table of all rows in order (one size, none ever moved).
     """
 
     storage: nn.Parameter
@@ -91,9 +88,6 @@ class Arena(nn.Module):
     free_base: Tensor
     row_size: Tensor
     _rows_per_page: Tensor
-    is_table: bool
-    followers: Followers
-    _fused: weakref.ref[Any] | None = None
     _owner: Tensor | None
     _room: list[int]
     _initial_level: Tensor | None
@@ -158,7 +152,6 @@ class Arena(nn.Module):
             self._set("_rows_per_page", torch.tensor(self.rows_per_page), persistent=False)
         self._room = room
         self._ledger = Ledger(self.rows_per_page, counts)
-        self.is_table = is_table(starts, self.sizes, self.page)
 
     def _place(self, level: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         return place_densely(level, self.sizes, self.page)
@@ -325,25 +318,12 @@ class Arena(nn.Module):
         if self._owner is None and not host_reads(self.storage):
             self._owner = self._new_owner()
 
-    # ---- who steps the rows -------------------------------------------------------------------
-
-    def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """``optimizer``, a fused one, steps the rows from now on, and its state follows them."""
-        self._fused = weakref.ref(optimizer)
-        self.followers.add(optimizer)
-
-    def detach(self, optimizer: torch.optim.Optimizer) -> None:
-        """The opposite of :meth:`attach`."""
-        if self.fused_optimizer is optimizer:
-            self._fused = None
-            self.followers.discard(optimizer)
+    # ---- reading ----------------------------------------------------------------------------
 
     @property
-    def fused_optimizer(self) -> RowStep | None:
-        """The optimizer that steps the rows in backward, see ``optim``."""
-        return None if self._fused is None else self._fused()
-
-    # ---- reading ----------------------------------------------------------------------------
+    def parameter(self) -> nn.Parameter:
+        """``storage``."""
+        return self.storage
 
     @property
     def layout(self) -> Layout:
@@ -355,17 +335,12 @@ class Arena(nn.Module):
             return self._sliced(row_start, page_level)
         # Sliced once for the tensors of the moment.
         held = self._layout
-        if (
-            held is None
-            or held[0] is not row_start
-            or held[1] is not page_level
-            or held[2].is_table is not self.is_table
-        ):
+        if held is None or held[0] is not row_start or held[1] is not page_level:
             held = self._layout = row_start, page_level, self._sliced(row_start, page_level)
         return held[2]
 
     def _sliced(self, row_start: Tensor, page_level: Tensor) -> Layout:
-        return Layout(row_start[:-1], page_level[:-1], self.sizes, self.page, self.is_table)
+        return Layout(row_start[:-1], page_level[:-1], self.sizes, self.page)
 
     def level(self, ids: Tensor | None = None) -> Tensor:
         """Level of every row of ``ids`` (of all rows), int64; -1 where there is no row."""
@@ -473,7 +448,6 @@ class Arena(nn.Module):
             taken = [ids.numel() if k == level else 0 for k in range(len(self.sizes))]
             exact = taken, [0] * len(taken)
         places = self._begin(ids.numel(), exact=exact)
-        self.is_table = False
         operands = ids, level, self.storage.detach(), places
         moved = resize.insert(*operands, *self.followers.fresh(), backend=backend)
         self._end()
@@ -503,7 +477,6 @@ class Arena(nn.Module):
             given = torch.bincount(self.level(ids), minlength=len(self.sizes)).tolist()
             exact = [0] * len(given), given
         places = self._begin(ids.numel(), takes=False, exact=exact)
-        self.is_table = False
         moved = resize.free(ids, self.storage.detach(), places, backend=backend)
         self._end()
         return moved
@@ -640,7 +613,6 @@ class Arena(nn.Module):
         self.free_pages = self.free_pages.new_zeros(1)
         self.free_count[-1] = 0
         self._ledger.see([*(len(rows) for rows in free), 0])
-        self.is_table = is_table(starts, self.sizes, self.page)
 
     # ---- state --------------------------------------------------------------------------------
 
@@ -666,7 +638,6 @@ class Arena(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
         self.forget_counters()
         if held and not self.storage.is_meta:
-            self.is_table = is_table(self.row_start[:-1], self.sizes, self.page)
             self._initial_level = None
             self.followers.note_loading()
 

@@ -45,9 +45,11 @@ SUM = "sum"
 
 
 class Rows(Protocol):
-    """What is followed: an arena."""
+    """What is followed: an arena, or a table."""
 
-    storage: nn.Parameter
+    @property
+    def parameter(self) -> nn.Parameter:
+        """What holds its rows."""
 
     @property
     def layout(self) -> Layout:
@@ -94,7 +96,7 @@ class Followers:
 
     def per_element(self) -> Iterator[Follower]:
         """Tensors of the storage's shape: its gradient, and what optimizers hold for it."""
-        storage = self._arena.storage
+        storage = self._arena.parameter
         if storage.grad is not None and not storage.grad.is_sparse:
             yield Follower("grad", storage.grad, 0.0, lambda value: setattr(storage, "grad", value))
         for optimizer in self._optimizers:
@@ -107,7 +109,7 @@ class Followers:
         for optimizer in self._optimizers:
             declared = getattr(optimizer, "state_per_id", None)
             if declared:
-                yield from _followers(optimizer.state[self._arena.storage], declared)
+                yield from _followers(optimizer.state[self._arena.parameter], declared)
 
     def fresh(self) -> tuple[Filled, Filled]:
         """All of them, per element and per id, with what a fresh row holds."""
@@ -137,7 +139,7 @@ class Followers:
             row_size: int64 ``[n]``, the sizes.
         """
         sums = [follower for follower in self.per_element() if follower.name == SUM]
-        if not sums or not self._arena.storage.numel():
+        if not sums or not self._arena.parameter.numel():
             return
         layout = self._arena.layout
         if host_reads(ids):
@@ -180,7 +182,7 @@ class Followers:
     def holds_any(self, parameters: set[int]) -> bool:
         """Whether the storage is one of ``parameters``, by ``id``; False once the arena is gone."""
         arena = self._rows()
-        return arena is not None and id(arena.storage) in parameters
+        return arena is not None and id(arena.parameter) in parameters
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
         """``optimizer``, which holds the storage, is about to step."""
@@ -193,7 +195,7 @@ class Followers:
 
     def _fit(self, optimizer: torch.optim.Optimizer) -> None:
         """Bring state that was made, or loaded, before rows moved to where they are now."""
-        storage, layout = self._arena.storage, self._arena.layout
+        storage, layout = self._arena.parameter, self._arena.layout
         for name, value in optimizer.state.get(storage, {}).items():
             if not isinstance(value, Tensor) or value.dim() != 1 or value.numel() % layout.page:
                 continue
@@ -231,7 +233,7 @@ def with_dense_gradient(move: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(move)
     def moving(arena: Rows, *args: Any, **kwargs: Any) -> Any:
-        storage = arena.storage
+        storage = arena.parameter
         if storage.grad is None or not storage.grad.is_sparse:
             return move(arena, *args, **kwargs)
         sparse = storage.grad
