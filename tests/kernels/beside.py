@@ -61,11 +61,11 @@ KINDS = {
 }
 
 
-def beside(*kinds: str) -> Callable[..., Any]:
+def beside(*kinds: str, exact: bool = True) -> Callable[..., Any]:
     """A test of each kind: ``case(make, ...)`` sees of torch's class what it sees of ours.
 
-    What ``case`` returns is compared: tensors bit by bit, other things by ``==``. What it asserts
-    holds of both.
+    What ``case`` returns is compared: tensors bit by bit (else to rounding), other things by
+    ``==``. What it asserts holds of both.
     """
 
     def wrap(case: Callable[..., Any]) -> Callable[..., Any]:
@@ -75,7 +75,7 @@ def beside(*kinds: str) -> Callable[..., Any]:
                 torch.manual_seed(0)
                 found.append(case(make, **arguments))
             assert found[0] is not None, "a case returns what is compared"
-            same(*found)
+            same(*found, exact=exact)
 
         _, *others = inspect.signature(case).parameters.values()
         kind = inspect.Parameter("kind", inspect.Parameter.KEYWORD_ONLY)
@@ -90,7 +90,7 @@ def beside(*kinds: str) -> Callable[..., Any]:
     return wrap
 
 
-def same(theirs: Any, ours: Any, where: str = "") -> None:
+def same(theirs: Any, ours: Any, where: str = "", exact: bool = True) -> None:
     """Nested results, tensor by tensor and bit by bit."""
     said = f"{where}: {theirs!r} of torch's, {ours!r} of ours"
     if isinstance(theirs, torch.Tensor):
@@ -98,19 +98,24 @@ def same(theirs: Any, ours: Any, where: str = "") -> None:
         assert theirs.requires_grad == ours.requires_grad, said
         if theirs.is_nested:
             assert theirs.layout == ours.layout, said
-            same(theirs.unbind(), ours.unbind(), where)
+            same(theirs.unbind(), ours.unbind(), where, exact)
         else:
             torch.testing.assert_close(
-                ours, theirs, rtol=0, atol=0, equal_nan=True, msg=lambda m: f"{where}: {m}"
+                ours,
+                theirs,
+                rtol=0 if exact else None,
+                atol=0 if exact else None,
+                equal_nan=True,
+                msg=lambda m: f"{where}: {m}",
             )
     elif isinstance(theirs, dict):
         assert isinstance(ours, dict) and list(theirs) == list(ours), said
         for key, value in theirs.items():
-            same(value, ours[key], f"{where}.{key}")
+            same(value, ours[key], f"{where}.{key}", exact)
     elif isinstance(theirs, (list, tuple)):
         assert isinstance(ours, (list, tuple)) and len(theirs) == len(ours), said
         for k, (one, two) in enumerate(zip(theirs, ours, strict=True)):
-            same(one, two, f"{where}[{k}]")
+            same(one, two, f"{where}[{k}]", exact)
     else:
         assert theirs == ours, said
 

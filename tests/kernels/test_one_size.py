@@ -13,6 +13,12 @@ from esapn_kernels import ResizableEmbedding, ResizableEmbeddingBag, ResizableEm
 from tests.kernels.beside import IDS, KINDS, D, N, backward, beside, outcome, same, seen, trained
 
 ALL = ("table", "bag", "collection")
+
+
+def adam(module):
+    return torch.optim.Adam(module.parameters(), lr=0.1)
+
+
 # What clients write: not what any module starts with.
 TABLE = torch.arange(N * D, dtype=torch.float32).view(N, D).sub(9).div(4)
 
@@ -273,6 +279,42 @@ def test_an_optimizer_of_a_frozen_table(make, name):
     return trained(module, optimizer), optimizer.state_dict()
 
 
+class RowWise(torch.optim.Optimizer):
+    """State made before the first step, one number a row."""
+
+    def __init__(self, parameters, state):
+        super().__init__(parameters, {})
+        (weight,) = self.param_groups[0]["params"]
+        self.state[weight]["sum"] = state
+
+    def step(self):
+        (weight,) = self.param_groups[0]["params"]
+        total = self.state[weight]["sum"]
+        total += weight.grad.square().view(len(total), -1).mean(1)
+        weight.data -= 0.1 * weight.grad / total.sqrt().repeat_interleave(D).view(weight.shape)
+
+
+@beside(*ALL)
+@pytest.mark.parametrize("rows", [64, 256, 1000])
+def test_state_of_an_optimizer_is_its_own(make, rows):
+    module, state = make(rows), torch.ones(rows)
+    optimizer = RowWise(module.parameters(), state)
+    found = trained(module, optimizer)
+    assert optimizer.state[module.weight]["sum"] is state
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    return found, trained(module, optimizer), optimizer.state_dict()
+
+
+@pytest.mark.parametrize("cls", [ResizableEmbedding, ResizableEmbeddingBag])
+def test_memory_is_that_of_torch(cls):
+    """No locations of rows: torch's lookup, gradients and optimizers need none."""
+    module = cls(64, sizes=(D,))
+    trained(module, adam(module))
+    report = module.memory_report()
+    assert (report.payload, report.slack, report.locations, report.chain) == (64 * D * 4, 0, 0, 0)
+    assert report.optimizer >= 2 * report.payload
+
+
 @beside(*ALL)
 def test_initialised_once(make):
     """A mark on the Parameter stays with the table, as loaders rely on."""
@@ -302,7 +344,7 @@ def test_replaced_by_a_parameter(make, shape):
         module.num_embeddings,
         module.embedding_dim,
         list(module.state_dict().values()),
-        trained(module, torch.optim.Adam(module.parameters(), lr=0.1)) if shape[0] >= N else None,
+        trained(module, adam(module)) if shape[0] >= N else None,
     ]
 
 
@@ -321,13 +363,19 @@ def test_not_replaced_by_a_tensor(make):
 
 @beside(*ALL)
 def test_deleted(make):
-    module = make()
+    module, layer = make(), nn.Linear(2, 2)
+    backward(layer, torch.ones(1, 2))
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
     del module.weight
+    optimizer.step()  # of others, meanwhile
     found = [hasattr(module, "weight"), list(module.state_dict()), outcome(module, IDS)]
+    found.append(repr(module).partition("(")[2])
     module.weight = nn.Parameter(TABLE.clone())
     found += [backward(module), list(module.state_dict())]
     module.weight = None
-    return [*found, list(module.state_dict()), list(module.parameters())]
+    optimizer.step()
+    found += [list(module.state_dict()), list(module.parameters()), module.weight]
+    return [*found, repr(module).partition("(")[2], outcome(copy.deepcopy(module), IDS)]
 
 
 @beside("table", "collection")
@@ -375,6 +423,36 @@ def test_parametrized(make):
     parametrize.remove_parametrizations(module, "weight")
     assert type(module) is make.cls and type(module.weight) is nn.Parameter
     return [*found, list(module.state_dict()), backward(module), module.weight.grad]
+
+
+class Counted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, weight):
+        self.calls += 1
+        return weight * 1
+
+
+@beside(*ALL)
+def test_a_parametrization_is_computed_for_lookups_alone(make):
+    """Once each: some change their own state whenever they are computed, as spectral norms do."""
+    module, counted = make(), Counted()
+    parametrize.register_parametrization(module, "weight", counted, unsafe=True)
+    optimizer, found = adam(module), []
+    calls = [
+        lambda: backward(module),
+        optimizer.step,
+        lambda: repr(module),
+        module.state_dict,
+        module.double,
+    ]
+    for call in calls:
+        counted.calls = 0
+        call()
+        found.append(counted.calls)
+    return found
 
 
 NORMS = {
@@ -473,7 +551,7 @@ def test_from_pretrained_strided(make):
     """A transposed table and one with room between rows keep their strides."""
     wide = torch.randn(N, 2 * D)
     modules = [make.from_pretrained(t, freeze=False) for t in (torch.randn(D, N).t(), wide[:, :D])]
-    found = [trained(m, torch.optim.Adam(m.parameters(), lr=0.1)) for m in modules]
+    found = [trained(m, adam(m)) for m in modules]
     return found, [m.weight.stride() for m in modules], wide
 
 
@@ -488,7 +566,7 @@ def test_from_pretrained_from_a_parameter(make):
     return module.weight is source, source.grad, module(IDS)
 
 
-@beside()
+@beside("table")
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.complex64], ids=str)
 def test_from_pretrained_of_other_dtypes(make, dtype):
     table = TABLE.to(torch.int8 if dtype != torch.complex64 else dtype).to(dtype)
@@ -554,6 +632,26 @@ def test_options_set_later(make, options):
         setattr(module, name, getattr(make(), name))
     module.zero_grad()
     return [*found, backward(module), module.weight.grad, seen(module.weight)]
+
+
+STRIDES = {
+    "rows": lambda: TABLE.clone(),
+    "columns": lambda: TABLE.t().contiguous().t(),
+    "part of wider rows": lambda: torch.cat([TABLE, TABLE], 1)[:, :D],
+}
+
+
+@beside("table", exact=False)
+@pytest.mark.parametrize("strides", STRIDES)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_options_of_every_backend(make, options, strides, backend, device):
+    chosen = {"backend": backend} if make.is_ours else {}
+    table, ids = STRIDES[strides](), IDS.to(device)
+    module = make.from_pretrained(table, freeze=False, **options, **chosen).to(device)
+    found = [backward(module, ids), module.weight]
+    grad = module.weight.grad
+    assert grad.shape == (N, D) and grad.is_sparse == options.get("sparse", False)
+    return [*found, grad.coalesce() if grad.is_sparse else grad]
 
 
 @beside("collection")
@@ -626,13 +724,13 @@ def test_ids(make, ids):
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors is a no-op:UserWarning")
 def test_without_rows_or_columns(make, shape):
     rows, dim = shape
-    module = make.cls(*shape)
+    module = make(rows, dim)
     ids = IDS[:rows]
     out = module(ids)
     out.sum().backward()
     assert module.weight.grad.shape == shape
     module.load_state_dict(copy.deepcopy(module.state_dict()))
-    more = trained(module, torch.optim.Adam(module.parameters(), lr=0.1)) if rows else None
+    more = trained(module, adam(module)) if rows else None
     return out, module.weight, module.weight.grad, list(module.state_dict()), more
 
 

@@ -1,6 +1,7 @@
 """module.py, one size: what torch does with modules gives of ours what it gives of its own."""
 
 import copy
+import gc
 import io
 import os
 import pickle
@@ -14,6 +15,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.func import functional_call
+from torch.nn.utils import parametrizations, prune
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
@@ -521,7 +523,9 @@ FUSED = {
     "SGD": (fused.SGD, torch.optim.SGD, {"lr": 0.1}),
     "Adagrad": (fused.Adagrad, torch.optim.Adagrad, {"lr": 0.1}),
     "Adam": (fused.Adam, torch.optim.Adam, {"lr": 0.1}),
+    "row-wise Adagrad": (fused.Adagrad, None, {"lr": 0.1, "rowwise": True}),
 }
+OF_TORCH = [name for name, (_, cls, _) in FUSED.items() if cls]
 # Every row in every batch, for Adam moves rows on by their momentum.
 EVERY = torch.tensor([[0, 1, 2, 3, 3], [4, 5, 6, 3, 0]])
 CLASSES = {"table": ResizableEmbedding, "bag": ResizableEmbeddingBag}
@@ -534,7 +538,7 @@ def fused_one(kind="table", name="Adam"):
 
 
 @pytest.mark.parametrize("kind", CLASSES)
-@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize("name", OF_TORCH)
 def test_fused_steps_are_those_of_torch(kind, name):
     module, rows = fused_one(kind, name)
     plain = KINDS[kind][0](dtype=torch.float64)
@@ -578,25 +582,81 @@ def test_a_fused_table_keeps_its_weight(name):
     assert module.weight is fresh and fresh.grad[N + 2].any()
 
 
+def test_a_fused_weight_is_not_taken_away():
+    """Refused before anything is changed: pruning and parametrizations delete and register."""
+    module, _ = fused_one()
+    identity, before = module.weight, seen(module.weight)
+    for take in (
+        lambda: delattr(module, "weight"),
+        lambda: setattr(module, "weight", None),
+        lambda: prune.l1_unstructured(module, "weight", amount=0.5),
+        lambda: parametrizations.weight_norm(module),
+    ):
+        with pytest.raises(RuntimeError, match="detach"):
+            take()
+        assert module.weight is identity and torch.equal(module.weight, before)
+        assert list(module.state_dict()) == ["weight"]
+        assert type(module) is ResizableEmbedding
+    backward(module, EVERY)
+    assert module.weight.grad is None and not torch.equal(module.weight, before)
+
+
+@pytest.mark.parametrize("name", OF_TORCH)
+@pytest.mark.parametrize("strides", ["columns", "part of wider rows"])
+def test_fused_steps_of_strided_rows(name, strides):
+    """A given table is stepped where it lies."""
+    base = torch.randn(D, N).t() if strides == "columns" else torch.randn(N, 2 * D)[:, :D]
+    plain = nn.Embedding.from_pretrained(base.clone(), freeze=False)
+    module = ResizableEmbedding.from_pretrained(base, freeze=False)
+    cls, of_torch, settings = FUSED[name]
+    rows, optimizer = cls(module, **settings), of_torch(plain.parameters(), **settings)
+    for _ in range(3):
+        optimizer.zero_grad()
+        backward(plain, EVERY)
+        optimizer.step()
+        backward(module, EVERY)
+    rows.step()
+    torch.testing.assert_close(module.weight, plain.weight)
+    torch.testing.assert_close(base, plain.weight.detach())
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_a_fused_optimizer_outlives_its_module(name):
+    """What is left of it stands in no other optimizer's way."""
+    module, rows = fused_one(name=name)
+    backward(module, EVERY)
+    del module
+    gc.collect()
+    layer = nn.Linear(2, 2)
+    before = seen(layer.weight)
+    backward(layer, torch.ones(1, 2))
+    torch.optim.SGD(layer.parameters(), lr=0.1).step()
+    assert not torch.equal(layer.weight, before)
+    rows.step()
+    assert rows.state_dict()["param_groups"][0]["lr"] == 0.1
+
+
 @pytest.mark.parametrize("name", FUSED)
 def test_data_of_a_fused_table(name):
-    """Other numbers of the same shape step on; another shape has no state, and is refused."""
+    """Other numbers of the same shape step on; rows of another shape have no state."""
     module, rows = fused_one(name=name)
     backward(module, EVERY)
     numbers = torch.randn(N, D, dtype=torch.float64)
     module.weight.data = numbers.clone()
     backward(module, EVERY)
-    assert module.weight.grad is None
-    # Of the gradient's own sign against: whatever the rule, the rows have moved.
-    assert (module.weight != numbers).all()
+    assert module.weight.grad is None and (module.weight != numbers).all()
     module.weight.data = torch.randn(N + 3, D, dtype=torch.float64)
-    before = seen(module.weight)
-    with pytest.raises(RuntimeError) as caught:
-        backward(module, EVERY)
-    assert "\n" not in str(caught.value)
-    assert torch.equal(module.weight, before)
+    before, ids = seen(module.weight), torch.tensor([[N + 2, 0]])
+    if name == "SGD":  # which has none to miss
+        backward(module, ids)
+        changed = (module.weight != before).all(1).nonzero().flatten().tolist()
+        assert changed == [0, N + 2] and module.weight.grad is None
+    else:
+        with pytest.raises(RuntimeError, match="detach") as caught:
+            backward(module, ids)
+        assert "\n" not in str(caught.value) and torch.equal(module.weight, before)
     rows.detach()
-    backward(module, torch.tensor([[N + 2]]))
+    backward(module, ids)
     assert module.weight.grad[N + 2].any()
 
 
