@@ -475,6 +475,9 @@ class ResizableEmbedding(nn.Embedding):
         if isinstance(input, fx.Proxy):
             return as_leaf(self, input)
         if self._as_torch():
+            if self.max_norm is not None and not input.is_nested:
+                # Before torch scales rows, which it does in front of its own check.
+                check_ids(input, self.weight.shape[0])
             y = F.embedding(
                 input,
                 self.weight,
@@ -514,10 +517,10 @@ class ResizableEmbedding(nn.Embedding):
         )
 
     def _as_torch(self) -> bool:
-        """Whether torch's own lookup does: one size, which no kernel or optimizer of ours needs."""
-        if "arena" in self._modules:
+        """Whether torch's own lookup does: one size, and no kernel or optimizer of ours is used."""
+        if "arena" in self._modules or self.arena.fused_optimizer is not None:
             return False
-        return self.backend in ("auto", "torch") and self.arena.fused_optimizer is None
+        return self.backend in ("auto", "torch") or self.sparse
 
     def _options(self, rows: int) -> Options:
         """The options as they are set now, checked where they may have changed."""

@@ -254,18 +254,10 @@ def lookup_bwd_sparse(
 ) -> tuple[Tensor, Tensor | None]:
     """:func:`lookup_bwd` whose gradient of the storage is COO, the elements of the rows looked up.
 
-    The row of ``padding_idx`` has no entries. Not coalesced: levels come one after the other, and
-    in a table of one size every occurrence has entries of its own.
+    The row of ``padding_idx`` has no entries. Not coalesced: levels come one after the other.
     """
     storage = storage.detach()
     grad_composed = torch.zeros_like(composed) if want_composed else None
-    if len(layout.sizes) == 1:
-        # One entry per occurrence, as nn.Embedding has it: SGD applies them one after the other.
-        kept = slice(None) if padding_idx is None else ids != padding_idx
-        start = layout.row_start.index_select(0, ids[kept])
-        index = _elements(start, layout.dim)
-        value = grad_out[kept].to(storage.dtype, copy=True).reshape(-1)
-        return _coo(index, value, storage), grad_composed
     elements = [ids.new_empty(0, dtype=torch.int64)]
     values = [storage.new_empty(0)]
     for at, start, grad in _row_grads(grad_out, ids, storage, composed, layout, grad_composed):
@@ -274,18 +266,19 @@ def lookup_bwd_sparse(
             start, grad = start[kept], grad[kept]
         elements.append(_elements(start, grad.shape[1]))
         values.append(grad.to(storage.dtype, copy=True).reshape(-1))
-    return _coo(torch.cat(elements), torch.cat(values), storage), grad_composed
+    grad_storage = torch.sparse_coo_tensor(
+        torch.cat(elements)[None],
+        torch.cat(values),
+        storage.shape,
+        check_invariants=False,
+        is_coalesced=False,
+    )
+    return grad_storage, grad_composed
 
 
 def _elements(start: Tensor, dim: int) -> Tensor:
     """Elements of the rows of one size that begin at ``start``, int64 ``[len(start) * dim]``."""
     return (start[:, None] + torch.arange(dim, device=start.device)).reshape(-1)
-
-
-def _coo(elements: Tensor, values: Tensor, storage: Tensor) -> Tensor:
-    return torch.sparse_coo_tensor(
-        elements[None], values, storage.shape, check_invariants=False, is_coalesced=False
-    )
 
 
 def lookup_bwd_update(

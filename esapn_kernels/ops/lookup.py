@@ -151,6 +151,27 @@ def _formula(ids: Tensor, storage: Tensor, chain: Tensor, layout: Layout) -> Ten
     return y
 
 
+class _DivideByCount(torch.autograd.Function):
+    """``grad_out / count``, whose own derivative is not divided, as that of ``nn.Embedding``.
+
+    A second derivative passes back through the lookup again and is divided there.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(grad_out: Tensor, count: Tensor) -> Tensor:
+        return grad_out / count
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
 def _weigh(
     grad_out: Tensor, ids: Tensor, num_rows: int, padding_idx: int | None, scale_grad_by_freq: bool
 ) -> Tensor:
@@ -164,7 +185,7 @@ def _weigh(
     if scale_grad_by_freq:
         # Counts over the table: of a batch alone they would have to wait for a GPU.
         count = ids.new_zeros(num_rows).index_add(0, ids, torch.ones_like(ids))
-        grad_out = grad_out / count[ids][:, None]
+        grad_out = _DivideByCount.apply(grad_out, count[ids][:, None])
     return grad_out
 
 

@@ -41,7 +41,7 @@ from ..ops.layout import (
 from ..ops.memory import ArenaBytes
 from .followers import Follower, Followers, with_dense_gradient
 from .ledger import Ledger
-from .stepped import Stepped
+from .rows import Rows
 
 __all__ = ["Arena"]
 
@@ -52,7 +52,7 @@ def _upload(values: Sequence[int], device: torch.device) -> Tensor:
     return pinned.to(device, non_blocking=True)
 
 
-class Arena(nn.Module, Stepped):
+class Arena(nn.Module, Rows):
     """Rows ``0 .. num_rows - 1``, each at one of ``sizes``, in one flat Parameter.
 
     Args:
@@ -347,12 +347,6 @@ class Arena(nn.Module, Stepped):
         start = self.row_start[:-1] if ids is None else self.row_start[ids]
         # No row: -1 // page is -1, the sink, which always holds -1.
         return self.page_level[start // self.page].long()
-
-    def read(self, index: int) -> Tensor:
-        """A copy of one row."""
-        start = int(self.row_start[index])
-        dim = self.sizes[int(self.page_level[start // self.page])]
-        return self.storage.detach()[start : start + dim].clone()
 
     def bytes(self) -> ArenaBytes:
         """Exact bytes: the three parts sum to what the tensors' allocations hold."""

@@ -44,7 +44,7 @@ SUM = "sum"
 """The name of Adagrad's state."""
 
 
-class Rows(Protocol):
+class Followed(Protocol):
     """What is followed: an arena, or a table."""
 
     @property
@@ -73,7 +73,7 @@ class Followers:
         rows: the arena, which owns this object.
     """
 
-    def __init__(self, rows: Rows) -> None:
+    def __init__(self, rows: Followed) -> None:
         self._rows = weakref.ref(rows)
         self._optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self._was_loaded = False
@@ -81,7 +81,7 @@ class Followers:
         _every.add(self)
 
     @property
-    def _arena(self) -> Rows:
+    def _arena(self) -> Followed:
         arena = self._rows()
         assert arena is not None
         return arena
@@ -232,7 +232,7 @@ def with_dense_gradient(move: Callable[..., Any]) -> Callable[..., Any]:
     """Decorate a method that moves an arena's rows: a sparse gradient is dense meanwhile."""
 
     @functools.wraps(move)
-    def moving(arena: Rows, *args: Any, **kwargs: Any) -> Any:
+    def moving(arena: Followed, *args: Any, **kwargs: Any) -> Any:
         storage = arena.parameter
         if storage.grad is None or not storage.grad.is_sparse:
             return move(arena, *args, **kwargs)

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from ..ops.layout import Layout, index_dtype, page_elements
 from ..ops.memory import ArenaBytes
 from .followers import Followers
-from .stepped import Stepped
+from .rows import Rows
 
 __all__ = ["Table"]
 
 
-class Table(Stepped):
+class Table(Rows):
     """The rows in ``module.weight``, ``[N, d]``; ``N`` and ``d`` are those of the moment.
 
     Args:

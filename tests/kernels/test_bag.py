@@ -43,7 +43,7 @@ def plain_of(module):
 def leaf_gradient(module):
     if isinstance(module, nn.EmbeddingBag):
         return module.weight.grad
-    return module.arena.storage.grad[: N * D].view(N, D)
+    return module.weight.grad
 
 
 @our_classes
@@ -141,17 +141,27 @@ def test_weights_of_samples(make, include_last_offset):
 @pytest.mark.parametrize("mode", ["sum", "mean"])
 @pytest.mark.parametrize("options", [{"scale_grad_by_freq": True}, {"sparse": True}], ids=str)
 def test_options(mode, options):
-    """Against nn.Embedding with the option, its rows reduced by torch."""
     ids, offsets = INPUTS["offsets"]
-    ours, theirs = seeded(ONE, mode=mode, **options), seeded(nn.Embedding, **options)
-    ours(ids, offsets).square().sum().backward()
-    pooled = F.embedding_bag(torch.arange(7), theirs(ids), offsets, mode=mode)
+    grads = []
+    for make in (ONE, nn.EmbeddingBag):
+        module = seeded(make, mode=mode, **options)
+        module(ids, offsets).square().sum().backward()
+        assert module.weight.grad.is_sparse == ("sparse" in options)
+        grads.append(module.weight.grad.to_dense())
+    assert torch.equal(*grads)
+    # Rows of several sizes weigh an occurrence as nn.Embedding does; all of the largest here.
+    ragged = ResizableEmbeddingBag.from_pretrained(module.weight, False, mode=mode, sizes=SIZES)
+    plain = nn.Embedding.from_pretrained(module.weight.detach().clone(), False)
+    for name, value in options.items():
+        setattr(ragged, name, value)
+        setattr(plain, name, value)
+    ragged(ids, offsets).square().sum().backward()
+    pooled = F.embedding_bag(torch.arange(7), plain(ids), offsets, mode=mode)
     pooled.square().sum().backward()
-    found, expected = ours.arena.storage.grad, theirs.weight.grad
-    assert found.is_sparse == expected.is_sparse == ("sparse" in options)
-    if found.is_sparse:
-        found, expected = found.to_dense(), expected.to_dense()
-    torch.testing.assert_close(found[: N * D].view(N, D), expected)
+    rows = [int(start) for start in ragged.arena.layout.row_start]
+    found = ragged.arena.storage.grad.to_dense()
+    found = torch.stack([found[start : start + D] for start in rows])
+    torch.testing.assert_close(found, plain.weight.grad.to_dense())
 
 
 def test_max_norm():
@@ -175,7 +185,7 @@ def test_from_and_to():
     theirs = nn.EmbeddingBag(N, D, mode="sum", padding_idx=2, include_last_offset=True)
     ours = ResizableEmbeddingBag.from_embedding(theirs)
     assert repr(ours) == repr(theirs).replace("EmbeddingBag(", "ResizableEmbeddingBag(")
-    assert repr(ours.to_embedding()) == repr(theirs) and ours.arena.storage.requires_grad
+    assert repr(ours.to_embedding()) == repr(theirs) and ours.weight.requires_grad
     offsets = torch.tensor([0, 2, 7])
     assert torch.equal(ours(IDS, offsets), theirs(IDS, offsets))
     assert torch.equal(ours.to_embedding()(IDS, offsets), theirs(IDS, offsets))

@@ -46,17 +46,12 @@ def pair(**options):
 
 def rows_of(module):
     """The rows of a module of one size, ``[N, D]``."""
-    return (
-        module.weight
-        if isinstance(module, nn.Embedding)
-        else module.arena.storage[: N * D].view(N, D)
-    )
+    return module.weight
 
 
 def gradient_of(module):
-    leaf = module.weight if isinstance(module, nn.Embedding) else module.arena.storage
-    found = leaf.grad.to_dense() if leaf.grad.is_sparse else leaf.grad
-    return found.reshape(-1)[: N * D].view(N, D)
+    found = module.weight.grad
+    return found.to_dense() if found.is_sparse else found
 
 
 def state_of(module):
@@ -128,15 +123,15 @@ def test_initialisations():
     """linear: the hops of nn.Linear; isometric: outputs have one variance at every size."""
     sizes = (2, 8, 64)
     of_size = torch.tensor(sizes).repeat_interleave(4000)
-    isometric = ResizableEmbedding(
-        12_000, sizes=sizes, initial_size=of_size, init="isometric", init_std=0.1
-    )
+    isometric = ResizableEmbedding(12_000, sizes=sizes, initial_size=of_size, init_std=0.1)
     for rows in isometric(torch.arange(12_000)).split(4000):
         assert abs(float(rows.detach().square().mean().sqrt()) / 0.1 - 1) < 0.03
     before = isometric(torch.arange(4000)).detach()
     isometric.promote(torch.arange(4000))
     torch.testing.assert_close(isometric(torch.arange(4000)).detach(), before)
-    linear = ResizableEmbedding(12_000, sizes=sizes, initial_size=of_size, init_std=0.1)
+    linear = ResizableEmbedding(
+        12_000, sizes=sizes, initial_size=of_size, init_std=0.1, init="linear"
+    )
     for size, (weight, bias) in zip(sizes, split_chain(linear.chain, sizes), strict=False):
         for values in (weight, bias):
             assert 0.8 * size**-0.5 < values.abs().max() <= size**-0.5
@@ -217,9 +212,7 @@ NOTHING = torch.zeros(0, dtype=torch.long)
 
 
 def gradients(module):
-    """Of all parameters but the hops of one size, which are none."""
-    one_size = not isinstance(module, nn.Embedding) and len(module.sizes) == 1
-    found = [module.arena.storage] if one_size else list(module.parameters())
+    found = list(module.parameters())
     assert all(p.grad is not None for p in found)
     return [p.grad for p in found]
 
@@ -244,7 +237,7 @@ def test_no_rows(make, options):
         assert out.shape == (*ids.shape, D)
         out.sum().backward()
         # torch speaks of its index_select here, and raises what that does.
-        with pytest.raises((IndexError, RuntimeError) if make is nn.Embedding else IndexError):
+        with pytest.raises(IndexError if make is RAGGED_SMALLEST else (IndexError, RuntimeError)):
             module(torch.zeros(1, dtype=ids.dtype))
     assert gradients(module) and not any(g.to_dense().any() for g in gradients(module))
     assert module.weight.shape == (0, D) and "Embedding(0, 4" in repr(module)
@@ -467,18 +460,25 @@ def train(module, optimizer, steps=5, padding=False):
 def test_sparse_gradients_train_alike(optimizer, padding_idx):
     theirs, ours = pair(sparse=True, padding_idx=padding_idx)
     train(theirs, optimizer([theirs.weight]))
-    train(ours, optimizer([ours.arena.storage]))
+    train(ours, optimizer([ours.weight]))
     assert torch.equal(rows_of(ours), theirs.weight)
     theirs.zero_grad()
     ours.zero_grad()
     for module in (theirs, ours):
         module(IDS).square().sum().backward()
-    assert theirs.weight.grad.is_sparse and ours.arena.storage.grad.is_sparse
+    assert theirs.weight.grad.is_sparse and ours.weight.grad.is_sparse
     assert torch.equal(gradient_of(ours), gradient_of(theirs))
     # No entries but those of rows looked up, and none of the padding row.
     touched = {i for i in IDS.flatten().tolist() if i != padding_idx}
-    elements = ours.arena.storage.grad.coalesce().indices()[0] // D
-    assert set(elements.tolist()) == touched
+    for options in ({"sizes": (D,)}, {"sizes": SIZES, "initial_size": D}):
+        module = ResizableEmbedding(N, D, sparse=True, padding_idx=padding_idx, **options)
+        module(IDS).square().sum().backward()
+        index = module.arena.parameter.grad.coalesce().indices()[0]
+        if len(module.sizes) > 1:
+            start = module.arena.row_start[:-1]
+            index = torch.searchsorted(start.sort()[0], index, right=True) - 1
+            index = start.argsort()[index]
+        assert set(index.tolist()) == touched
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
@@ -532,16 +532,13 @@ def test_max_norm():
         RAGGED(N, D, max_norm=1.0)
 
 
-@pytest.mark.parametrize("moved", [False, True], ids=["a-table", "rows-moved"])
 @pytest.mark.parametrize("bad", [-1, N])
-def test_max_norm_scales_no_row_of_a_refused_batch(moved, bad):
+def test_max_norm_scales_no_row_of_a_refused_batch(bad):
     _, ours = pair(max_norm=0.01)
-    if moved:
-        ours.arena.free(torch.tensor([0]))
-    before = ours.arena.storage.detach().clone()
+    before = ours.weight.detach().clone()
     with pytest.raises(IndexError, match="index out of range in self"):
         ours(torch.tensor([1, bad]))
-    assert torch.equal(ours.arena.storage, before)
+    assert torch.equal(ours.weight, before)
 
 
 @pytest.mark.parametrize(
@@ -567,19 +564,15 @@ def test_weight_of_one_size_can_be_written():
     assert torch.equal(ours(IDS), theirs(IDS)) and torch.equal(ours.weight, theirs.weight)
 
 
-def test_one_size_stays_a_table(backend, device):
-    """Nothing to grow: promoting and compacting leave the rows in order, and weight a view."""
+def test_rows_of_one_size_do_not_move(backend, device):
     module = ONE(N, D, backend=backend, device=device)
+    weight, before = module.weight, state_of(module)
     assert not module.promote(torch.arange(N, device=device)).any()
+    module.reserve(5)
     module.compact()
-    assert module.arena.is_table
-    assert module.weight.data_ptr() == module.arena.storage.data_ptr()
-    moved = ONE(N, D, backend=backend, device=device)
-    moved.arena.free(torch.tensor([3, 5], device=device))
-    moved.arena.insert(torch.tensor([5, 3], device=device), 0)
-    assert not moved.arena.is_table
-    ids = IDS.to(device)
-    torch.testing.assert_close(moved(ids), moved.weight[ids])
+    assert module.weight is weight
+    assert weight.data_ptr() == module.arena.storage.data_ptr()
+    assert_same_state(module, before)
 
 
 WRITES = {
@@ -719,7 +712,7 @@ def test_refusals_of_our_own():
     with pytest.raises(RuntimeError, match="scale_grad_by_freq not supported with sparse"):
         theirs(IDS).sum().backward()
     with pytest.raises(RuntimeError, match="dtype must be"):
-        ONE(N, D, dtype=torch.complex64)
+        RAGGED(N, D, dtype=torch.complex64)
     with pytest.raises(ValueError, match="sparse"):
         ONE(N, D, sparse=True, backend="reference")
 
@@ -745,12 +738,18 @@ def test_gradgradcheck(make):
 def test_second_derivatives_with_options(options):
     """A gradient penalty, by the second derivative, as nn.Embedding gives it."""
     grads = []
-    for module in pair(dtype=torch.float64, **options):
-        leaf = module.weight if isinstance(module, nn.Embedding) else module.arena.storage
-        (first,) = torch.autograd.grad(module(IDS).pow(3).sum(), leaf, create_graph=True)
+    theirs, ours = pair(dtype=torch.float64, **options)
+    for module in (theirs, ours):
+        (first,) = torch.autograd.grad(module(IDS).pow(3).sum(), module.weight, create_graph=True)
         first.square().sum().backward()
         grads.append(gradient_of(module))
     assert torch.equal(*grads)
+    largest = ResizableEmbedding.from_embedding(theirs, sizes=SIZES)
+    storage = largest.arena.storage
+    (first,) = torch.autograd.grad(largest(IDS).pow(3).sum(), storage, create_graph=True)
+    first.square().sum().backward()
+    rows = [storage.grad[start : start + D] for start in largest.arena.row_start[:-1].tolist()]
+    torch.testing.assert_close(torch.stack(rows), grads[0])
     ragged = seeded(RAGGED, N, D, dtype=torch.float64, **options)
     storage = ragged.arena.storage
     (first,) = torch.autograd.grad(ragged(IDS).pow(3).sum(), storage, create_graph=True)

@@ -40,18 +40,14 @@ def arguments(case):
 
 
 def assert_right(case, out):
-    assert_matches(
-        out, case.expected()[0], case.expected(case.module.chain.dtype)[0], name="output"
-    )
+    assert_matches(out, case.expected()[0], case.expected(case.hops.dtype)[0], name="output")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 @pytest.mark.parametrize("sizes", SIZES, ids=name)
 def test_many_blocks(sizes, dtype, small_blocks, nan_empty):
     case = make_case(sizes, 30, 70, dtype)
-    parts = zip(
-        case.run("torch"), case.expected(), case.expected(case.module.chain.dtype), strict=True
-    )
+    parts = zip(case.run("torch"), case.expected(), case.expected(case.hops.dtype), strict=True)
     for part, (actual, exact, eager) in enumerate(parts):
         assert_matches(actual, exact, eager, name=f"part {part}")
 
@@ -201,7 +197,7 @@ def test_update_against_the_definition(sizes, dtype, index, small_blocks, nan_em
         (before - 0.5 * eager[1])[rows],
         name="rows",
     )
-    grad_chain = compose_bwd(grad_composed, case.module.chain, composed, sizes)
+    grad_chain = compose_bwd(grad_composed, case.hops, composed, sizes)
     assert_matches(grad_chain, exact[2], eager[2], name="gradient of the chain")
 
 

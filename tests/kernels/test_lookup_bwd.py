@@ -55,7 +55,7 @@ def test_hot_rows(traffic, device, nan_empty):
 def test_hot_rows_at_the_edges_of_stretches(device, nan_empty):
     """Runs that begin, end or leave their first occurrences behind where a stretch begins."""
     case = make_case((2, 3), 10, 0, device=device, mix=(1, 0))
-    rows = case.module.arena.row_start[:10].argsort()[:5]
+    rows = case.module.arena.layout.row_start[:10].argsort()[:5]
     # Positions 0, 224, 768, 1025 and 1279 of 1280, whole stretches of 256.
     ids = rows.repeat_interleave(torch.tensor([224, 544, 257, 254, 1], device=device))
     case = with_ids(case, ids[torch.randperm(1280, device=device)])
@@ -133,7 +133,7 @@ def expected_update(case, update, dtype):
     arena = case.module.arena
     storage, chain = case.leaves(dtype)
     storage = storage.detach().clone()
-    page, sizes = arena.page, case.module.sizes
+    page, sizes = arena.layout.page, case.module.sizes
     grad, _ = lookup_grad_reference(
         case.grad_out.to(dtype), case.ids, storage, chain.detach(), *case.layout.flat
     )
@@ -145,8 +145,8 @@ def expected_update(case, update, dtype):
     for i in case.ids.unique().tolist():
         if not 0 <= i < arena.num_rows:
             continue
-        start = int(arena.row_start[i])
-        row = slice(start, start + sizes[int(arena.page_level[start // page])])
+        start = int(arena.layout.row_start[i])
+        row = slice(start, start + sizes[int(arena.layout.page_level[start // page])])
         held = tuple(t[row] for t in state)
         if update.rule == "rowwise_adagrad":
             held = (per_id[i],)

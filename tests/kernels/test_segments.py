@@ -16,8 +16,10 @@ def positions(case):
     """``{(level, row start): positions in order}`` of the ids that have a row."""
     arena, found = case.module.arena, {}
     for at, i in enumerate(case.ids.tolist()):
-        if 0 <= i < arena.num_rows and (start := int(arena.row_start[i])) >= 0:
-            found.setdefault((int(arena.page_level[start // arena.page]), start), []).append(at)
+        if 0 <= i < arena.num_rows and (start := int(arena.layout.row_start[i])) >= 0:
+            found.setdefault(
+                (int(arena.layout.page_level[start // arena.layout.page]), start), []
+            ).append(at)
     return found
 
 

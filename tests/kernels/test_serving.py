@@ -36,7 +36,7 @@ def block(words):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
 @pytest.mark.parametrize("compacted", [False, True])
-@pytest.mark.parametrize("sizes", [SIZES, (8,)], ids=str)
+@pytest.mark.parametrize("sizes", [SIZES, (3, 8)], ids=str)
 def test_the_reader_on_the_page(dtype, compacted, sizes, tmp_path):
     """The very text of the page writes the file and reads it."""
     pytest.importorskip("safetensors")

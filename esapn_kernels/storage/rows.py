@@ -6,16 +6,16 @@ import weakref
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..ops.layout import Layout
 from ..ops.update import RowStep
 from .followers import Followers
 
-__all__ = ["Stepped"]
+__all__ = ["Rows"]
 
 
-class Stepped:
+class Rows:
     """Rows in ``parameter``, which a fused optimizer may step in backward (see ``optim``)."""
 
     followers: Followers
@@ -30,6 +30,13 @@ class Stepped:
     def layout(self) -> Layout:
         """Where the rows lie, as the lookup takes it."""
         raise NotImplementedError
+
+    def read(self, index: int) -> Tensor:
+        """A copy of one row."""
+        row_start, page_level, sizes, page = self.layout.flat
+        start = int(row_start[index])
+        dim = sizes[int(page_level[start // page])]
+        return self.parameter.detach().reshape(-1)[start : start + dim].clone()
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """``optimizer``, a fused one, steps the rows from now on, and its state follows them."""
