@@ -83,7 +83,9 @@ class SizeSearch(nn.Module):
         if config.method != "esapn" and rule_of(config, torch.device("cpu")) is None:
             raise ValueError(f"method '{config.method}' does not grow rows")
         self.config = config
-        self.fields = [Field(name, table, config) for name, table in tables.items()]
+        # Policies start on the host, whatever torch's default device is, and move to their table.
+        with torch.device("cpu"):
+            self.fields = [Field(name, table, config) for name, table in tables.items()]
         # The same ones, as parts of this module.
         self.parts = nn.ModuleList(self.fields)
         self.step = 0

@@ -134,7 +134,7 @@ def place_densely(
         Row starts int64 ``[N]``, page levels int8 ``[pages]``, and for every level the starts of
         the rows left free in its last page, lowest last.
     """
-    starts = torch.full((len(level),), -1, dtype=torch.int64)
+    starts = torch.full((len(level),), -1, dtype=torch.int64, device=level.device)
     page_level: list[Tensor] = []
     free: list[Tensor] = []
     pages = 0
@@ -142,11 +142,11 @@ def place_densely(
         per = page // dim
         mine = (level == k).nonzero()[:, 0]
         need = -(-len(mine) // per)
-        slots = torch.arange(need * per)
+        slots = torch.arange(need * per, device=level.device)
         place = (pages + slots // per) * page + slots % per * dim
         starts[mine] = place[: len(mine)]
         free.append(place[len(mine) :].flip(0))
-        page_level.append(torch.full((need,), k, dtype=torch.int8))
+        page_level.append(torch.full((need,), k, dtype=torch.int8, device=level.device))
         pages += need
     return starts, torch.cat(page_level), free
 
