@@ -309,7 +309,8 @@ def test_state_of_an_optimizer_is_its_own(make, rows):
 def test_memory_is_that_of_torch(cls):
     """No locations of rows: torch's lookup, gradients and optimizers need none."""
     module = cls(64, sizes=(D,))
-    trained(module, adam(module))
+    optimizer = adam(module)
+    trained(module, optimizer)
     report = module.memory_report()
     assert (report.payload, report.slack, report.locations, report.chain) == (64 * D * 4, 0, 0, 0)
     assert report.optimizer >= 2 * report.payload
