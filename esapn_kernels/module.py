@@ -20,34 +20,11 @@ from .ops.lookup import Options, lookup
 from .ops.memory import MemoryReport
 from .storage.arena import Arena
 from .storage.table import Table
+from .weight import check_assigned, dense_weight
 
 __all__ = ["ResizableEmbedding", "as_leaf"]
 
 _DEFAULT_SIZES = (2, 4, 8, 16, 64, 128)
-
-
-class _ReadOnly(Tensor):
-    """What ``weight`` gives: reads like any tensor, refuses to be written to."""
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        name = func.__name__
-        writes = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
-        if writes or isinstance(kwargs.get("out"), cls) or func == Tensor.data.__get__:  # type: ignore[attr-defined]
-            raise RuntimeError(_READ_ONLY)
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **kwargs)
-
-
-_OPERATORS = "add and div floordiv lshift mod mul or pow rshift sub truediv xor"
-_IN_PLACE = {"__setitem__", "__set__", *(f"__i{name}__" for name in _OPERATORS.split())}
-_READ_ONLY = (
-    "weight of rows of several sizes is a dense copy, read-only: build the module by "
-    "from_pretrained, or write to arena.storage and chain"
-)
 
 
 class ResizableEmbedding(nn.Embedding):
@@ -418,8 +395,9 @@ class ResizableEmbedding(nn.Embedding):
     def weight(self) -> Tensor:
         """All outputs as one table ``[N, D]``; gradients flow to rows and hops.
 
-        With one size the Parameter that holds the rows; else a dense copy made at every access,
-        which refuses to be written to.
+        With one size the Parameter that holds the rows. With several it is computed at every
+        access, and what is written to it goes to the rows, each at its own size: see
+        ``esapn_kernels.weight``.
         """
         held = self._parameters.get("weight")
         if held is None:
@@ -429,8 +407,7 @@ class ResizableEmbedding(nn.Embedding):
             return held
         if "arena" not in self._modules:
             raise AttributeError(f"{self._get_name()!r} object has no attribute 'weight'")
-        dense = self._dense()
-        return dense if torch.compiler.is_compiling() else dense.as_subclass(_ReadOnly)
+        return dense_weight(self, partial(ResizableEmbedding.forward, self))
 
     @weight.setter
     def weight(self, value: Tensor) -> None:
@@ -443,7 +420,8 @@ class ResizableEmbedding(nn.Embedding):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
             if "arena" in self._modules:
-                raise AttributeError(_READ_ONLY)
+                check_assigned(self, value)
+                return
             if self.arena.fused_optimizer is not None and value is not self.weight:
                 raise RuntimeError(
                     "weight cannot be replaced while a fused optimizer steps its rows: call the "

@@ -575,27 +575,6 @@ def test_rows_of_one_size_do_not_move(backend, device):
     assert_same_state(module, before)
 
 
-WRITES = {
-    "init": lambda m: nn.init.normal_(m.weight),
-    "data": lambda m: m.weight.data.zero_(),
-    "set-data": lambda m: setattr(m.weight, "data", torch.zeros(N, D)),
-    "item": lambda m: m.weight.__setitem__(0, 1.0),
-    "copy": lambda m: m.weight.copy_(torch.zeros(N, D)),
-    "iadd": lambda m: m.weight.__iadd__(1.0),
-    "out": lambda m: torch.add(torch.ones(N, D), 1, out=m.weight),
-    "assign": lambda m: setattr(m, "weight", nn.Parameter(torch.zeros(N, D))),
-}
-
-
-@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES.keys())
-def test_weight_of_ragged_rows_is_read_only(write):
-    module = RAGGED(N, D)
-    before = state_of(module)
-    with torch.no_grad(), pytest.raises((RuntimeError, AttributeError), match="read-only"):
-        write(module)
-    assert_same_state(module, before)
-
-
 def test_weight_of_ragged_rows_is_read():
     module = RAGGED(N, D, dtype=torch.float64)
     dense = module.to_embedding().weight

@@ -1,0 +1,119 @@
+"""Rows from outputs: what a row of a smaller size must hold so that its output is as required.
+
+The output of a row ``e`` of level ``k`` is ``M_k e + c_k`` in R^D (see :mod:`.compose`), with
+``D > d_k``: few outputs can be met exactly. :func:`nearest` takes values and meets them as well as
+the level allows; :func:`drawn` takes random numbers and meets their mean and their variance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from .compose import compose
+
+__all__ = ["LevelMap", "drawn", "level_maps", "nearest"]
+
+
+@dataclass(frozen=True)
+class LevelMap:
+    """``y = M e + c``, the map from the rows of a level to their outputs, in fp64.
+
+    Attributes:
+        matrix: ``M``, ``[D, d]``.
+        offset: ``c``, ``[D]``.
+        precision: of the rows; singular values of ``M`` below it, relative to the largest, count
+            as zero: what a row could gain by them is less than what its rounding loses.
+    """
+
+    matrix: Tensor
+    offset: Tensor
+    precision: float
+
+    @cached_property
+    def inverse(self) -> Tensor:
+        """``M^+``, the pseudo-inverse, ``[d, D]``."""
+        return torch.linalg.pinv(self.matrix, rtol=self.precision)
+
+    @cached_property
+    def spread(self) -> float:
+        """The factor ``s`` of :func:`drawn`; 0 where the hops let nothing through."""
+        dim = self.matrix.shape[0]
+        level = (self.matrix @ self.inverse).sum(1).square().sum() / dim
+        rest = self.matrix.square().sum() - self.matrix.sum(1).square().sum() / dim
+        return float(((dim - level) / rest).sqrt()) if rest > 0 else 0.0
+
+
+def level_maps(chain: Tensor, sizes: Sequence[int]) -> list[LevelMap]:
+    """The maps of all levels but the last, whose rows are their outputs.
+
+    Args:
+        chain: packed hops, any float dtype.
+        sizes: increasing sizes ``d_0 < ... < d_{n-1}``.
+
+    Example:
+        >>> (level,) = level_maps(torch.tensor([1.0, 2.0, 3.0, 4.0]), (1, 2))
+        >>> level.matrix.tolist(), level.offset.tolist()
+        ([[1.0], [2.0]], [3.0, 4.0])
+    """
+    blocks = compose(chain.detach().double(), sizes).split([d + 1 for d in sizes[:-1]])
+    precision = torch.finfo(chain.dtype).eps
+    return [LevelMap(block[:-1].t(), block[-1], precision) for block in blocks]
+
+
+def nearest(outputs: Tensor, level: LevelMap) -> Tensor:
+    """Rows whose outputs are nearest to ``outputs``: ``e = argmin |M e + c - t| = M^+ (t - c)``.
+
+    Of several such rows, where ``M`` has not full rank, the shortest.
+
+    Args:
+        outputs: ``t``, ``[R, D]``, any float dtype.
+
+    Returns:
+        ``[R, d]``, fp64.
+
+    Example:
+        >>> (level,) = level_maps(torch.tensor([1.0, 2.0, 3.0, 4.0]), (1, 2))
+        >>> nearest(torch.tensor([[5.0, 8.0], [6.0, 5.0]]), level)  # on the line (3, 4) + e (1, 2)
+        tensor([[2.0000],
+                [1.0000]], dtype=torch.float64)
+    """
+    return (outputs.double() - level.offset) @ level.inverse.t()
+
+
+def drawn(draft: Tensor, level: LevelMap) -> Tensor:
+    """Rows from random numbers, such that their outputs have the mean and variance of these.
+
+        e = M^+ (m 1 - c) + s (r_{1..d} - m 1)        m = (1/D) sum_j r_j
+        s^2 = (D - |M M^+ 1|^2 / D) / (|M|_F^2 - |M 1|^2 / D)
+
+    With ``r_1 ... r_D`` independent of variance ``v``, the deviations ``r - m`` have covariance
+    ``v (I - 1 1^T / D)`` and none with ``m``, whose variance is ``v / D``; so the variance of the
+    output, averaged over its D columns, is
+
+        v (s^2 (|M|_F^2 - |M 1|^2 / D) + |M M^+ 1|^2 / D) / D = v
+
+    The mean of the output is the one nearest to that of the draft. A draft of one number ``m``
+    gives the row that is :func:`nearest` to it.
+
+    Args:
+        draft: ``r``, ``[R, D]``, any float dtype.
+
+    Returns:
+        ``[R, d]``, fp64.
+
+    Example:
+        >>> (level,) = level_maps(torch.tensor([1.0, 0, 2, 0, 1, 0, 0, 0, 0]), (2, 3))
+        >>> rows = drawn(torch.randn(100_000, 3), level)
+        >>> outputs = rows @ level.matrix.t() + level.offset
+        >>> bool((outputs.square().mean() - 1).abs() < 0.02)
+        True
+    """
+    draft = draft.double()
+    mean = draft.mean(1, keepdim=True)
+    deviation = draft[:, : level.matrix.shape[1]] - mean
+    return nearest(mean.expand_as(draft), level) + level.spread * deviation
