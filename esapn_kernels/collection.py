@@ -94,6 +94,8 @@ class ResizableEmbeddingCollection(nn.Module):
             raise KeyError(f"unknown feature {feature!r}: known are {list(self.features)}")
         check_ids(ids, 0, read=False)
         table = self.features[feature]
+        if not self.tables[table] and ids.numel():
+            raise IndexError("index out of range in self")
         ids = ids.long()
         outside = (ids < 0) | (ids >= self.tables[table])
         # Not read here, which would wait for a GPU: the lookup itself refuses them.

@@ -399,11 +399,11 @@ class ResizableEmbedding(nn.Embedding):
         access, and what is written to it goes to the rows, each at its own size: see
         ``esapn_kernels.weight``.
         """
-        held = self._parameters.get("weight")
-        if held is None:
+        if "weight" in self._parameters:
+            return self._parameters["weight"]  # type: ignore[return-value]
+        if "weight" in self.__dict__:
             # What pruning, and replicas of nn.DataParallel, set in the Parameter's place.
-            held = self.__dict__.get("weight")
-        if held is not None:
+            held: Tensor = self.__dict__["weight"]
             return held
         if "arena" not in self._modules:
             raise AttributeError(f"{self._get_name()!r} object has no attribute 'weight'")
@@ -422,12 +422,21 @@ class ResizableEmbedding(nn.Embedding):
             if "arena" in self._modules:
                 check_assigned(self, value)
                 return
-            if self.arena.fused_optimizer is not None and value is not self.weight:
-                raise RuntimeError(
-                    "weight cannot be replaced while a fused optimizer steps its rows: call the "
-                    "optimizer's detach() first, or write with weight.data.copy_"
-                )
+            if value is not self._parameters.get("weight"):
+                self._refuse_replacing()
         super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name == "weight":
+            self._refuse_replacing()
+        super().__delattr__(name)
+
+    def _refuse_replacing(self) -> None:
+        if self.arena.fused_optimizer is not None:
+            raise RuntimeError(
+                "weight cannot be replaced while a fused optimizer steps its rows: call the "
+                "optimizer's detach() first, or write with weight.data.copy_"
+            )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -475,11 +484,14 @@ class ResizableEmbedding(nn.Embedding):
         # The torch path finds ids out of range itself, in the same words.
         read = table or self.backend not in ("auto", "torch")
         check_ids(input, arena.num_rows, read=read)
+        storage: Any
+        chain: Any
         if table:
-            storage, chain = arena.flat, arena.flat.new_empty(0)
+            weight = self.weight
             if self.max_norm is not None:
-                rows = self.weight.detach()
+                rows = weight.detach()
                 torch.embedding_renorm_(rows, input.contiguous(), self.max_norm, self.norm_type)
+            storage, chain = weight.reshape(-1), weight.new_empty(0)
         else:
             storage, chain = arena._parameters["storage"], self._parameters["chain"]
         fused = arena.fused_optimizer
@@ -654,7 +666,7 @@ class ResizableEmbedding(nn.Embedding):
         for name in self._shown:
             if (value := getattr(self, name)) != _DEFAULTS.get(name):
                 text += f", {name}={value!r}"
-        return text if len(self.sizes) == 1 else f"{text}, sizes={self.sizes}"
+        return text if self.chain is None else f"{text}, sizes={self.sizes}"
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         # All or nothing: hops without the rows that they belong to would be another table.

@@ -45,6 +45,11 @@ from .storage.table import Table
 
 __all__ = ["SGD", "Adagrad", "Adam", "FusedOptimizer"]
 
+_STRIDED = (
+    "a fused optimizer steps rows that lie one behind the other, and those of weight do not: use "
+    "an optimizer of torch.optim, or a weight that is contiguous"
+)
+
 
 class FusedOptimizer(torch.optim.Optimizer):
     """What the optimizers of this file share: attaching, the clock, and exact checkpoints.
@@ -130,6 +135,8 @@ class FusedOptimizer(torch.optim.Optimizer):
                 "the rows were replaced or moved to another device after the fused optimizer was "
                 "built: build the optimizer last"
             )
+        if not parameter.is_contiguous():
+            raise RuntimeError(_STRIDED)
         state = self.state.get(parameter, {})
         elements = [state[name] for name in self.state_per_element]
         per_id = [state[name] for name in self.state_per_id]
@@ -433,8 +440,13 @@ def _check_modules(
             raise TypeError(
                 f"optimizer can only optimize ResizableEmbedding, got {type(module).__name__}"
             )
-        if not module.arena.parameter.numel():
+        rows = module.arena.parameter
+        if rows is None:
+            raise ValueError("optimizer got a ResizableEmbedding whose weight is no Parameter")
+        if not rows.numel():
             raise ValueError("optimizer got a ResizableEmbedding without rows")
+        if not rows.is_contiguous():
+            raise ValueError(_STRIDED)
         if any(module.arena is other.arena for other in found[:i]):
             raise ValueError("optimizer got the same ResizableEmbedding twice")
         if module.agree is not None:

@@ -195,7 +195,10 @@ class Followers:
 
     def _fit(self, optimizer: torch.optim.Optimizer) -> None:
         """Bring state that was made, or loaded, before rows moved to where they are now."""
-        storage, layout = self._arena.parameter, self._arena.layout
+        storage = self._arena.parameter
+        if storage.dim() != 1:
+            return  # a table, whose rows stay where they are
+        layout = self._arena.layout
         for name, value in optimizer.state.get(storage, {}).items():
             if not isinstance(value, Tensor) or value.dim() != 1 or value.numel() % layout.page:
                 continue

@@ -11,7 +11,7 @@ locations; they are computed then.
 from __future__ import annotations
 
 import weakref
-from typing import cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,60 +39,68 @@ class Table(Rows):
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         return type(None), ()
 
-    @property
-    def parameter(self) -> nn.Parameter:
-        module = self._module()
-        assert module is not None
-        return cast(nn.Parameter, module.weight)
+    def __deepcopy__(self, memo: dict[int, Any]) -> Table | None:
+        module = memo.get(id(self._module()))
+        return None if module is None else Table(module)
 
     @property
-    def flat(self) -> Tensor:
-        """``weight`` as the operators take it, ``[N d]``; gradients flow."""
-        return self.parameter.reshape(-1)
+    def parameter(self) -> Any:
+        """``weight``, an ``nn.Parameter``; ``None`` where something else stands in its place."""
+        module: Any = self._module()
+        return None if module is None else module._parameters.get("weight")
+
+    @property
+    def weight(self) -> Tensor:
+        """``[N, d]``, also where it is computed, by a parametrization."""
+        module: Any = self._module()
+        weight: Tensor = module.weight
+        return weight
 
     @property
     def storage(self) -> Tensor:
         """``weight`` as the operators take it, ``[N d]``, detached."""
-        return self.parameter.detach().reshape(-1)
+        return self.weight.detach().reshape(-1)
 
     @property
     def num_rows(self) -> int:
         """``N``."""
-        return self.parameter.shape[0]
+        return self.weight.shape[0]
 
     @property
     def sizes(self) -> tuple[int]:
         """``(d,)``."""
-        return (self.parameter.shape[1],)
+        return (self.weight.shape[1],)
 
     @property
     def layout(self) -> Layout:
-        weight = self.parameter
+        weight = self.weight
         made_for = weight.shape, weight.device
         if self._layout is None or self._layout[0] != made_for:
-            self._layout = made_for, _lay_out(self.num_rows, self.sizes[0], weight.device)
+            self._layout = made_for, _lay_out(weight)
         return self._layout[1]
 
     @property
     def row_size(self) -> Tensor:
         """int64 ``[1]``, the size."""
-        return torch.tensor(self.sizes, device=self.parameter.device)
+        return torch.tensor(self.sizes, device=self.weight.device)
 
     def level(self, ids: Tensor | None = None) -> Tensor:
         """Level of every row of ``ids`` (of all rows), int64: 0."""
-        shape = (self.num_rows,) if ids is None else ids.shape
-        return torch.zeros(shape, dtype=torch.int64, device=self.parameter.device)
+        weight = self.weight
+        shape = weight.shape[:1] if ids is None else ids.shape
+        return torch.zeros(shape, dtype=torch.int64, device=weight.device)
 
     def bytes(self) -> ArenaBytes:
         """Bytes of the rows, of what else the same memory holds, and of computed locations."""
-        weight = self.parameter
+        weight = self.weight
         payload = weight.numel() * weight.element_size()
         places = () if self._layout is None else self._layout[1].flat[:2]
         locations = sum(place.untyped_storage().nbytes() for place in places)
         return ArenaBytes(payload, weight.untyped_storage().nbytes() - payload, locations, 0)
 
 
-def _lay_out(rows: int, dim: int, device: torch.device) -> Layout:
+def _lay_out(weight: Tensor) -> Layout:
+    (rows, dim), device = weight.shape, weight.device
     page = page_elements((dim,), rows)
     page -= page % dim  # whole rows, one behind the other over all pages
     with torch.inference_mode(False):

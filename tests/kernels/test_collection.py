@@ -150,10 +150,9 @@ def test_tables_without_rows(tables, sizes):
     assert module({}) == {} and module.sizes_of()["a"].shape == (0,)
     assert module.promote({"a": nothing})["a"].shape == (2, 0)
     assert module.resize({"a": nothing}, 8)["a"].shape == (2, 0)
-    with pytest.raises((IndexError, RuntimeError)):
-        module({"a": torch.tensor([0])})  # of a table without rows torch says something else
-    with pytest.raises(IndexError, match="out of range"):
-        module.promote({"a": torch.tensor([0])})
+    for call in (module, module.promote):
+        with pytest.raises(IndexError, match="out of range"):
+            call({"a": torch.tensor([0])})
     assert module.to_embeddings()["a"].weight.shape == (0, 8)
     assert module.memory_report().fixed == 32 * sum(tables.values()) and "'a': 0" in repr(module)
     other = ResizableEmbeddingCollection(tables, sizes=sizes)
