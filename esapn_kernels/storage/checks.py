@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ..ops.backend import host_reads
+
 __all__ = ["digest", "is_hooked", "is_shared", "misfit", "version"]
 
 
@@ -73,11 +75,14 @@ def _misplaced(
 
 
 @torch.no_grad()
-def digest(row_start: Tensor) -> Tensor:
-    """A number, int64 on the device, that tells one placement of the rows from another."""
+def digest(row_start: Tensor) -> Tensor | int:
+    """A number that tells one placement of the rows from another; on a device where that keeps it.
+
+    Any change of one start changes it: a sum with odd factors, which wraps around.
+    """
     start = row_start.long()
-    # Odd factors: any change of one start changes the sum, which wraps around.
-    return (start * torch.arange(1, 2 * len(start), 2, device=start.device)).sum()
+    total = (start * torch.arange(1, 2 * len(start), 2, device=start.device)).sum()
+    return int(total) if host_reads(total) and type(total) is Tensor else total
 
 
 def version(tensor: Tensor) -> int:

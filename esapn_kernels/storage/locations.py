@@ -73,7 +73,7 @@ class Locations(nn.Module):
     _held: tuple[Tensor, Tensor, Tensor, Tensor, int, int, Layout] | None
     # What moves should hold (None: a CUDA graph counts), and a digest of row_start, if known.
     _counted: int | None
-    _digest: Tensor | None
+    _digest: Tensor | int | None
 
     def __init__(
         self,
