@@ -141,8 +141,8 @@ def _send(table: ResizableEmbedding, group: dist.ProcessGroup | None) -> None:
         dist.broadcast(state[key], src=source, group=group)
     if dist.get_rank() != source:
         table.load_state_dict(state)
-    # What the host knew of its own free rows would have the arenas grow apart.
-    table.arena.forget_counters()
+    # Rows freed in another order would take other places, and the arenas grow apart.
+    table.arena.forget_free_lists()
 
 
 class _Averaging:

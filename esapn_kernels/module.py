@@ -381,8 +381,6 @@ class ResizableEmbedding(nn.Module):
         With one size a view of the rows, which can be written to; else a dense copy made at every
         access, which refuses to be.
         """
-        if self.arena.is_table:
-            return self._table()
         dense = self._dense()
         return dense if torch.compiler.is_compiling() else dense.as_subclass(_ReadOnly)
 
@@ -419,7 +417,7 @@ class ResizableEmbedding(nn.Module):
         arena: Any = self._modules["arena"]
         storage: Any = arena._parameters["storage"]
         # The torch path finds ids out of range itself, in the same words, if rows are ragged.
-        ragged = not arena.is_table and self.max_norm is None
+        ragged = self.max_norm is None
         read = not ragged or self.backend not in ("auto", "torch")
         check_ids(ids, self.num_embeddings, read=read)
         if self.max_norm is not None:
