@@ -138,6 +138,8 @@ class Locations(nn.Module):
         """As ``nn.Module``'s, but that integers stay what they are."""
         self._refuse_mixed()
         level = self._initial_level if self._is_on_meta() else None
+        if self.moves.is_meta and not self.storage.is_meta:
+            self._count_anew()  # no loader brings it
 
         def keep(tensor: Tensor) -> Tensor:
             result = fn(tensor)
@@ -220,7 +222,8 @@ class Locations(nn.Module):
         return layout
 
     def _fits_pages(self) -> bool:
-        return self.storage.shape == ((self.page_level.numel() - 1) * self.page,)
+        fits = self.storage.shape == ((self.page_level.numel() - 1) * self.page,)
+        return fits and self.storage.is_floating_point()
 
     def _misfit(self, tensors: Mapping[str, Tensor]) -> str:
         return misfit(tensors, self.num_rows, self.sizes, self.page)
