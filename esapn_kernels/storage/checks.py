@@ -99,7 +99,7 @@ def is_hooked(parameter: Tensor) -> bool:
     """Whether autograd's node that accumulates into ``parameter`` has hooks from Python."""
     if not parameter.requires_grad:
         return False
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
         node = torch.autograd.graph.get_gradient_edge(parameter).node
     for register in (node.register_hook, node.register_prehook):
         # All hooks of a node are in one dictionary, which the handle of a further one shows.
