@@ -172,17 +172,20 @@ class Locations(nn.Module):
         row_start, page_level = buffers["row_start"], buffers["page_level"]
         if torch.compiler.is_compiling():
             return self._sliced(row_start, page_level)
-        held, moves = self._held, buffers["moves"]
-        if (
-            held is not None
-            and held[0] is self._parameters["storage"]
-            and held[1] is row_start
-            and held[2] is page_level
-            and held[3] is moves
-            and held[4] == version(row_start)
-            and held[5] == version(moves)
-        ):
-            return held[6]
+        if self._held is not None:
+            storage, start, level, moves, starts_written, moves_written, layout = self._held
+            try:
+                if (
+                    start is row_start
+                    and level is page_level
+                    and storage is self._parameters["storage"]
+                    and moves is buffers["moves"]
+                    and starts_written == row_start._version
+                    and moves_written == moves._version
+                ):
+                    return layout
+            except RuntimeError:
+                pass  # inference tensors do not count what is written to them
         return self._look()
 
     def _sliced(self, row_start: Tensor, page_level: Tensor) -> Layout:
