@@ -475,12 +475,13 @@ class Arena(Locations):
         numel, device = (len(page_level) - 1) * self.page, self.storage.device
         self._refuse_replacing(numel)
         storage, grown = self.storage.detach().new_zeros(numel), self._fresh_followers(numel)
-        self._count_move()
         self._replace(storage, row_start.to(device), page_level.to(device), grown)
         for follower in self.followers.per_id():
             follower.tensor.fill_(follower.fresh)
         self.followers.forget_layout()
         self._free, self._initial_level = None, levels if self.storage.is_meta else None
+        self._count_anew()
+        self._accept()
 
 
 def _refuse_repeated(ids: Tensor, call: str) -> None:

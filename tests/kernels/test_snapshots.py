@@ -304,6 +304,11 @@ def test_an_average_of_rows_that_moved_is_refused(kind):
     assert module.promote(IDS[7:20]).all()
     table.load_state_dict(before.module.state_dict())
     assert torch.equal(table(IDS), before(IDS))
+    average.update_parameters(module)
+    with pytest.raises(RuntimeError, match="average to_embedding"):
+        table(IDS)
+    table.arena.lay_out(1)
+    assert table.sizes_of().tolist() == [4] * N and table.promote(IDS).all()
 
 
 def test_an_average_grows_with_its_source():
@@ -483,7 +488,16 @@ CALLS = {
     "reclaim": lambda m: m.arena.reclaim(),
     "lay-out": lambda m: m.arena.lay_out(1),
     "read": lambda m: m.arena.read(3),
+    "reset": lambda m: (torch.manual_seed(5), m.reset_parameters()),
+    "dense": lambda m: full(m).to_embedding().weight,
+    "weight": lambda m: full(m).weight,
 }
+
+
+def full(module):
+    """With a row for every id."""
+    module.arena.insert(IDS.clone()[-1:], 0)
+    return module
 
 
 def larger():
@@ -528,6 +542,19 @@ def test_inference_mode_leaves_no_trace(call, make):
     module.promote(rows)
     found = list(tensors_of([vars(module), vars(module.arena), optimizer]))
     assert len(found) > 12 and not any(t.is_inference() for t in found)
+
+
+def test_ids_of_inference_mode():
+    module, oracle = mixed(), mixed()
+    with torch.inference_mode():
+        ids = IDS.clone()
+    assert ids.is_inference()
+    assert torch.equal(module.promote(ids, ids > 40), oracle.promote(IDS, IDS > 40))
+    module.arena.free(ids[:4])
+    module.arena.insert(ids[:4], 0)
+    assert torch.equal(module.sizes_of(ids), oracle.sizes_of(IDS))
+    with torch.no_grad():
+        assert torch.equal(module(ids)[4:], oracle(IDS)[4:])
 
 
 def test_promotion_without_gradients_makes_none():
