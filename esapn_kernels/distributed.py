@@ -144,8 +144,8 @@ def _send(table: ResizableEmbedding, group: dist.ProcessGroup | None) -> None:
     if dist.get_rank() != source:
         table.load_state_dict(state)
     if isinstance(table.arena, Arena):
-        # What the host knew of its own free rows would have the arenas grow apart.
-        table.arena.forget_counters()
+        # Rows freed in another order would take other places, and the arenas grow apart.
+        table.arena.forget_free_lists()
 
 
 class _Averaging:

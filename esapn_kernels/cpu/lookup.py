@@ -1,7 +1,7 @@
 """The CPU path: the operators grouped by level and composed, a handful of large torch calls.
 
 Forward, a tile of ids at a time: per level a gather and an ``addmm``, then one gather back to the
-order of the ids. Backward: occurrences sorted by level and row, so that one ``embedding_bag`` per
+order of the ids. Backward: occurrences sorted by level and id, so that one ``embedding_bag`` per
 level sums them per distinct row and the products are taken once per row.
 
 What lies between the calls is scratch that later calls reuse (``cpu/scratch.py``). Works on any
@@ -197,15 +197,17 @@ def _row_grads(
     """
     dtype, sizes = composed.dtype, layout.sizes
     grad_out = grad_out.detach().to(dtype).contiguous()
-    # By level, then by row, then as they came.
-    start, order = torch.sort(layout.row_start.index_select(0, ids), stable=True)
-    by_level, _ = group_levels(layout.page_level.index_select(0, start // layout.page), len(sizes))
+    # By level, then by id, then as they came: sums do not depend on where rows lie. An id is less
+    # than the number of elements, so it fits into what a start fits into.
+    key, order = torch.sort(ids.to(layout.row_start.dtype), stable=True)
+    page = layout.row_start.index_select(0, key) // layout.page
+    by_level, _ = group_levels(layout.page_level.index_select(0, page), len(sizes))
     if by_level is not None:
-        start, order = start.index_select(0, by_level), order.index_select(0, by_level)
-    is_first = torch.ones_like(start, dtype=torch.bool)
-    torch.ne(start[1:], start[:-1], out=is_first[1:])
+        key, order = key.index_select(0, by_level), order.index_select(0, by_level)
+    is_first = torch.ones_like(key, dtype=torch.bool)
+    torch.ne(key[1:], key[:-1], out=is_first[1:])
     first = is_first.nonzero()[:, 0]
-    start = start.index_select(0, first).long()
+    start = layout.row_start.index_select(0, key.index_select(0, first)).long()
     level = layout.page_level.index_select(0, start // layout.page)
     counts = torch.bincount(level, minlength=len(sizes)).tolist()
     with borrow_scratch() as scratch:

@@ -12,9 +12,9 @@ class ArenaBytes:
     """Bytes really allocated by an arena.
 
     ``payload``: rows in use, ``sum_x d(x) * itemsize``. ``slack``: the rest of ``storage`` (free
-    rows, page tails, free pages). ``locations``: row starts, page levels, free lists and their
-    counters. ``scratch``: 4 bytes per row once rows have moved by the Triton backend; training
-    memory like optimizer state, in no checkpoint and not in ``total``.
+    rows, page tails, free pages). ``locations``: row starts, page levels, sizes. ``scratch``: once
+    rows have moved, the free lists and, by the Triton backend, 4 bytes per row; training memory
+    like optimizer state, in no checkpoint and not in ``total``.
     """
 
     payload: int
@@ -34,8 +34,8 @@ class MemoryReport:
 
     ``serving`` (what inference needs) = ``payload`` + ``slack`` + ``locations`` + ``chain``;
     ``fixed`` = ``num_embeddings * D * itemsize``, the plain ``nn.Embedding``. Only training takes
-    ``optimizer`` (state that follows the rows) and ``scratch`` (4 bytes per row once rows have
-    moved on a GPU).
+    ``optimizer`` (state that follows the rows) and ``scratch`` (the free lists once rows have
+    moved, and 4 bytes per row on a GPU).
     """
 
     payload: int

@@ -4,11 +4,15 @@
     page_level   0             2             1             -1                 int8, one per page
     row_start   [0, 2, 4, P, P + 8, ...]                                      int32, one per row
 
-A row is found by its first element; its level is that of its page. Free rows of every level form a
-stack, and so do free pages; rows are taken from and given back to them by prefix sums. A page whose
-rows are all free can serve another level (``reclaim``); ``compact`` closes every hole. ``storage``
-keeps its identity as a Parameter while it grows, and every tensor of its shape (gradient, optimizer
-state: see ``followers``) grows and moves with it.
+A row is found by its first element; its level is that of its page. Which rows and pages are free
+follows from that (``free``): it is derived before the first row moves, and no checkpoint holds it.
+A page whose rows are all free can serve another level (``reclaim``); ``compact`` closes every hole.
+
+``storage``, ``row_start`` and ``page_level`` are the same objects as long as the arena lives. Rows
+move in place; where the arena grows or shrinks, all three get new memory in one go. Who holds the
+objects sees the arena as it is; who holds aliases of their memory (a state dict) sees it live until
+then, as of any module, and keeps a whole table afterwards. Every tensor of the shape of ``storage``
+(gradient, optimizer state: see ``followers``) grows and moves with it.
 
 With the Triton backend rows move in three launches (``resize``) and the host waits for nothing: it
 keeps bounds of the device's counters (``ledger``) and grows the arena by the worst case when rows
@@ -21,38 +25,23 @@ what the report says.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..ops import resize
 from ..ops.backend import host_reads, is_capturing, resolve_backend
-from ..ops.layout import (
-    UNCLAIMED,
-    Layout,
-    Places,
-    gather_rows,
-    index_dtype,
-    page_elements,
-    place_densely,
-)
+from ..ops.layout import Layout, Places, gather_rows, index_dtype
 from ..ops.memory import ArenaBytes
-from .followers import Follower, Followers, with_dense_gradient
-from .ledger import Ledger
-from .rows import Rows
+from .followers import with_dense_gradient
+from .free import FreeLists
+from .locations import Locations, unrecorded
 
 __all__ = ["Arena"]
 
 
-def _upload(values: Sequence[int], device: torch.device) -> Tensor:
-    """``torch.tensor(values, device=device)`` that does not wait for the device."""
-    pinned = torch.tensor(values, pin_memory=device.type == "cuda")
-    return pinned.to(device, non_blocking=True)
-
-
-class Arena(nn.Module, Rows):
+class Arena(Locations):
     """Rows ``0 .. num_rows - 1``, each at one of ``sizes``, in one flat Parameter.
 
     Args:
@@ -67,122 +56,51 @@ class Arena(nn.Module, Rows):
     Raises:
         ValueError: the rows do not fit in ``max_elements``.
 
-    Attributes:
-        storage: Parameter ``[capacity]``; zero wherever no row has been written.
-        row_start: int32 (int64 past 2^31 elements) ``[N + 1]``: first element, -1 for no row. The
-            last entry is a sink, always -1.
-        page_level: int8 ``[pages + 1]``, -1 for a free page; the last entry is a sink.
-        free_rows: stacks of free row starts, one segment per level, and a sink.
-        free_pages: stack of free page numbers, and a sink.
-        free_count: int64 ``[n + 1]``: height of every level's stack, then of the page stack.
-        free_base: int64 ``[n + 1]``: where every level's segment begins.
-        row_size: int64 ``[n]``: the sizes, so that a checkpoint says what its levels are.
+    Its tensors, and what others may do to them: see :class:`~.locations.Locations`.
     """
 
-    storage: nn.Parameter
-    row_start: Tensor
-    page_level: Tensor
-    free_rows: Tensor
-    free_pages: Tensor
-    free_count: Tensor
-    free_base: Tensor
-    row_size: Tensor
-    _rows_per_page: Tensor
-    _owner: Tensor | None
-    _room: list[int]
-    _initial_level: Tensor | None
-    _layout: tuple[Tensor, Tensor, Layout] | None
+    # A graph that moves rows holds the addresses.
+    _captured: bool = False
 
-    def __init__(
-        self,
-        num_rows: int,
-        sizes: Sequence[int],
-        *,
-        level: int | Tensor = 0,
-        max_elements: int | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.num_rows = num_rows
-        self.max_elements = max_elements
-        self.sizes = tuple(sizes)
-        self.page = page_elements(self.sizes, num_rows)
-        self.rows_per_page = [self.page // d for d in self.sizes]
-        with torch.device("cpu"):
-            if not isinstance(level, Tensor):
-                level = torch.full((num_rows,), level, dtype=torch.int8)
-            level = level.cpu()
-            starts, page_level, free = self._place(level)
-        if max_elements is not None and len(page_level) * self.page > max_elements:
-            raise ValueError(
-                f"the rows take {len(page_level) * self.page} elements, "
-                f"max_elements={max_elements} allows fewer"
-            )
-        self.storage = nn.Parameter(
-            torch.zeros(len(page_level) * self.page, device=device, dtype=dtype)
-        )
-        self._lay_out(starts, page_level, free)
-        # On the meta device there are no locations: to_empty makes them, and needs to know.
-        self._initial_level = level if self.storage.is_meta else None
-        self._owner = None
-        self._captured = False
-        self._layout = None
-        self.followers = Followers(self)
+    def level(self, ids: Tensor | None = None) -> Tensor:
+        """Level of every row of ``ids`` (of all rows), int64; -1 where there is no row."""
+        self._refuse_strangers()
+        start = self.row_start[:-1] if ids is None else self.row_start[ids]
+        # No row: -1 // page is -1, the sink, which always holds -1.
+        return self.page_level[start // self.page].long()
 
-    def _lay_out(self, starts: Tensor, page_level: Tensor, free: Sequence[Tensor]) -> None:
-        """Make every buffer, from a layout on the CPU."""
-        index = index_dtype(self.storage.numel())
-        # A level's stack holds at least a page of rows: the leftover of the page in use.
-        room = [max(len(rows), per) for rows, per in zip(free, self.rows_per_page, strict=True)]
-        counts = [*(len(rows) for rows in free), 0]
-        with torch.device("cpu"):
-            sink = torch.tensor([-1])
-            base = torch.tensor([0, *torch.tensor(room).cumsum(0).tolist()])
-            stacks = torch.zeros(int(base[-1]) + 1, dtype=index)
-            for rows, begin in zip(free, base.tolist(), strict=False):
-                stacks[begin : begin + len(rows)] = rows
-            self._set("row_start", torch.cat([starts, sink]).to(index))
-            self._set("page_level", torch.cat([page_level, sink.to(torch.int8)]))
-            self._set("free_pages", torch.zeros(1, dtype=torch.int32))
-            self._set("free_rows", stacks)
-            self._set("free_base", base)
-            self._set("free_count", torch.tensor(counts))
-            self._set("row_size", torch.tensor(self.sizes))
-            self._set("_rows_per_page", torch.tensor(self.rows_per_page), persistent=False)
-        self._room = room
-        self._ledger = Ledger(self.rows_per_page, counts)
-
-    def _place(self, level: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-        return place_densely(level, self.sizes, self.page)
-
-    def _set(self, name: str, value: Tensor, persistent: bool = True) -> None:
-        self.register_buffer(name, value.to(self.storage.device), persistent)
-
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Arena:
-        super()._apply(fn, recurse)
-        if self._initial_level is not None and not self.storage.is_meta:
-            with torch.device("cpu"):
-                self._lay_out(*self._place(self._initial_level))
-            self._initial_level = None
-        return self
+    def bytes(self) -> ArenaBytes:
+        """Exact bytes: the first three parts sum to what the tensors' allocations hold."""
+        level = self.level()
+        counts = torch.bincount(level[level >= 0], minlength=len(self.sizes)).tolist()
+        elements = sum(c * d for c, d in zip(counts, self.sizes, strict=True))
+        payload = elements * self.storage.element_size()
+        allocated = self.storage.untyped_storage().nbytes()
+        locations = sum(b.untyped_storage().nbytes() for b in self.buffers(recurse=False))
+        scratch = 0 if self._free is None else self._free.bytes()
+        return ArenaBytes(payload, allocated - payload, locations, scratch)
 
     # ---- room ---------------------------------------------------------------------------------
 
     def forget_counters(self) -> None:
         """Read the free lists' counters anew, once, before the next row moves.
 
-        For tensors that were replaced, and for replicas, whose hosts must know the same.
+        For replicas, whose hosts must know the same.
         """
-        self._ledger.see([])
-        self._room = []
+        if self._free is not None:
+            self._free.ledger.see([])
 
-    def _refresh(self) -> None:
-        """Bring what the host knows of the free lists up to date, as far as that costs nothing."""
-        if not self._room:
-            base = self.free_base.tolist()
-            self._room = [b - a for a, b in zip(base, base[1:], strict=False)]
-        self._ledger.refresh(self.free_count, read=host_reads(self.free_count))
+    def forget_free_lists(self) -> None:
+        """Derive the free lists anew, before the next row moves: for replicas of one state."""
+        self._free = None
+
+    def _free_lists(self) -> FreeLists:
+        """Free rows and pages; derived from the locations where they are not known."""
+        if self._free is None:
+            if is_capturing(self.storage):
+                raise RuntimeError("call reserve before capturing a graph in which rows move")
+            self._free = FreeLists(self.row_start, self.page_level, self.sizes, self.page)
+        return self._free
 
     def _pages_allowed(self) -> int:
         """Pages by which the arena may still grow."""
@@ -210,10 +128,11 @@ class Arena(nn.Module, Rows):
         Raises:
             RuntimeError: ``max_elements`` allows less, where that is refused.
         """
-        self._refresh()
-        missing, heights = self._ledger.worst(rows)
+        free = self._free_lists()
+        free.ledger.refresh(free.count, read=host_reads(free.count))
+        missing, heights = free.ledger.worst(rows)
         missing = missing if takes else 0
-        suffices = missing <= 0 and all(h <= r for h, r in zip(heights, self._room, strict=True))
+        suffices = missing <= 0 and all(h <= r for h, r in zip(heights, free.room, strict=True))
         if exact is not None and not suffices:
             taken, given = exact
             missing, heights = self._needs(taken, given)
@@ -230,17 +149,19 @@ class Arena(nn.Module, Rows):
     def _needs(self, taken: list[int], given: list[int]) -> tuple[int, list[int]]:
         """Pages missing for rows of every level, and how high their stacks will stand at most."""
         pages = self._pages_for(taken)
-        if int(self.free_count[-1]) < pages:
+        if int(self._free_lists().count[-1]) < pages:
             self.reclaim()
             pages = self._pages_for(taken)
-        counts = self.free_count.tolist()
-        self._ledger.see(counts)
+        free = self._free_lists()
+        counts = free.count.tolist()
+        free.ledger.see(counts)
         levels = zip(counts[:-1], self.rows_per_page, given, strict=True)
         return pages - counts[-1], [max(count, per) + give for count, per, give in levels]
 
     def _pages_for(self, taken: list[int]) -> int:
         """Fresh pages that so many rows of every level need beyond those on the stacks."""
-        levels = zip(taken, self.free_count.tolist(), self.rows_per_page, strict=False)
+        counts = self._free_lists().count.tolist()
+        levels = zip(taken, counts, self.rows_per_page, strict=False)
         return sum(-(-max(take - free, 0) // per) for take, free, per in levels)
 
     def _begin(
@@ -255,40 +176,43 @@ class Arena(nn.Module, Rows):
         The torch backend, which says its ``exact`` needs, has no use for ``owner``. It needs room
         for all rows, so it grows the arena after a capture too; during one it cannot run.
         """
+        self._refuse_sharing()
         self.followers.remember_layout()
         is_exact = exact is not None
-        owner = None if is_exact else self._owner
-        if is_capturing(self.free_count) and not is_exact:
-            # The graph holds the addresses: from here on nothing is replaced unasked.
-            self._captured = True
+        free = self._free_lists()
+        if is_capturing(self.storage) and not is_exact:
+            # The graph holds the addresses: from here on nothing is replaced unasked. It counts its
+            # replays itself, and fills the scratch at every one.
+            self._captured, self._counted = True, None
+            owner = free.owner
             if owner is None:
-                owner = self._new_owner()  # filled by the graph, at every replay
+                owner = free.new_owner(self.num_rows)
         else:
             if is_exact or not self._captured:
                 rows = min(rows, self.num_rows)
                 self._make_room(rows, takes=takes, exact=exact)
-                self._ledger.promise(rows)
-            if not is_exact and (owner is None or owner.device != self.storage.device):
-                owner = self._owner = self._new_owner()
-        return Places(
-            Layout(self.row_start, self.page_level, self.sizes, self.page),
-            self.free_rows,
-            self.free_pages,
-            self.free_count,
-            self.free_base,
-            self.row_size,
-            self._rows_per_page,
-            owner,
-        )
+                free = self._free_lists()
+                free.ledger.promise(rows)
+            if not is_exact and free.owner is None:
+                free.owner = free.new_owner(self.num_rows)
+            owner = None if is_exact else free.owner
+        self._count_move()
+        return free.at(Layout(self.row_start, self.page_level, self.sizes, self.page), owner)
 
-    def _new_owner(self) -> Tensor:
-        return torch.full_like(self.row_start[:-1], UNCLAIMED, dtype=torch.int32)
+    def _count_move(self) -> None:
+        self._digest = None
+        self.moves.add_(1)
+        if self._counted is not None:
+            self._counted += 1
 
     def _end(self) -> None:
         """Request a copy of the counters, where the host does not read them anyway."""
-        if not host_reads(self.free_count) and not is_capturing(self.free_count):
-            self._ledger.request(self.free_count)
+        self._remember()
+        free = self._free_lists()
+        if not host_reads(free.count) and not is_capturing(self.storage):
+            free.ledger.request(free.count)
 
+    @unrecorded
     @with_dense_gradient
     def reserve(self, rows: int) -> None:
         """Make room so that ``rows`` more rows can move, in any number of calls.
@@ -305,63 +229,26 @@ class Arena(nn.Module, Rows):
                 is changed.
 
         Notes:
-            Waits for the device only once a promotion was captured: the host cannot know how often
-            the graph was replayed.
+            Waits for the device only before the first row moves, and once a promotion was captured:
+            the host cannot know how often the graph was replayed.
         """
-        if is_capturing(self.free_count):
+        if is_capturing(self.storage):
             raise RuntimeError("reserve before capturing a graph, not while it is captured")
+        self._refuse_strangers()
         self.followers.remember_layout()  # a graph would record the copying
+        free = self._free_lists()
         if self._captured:
-            self._ledger.see(self.free_count.tolist())
+            free.ledger.see(free.count.tolist())
+            self._counted = int(self.moves)
         self._make_room(rows, strict=True)
         self._captured = False
-        if self._owner is None and not host_reads(self.storage):
-            self._owner = self._new_owner()
-
-    # ---- reading ----------------------------------------------------------------------------
-
-    @property
-    def parameter(self) -> nn.Parameter:
-        """``storage``."""
-        return self.storage
-
-    @property
-    def layout(self) -> Layout:
-        """Where the rows lie, as the lookup takes it."""
-        # Past nn.Module's own lookup of attributes, for the sake of small batches.
-        buffers: Any = self._buffers
-        row_start, page_level = buffers["row_start"], buffers["page_level"]
-        if torch.compiler.is_compiling():
-            return self._sliced(row_start, page_level)
-        # Sliced once for the tensors of the moment.
-        held = self._layout
-        if held is None or held[0] is not row_start or held[1] is not page_level:
-            held = self._layout = row_start, page_level, self._sliced(row_start, page_level)
-        return held[2]
-
-    def _sliced(self, row_start: Tensor, page_level: Tensor) -> Layout:
-        return Layout(row_start[:-1], page_level[:-1], self.sizes, self.page)
-
-    def level(self, ids: Tensor | None = None) -> Tensor:
-        """Level of every row of ``ids`` (of all rows), int64; -1 where there is no row."""
-        start = self.row_start[:-1] if ids is None else self.row_start[ids]
-        # No row: -1 // page is -1, the sink, which always holds -1.
-        return self.page_level[start // self.page].long()
-
-    def bytes(self) -> ArenaBytes:
-        """Exact bytes: the three parts sum to what the tensors' allocations hold."""
-        level = self.level()
-        counts = torch.bincount(level[level >= 0], minlength=len(self.sizes)).tolist()
-        elements = sum(c * d for c, d in zip(counts, self.sizes, strict=True))
-        payload = elements * self.storage.element_size()
-        allocated = self.storage.untyped_storage().nbytes()
-        locations = sum(b.untyped_storage().nbytes() for b in self.buffers(recurse=False))
-        scratch = 0 if self._owner is None else self._owner.untyped_storage().nbytes()
-        return ArenaBytes(payload, allocated - payload, locations, scratch)
+        free = self._free_lists()
+        if free.owner is None and not host_reads(self.storage):
+            free.owner = free.new_owner(self.num_rows)
 
     # ---- rows that move -----------------------------------------------------------------------
 
-    @torch.no_grad()
+    @unrecorded
     @with_dense_gradient
     def promote(
         self,
@@ -389,10 +276,12 @@ class Arena(nn.Module, Rows):
             occurrence of an id that ``mask`` admits says the same.
 
         Raises:
-            RuntimeError: ``max_elements`` does not allow it; no row is changed. The Triton backend
-                moves the rows that fit, by level and then in the order of ``ids``.
+            RuntimeError: ``max_elements`` does not allow it, or the rows are shared with other
+                processes; no row is changed. Within ``max_elements`` the Triton backend moves the
+                rows that fit, by level and then in the order of ``ids``.
         """
         backend = resolve_backend(backend, ids.device)
+        self._refuse_strangers()
         exact = movers = None
         if backend == "torch":
             layout = Layout(self.row_start, self.page_level, self.sizes, self.page)
@@ -410,12 +299,12 @@ class Arena(nn.Module, Rows):
         operands = ids, mask, self.storage.detach(), chain.detach(), places
         states = self.followers.fresh()
         moved = resize.promote(*operands, *states, backend=backend, movers=movers)
-        if before is not None:
-            self.followers.carry(*before, moved, self.row_size)
         self._end()
+        if before is not None:
+            self.followers.carry(*before, moved, places.row_size)
         return moved
 
-    @torch.no_grad()
+    @unrecorded
     @with_dense_gradient
     def insert(self, ids: Tensor, level: int, *, backend: str = "auto") -> Tensor:
         """Give ``ids`` that have no row a zero row of ``level``, with fresh state.
@@ -434,6 +323,7 @@ class Arena(nn.Module, Rows):
             RuntimeError: as for :meth:`promote`.
         """
         backend = resolve_backend(backend, ids.device)
+        self._refuse_strangers()
         exact = None
         if backend == "torch":
             _refuse_repeated(ids, "insert")
@@ -447,7 +337,7 @@ class Arena(nn.Module, Rows):
         self._end()
         return moved
 
-    @torch.no_grad()
+    @unrecorded
     def free(self, ids: Tensor, *, backend: str = "auto") -> Tensor:
         """Give the rows of ``ids`` back; their ids have no row afterwards.
 
@@ -463,6 +353,7 @@ class Arena(nn.Module, Rows):
                 passes over the former and frees the latter once.
         """
         backend = resolve_backend(backend, ids.device)
+        self._refuse_strangers()
         exact = None
         if backend == "torch":
             _refuse_repeated(ids, "free")
@@ -477,18 +368,6 @@ class Arena(nn.Module, Rows):
 
     # ---- between steps: growth, reclaiming, compaction ----------------------------------------
 
-    def _everything(self) -> Iterator[Follower]:
-        """``storage`` itself, then every tensor that moves with it."""
-        yield Follower("storage", self.storage.detach(), 0.0, self._replace_storage)
-        yield from self.followers.per_element()
-
-    def _replace_storage(self, value: Tensor) -> None:
-        # A graph that is still alive (the last step's loss) holds the node that accumulates into
-        # storage, and with it the old shape. Only another dtype makes autograd forget that node.
-        other = torch.float64 if value.dtype == torch.float32 else torch.float32
-        self.storage.data = value.new_empty(0, dtype=other)
-        self.storage.data = value
-
     def _grow(self, pages: int, *, at_once: bool = False) -> None:
         """Add pages; an eighth at least unless ``at_once``, at most what is allowed."""
         old = self.page_level.numel() - 1
@@ -496,184 +375,84 @@ class Arena(nn.Module, Rows):
         pages = min(pages if at_once else max(pages, old // 8), self._pages_allowed())
         if not pages:
             return
-        new = old + pages
-        torch.autograd.graph.increment_version(self.storage)
-        for follower in list(self._everything()):
-            grown = follower.tensor.new_full((new * self.page,), follower.fresh)
-            grown[: follower.tensor.numel()] = follower.tensor
-            follower.replace(grown)
-        index = index_dtype(self.storage.numel())
-        self.row_start = self.row_start.to(index)
-        self.free_rows = self.free_rows.to(index)
-        levels = self.page_level.new_full((new + 1,), -1)
-        levels[:old] = self.page_level[:old]
-        self.page_level = levels
-        # Every page may become free; lower pages are taken first. The new ones go below the old,
-        # which are copied with what lies above the top: its height is not asked for.
-        stack = self.free_pages.new_zeros(new + 1)
-        stack[:pages] = torch.arange(new - 1, old - 1, -1, dtype=stack.dtype, device=stack.device)
-        height = self.free_pages.numel() - 1
-        stack[pages : pages + height] = self.free_pages[:-1]
-        self.free_pages = stack
-        self.free_count[-1] += pages
-        self._ledger.grow(pages)
+        free, numel = self._free_lists(), (old + pages) * self.page
+        self._refuse_replacing(numel)
+        index = index_dtype(numel)
+        storage = self.storage.detach().new_zeros(numel)
+        storage[: self.storage.numel()] = self.storage.detach()
+        grown = self._fresh_followers(numel)
+        for follower, value in grown:
+            value[: follower.tensor.numel()] = follower.tensor
+        row_start = self.row_start.to(index, copy=True)
+        page_level = self.page_level.new_full((old + pages + 1,), -1)
+        page_level[:old] = self.page_level[:old]
+        lists = free.with_pages(old, pages, index)
+        self._replace(storage, row_start, page_level, grown)
+        free.add_pages(pages, *lists)
 
     def _grow_stacks(self, heights: Sequence[int]) -> None:
         # No stack holds more rows than the pages do.
         pages = self.page_level.numel() - 1
-        need = [min(h, pages * per) for h, per in zip(heights, self.rows_per_page, strict=True)]
-        if all(h <= r for h, r in zip(need, self._room, strict=True)):
-            return
-        room = [r if h <= r else h + h // 2 for h, r in zip(need, self._room, strict=True)]
-        # Whole segments: their heights are not asked for.
-        old = self.free_rows[:-1].split(self._room)
-        self._lay_stacks(room, old)
+        limits = zip(heights, self.rows_per_page, strict=True)
+        self._free_lists().reach([min(h, pages * per) for h, per in limits])
 
-    def _stack(self, k: int) -> Tensor:
-        begin = int(self.free_base[k])
-        return self.free_rows[begin : begin + int(self.free_count[k])]
-
-    def _lay_stacks(self, room: Sequence[int], stacks: Sequence[Tensor]) -> None:
-        """Segments of these lengths, each with a stack at its bottom."""
-        base = [0]
-        for r in room:
-            base.append(base[-1] + r)
-        rows = self.free_rows.new_zeros(base[-1] + 1)
-        for begin, stack in zip(base, stacks, strict=False):
-            rows[begin : begin + len(stack)] = stack
-        self.free_rows = rows
-        self.free_base = _upload(base, rows.device)
-        self._room = list(room)
-
-    def _set_heights(self, stacks: Sequence[Tensor]) -> None:
-        for k, stack in enumerate(stacks):
-            self.free_count[k] = len(stack)
-
-    @torch.no_grad()
+    @unrecorded
     def reclaim(self) -> int:
         """Return pages without a row in use to the page stack; gives their number."""
+        self._refuse_strangers()
         pages = self.page_level.numel() - 1
         start = self.row_start[self.row_start >= 0].long()
         used = torch.bincount(start // self.page, minlength=pages) > 0
-        empty = ~used & (self.page_level[:-1] >= 0)
-        found = empty.nonzero()[:, 0]
-        if not len(found):
-            return 0
-        stacks = [self._stack(k) for k in range(len(self.sizes))]
-        stacks = [s[~empty[s.long() // self.page]] for s in stacks]
-        base = self.free_base.tolist()
-        self._lay_stacks([b - a for a, b in zip(base, base[1:], strict=False)], stacks)
-        self._set_heights(stacks)
-        self.page_level[found] = -1
-        if self.free_pages.numel() < pages + 1:
-            stack = self.free_pages.new_zeros(pages + 1)
-            stack[: self.free_pages.numel() - 1] = self.free_pages[:-1]
-            self.free_pages = stack
-        height = int(self.free_count[-1])
-        self.free_pages[height : height + len(found)] = found.flip(0).to(self.free_pages.dtype)
-        self.free_count[-1] += len(found)
-        self._ledger.see(self.free_count.tolist())
+        found = (~used & (self.page_level[:-1] >= 0)).nonzero()[:, 0]
+        if len(found):
+            self._refuse_sharing()
+            self._count_move()
+            self.page_level[found] = -1
+            self._free = None
+            self._remember()
         return len(found)
 
-    @torch.no_grad()
+    @unrecorded
     @with_dense_gradient
     def compact(self) -> None:
         """Rewrite the arena without holes: the fewest pages that hold the rows in use."""
-        # Places saved for a pending backward are no longer where the rows are.
-        torch.autograd.graph.increment_version(self.storage)
         self.followers.remember_layout()
-        level = self.level()
+        level, device = self.level(), self.storage.device
         old_start = self.row_start[:-1].long()
-        starts, page_level, free = self._place(level.cpu())
-        device = self.storage.device
-        starts = starts.to(device)
-        for follower in list(self._everything()):
-            packed = follower.tensor.new_full((len(page_level) * self.page,), follower.fresh)
+        starts, page_level = (t.to(device) for t in self._place(level.cpu()))
+        numel = (len(page_level) - 1) * self.page
+        self._refuse_replacing(numel)
+        storage, grown = self.storage.detach().new_zeros(numel), self._fresh_followers(numel)
+        for old, packed in [(self.storage.detach(), storage), *((f.tensor, v) for f, v in grown)]:
             for k, dim in enumerate(self.sizes):
                 mine = (level == k).nonzero()[:, 0]
                 if len(mine):
-                    rows = gather_rows(follower.tensor, old_start[mine], dim)
-                    into = starts[mine][:, None] + torch.arange(dim, device=device)
-                    packed[into] = rows
-            follower.replace(packed)
-        index = index_dtype(self.storage.numel())
-        sink = torch.tensor([-1], device=device)
-        self.row_start = torch.cat([starts, sink]).to(index)
-        self.page_level = torch.cat([page_level.to(device), sink.to(torch.int8)])
-        self.free_rows = self.free_rows.to(index)
-        room = [max(len(rows), per) for rows, per in zip(free, self.rows_per_page, strict=True)]
-        self._lay_stacks(room, [rows.to(device) for rows in free])
-        self._set_heights(free)
-        self.free_pages = self.free_pages.new_zeros(1)
-        self.free_count[-1] = 0
-        self._ledger.see([*(len(rows) for rows in free), 0])
+                    into = starts[mine].long()[:, None] + torch.arange(dim, device=device)
+                    packed[into] = gather_rows(old, old_start[mine], dim)
+        self._count_move()
+        self._replace(storage, starts, page_level, grown)
+        self._free = None
 
-    # ---- state --------------------------------------------------------------------------------
+    @unrecorded
+    @with_dense_gradient
+    def lay_out(self, level: int) -> None:
+        """Make every row one of ``level``, all zeros, in order, with fresh state.
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, *lists: Any
-    ) -> None:
-        """Take the saved arena's shapes: rows of a checkpoint may have grown. All or nothing."""
-        missing, _, errors = lists
-        errors += self._misfits(state_dict, prefix)
-        if not self.fits(state_dict, prefix):
-            missing += [prefix + name for name in self._keys() if prefix + name not in state_dict]
-            return
-        held = prefix + "storage" in state_dict
-        if held:
-            saved = {name: state_dict[prefix + name] for name in self._keys()}
-            if saved["storage"].shape != self.storage.shape:
-                for follower in list(self._everything()):
-                    fresh = follower.tensor.new_full(saved["storage"].shape, follower.fresh)
-                    follower.replace(fresh)
-            for name, buffer in list(self.named_buffers(recurse=False)):
-                if name in saved:
-                    setattr(self, name, torch.empty_like(saved[name], device=buffer.device))
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
-        self.forget_counters()
-        if held and not self.storage.is_meta:
-            self._initial_level = None
-            self.followers.note_loading()
-
-    def _keys(self) -> list[str]:
-        return ["storage", *(name for name in self._buffers if name != "_rows_per_page")]
-
-    def fits(self, state_dict: dict[str, Any], prefix: str) -> bool:
-        """Whether a saved arena, if ``state_dict`` holds one at ``prefix``, can be loaded."""
-        held = sum(prefix + name in state_dict for name in self._keys())
-        return held in (0, len(self._keys())) and not self._misfits(state_dict, prefix)
-
-    def _misfits(self, state_dict: dict[str, Any], prefix: str) -> list[str]:
-        """Why what is saved does not fit this arena; missing keys aside."""
-        if any(prefix + name not in state_dict for name in self._keys()):
-            return []
-        saved = {name: state_dict[prefix + name] for name in self._keys()}
-        rows, sizes = saved["row_start"].shape, saved["row_size"]
-        numel, pages = saved["storage"].numel(), saved["page_level"].numel() - 1
-        if rows != self.row_start.shape:
-            return [
-                f"size mismatch for {prefix}row_start: copying a param with shape {rows} from "
-                f"checkpoint, the shape in current model is {self.row_start.shape}."
-            ]
-        if sizes.tolist() != list(self.sizes) or numel != pages * self.page:
-            return [f"{prefix[:-1]} was saved with other sizes than {list(self.sizes)}."]
-        if self.max_elements is not None and numel > self.max_elements:
-            return [
-                f"{prefix[:-1]} was saved with {numel} elements, max_elements={self.max_elements} "
-                "allows fewer."
-            ]
-        return []
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy has no fused optimizer, and its own scratch.
-        alone = {"_fused": None, "_owner": None, "_layout": None, "followers": None}
-        return {**self.__dict__, **alone, "_ledger": Ledger(self.rows_per_page, [])}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self.forget_counters()
-        self._captured = False
-        self.followers = Followers(self)
+        Raises:
+            ValueError: ``max_elements`` does not allow it; nothing is changed.
+        """
+        levels = torch.full((self.num_rows,), level, dtype=torch.int8, device="cpu")
+        row_start, page_level = self._place(levels)
+        numel, device = (len(page_level) - 1) * self.page, self.storage.device
+        self._refuse_replacing(numel)
+        storage, grown = self.storage.detach().new_zeros(numel), self._fresh_followers(numel)
+        self._replace(storage, row_start.to(device), page_level.to(device), grown)
+        for follower in self.followers.per_id():
+            follower.tensor.fill_(follower.fresh)
+        self.followers.forget_layout()
+        self._free, self._initial_level = None, levels if self.storage.is_meta else None
+        self._count_anew()
+        self._accept()
 
 
 def _refuse_repeated(ids: Tensor, call: str) -> None:

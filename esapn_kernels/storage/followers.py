@@ -175,8 +175,8 @@ class Followers:
             layout = self._arena.layout
             self._loaded = layout.row_start.clone(), layout.page_level.clone()
 
-    def _forget_layout(self) -> None:
-        """An optimizer has stepped, and its state goes with the rows from now on."""
+    def forget_layout(self) -> None:
+        """State goes with the rows from now on: an optimizer has stepped, or all of it is fresh."""
         self._was_loaded, self._loaded = False, None
 
     def holds_any(self, parameters: set[int]) -> bool:
@@ -191,8 +191,10 @@ class Followers:
         if not declares and optimizer not in self._optimizers:
             self.add(optimizer)
             self._fit(optimizer)
-        self._forget_layout()
+        self.forget_layout()
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def _fit(self, optimizer: torch.optim.Optimizer) -> None:
         """Bring state that was made, or loaded, before rows moved to where they are now."""
         storage = self._arena.parameter

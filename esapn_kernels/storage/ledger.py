@@ -27,7 +27,9 @@ class Snapshot:
 
     def __init__(self, counters: Tensor) -> None:
         cuda = counters.is_cuda
-        self.values = torch.empty(counters.shape, dtype=counters.dtype, pin_memory=cuda)
+        self.values = torch.empty(
+            counters.shape, dtype=counters.dtype, device="cpu", pin_memory=cuda
+        )
         self.values.copy_(counters, non_blocking=True)
         self.event = torch.cuda.Event() if cuda else None
         if self.event is not None:

@@ -18,6 +18,7 @@ from esapn_kernels.ops.chain import chain_numel
 from esapn_kernels.ops.layout import UNCLAIMED, page_elements
 from esapn_kernels.reference import promote_reference
 from esapn_kernels.storage import arena as arena_file
+from esapn_kernels.storage import locations
 from esapn_kernels.storage.arena import Arena
 from esapn_kernels.storage.ledger import Snapshot
 
@@ -33,8 +34,9 @@ def pages_of(arena):
 
 
 def stack(arena, k):
-    begin = int(arena.free_base[k])
-    return arena.free_rows[begin : begin + int(arena.free_count[k])].tolist()
+    free = arena._free_lists()
+    begin = int(free.base[k])
+    return free.rows[begin : begin + int(free.count[k])].tolist()
 
 
 def check_accounts(arena):
@@ -42,9 +44,10 @@ def check_accounts(arena):
     page_level = arena.page_level.tolist()
     assert page_level.pop() == -1 and int(arena.row_start[-1]) == -1
     assert arena.storage.shape == (len(page_level) * arena.page,)
-    height = int(arena.free_count[-1])
-    assert 0 <= height < arena.free_pages.numel()
-    free_pages = arena.free_pages[:height].tolist()
+    free = arena._free_lists()
+    height = int(free.count[-1])
+    assert 0 <= height < free.pages.numel()
+    free_pages = free.pages[:height].tolist()
     assert sorted(free_pages) == [p for p, k in enumerate(page_level) if k == -1]
 
     held = [[] for _ in page_level]
@@ -52,19 +55,28 @@ def check_accounts(arena):
         if start >= 0:
             held[start // arena.page].append(start)
     for k in range(len(arena.sizes)):
-        count, base = int(arena.free_count[k]), arena.free_base.tolist()
+        count, base = int(free.count[k]), free.base.tolist()
         assert 0 <= count <= base[k + 1] - base[k]
         for start in stack(arena, k):
             assert page_level[start // arena.page] == k
             held[start // arena.page].append(start)
-    assert int(arena.free_base[-1]) == arena.free_rows.numel() - 1
+    assert int(free.base[-1]) == free.rows.numel() - 1
     assert arena.row_start[arena.row_start >= 0].unique().numel() == (arena.row_start >= 0).sum()
-    if arena._owner is not None:
-        assert (arena._owner == UNCLAIMED).all()
+    if free.owner is not None:
+        assert (free.owner == UNCLAIMED).all()
     for page, (k, starts) in enumerate(zip(page_level, held, strict=True)):
         slots = arena.rows_per_page[k] if k >= 0 else 0
         step = arena.sizes[k]
         assert sorted(starts) == [page * arena.page + i * step for i in range(slots)]
+
+
+def scratch_bytes(arena):
+    """What only moving rows takes: the free lists, 4 bytes per row once kernels have moved some."""
+    if (free := arena._free) is None:
+        return 0
+    n, rows = len(arena.sizes), free.rows.numel() * free.rows.element_size()
+    lists = rows + 4 * free.pages.numel() + 8 * ((n + 1) + (n + 1) + n + n)
+    return lists + (0 if free.owner is None else 4 * arena.num_rows)
 
 
 def check_bytes(arena):
@@ -75,8 +87,7 @@ def check_bytes(arena):
     assert found.payload == payload * arena.storage.element_size()
     assert found.total == sum(t.untyped_storage().nbytes() for t in tensors)
     assert found.slack >= 0
-    scratch = 0 if arena._owner is None else 4 * arena.num_rows
-    assert found.scratch == scratch
+    assert found.scratch == scratch_bytes(arena)
 
 
 def arriving(chance):
@@ -93,7 +104,7 @@ def arriving(chance):
 
 def with_page(page, *args, **kwargs):
     """An arena with pages of ``page`` elements: small ones come and go, odd ones have tails."""
-    with mock.patch.object(arena_file, "page_elements", return_value=page):
+    with mock.patch.object(locations, "page_elements", return_value=page):
         return Arena(*args, **kwargs)
 
 
@@ -217,7 +228,7 @@ class History(RuleBasedStateMachine):
     def reclaim(self):
         in_use = {s // self.arena.page for s in self.arena.row_start[:-1].tolist() if s >= 0}
         self.arena.reclaim()
-        free = int(self.arena.free_count[-1])
+        free = int(self.arena._free_lists().count[-1])
         assert free == pages_of(self.arena) - len(in_use)
         assert self.arena.reclaim() == 0
 
@@ -389,7 +400,8 @@ def on_a_device(monkeypatch):
 
     def unread(run):
         def wrapper(arena, *args, **kwargs):
-            allowed = [] if arena._ledger.snapshot is None else [arena._ledger.snapshot.values]
+            snapshot = arena._free_lists().ledger.snapshot  # deriving them looks once
+            allowed = [] if snapshot is None else [snapshot.values]
 
             def watched(read):
                 def wrapped(tensor, *args, **kwargs):
@@ -469,7 +481,7 @@ def test_reserved_room_does(captured, on_a_device, device, monkeypatch):
     arena = with_page(36, 200, sizes, device=device)
     chain = torch.randn(chain_numel(sizes), device=device)
     arena.reserve(300)
-    shape, base = arena.storage.shape, arena.free_base
+    shape, base = arena.storage.shape, arena._free.base
     if captured:
         monkeypatch.setattr(arena_file, "is_capturing", lambda tensor: True)
         with pytest.raises(RuntimeError, match="before capturing"):
@@ -478,7 +490,7 @@ def test_reserved_room_does(captured, on_a_device, device, monkeypatch):
     for ids in order.to(device).split([1, 2, 97, 50, 60, 90]):
         assert arena.promote(ids, chain, backend="triton").all()
         check_accounts(arena)
-    assert arena.storage.shape == shape and arena.free_base is base
+    assert arena.storage.shape == shape and arena._free.base is base
     assert arena.level().tolist() == [2] * 150 + [0] * 50
 
 
@@ -493,7 +505,7 @@ def test_nothing_grows_while_captured_nor_after(on_a_device, device):
     capturing = mock.patch.object(arena_file, "is_capturing", return_value=True)
     with capturing:
         moved = arena.promote(ids, chain, backend="triton")
-        assert arena._ledger.snapshot is None
+        assert arena._free.ledger.snapshot is None
     # Room for 20, and for what else the pages for them hold; the first positions take it.
     count = int(moved.sum())
     assert 20 <= count < 60 and moved[:count].all()
@@ -509,12 +521,25 @@ def test_nothing_grows_while_captured_nor_after(on_a_device, device):
     check_accounts(arena)
 
 
+def test_free_places_are_found_before_a_capture(device):
+    arena = Arena(10, (2, 4), device=device)
+    chain, ids = torch.zeros(chain_numel((2, 4)), device=device), torch.arange(3, device=device)
+    capturing = mock.patch.object(arena_file, "is_capturing", return_value=True)
+    with capturing, pytest.raises(RuntimeError, match="call reserve before capturing"):
+        arena.promote(ids, chain, backend="triton")
+    assert not arena.level().any()
+    arena.reserve(3)
+    with capturing:
+        assert arena.promote(ids, chain, backend="triton").all()
+
+
 def test_the_torch_backend_finds_room_after_a_capture(device):
     arena = with_page(36, 100, (2, 17), device=device)
     fill(arena)
     rows = [arena.read(i) for i in range(100)]
     chain = torch.randn(chain_numel((2, 17)), device=device)
     ids = torch.arange(100, device=device)
+    arena.reserve(1)
     with mock.patch.object(arena_file, "is_capturing", return_value=True):
         arena.promote(ids[:1], chain, backend="triton")
     assert arena.promote(ids[1:50], chain, backend="torch").all()
@@ -576,12 +601,12 @@ def test_growth_keeps_what_the_stacks_hold(on_a_device, device):
     arena.reclaim()
     arena._grow(3)
     before = [stack(arena, 0), stack(arena, 1)]
-    height = int(arena.free_count[-1])
-    pages = arena.free_pages[:height].tolist()
+    height = int(arena._free_lists().count[-1])
+    pages = arena._free.pages[:height].tolist()
     arena._grow_stacks([1000, 10])
     assert [stack(arena, 0), stack(arena, 1)] == before
     arena._grow(5)
-    assert arena.free_pages[: height + 5].tolist()[5:] == pages
+    assert arena._free.pages[: height + 5].tolist()[5:] == pages
     check_accounts(arena)
 
 
@@ -602,7 +627,7 @@ def test_a_copy_has_its_own_scratch(device):
     arena = Arena(20, (2, 4), device=device)
     chain, ids = torch.randn(chain_numel((2, 4)), device=device), torch.arange(8, device=device)
     arena.promote(ids[:3], chain, backend="triton")
-    assert arena.bytes().scratch == 80 and "_owner" not in arena.state_dict()
+    assert arena._free.owner.numel() == 20 and arena.bytes().scratch == scratch_bytes(arena)
     for other in (copy.deepcopy(arena), pickle.loads(pickle.dumps(arena))):
         assert other.bytes().scratch == 0
         assert other.promote(ids[3:], chain, backend="triton").all()

@@ -10,7 +10,7 @@ from esapn_kernels.gpu.resize import launch_fill
 from esapn_kernels.ops.chain import chain_numel
 from esapn_kernels.ops.layout import UNCLAIMED
 from esapn_kernels.reference import lookup_reference, promote_reference
-from esapn_kernels.storage import arena as arena_file
+from esapn_kernels.storage import locations
 from esapn_kernels.storage.arena import Arena
 from esapn_kernels.testing import assert_matches, make_case, row_elements
 
@@ -248,8 +248,9 @@ class Free:
 
     def __init__(self, arena):
         self.arena = arena
-        *self.rows, self.pages = arena.free_count.tolist()
-        base = arena.free_base.tolist()
+        free = arena._free_lists()
+        *self.rows, self.pages = free.count.tolist()
+        base = free.base.tolist()
         self.room = [b - a for a, b in zip(base, base[1:], strict=False)]
 
     def take(self, level):
@@ -287,20 +288,21 @@ def consistent(arena):
     owner = torch.zeros(arena.storage.numel(), dtype=torch.int64)
     level = arena.level().tolist()
     starts = [(s, k) for s, k in zip(arena.row_start[:-1].tolist(), level, strict=True) if s >= 0]
-    for k, (begin, end) in enumerate(zip(arena.free_base[:-1], arena.free_base[1:], strict=True)):
-        count = int(arena.free_count[k])
+    free = arena._free_lists()
+    for k, (begin, end) in enumerate(zip(free.base[:-1], free.base[1:], strict=True)):
+        count = int(free.count[k])
         assert 0 <= count <= end - begin
-        starts += [(s, k) for s in arena.free_rows[begin : begin + count].tolist()]
+        starts += [(s, k) for s in free.rows[begin : begin + count].tolist()]
     for start, k in starts:
         assert int(arena.page_level[start // arena.page]) == k
         owner[start : start + arena.sizes[k]] += 1
     assert owner.max() <= 1
-    pages = arena.free_pages[: int(arena.free_count[-1])].tolist()
+    pages = free.pages[: int(free.count[-1])].tolist()
     assert len(set(pages)) == len(pages)
     for page in pages:
         assert int(arena.page_level[page]) == -1
         assert not owner[page * arena.page : (page + 1) * arena.page].any()
-    assert int(arena.row_start[-1]) == -1 and (arena._owner == UNCLAIMED).all()
+    assert int(arena.row_start[-1]) == -1 and (free.owner == UNCLAIMED).all()
 
 
 @pytest.mark.parametrize("ids_dtype", [torch.int64, torch.int32], ids=name)
@@ -372,7 +374,8 @@ def test_many_ids_at_once(small_steps, wide_tiles, device):
     consistent(arenas[1])
     assert torch.equal(moved[0], level.to(device)[ids] < 3) and torch.equal(moved[0], moved[1])
     assert torch.equal(arenas[0].level(), arenas[1].level())
-    assert arenas[0].free_count[:-1].tolist() == arenas[1].free_count[:-1].tolist()
+    counts = [arena._free.count[:-1].tolist() for arena in arenas]
+    assert counts[0] == counts[1]
     for i in range(0, n_rows, 7):
         torch.testing.assert_close(arenas[0].read(i), arenas[1].read(i), rtol=1e-5, atol=1e-5)
     # Two equal runs agree in every bit.
@@ -450,7 +453,7 @@ def test_pages_that_are_full(beside, wide_tiles):
         used += count
         consistent(arena)
         assert int((arena.level() == 1).sum()) == used
-        assert int(arena.free_count[1]) == -used % per
+        assert int(arena._free.count[1]) == -used % per
         assert int((arena.page_level == 1).sum()) == -(-used // per)
 
 
@@ -535,7 +538,7 @@ def test_rows_past_two_to_the_31(device, monkeypatch):
     if device.type == "cuda" and torch.cuda.mem_get_info()[0] < 6 << 30:
         pytest.skip("needs 6 GiB of GPU memory")
     sizes = (2, 4)
-    monkeypatch.setattr(arena_file, "page_elements", lambda *_: 4096)
+    monkeypatch.setattr(locations, "page_elements", lambda *_: 4096)
     arena = Arena(4, sizes, dtype=torch.float16, device=device)
     page, pages = arena.page, 2**31 // 4096 + 2
     rows = torch.randn(4, 2).half().to(device)
@@ -544,14 +547,15 @@ def test_rows_past_two_to_the_31(device, monkeypatch):
     # The rows in the last page but one, the last page free.
     begin = (pages - 2) * page
     assert begin + 4 > 2**31 - 1
-    for name in ("row_start", "free_rows"):
-        setattr(arena, name, getattr(arena, name).long())
+    arena.row_start = arena.row_start.long()
     arena.row_start[:4] = torch.arange(4) * 2 + begin
     arena.storage.data[begin : begin + 8] = rows.view(-1)
     arena.page_level = torch.full((pages + 1,), -1, dtype=torch.int8, device=device)
     arena.page_level[-3] = 0
-    arena.free_pages = torch.tensor([pages - 1, 0], dtype=torch.int32, device=device)
-    arena.free_count[:] = torch.tensor([0, 0, 1])
+    assert arena.level().tolist() == [0] * 4  # the tensors are looked at, and accepted
+    free = arena._free_lists()
+    free.pages = torch.tensor([pages - 1, 0], dtype=torch.int32, device=device)
+    free.count[:] = torch.tensor([0, 0, 1])
     monkeypatch.setattr(Arena, "_make_room", lambda arena, rows, **_: None)
     ids = torch.tensor([2, 0, 2], device=device)
     assert arena.promote(ids, chain, backend="triton").all()
@@ -560,4 +564,4 @@ def test_rows_past_two_to_the_31(device, monkeypatch):
         expected = promote_reference(rows[i], 0, chain, sizes) if i in (0, 2) else rows[i]
         torch.testing.assert_close(arena.read(i), expected, rtol=1e-2, atol=1e-2)
     assert arena.row_start[[2, 0]].tolist() == [begin + page, begin + page + 4]
-    assert sorted(arena.free_rows[: int(arena.free_count[0])].tolist()) == [begin, begin + 4]
+    assert sorted(free.rows[: int(free.count[0])].tolist()) == [begin, begin + 4]

@@ -1,0 +1,111 @@
+"""Whether tensors that came from outside are an arena, and whether its memory may be replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ..ops.backend import host_reads
+
+__all__ = ["digest", "is_hooked", "is_shared", "misfit", "version"]
+
+
+def misfit(tensors: Mapping[str, Tensor], num_rows: int, sizes: Sequence[int], page: int) -> str:
+    """Why ``tensors`` are no arena of ``num_rows`` rows of ``sizes``; empty if they are.
+
+    Reads the device once. Numbers of tensors on the meta device are not looked at.
+
+    Args:
+        tensors: ``storage``, ``row_start``, ``page_level`` and ``row_size``.
+        num_rows, sizes, page: of the arena.
+    """
+    storage, row_start = tensors["storage"], tensors["row_start"]
+    page_level, row_size = tensors["page_level"], tensors["row_size"]
+    if not storage.is_floating_point():
+        return f"storage must be floating-point, got {storage.dtype}"
+    if row_start.dtype not in (torch.int32, torch.int64):
+        return f"row_start must be int32 or int64, got {row_start.dtype}"
+    if page_level.dtype != torch.int8:
+        return f"page_level must be int8, got {page_level.dtype}"
+    if row_size.dtype != torch.int64:
+        return f"row_size must be int64, got {row_size.dtype}"
+    if row_start.shape != (num_rows + 1,):
+        return f"row_start must be of shape {[num_rows + 1]}, got {list(row_start.shape)}"
+    if storage.dim() != 1 or page_level.shape != (storage.numel() // page + 1,):
+        return (
+            f"storage of shape {list(storage.shape)} does not consist of the pages of {page} "
+            f"numbers that page_level of shape {list(page_level.shape)} says"
+        )
+    if storage.numel() % page:
+        return f"storage must consist of pages of {page} numbers, got {storage.numel()}"
+    if row_size.is_meta or row_start.is_meta or page_level.is_meta:
+        return ""
+    if row_size.tolist() != list(sizes):
+        return f"row_size must be {list(sizes)}, got {row_size.tolist()}"
+    return _misplaced(row_start, page_level, storage.numel(), sizes, page)
+
+
+@torch.no_grad()
+def _misplaced(
+    row_start: Tensor, page_level: Tensor, numel: int, sizes: Sequence[int], page: int
+) -> str:
+    """Why the numbers of ``row_start`` and ``page_level`` are no places of rows."""
+    page_level = page_level.to(row_start.device)
+    last, start = len(sizes) - 1, row_start[:-1].long()
+    inside = (start >= -1) & (start < numel)
+    held = inside & (start >= 0)
+    start = torch.where(held, start, -1)
+    level = page_level[start // page].long()  # no row: the sink's
+    dim = torch.tensor(sizes, device=start.device)[level.clamp(min=0, max=last)]
+    slot = start % page
+    order = start.sort().values
+    faults = {
+        "row_start and page_level must end with -1": (row_start[-1] != -1) | (page_level[-1] != -1),
+        f"page_level must lie between -1 and {last}": ((page_level < -1) | (page_level > last)),
+        f"row_start must lie between -1 and {numel - 1}, inside storage": ~inside,
+        "a row of row_start lies in a page that page_level says is free": held & (level < 0),
+        "a row of row_start begins or ends between two places of its page": held
+        & ((slot % dim != 0) | (slot + dim > page)),
+        "two rows of row_start lie in one place": (order[1:] >= 0) & (order[1:] == order[:-1]),
+    }
+    found = torch.stack([fault.any() for fault in faults.values()]).tolist()
+    return next((why for why, fault in zip(faults, found, strict=True) if fault), "")
+
+
+@torch.no_grad()
+def digest(row_start: Tensor) -> Tensor | int:
+    """A number that tells one placement of the rows from another; on a device where that keeps it.
+
+    Any change of one start changes it: a sum with odd factors, which wraps around.
+    """
+    start = row_start.long()
+    total = (start * torch.arange(1, 2 * len(start), 2, device=start.device)).sum()
+    return int(total) if host_reads(total) and type(total) is Tensor else total
+
+
+def version(tensor: Tensor) -> int:
+    """How often ``tensor`` was written to; -1 for an inference tensor, which does not count."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def is_shared(tensors: Sequence[Tensor]) -> bool:
+    """Whether other processes of the host may look at any of these tensors."""
+    return any(t.device.type == "cpu" and t.is_shared() for t in tensors)
+
+
+def is_hooked(parameter: Tensor) -> bool:
+    """Whether autograd's node that accumulates into ``parameter`` has hooks from Python."""
+    if not parameter.requires_grad:
+        return False
+    with torch.inference_mode(False), torch.enable_grad():
+        node = torch.autograd.graph.get_gradient_edge(parameter).node
+    for register in (node.register_hook, node.register_prehook):
+        # All hooks of a node are in one dictionary, which the handle of a further one shows.
+        handle = register(lambda *_: None)
+        hooks = handle.hooks_dict_ref()
+        handle.remove()
+        if hooks:
+            return True
+    return False

@@ -1,0 +1,139 @@
+"""Which rows and pages of an arena are free, as stacks on the device.
+
+    rows     |level 0: 6 4 2 0 . .|level 1: 40 32 .|...|sink|    starts of free rows, lowest on top
+    base      0                    6                             where every level's segment begins
+    pages    |9 8 7|sink|                                        numbers of free pages
+    count    [4, 2, ..., 3]                                      heights: of every level, of pages
+
+All of it follows from where the rows lie, so it is derived when rows are first to move and no
+checkpoint holds it. Free are the places of a level's pages in which no row starts, and the pages of
+level -1. Rows and pages are taken from the tops by prefix sums, on the device (``ops.resize``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..ops.layout import UNCLAIMED, Layout, Places
+from .ledger import Ledger
+
+__all__ = ["FreeLists"]
+
+
+class FreeLists:
+    """The free rows and pages of a layout.
+
+    Args:
+        row_start, page_level: where the rows lie, with their sinks. Reads the device, once.
+        sizes, page: as in :class:`~esapn_kernels.ops.layout.Layout`.
+
+    Attributes:
+        rows: stacks of free row starts, one segment per level, and a sink.
+        pages: stack of free page numbers, and a sink.
+        count: int64 ``[n + 1]``: height of every level's stack, then of the page stack.
+        base: int64 ``[n + 1]``: where every level's segment begins.
+        room: length of every level's segment.
+        owner: int32 ``[N]``, scratch of the Triton backend, once it has moved rows.
+        ledger: what the host knows of ``count``.
+    """
+
+    def __init__(
+        self, row_start: Tensor, page_level: Tensor, sizes: Sequence[int], page: int
+    ) -> None:
+        self.sizes, self.page = tuple(sizes), page
+        self._per = [page // d for d in sizes]
+        start = row_start[:-1].long()
+        level = page_level[start // page]  # no row: -1, the sink, which holds -1
+        stacks = [
+            self._places(k, start[level == k], (page_level[:-1] == k).nonzero()[:, 0])
+            for k in range(len(sizes))
+        ]
+        pages = (page_level[:-1] < 0).nonzero()[:, 0].flip(0)
+        self.rows = row_start.new_zeros(1)
+        self.pages = torch.cat([pages, pages.new_zeros(1)]).to(torch.int32)
+        # A level's stack holds at least a page of rows: the leftover of the page in use.
+        self.lay([max(len(rows), per) for rows, per in zip(stacks, self._per, strict=True)], stacks)
+        counts = [*(len(rows) for rows in stacks), len(pages)]
+        self.count = _upload(counts, row_start.device)
+        self.row_size = _upload(self.sizes, row_start.device)
+        self.rows_per_page = _upload(self._per, row_start.device)
+        self.owner: Tensor | None = None
+        self.ledger = Ledger(self._per, counts)
+
+    def _places(self, k: int, start: Tensor, pages: Tensor) -> Tensor:
+        """Free starts in the ``pages`` of level ``k``, whose rows are at ``start``; lowest last."""
+        per, dim = self._per[k], self.sizes[k]
+        taken = torch.zeros(len(pages) * per, dtype=torch.bool, device=start.device)
+        slot = torch.searchsorted(pages, start // self.page) * per + start % self.page // dim
+        taken[slot] = True
+        free = (~taken).nonzero()[:, 0].flip(0)
+        return pages[free // per] * self.page + free % per * dim
+
+    def at(self, layout: Layout, owner: Tensor | None) -> Places:
+        """What rows that move on ``layout`` work on."""
+        return Places(
+            layout,
+            self.rows,
+            self.pages,
+            self.count,
+            self.base,
+            self.row_size,
+            self.rows_per_page,
+            owner,
+        )
+
+    def new_owner(self, num_rows: int) -> Tensor:
+        """Scratch of the Triton backend for ``num_rows`` ids, all unclaimed."""
+        device = self.rows.device
+        return torch.full((num_rows,), UNCLAIMED, dtype=torch.int32, device=device)
+
+    def bytes(self) -> int:
+        """Bytes allocated."""
+        held = [self.rows, self.pages, self.count, self.base, self.row_size, self.rows_per_page]
+        if self.owner is not None:
+            held.append(self.owner)
+        return sum(t.untyped_storage().nbytes() for t in held)
+
+    def with_pages(self, first: int, pages: int, index: torch.dtype) -> tuple[Tensor, Tensor]:
+        """``rows`` in ``index``, ``pages`` with ``first``, ... as well, which are taken last."""
+        # Below the old ones, which are copied with what lies above the top: its height is not
+        # asked for.
+        fresh = torch.arange(
+            first + pages - 1, first - 1, -1, dtype=torch.int32, device=self.pages.device
+        )
+        return self.rows.to(index), torch.cat([fresh, self.pages])
+
+    def add_pages(self, pages: int, rows: Tensor, stack: Tensor) -> None:
+        """Take what :meth:`with_pages` gave for so many pages."""
+        self.rows, self.pages = rows, stack
+        self.count[-1] += pages
+        self.ledger.grow(pages)
+
+    def reach(self, heights: Sequence[int]) -> None:
+        """Make room for stacks of rows as high as ``heights``."""
+        if all(h <= r for h, r in zip(heights, self.room, strict=True)):
+            return
+        room = [r if h <= r else h + h // 2 for h, r in zip(heights, self.room, strict=True)]
+        # Whole segments: their heights are not asked for.
+        self.lay(room, self.rows[:-1].split(self.room))
+
+    def lay(self, room: Sequence[int], stacks: Sequence[Tensor]) -> None:
+        """Segments of these lengths, each with a stack at its bottom."""
+        base = [0]
+        for r in room:
+            base.append(base[-1] + r)
+        rows = self.rows.new_zeros(base[-1] + 1)
+        for begin, stack in zip(base, stacks, strict=False):
+            rows[begin : begin + len(stack)] = stack
+        self.rows = rows
+        self.base = _upload(base, rows.device)
+        self.room = list(room)
+
+
+def _upload(values: Sequence[int], device: torch.device) -> Tensor:
+    """``torch.tensor(values, device=device)`` that does not wait for the device."""
+    pinned = torch.tensor(values, device="cpu", pin_memory=device.type == "cuda")
+    return pinned.to(device, non_blocking=True)

@@ -1,0 +1,448 @@
+"""The tensors of an arena, and what others may do to them: copy, load, move, write.
+
+    storage, row_start, page_level    the same objects as long as the arena lives, see ``arena``
+    layout                            a look at them, which finds out what others have done
+
+Loaders put tensors in their place, averages of parameters write to them, and both pass by the
+arena. So the layout that a lookup takes is the one of the tensors *accepted* last, which takes four
+comparisons; others, or the same after somebody wrote to them, are looked at before they are used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.backend import is_capturing
+from ..ops.checks import is_eager
+from ..ops.layout import Layout, index_dtype, page_elements, place_densely
+from .checks import digest, is_hooked, is_shared, misfit, version
+from .followers import Follower, Followers
+from .free import FreeLists
+from .rows import Rows
+
+__all__ = ["Locations", "unrecorded"]
+
+_SHARED = (
+    "the rows are in shared memory, where other processes would not learn that they move: let them "
+    "grow before share_memory(), or move those of a copy.deepcopy"
+)
+_HOOKED = (
+    "a hook on the node that accumulates the gradient of arena.storage would be lost, for another "
+    "shape takes another node: register the hook on arena.storage itself"
+)
+_MIXED = (
+    "the rows of this table and those of the one that it is averaged or copied from have come to "
+    "lie in different places, so that its numbers mix rows: average to_embedding(), do not promote "
+    "while averaging, or load a state dict as a whole"
+)
+
+
+def unrecorded(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate a method that makes tensors to keep: no gradient, and none of inference mode's."""
+    decorated: Callable[..., Any] = torch.inference_mode(False)(torch.no_grad()(call))
+    return decorated
+
+
+class Locations(nn.Module, Rows):
+    """Rows in one flat Parameter and where they lie: an arena before any row moves.
+
+    The arguments are those of :class:`~esapn_kernels.storage.arena.Arena`.
+
+    Attributes:
+        storage: Parameter ``[capacity]``; zero wherever no row has been written.
+        row_start: int32 (int64 past 2^31 elements) ``[N + 1]``: first element, -1 for no row. The
+            last entry is a sink, always -1.
+        page_level: int8 ``[pages + 1]``, -1 for a free page; the last entry is a sink.
+        row_size: int64 ``[n]``: the sizes, so that a checkpoint says what its levels are.
+        moves: int64, calls by which rows may have moved; in no checkpoint. A copy that is updated
+            in place (an average of parameters) tells from it that its rows lie elsewhere.
+    """
+
+    storage: nn.Parameter
+    row_start: Tensor
+    page_level: Tensor
+    row_size: Tensor
+    moves: Tensor
+    followers: Followers
+    _initial_level: Tensor | None
+    _free: FreeLists | None
+    # The tensors last accepted, how often row_start and moves were written to then, the layout.
+    _held: tuple[Tensor, Tensor, Tensor, Tensor, int, int, Layout] | None
+    # What moves should hold (None: a CUDA graph counts), and a digest of row_start, if known.
+    _counted: int | None
+    _digest: Tensor | int | None
+
+    def __init__(
+        self,
+        num_rows: int,
+        sizes: Sequence[int],
+        *,
+        level: int | Tensor = 0,
+        max_elements: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_rows = num_rows
+        self.max_elements = max_elements
+        self.sizes = tuple(sizes)
+        self.page = page_elements(self.sizes, num_rows)
+        self.rows_per_page = [self.page // d for d in self.sizes]
+        if not isinstance(level, Tensor):
+            level = torch.full((num_rows,), level, dtype=torch.int8, device="cpu")
+        level = level.cpu()
+        starts, page_level = self._place(level)
+        self.storage = nn.Parameter(
+            torch.zeros((len(page_level) - 1) * self.page, device=device, dtype=dtype)
+        )
+        self._free = self._held = self._digest = None
+        self._set_locations(starts, page_level)
+        # On the meta device there are no locations: to_empty makes them, and needs to know.
+        self._initial_level = level if self.storage.is_meta else None
+        self.followers = Followers(self)
+
+    def _place(self, level: Tensor) -> tuple[Tensor, Tensor]:
+        """``row_start`` and ``page_level`` of the densest placement, sinks and all, on the CPU.
+
+        Raises:
+            ValueError: ``max_elements`` allows fewer pages.
+        """
+        with torch.device("cpu"):
+            starts, page_level, _ = place_densely(level, self.sizes, self.page)
+            elements = len(page_level) * self.page
+            if self.max_elements is not None and elements > self.max_elements:
+                raise ValueError(
+                    f"the rows take {elements} elements, max_elements={self.max_elements} "
+                    "allows fewer"
+                )
+            sink = torch.tensor([-1])
+            starts = torch.cat([starts, sink]).to(index_dtype(elements))
+            return starts, torch.cat([page_level, sink.to(torch.int8)])
+
+    def _set_locations(self, row_start: Tensor, page_level: Tensor) -> None:
+        """Make every buffer anew."""
+        device = self.storage.device
+        self.register_buffer("row_start", row_start.to(device))
+        self.register_buffer("page_level", page_level.to(device))
+        self.register_buffer("row_size", torch.tensor(self.sizes, device="cpu").to(device))
+        moves = torch.zeros((), dtype=torch.int64, device=device)
+        self.register_buffer("moves", moves, persistent=False)
+        self._counted = 0
+        self._accept()
+
+    @torch.inference_mode(False)
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> nn.Module:
+        """As ``nn.Module``'s, but that integers stay what they are."""
+        self._refuse_mixed()
+        level = self._initial_level if self._is_on_meta() else None
+        if self.moves.is_meta and not self.storage.is_meta:
+            self._count_anew()  # no loader brings it
+
+        def keep(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            if tensor.is_floating_point() or result.dtype == tensor.dtype:
+                return result
+            return tensor.to(result.device)
+
+        super()._apply(keep, recurse)
+        self._free = None
+        if level is not None and not self.storage.is_meta:
+            self._set_locations(*self._place(level))
+            self._initial_level = None
+        return self
+
+    def _is_on_meta(self) -> bool:
+        return all(tensor.is_meta for tensor in self._tensors().values())
+
+    # ---- where the rows lie -------------------------------------------------------------------
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """``storage``."""
+        return self.storage
+
+    @property
+    def layout(self) -> Layout:
+        """Where the rows lie, as the lookup takes it.
+
+        Raises:
+            RuntimeError: the tensors were replaced by some that do not fit together, or written to
+                so that rows are mixed (see ``moves``).
+        """
+        # Past nn.Module's own lookup of attributes, for the sake of small batches.
+        buffers: Any = self._buffers
+        row_start, page_level = buffers["row_start"], buffers["page_level"]
+        if torch.compiler.is_compiling():
+            return self._sliced(row_start, page_level)
+        if self._held is not None:
+            storage, start, level, moves, starts_written, moves_written, layout = self._held
+            try:
+                if (
+                    start is row_start
+                    and level is page_level
+                    and storage is self._parameters["storage"]
+                    and moves is buffers["moves"]
+                    and starts_written == row_start._version
+                    and moves_written == moves._version
+                ):
+                    return layout
+            except RuntimeError:
+                pass  # inference tensors do not count what is written to them
+        return self._look()
+
+    def _sliced(self, row_start: Tensor, page_level: Tensor) -> Layout:
+        return Layout(row_start[:-1], page_level[:-1], self.sizes, self.page)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint holds."""
+        names = ("storage", "row_start", "page_level", "row_size")
+        return {name: getattr(self, name) for name in names}
+
+    @torch.inference_mode(False)
+    def _look(self) -> Layout:
+        """The layout of tensors that others have put here or written to, which are looked at."""
+        layout = self._sliced(self.row_start, self.page_level)
+        tensors = self._tensors()
+        plain = all(type(t) in (Tensor, nn.Parameter) for t in tensors.values())
+        if not plain or not is_eager() or is_capturing(self.storage) or self._is_on_meta():
+            return layout
+        written = self._is_written()
+        if written and self._is_mixed():
+            raise RuntimeError(_MIXED)
+        on_meta = [name for name, t in tensors.items() if t.is_meta]
+        known = self._digest is not None if written else written is False
+        if known and not on_meta and self._fits_pages():
+            # The numbers that were there, or another storage alone (torch.func.functional_call).
+            self._remember()
+            return layout
+        why = f"{on_meta[0]} has not been loaded" if on_meta else self._misfit(tensors)
+        if why:
+            raise RuntimeError(
+                f"the tensors of the arena do not fit together, {why}: load a state dict as a whole"
+            )
+        if not written:
+            self._recount()
+        self._free = self._initial_level = None
+        self._accept()
+        return layout
+
+    def _fits_pages(self) -> bool:
+        fits = self.storage.shape == ((self.page_level.numel() - 1) * self.page,)
+        return fits and self.storage.is_floating_point()
+
+    def _misfit(self, tensors: Mapping[str, Tensor]) -> str:
+        return misfit(tensors, self.num_rows, self.sizes, self.page)
+
+    def _is_written(self) -> bool | None:
+        """Whether others wrote to the locations accepted last; ``None``: these are others."""
+        held = self._held
+        if held is None or held[1] is not self.row_start or held[2] is not self.page_level:
+            return None
+        if held[3] is not self.moves:
+            return None
+        return (held[4], held[5]) != (version(self.row_start), version(self.moves))
+
+    def _is_mixed(self) -> bool:
+        """Whether what others wrote to the locations says that rows lie elsewhere."""
+        if self._counted is not None and int(self.moves) != self._counted:
+            return True
+        known = self._digest
+        return known is not None and bool(digest(self.row_start) != known)
+
+    def _refuse_mixed(self) -> None:
+        if self._is_written():
+            self._look()
+
+    def _recount(self) -> None:
+        """Other tensors than before: a new ``moves``, unless it came along (to another device)."""
+        moves, counted = self.moves, self._counted
+        if moves.device == self.storage.device and counted in (None, int(moves)):
+            self._counted = int(moves)
+        else:
+            self._count_anew()
+
+    def _count_anew(self) -> None:
+        """The locations are others than all before."""
+        self._counted = (int(self.moves) if self._counted is None else self._counted) + 1
+        self.moves = torch.full((), self._counted, dtype=torch.int64, device=self.storage.device)
+
+    def _accept(self) -> None:
+        """The locations are sound, and storage holds its rows there."""
+        self._digest = digest(self.row_start)
+        self._remember()
+
+    def _remember(self) -> None:
+        """Nothing but the arena itself has written to the locations."""
+        row_start, page_level, moves = self.row_start, self.page_level, self.moves
+        writes = version(row_start), version(moves)
+        layout = self._sliced(row_start, page_level)
+        self._held = self.storage, row_start, page_level, moves, *writes, layout
+
+    def _refuse_strangers(self) -> None:
+        """Raise what :attr:`layout` raises."""
+        _ = self.layout
+
+    # ---- memory that is replaced: growth, compaction ------------------------------------------
+
+    def _refuse_replacing(self, numel: int) -> None:
+        """Raise where memory for ``numel`` elements in place of the present must not be taken."""
+        self._refuse_sharing()
+        if numel != self.storage.numel() and is_hooked(self.storage):
+            raise RuntimeError(_HOOKED)
+
+    def _fresh_followers(self, numel: int) -> list[tuple[Follower, Tensor]]:
+        """Everything that goes with the rows, and memory for it that holds fresh rows."""
+        return [
+            (follower, follower.tensor.new_full((numel,), follower.fresh))
+            for follower in self.followers.per_element()
+        ]
+
+    def _replace(
+        self,
+        storage: Tensor,
+        row_start: Tensor,
+        page_level: Tensor,
+        grown: list[tuple[Follower, Tensor]],
+    ) -> None:
+        """Take new memory, allocated before, for everything: whoever has the old keeps it whole."""
+        # Places saved for a pending backward are no longer where the rows are.
+        if not self.storage.is_inference():
+            torch.autograd.graph.increment_version(self.storage)
+        if storage.shape != self.storage.shape:
+            # A graph that is still alive (the last step's loss) holds the node that accumulates
+            # into storage, and with it the old shape. Only another dtype makes autograd forget it.
+            other = torch.float64 if storage.dtype == torch.float32 else torch.float32
+            self.storage.data = storage.new_empty(0, dtype=other)
+        self.storage.data = storage
+        for follower, value in grown:
+            follower.replace(value)
+        self.row_start.data = row_start
+        self.page_level.data = page_level
+        self._remember()
+
+    def _refuse_sharing(self) -> None:
+        if is_shared([self.storage, self.row_start]):
+            raise RuntimeError(_SHARED)
+
+    # ---- state --------------------------------------------------------------------------------
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        self._refuse_mixed()
+        super()._save_to_state_dict(*args)
+
+    @unrecorded
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, *lists: Any
+    ) -> None:
+        """Take the saved arena's shapes: rows of a checkpoint may have grown. All or nothing.
+
+        Only what is on the meta device takes tensors one by one, and looks at them when it is used.
+        """
+        missing, _, errors = lists
+        saved, own = self._saved(state_dict, prefix), self._tensors()
+        assign = metadata.get("assign_to_params_buffers", False)
+        misfits = self._misfits(saved, prefix)
+        if misfits or not self._is_loadable(saved):
+            errors += misfits
+            missing += [prefix + name for name in own if name not in saved]
+            return
+        if assign:
+            # Of inference tensors copies, from which gradients can be taken.
+            saved = {name: t.clone() if t.is_inference() else t for name, t in saved.items()}
+        if assign or any(t.is_meta for t in own.values()):
+            # What is assigned must be of the shape of what it takes the place of.
+            for name, tensor in saved.items():
+                if tensor.shape != own[name].shape:
+                    self._stand_in(name, tensor)
+        elif saved and saved["storage"].shape != self.storage.shape:
+            numel = saved["storage"].numel()
+            self._replace(
+                self.storage.detach().new_empty(numel),
+                self.row_start.new_empty(self.row_start.shape, dtype=index_dtype(numel)),
+                self.page_level.new_empty(saved["page_level"].shape),
+                self._fresh_followers(numel),
+            )
+        present = {prefix + name: tensor for name, tensor in saved.items()}
+        super()._load_from_state_dict({**state_dict, **present}, prefix, metadata, strict, *lists)
+        if len(saved) == len(own) and not self.storage.is_meta:
+            self._free = self._initial_level = None
+            self._count_anew()
+            self._accept()
+            self.followers.note_loading()
+
+    def _stand_in(self, name: str, saved: Tensor) -> None:
+        """A tensor of the shape of ``saved``, without numbers."""
+        own = getattr(self, name)
+        empty = torch.empty(saved.shape, dtype=own.dtype, device="meta")
+        wanted = own.requires_grad
+        setattr(self, name, nn.Parameter(empty, wanted) if name == "storage" else empty)
+
+    def _saved(self, state_dict: Mapping[str, Any], prefix: str) -> dict[str, Tensor]:
+        """What ``state_dict`` holds of an arena at ``prefix``."""
+        names = (name for name in self._tensors() if prefix + name in state_dict)
+        return {name: state_dict[prefix + name] for name in names}
+
+    def _is_loadable(self, saved: Mapping[str, Tensor]) -> bool:
+        """Whether nothing is missing: a part can be loaded only in place of no numbers at all."""
+        own = self._tensors()
+        return len(saved) in (0, len(own)) or any(t.is_meta for t in own.values())
+
+    def fits(self, state_dict: Mapping[str, Any], prefix: str) -> bool:
+        """Whether a saved arena, if ``state_dict`` holds one at ``prefix``, can be loaded."""
+        saved = self._saved(state_dict, prefix)
+        return self._is_loadable(saved) and not self._misfits(saved, prefix)
+
+    def _misfits(self, saved: Mapping[str, Tensor], prefix: str) -> list[str]:
+        """Why what is saved does not fit this arena; missing keys aside."""
+        own = self._tensors()
+        if len(saved) < len(own):
+            return []
+        rows, name = saved["row_start"].shape, prefix[:-1] or "the arena"
+        if rows != self.row_start.shape:
+            return [
+                f"size mismatch for {prefix}row_start: copying a param with shape {rows} from "
+                f"checkpoint, the shape in current model is {self.row_start.shape}."
+            ]
+        on_meta = any(t.is_meta for t in saved.values())
+        if on_meta and not self._is_on_meta():
+            return [f"{name} was saved on the meta device, without numbers."]
+        sizes, pages = saved["row_size"], saved["page_level"].numel() - 1
+        readable = not on_meta and sizes.dtype == torch.int64
+        numel = saved["storage"].numel()
+        if readable and sizes.tolist() != list(self.sizes) or numel != pages * self.page:
+            return [f"{name} was saved with other sizes than {list(self.sizes)}."]
+        if self.max_elements is not None and numel > self.max_elements:
+            return [
+                f"{name} was saved with {numel} elements, max_elements={self.max_elements} "
+                "allows fewer."
+            ]
+        why = self._misfit(saved)
+        if why:
+            return [f"{name} cannot be loaded: {why}."]
+        if numel != self.storage.numel() and not self._is_on_meta():
+            try:
+                self._refuse_replacing(numel)
+            except RuntimeError as error:
+                return [f"{name} cannot be loaded: {error}."]
+        return []
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._refuse_mixed()
+        # A copy has no fused optimizer, and its own free lists.
+        alone = dict.fromkeys(("_fused", "_free", "_held", "_digest", "followers"))
+        alone["_captured"] = False
+        counted = int(self.moves) if self._counted is None else self._counted
+        accepted = self._is_written() is False
+        return {**self.__dict__, **alone, "_counted": counted, "_accepted": accepted}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        accepted = state.pop("_accepted")
+        super().__setstate__(state)
+        self.followers = Followers(self)
+        if accepted:
+            self._accept()

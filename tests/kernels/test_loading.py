@@ -1,0 +1,463 @@
+"""locations.py: tensors that come from outside are an arena, or are refused in one sentence."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+
+from esapn_kernels import ResizableEmbedding
+from esapn_kernels.ops.chain import chain_numel
+from esapn_kernels.storage.arena import Arena
+
+SIZES = (2, 4, 8)
+N = 90
+IDS = torch.arange(N)
+KEYS = ["storage", "row_start", "page_level", "row_size"]
+
+
+def mixed(**options):
+    """Rows of every size, and free places of every size."""
+    torch.manual_seed(0)
+    module = ResizableEmbedding(N, sizes=SIZES, **options)
+    module.promote(IDS[30:])
+    module.promote(IDS[60:])
+    return module
+
+
+def arena_state(module):
+    return {key: module.arena.state_dict()[key].clone() for key in KEYS}
+
+
+def on_meta(**options):
+    with torch.device("meta"):
+        return ResizableEmbedding(N, sizes=SIZES, **options)
+
+
+def free_places(arena):
+    """Free starts by level, and free pages, told one by one."""
+    starts, found = set(arena.row_start[:-1].tolist()), [[] for _ in arena.sizes]
+    for page, level in enumerate(arena.page_level[:-1].tolist()):
+        if level >= 0:
+            places = [
+                page * arena.page + i * arena.sizes[level]
+                for i in range(arena.rows_per_page[level])
+            ]
+            found[level] += [start for start in places if start not in starts]
+    return found, [p for p, level in enumerate(arena.page_level[:-1].tolist()) if level < 0]
+
+
+def works(module, oracle):
+    """Equal outputs now, and equal up to rounding after everything has moved."""
+    assert torch.equal(module(IDS), oracle(IDS))
+    assert torch.equal(module.sizes_of(), oracle.sizes_of())
+    assert torch.equal(module.promote(IDS[:70]), oracle.sizes_of(IDS[:70]) < SIZES[-1])
+    assert torch.allclose(module(IDS), oracle(IDS), atol=1e-5)
+    module.compact()
+    assert torch.allclose(module(IDS), oracle(IDS), atol=1e-5)
+
+
+# ---- what a checkpoint holds --------------------------------------------------------------------
+
+
+def test_what_follows_from_the_locations_is_in_no_checkpoint():
+    arena = mixed().arena
+    assert list(arena.state_dict()) == KEYS
+    assert {name for name, _ in arena.named_buffers()} == {*KEYS[1:], "moves"}
+
+
+def test_free_places_are_derived_lowest_first():
+    module = mixed()
+    module.arena._grow(3)
+    module.arena.free(IDS[::7])
+    for other in (module, copy.deepcopy(module)):
+        rows, pages = free_places(other.arena)
+        if other is not module:
+            assert other.arena._free is None
+        free = other.arena._free_lists()
+        base, counts = free.base.tolist(), free.count.tolist()
+        stacks = [free.rows[b : b + c].tolist() for b, c in zip(base, counts, strict=False)]
+        stacks[-1] = free.pages[: counts[-1]].tolist()
+        assert [sorted(stack) for stack in stacks] == [*rows, pages]
+        if other is not module:
+            assert stacks == [sorted(places, reverse=True) for places in (*rows, pages)]
+    # So the lowest place of a level is taken first.
+    copied = copy.deepcopy(module)
+    lowest = free_places(copied.arena)[0][1][0]
+    copied.arena.insert(torch.tensor([0]), 1)
+    assert int(copied.arena.row_start[0]) == lowest
+
+
+@pytest.mark.parametrize(
+    "move",
+    [
+        lambda m: m.to(torch.float64),
+        lambda m: m.load_state_dict(copy.deepcopy(m.state_dict())),
+        lambda m: setattr(m.arena, "row_start", m.arena.row_start.clone()),
+        lambda m: m.arena.reclaim(),
+        lambda m: m.compact(),
+    ],
+    ids=["to", "load", "replace", "reclaim", "compact"],
+)
+def test_what_was_derived_is_derived_anew(move):
+    module = mixed()
+    module.arena.reclaim()
+    module.arena.free(IDS[60:])
+    first = module.arena._free_lists()
+    move(module)
+    module.arena.layout  # noqa: B018 - looks at the tensors
+    assert module.arena._free is not first
+    rows, pages = free_places(module.arena)
+    assert module.arena._free_lists().count.tolist() == [*map(len, rows), len(pages)]
+
+
+def test_a_resumed_run_has_the_same_bits():
+    """Sums are in the order of ids, so they do not depend on where rows lie."""
+    module = mixed(init_std=0.1)
+    module.reserve(300)
+    ids = torch.randperm(N, generator=torch.Generator().manual_seed(1))[:40]
+    module.arena.free(ids)
+    module.arena.insert(ids[20:], 1)
+    module.arena.insert(ids[:20], 0)
+    module.arena.free(ids[5:15])
+    module.arena.insert(ids[5:15], 2)
+    resumed = mixed()
+    resumed.load_state_dict(module.state_dict())
+    outcome = []
+    for run in (module, resumed):
+        generator = torch.Generator().manual_seed(3)
+        optimizer = torch.optim.SGD(run.parameters(), lr=0.05)
+        for step in range(6):
+            ids = torch.randint(N, (400,), generator=generator)
+            optimizer.zero_grad()
+            (run(ids) - torch.randn(400, 8, generator=generator)).square().mean().backward()
+            optimizer.step()
+            run.promote(ids[: 10 * step])
+        rows = [run.arena.read(i) for i in range(N)]
+        outcome.append((rows, run.chain.detach(), run.arena.row_start))
+    (rows, chain, start), (others, other_chain, other_start) = outcome
+    assert not torch.equal(start, other_start), "nothing lies elsewhere"
+    assert torch.equal(chain, other_chain)
+    assert all(torch.equal(a, b) for a, b in zip(rows, others, strict=True))
+
+
+# ---- tensors that are no arena ------------------------------------------------------------------
+
+
+def swap(state, key, change):
+    state[key] = change(state[key].clone())
+
+
+def put(index, value):
+    def change(tensor):
+        tensor[index] = value
+        return tensor
+
+    return change
+
+
+def two_in_one_place(start):
+    start[1] = start[0]
+    return start
+
+
+BAD = {
+    "start-dtype": ("row_start", lambda t: t.to(torch.int16), "row_start must be int32 or int64"),
+    "start-float": ("row_start", torch.Tensor.float, "row_start must be int32 or int64"),
+    "level-dtype": ("page_level", torch.Tensor.long, "page_level must be int8"),
+    "size-dtype": ("row_size", torch.Tensor.int, "row_size must be int64"),
+    "storage-dtype": ("storage", torch.Tensor.long, "storage must be floating-point"),
+    "storage-rank": ("storage", lambda t: t[:, None], "does not consist of the pages"),
+    "start-sink": ("row_start", put(-1, 0), "must end with -1"),
+    "level-sink": ("page_level", put(-1, 0), "must end with -1"),
+    "level-high": ("page_level", put(0, 3), "page_level must lie between -1 and 2"),
+    "level-low": ("page_level", put(0, -2), "page_level must lie between -1 and 2"),
+    "start-high": ("row_start", put(5, 1 << 20), "row_start must lie between -1 and"),
+    "start-low": ("row_start", put(5, -2), "row_start must lie between -1 and"),
+    "free-page": ("page_level", lambda t: t.fill_(-1), "page_level says is free"),
+    "between": ("row_start", lambda t: put(0, int(t[0]) + 1)(t), "between two places"),
+    "twice": ("row_start", two_in_one_place, "two rows of row_start lie in one place"),
+}
+every_fault = pytest.mark.parametrize("key, change, words", BAD.values(), ids=list(BAD))
+
+
+@every_fault
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("assign", [False, True], ids=["copy", "assign"])
+def test_a_bad_state_is_refused_before_anything_changes(key, change, words, strict, assign):
+    module, source = mixed(), mixed()
+    source.promote(IDS)
+    state = {k: v.clone() for k, v in source.state_dict().items()}
+    swap(state, "arena." + key, change)
+    before = copy.deepcopy(module.state_dict())
+    objects = [*module.parameters(), *module.buffers()]
+    with pytest.raises(RuntimeError, match=words) as caught:
+        module.load_state_dict(state, strict=strict, assign=assign)
+    assert str(caught.value).count("\n") == 1, "more than one sentence"
+    assert all(
+        a is b for a, b in zip(objects, [*module.parameters(), *module.buffers()], strict=True)
+    )
+    for name, value in module.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+@every_fault
+def test_bad_tensors_in_place_are_refused_at_first_use(key, change, words):
+    """As loaders have it that write to ``_parameters`` and ``_buffers``."""
+    module, oracle = mixed(), mixed()
+    bad = change(arena_state(module)[key])
+    if key == "storage":
+        module.arena._parameters[key] = (
+            nn.Parameter(bad) if bad.is_floating_point() else nn.Parameter(bad, False)
+        )
+    else:
+        module.arena._buffers[key] = bad
+    if key == "row_size":
+        # Looked at with the locations, which kernels read.
+        module.arena._buffers["row_start"] = module.arena.row_start.clone()
+    for use in (
+        lambda: module(IDS),
+        lambda: module.promote(IDS),
+        lambda: module.sizes_of(),
+        lambda: module.arena.read(0),
+        lambda: module.compact(),
+        lambda: module.reserve(5),
+    ):
+        with pytest.raises(RuntimeError, match=words):
+            use()
+    module.arena._parameters["storage"] = oracle.arena.storage
+    for name in KEYS[1:]:
+        module.arena._buffers[name] = getattr(oracle.arena, name)
+    works(module, mixed())
+
+
+def test_a_row_that_ends_behind_its_page_is_refused():
+    """Pages whose length no size divides."""
+    arena = Arena(40, (127, 130), level=1)
+    state = arena.state_dict()
+    assert arena.page % 130
+    state["row_start"] = state["row_start"].clone()
+    state["row_start"][0] = arena.page - arena.page % 130
+    with pytest.raises(RuntimeError, match="between two places"):
+        arena.load_state_dict(state)
+
+
+def test_a_state_cast_as_a_whole_is_refused():
+    module = mixed()
+    state = {key: value.bfloat16() for key, value in module.state_dict().items()}
+    with pytest.raises(RuntimeError, match="row_size must be int64|row_start must be int32"):
+        mixed().load_state_dict(state)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_rows_of_another_dtype_load_with_a_cast(dtype):
+    """As torch's own: cast where they are copied, taken as they are where they are assigned."""
+    source, plain = mixed(), nn.Embedding(N, 8)
+    state, weights = source.state_dict(), plain.state_dict()
+    for key in ("arena.storage", "chain"):
+        state[key] = state[key].to(dtype)
+    weights["weight"] = weights["weight"].to(dtype)
+    for assign in (False, True):
+        module, other = ResizableEmbedding(N, sizes=SIZES), nn.Embedding(N, 8)
+        module.load_state_dict(state, assign=assign)
+        other.load_state_dict(weights, assign=assign)
+        assert module.arena.storage.dtype == other.weight.dtype
+        for i in range(0, N, 7):
+            row = module.arena.read(i)
+            assert torch.equal(row, source.arena.read(i).to(dtype).to(row.dtype))
+        assert module.promote(IDS[:5]).all()
+
+
+def test_starts_of_either_dtype_load():
+    source = mixed()
+    state = source.state_dict()
+    state["arena.row_start"] = state["arena.row_start"].long()
+    module = ResizableEmbedding(N, sizes=SIZES)
+    module.load_state_dict(state)
+    assert module.arena.row_start.dtype == torch.int32
+    works(module, source)
+    module.load_state_dict(state, assign=True)
+    assert module.arena.row_start.dtype == torch.int64
+    works(module, source)
+
+
+def test_free_lists_of_old_checkpoints_are_unexpected():
+    source, module = mixed(), ResizableEmbedding(N, sizes=SIZES)
+    state = {**source.state_dict(), "arena.free_rows": torch.zeros(3, dtype=torch.int32)}
+    found = module.load_state_dict(state, strict=False)
+    assert found.unexpected_keys == ["arena.free_rows"] and not found.missing_keys
+    works(module, source)
+
+
+@pytest.mark.parametrize("assign", [False, True], ids=["copy", "assign"])
+@pytest.mark.parametrize("left_out", KEYS)
+def test_a_part_does_not_load_into_a_table(left_out, assign):
+    module, source = mixed(), mixed()
+    source.promote(IDS)
+    state = source.state_dict()
+    del state["arena." + left_out]
+    before = copy.deepcopy(module)
+    found = module.load_state_dict(state, strict=False, assign=assign)
+    assert found.missing_keys == ["arena." + left_out]
+    works(module, before)
+    with pytest.raises(RuntimeError, match=f'Missing key.*"arena.{left_out}"'):
+        module.load_state_dict(state, assign=assign)
+
+
+def test_a_state_without_numbers_is_refused():
+    module, before = mixed(), mixed()
+    with pytest.raises(RuntimeError, match="without numbers"):
+        module.load_state_dict(on_meta().state_dict(), assign=True)
+    works(module, before)
+
+
+def test_a_state_longer_than_allowed_is_refused():
+    small = ResizableEmbedding(N, sizes=SIZES, max_elements=4 * N)
+    before = copy.deepcopy(small)
+    large = mixed()
+    large.promote(IDS)
+    with pytest.raises(RuntimeError, match="max_elements"):
+        small.load_state_dict(large.state_dict())
+    assert torch.equal(small(IDS), before(IDS))
+
+
+# ---- modules on the meta device -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", [KEYS, KEYS[::-1]], ids=["storage-first", "storage-last"])
+def test_loading_key_by_key(order):
+    """``module.load_state_dict({key: tensor}, strict=False, assign=True)`` on every submodule."""
+    source, lazy = mixed(), on_meta()
+    assert lazy.arena.storage.shape != source.arena.storage.shape
+    for key in order:
+        tensor = source.arena.state_dict()[key].clone()
+        lazy.arena.load_state_dict({key: tensor}, strict=False, assign=True)
+        assert getattr(lazy.arena, key).data_ptr() == tensor.data_ptr()
+        if key not in (order[-1], "row_size"):
+            with pytest.raises(RuntimeError, match="has not been loaded"):
+                lazy.sizes_of()
+    lazy.load_state_dict({"chain": source.chain.detach().clone()}, strict=False, assign=True)
+    lazy = lazy.to("cpu")
+    works(lazy, source)
+    lazy(IDS).sum().backward()
+    assert isinstance(lazy.arena.storage, nn.Parameter) and lazy.arena.storage.requires_grad
+
+
+@pytest.mark.parametrize("garbage", [0, 94_283_742_911, None])
+def test_tensors_put_into_a_module(garbage):
+    """Past ``load_state_dict``; what is in no checkpoint is left on meta, or filled with bits."""
+    source, lazy = mixed(), on_meta(initial_size=4)
+    for name in KEYS:
+        tensor = source.arena.state_dict()[name].clone()
+        if name == "storage":
+            lazy.arena._parameters[name] = nn.Parameter(tensor)
+        else:
+            lazy.arena._buffers[name] = tensor
+    if garbage is not None:
+        lazy.arena._buffers["moves"] = torch.tensor(garbage)
+    lazy._parameters["chain"] = nn.Parameter(source.chain.detach().clone())
+    works(copy.deepcopy(lazy), source)
+    works(lazy.to("cpu"), source)
+
+
+def test_to_empty_makes_the_initial_layout():
+    lazy = on_meta(initial_size=4).to_empty(device="cpu")
+    lazy.reset_parameters()
+    assert lazy.sizes_of().tolist() == [4] * N
+    assert lazy.promote(IDS).all() and lazy.sizes_of().tolist() == [8] * N
+    # A table has none to go back to.
+    module = mixed()
+    with torch.no_grad():
+        module.to_empty(device="cpu")
+        module.arena.row_start.fill_(7)
+    with pytest.raises(RuntimeError, match="do not fit together"):
+        module(IDS)
+
+
+def test_functional_call_keeps_what_is_known():
+    """Another storage for one call is no other table."""
+    module = mixed()
+    free = module.arena._free_lists()
+    doubled = {"arena.storage": 2 * module.arena.storage}
+    out = torch.func.functional_call(module, doubled, (IDS[60:],))
+    assert torch.equal(out, 2 * module(IDS[60:])) and module.arena._free is free
+    short = {"arena.storage": module.arena.storage[:-2]}
+    with pytest.raises(RuntimeError, match="does not consist of the pages"):
+        torch.func.functional_call(module, short, (IDS,))
+    assert module(IDS).shape == (N, 8)
+
+
+# ---- integers stay integers ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "move",
+    [
+        lambda m: m.type(torch.float64),
+        lambda m: m.to(torch.float16),
+        lambda m: m.double(),
+        lambda m: m._apply(lambda t: t.to(torch.bfloat16)),
+        lambda m: m._apply(lambda t: t.clone().half()),
+        lambda m: m.share_memory(),
+        lambda m: m.to("cpu", torch.float64),
+    ],
+    ids=["type", "to", "double", "apply", "clone", "share", "device"],
+)
+def test_locations_keep_their_dtypes(move):
+    module = mixed()
+    oracle = copy.deepcopy(module)
+    moved = move(module)
+    dtypes = [moved.arena.get_buffer(n).dtype for n in ("row_start", "page_level", "row_size")]
+    assert dtypes == [torch.int32, torch.int8, torch.int64]
+    assert moved.arena.moves.dtype == torch.int64
+    oracle = oracle.to(moved.chain.dtype)
+    assert torch.equal(moved(IDS), oracle(IDS)) and torch.equal(moved.sizes_of(), oracle.sizes_of())
+
+
+def test_saving_to_a_file_and_back():
+    module, file = mixed(), io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    works(torch.load(file, weights_only=False), module)
+
+
+# ---- laying rows out anew -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("level", range(3))
+def test_lay_out(level):
+    module = mixed()
+    arena, optimizer = module.arena, torch.optim.Adam(module.parameters())
+    module(IDS).sum().backward()
+    optimizer.step()
+    objects = arena.storage, arena.row_start, arena.page_level
+    arena.lay_out(level)
+    assert objects == (arena.storage, arena.row_start, arena.page_level)
+    assert arena.level().tolist() == [level] * N and not arena.storage.any()
+    fresh = Arena(N, SIZES, level=level)
+    assert torch.equal(arena.row_start, fresh.row_start)
+    assert arena.storage.shape == fresh.storage.shape == arena.storage.grad.shape
+    assert not arena.storage.grad.any() and not optimizer.state[arena.storage]["exp_avg"].any()
+    assert torch.equal(module.promote(IDS[:9]), torch.full((9,), level < 2))
+    module(IDS).sum().backward()
+    optimizer.step()
+
+
+def test_lay_out_keeps_to_what_is_allowed():
+    arena = Arena(N, SIZES, max_elements=3 * N)
+    arena.storage.data.normal_()
+    before = copy.deepcopy(arena.state_dict())
+    with pytest.raises(ValueError, match="max_elements=270 allows fewer"):
+        arena.lay_out(2)
+    for name, value in arena.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    chain = torch.zeros(chain_numel(SIZES))
+    assert arena.promote(IDS[:3], chain).all()
+
+
+def test_lay_out_on_the_meta_device():
+    arena = Arena(N, SIZES, device="meta")
+    arena.lay_out(2)
+    arena.to_empty(device="cpu")
+    assert arena.level().tolist() == [2] * N and arena.storage.numel() >= 8 * N
