@@ -669,9 +669,35 @@ class ResizableEmbedding(nn.Embedding):
         return text if self.chain is None else f"{text}, sizes={self.sizes}"
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        # All or nothing: hops without the rows that they belong to would be another table.
-        if isinstance(self.arena, Table) or self.arena.fits(state_dict, prefix + "arena."):
-            super()._load_from_state_dict(state_dict, prefix, *args)
+        if isinstance(self.arena, Arena):
+            if prefix + "weight" in state_dict:
+                args[-1].extend(self._take_table(self.arena, state_dict, prefix))
+            # All or nothing: hops without the rows that they belong to would be another table.
+            if not self.arena.fits(state_dict, prefix + "arena."):
+                return
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _take_table(self, arena: Arena, state_dict: Any, prefix: str) -> list[str]:
+        """Put rows of several sizes, all at the largest, in the place of a ``weight``, ``[N, D]``.
+
+        Returns:
+            Why that cannot be.
+        """
+        rows, shape = state_dict[prefix + "weight"], (arena.num_rows, arena.sizes[-1])
+        if rows.shape != shape:
+            return [
+                f"size mismatch for {prefix}weight: copying a param with shape {rows.shape} from "
+                f"checkpoint, the shape in current model is {torch.Size(shape)}."
+            ]
+        try:
+            state = arena.state_of(rows)
+        except ValueError as error:
+            return [f"{prefix}weight cannot be loaded: {error}."]
+        del state_dict[prefix + "weight"]
+        state_dict.update({f"{prefix}arena.{name}": tensor for name, tensor in state.items()})
+        if not self.chain.is_meta:
+            state_dict.setdefault(prefix + "chain", self.chain.detach())  # the hops stay
+        return []
 
 
 _DEFAULTS = {"norm_type": 2.0, "scale_grad_by_freq": False, "sparse": False}

@@ -121,9 +121,7 @@ def index_dtype(numel: int) -> torch.dtype:
     return torch.int32 if numel <= _INT32_LIMIT else torch.int64
 
 
-def place_densely(
-    level: Tensor, sizes: Sequence[int], page: int
-) -> tuple[Tensor, Tensor, list[Tensor]]:
+def place_densely(level: Tensor, sizes: Sequence[int], page: int) -> tuple[Tensor, Tensor]:
     """The densest placement of rows of the given levels, level after level.
 
     Args:
@@ -131,12 +129,10 @@ def place_densely(
         sizes, page: as in :class:`Layout`.
 
     Returns:
-        Row starts int64 ``[N]``, page levels int8 ``[pages]``, and for every level the starts of
-        the rows left free in its last page, lowest last.
+        Row starts int64 ``[N]`` and page levels int8 ``[pages]``.
     """
     starts = torch.full((len(level),), -1, dtype=torch.int64, device=level.device)
     page_level: list[Tensor] = []
-    free: list[Tensor] = []
     pages = 0
     for k, dim in enumerate(sizes):
         per = page // dim
@@ -145,10 +141,9 @@ def place_densely(
         slots = torch.arange(need * per, device=level.device)
         place = (pages + slots // per) * page + slots % per * dim
         starts[mine] = place[: len(mine)]
-        free.append(place[len(mine) :].flip(0))
         page_level.append(torch.full((need,), k, dtype=torch.int8, device=level.device))
         pages += need
-    return starts, torch.cat(page_level), free
+    return starts, torch.cat(page_level)
 
 
 def row_table(flat: Tensor, dim: int) -> Tensor:

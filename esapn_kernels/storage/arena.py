@@ -433,27 +433,6 @@ class Arena(Locations):
         self._replace(storage, starts, page_level, grown)
         self._free = None
 
-    @unrecorded
-    @with_dense_gradient
-    def lay_out(self, level: int) -> None:
-        """Make every row one of ``level``, all zeros, in order, with fresh state.
-
-        Raises:
-            ValueError: ``max_elements`` does not allow it; nothing is changed.
-        """
-        levels = torch.full((self.num_rows,), level, dtype=torch.int8, device="cpu")
-        row_start, page_level = self._place(levels)
-        numel, device = (len(page_level) - 1) * self.page, self.storage.device
-        self._refuse_replacing(numel)
-        storage, grown = self.storage.detach().new_zeros(numel), self._fresh_followers(numel)
-        self._replace(storage, row_start.to(device), page_level.to(device), grown)
-        for follower in self.followers.per_id():
-            follower.tensor.fill_(follower.fresh)
-        self.followers.forget_layout()
-        self._free, self._initial_level = None, levels if self.storage.is_meta else None
-        self._count_anew()
-        self._accept()
-
 
 def _refuse_repeated(ids: Tensor, call: str) -> None:
     if ids.numel() != ids.unique().numel():

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..ops.backend import is_capturing
 from ..ops.checks import is_eager
-from ..ops.layout import Layout, index_dtype, page_elements, place_densely
+from ..ops.layout import Layout, index_dtype, page_elements, place_densely, row_table
 from .checks import digest, is_hooked, is_shared, misfit, version
 from .followers import Follower, Followers
 from .free import FreeLists
@@ -112,7 +112,7 @@ class Locations(nn.Module, Rows):
             ValueError: ``max_elements`` allows fewer pages.
         """
         with torch.device("cpu"):
-            starts, page_level, _ = place_densely(level, self.sizes, self.page)
+            starts, page_level = place_densely(level, self.sizes, self.page)
             elements = len(page_level) * self.page
             if self.max_elements is not None and elements > self.max_elements:
                 raise ValueError(
@@ -373,6 +373,21 @@ class Locations(nn.Module, Rows):
             self._count_anew()
             self._accept()
             self.followers.note_loading()
+
+    def state_of(self, rows: Tensor) -> dict[str, Tensor]:
+        """What a checkpoint would hold, were all rows of the largest size and these, ``[N, D]``.
+
+        Raises:
+            ValueError: ``max_elements`` does not allow it.
+        """
+        levels = torch.full((self.num_rows,), len(self.sizes) - 1, dtype=torch.int8, device="cpu")
+        row_start, page_level = (place.to(rows.device) for place in self._place(levels))
+        storage = rows.detach().new_zeros((len(page_level) - 1) * self.page)
+        if self.num_rows:
+            row_table(storage, self.sizes[-1]).index_copy_(0, row_start[:-1].long(), rows.detach())
+        sizes = torch.tensor(self.sizes, device=rows.device)
+        state = (storage, row_start, page_level, sizes)
+        return dict(zip(self._tensors(), state, strict=True))
 
     def _stand_in(self, name: str, saved: Tensor) -> None:
         """A tensor of the shape of ``saved``, without numbers."""

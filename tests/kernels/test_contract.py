@@ -696,6 +696,56 @@ def test_refusals_of_our_own():
         ONE(N, D, sparse=True, backend="reference")
 
 
+def test_options_set_later():
+    """What is refused at construction is refused at the next lookup, before any row changes."""
+    for name, value, error in (
+        ("max_norm", 0.5, NotImplementedError),
+        ("sparse", True, RuntimeError),
+        ("padding_idx", N, AssertionError),
+        ("backend", "cuda", ValueError),
+    ):
+        module = RAGGED(N, D, scale_grad_by_freq=name == "sparse")
+        before = state_of(module)
+        setattr(module, name, value)
+        with pytest.raises(error):
+            module(IDS)
+        assert_same_state(module, before)
+    module = RAGGED(N, D)
+    module.init = "xavier"
+    with pytest.raises(ValueError, match="linear, isometric or padded"):
+        module.reset_parameters()
+    theirs, ours = nn.Embedding(N, D), RAGGED(N, D)
+    for made in (theirs, ours):
+        made.padding_idx = -1  # counted from the end here, too
+        made(torch.tensor([N - 1, 3])).sum().backward()
+    assert not theirs.weight.grad[N - 1].any()
+    start = int(ours.arena.row_start[N - 1])
+    assert not ours.arena.storage.grad[start : start + int(MIXED[N - 1])].any()
+
+
+def test_rows_cannot_be_added_from_outside():
+    """num_embeddings is what it was: ids beyond the rows stay out of range."""
+    module = RAGGED(N, D)
+    module.num_embeddings = N + 5
+    for call in (module, module.promote, module.sizes_of):
+        with pytest.raises(IndexError):
+            call(torch.tensor([N]))
+    assert module.weight.shape == (N, D) and len(module.sizes_of()) == N
+    with pytest.raises(AttributeError):
+        module.sizes = (2, 8)
+
+
+@every_class
+def test_traced_in_a_parent(make):
+    parent = nn.Sequential(make(N, D), nn.Linear(D, 2))
+    traced = torch.fx.symbolic_trace(parent)
+    assert [node.op for node in traced.graph.nodes][1] == "call_module"
+    assert torch.equal(traced(IDS), parent(IDS))
+    if make is RAGGED:
+        with pytest.raises(TypeError, match="trace a module that holds it"):
+            torch.fx.symbolic_trace(parent[0])
+
+
 # ---- derivatives and transforms -----------------------------------------------------------------
 
 
@@ -949,6 +999,42 @@ def test_rows_of_other_sizes_load():
     fresh.load_state_dict(through_file(saved.state_dict()))
     assert fresh.arena.storage is storage and torch.equal(fresh(IDS), saved(IDS))
     assert torch.equal(fresh.sizes_of(), saved.sizes_of())
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("parent", [False, True])
+def test_a_table_loads_into_several_sizes(parent, assign):
+    """From nn.Embedding, or ours of one size: rows at the largest size; hops stay."""
+    for make in (nn.Embedding, ONE):
+        plain, ours = make(N, D), RAGGED(N, D, padding_idx=0)
+        adam = torch.optim.Adam(ours.parameters())
+        ours(IDS).sum().backward()
+        adam.step()
+        chain = ours.chain.detach().clone()
+        assert ours.promote(torch.arange(5)).any()
+        source, target = (nn.Sequential(m) if parent else m for m in (plain, ours))
+        given = source.state_dict()
+        keys = list(given)
+        assert (
+            str(target.load_state_dict(given, assign=assign)) == "<All keys matched successfully>"
+        )
+        assert list(given) == keys
+        assert torch.equal(ours(torch.arange(N)), plain.weight)
+        assert ours.sizes_of().tolist() == [D] * N and torch.equal(ours.chain, chain)
+        back = nn.Embedding(N, D)
+        back.load_state_dict(ours.to_embedding().state_dict())
+        assert torch.equal(back.weight, plain.weight)
+    limited = ResizableEmbedding(N, D, sizes=SIZES, max_elements=2 * N)
+    for module, weight, words in (
+        (RAGGED(N, D), torch.zeros(N + 1, D), "size mismatch for weight"),
+        (RAGGED(N, D), torch.zeros(N, D + 1), "size mismatch for weight"),
+        (limited, torch.zeros(N, D), "max_elements=24 allows fewer"),
+    ):
+        before = state_of(module)
+        for strict in (True, False):
+            with pytest.raises(RuntimeError, match=words):
+                module.load_state_dict({"weight": weight}, strict=strict)
+            assert_same_state(module, before)
 
 
 def without_the_numbers(text):

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from esapn_kernels import ResizableEmbedding
-from esapn_kernels.ops.chain import chain_numel
 from esapn_kernels.storage.arena import Arena
 
 SIZES = (2, 4, 8)
@@ -423,41 +422,3 @@ def test_saving_to_a_file_and_back():
 
 
 # ---- laying rows out anew -----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("level", range(3))
-def test_lay_out(level):
-    module = mixed()
-    arena, optimizer = module.arena, torch.optim.Adam(module.parameters())
-    module(IDS).sum().backward()
-    optimizer.step()
-    objects = arena.storage, arena.row_start, arena.page_level
-    arena.lay_out(level)
-    assert objects == (arena.storage, arena.row_start, arena.page_level)
-    assert arena.level().tolist() == [level] * N and not arena.storage.any()
-    fresh = Arena(N, SIZES, level=level)
-    assert torch.equal(arena.row_start, fresh.row_start)
-    assert arena.storage.shape == fresh.storage.shape == arena.storage.grad.shape
-    assert not arena.storage.grad.any() and not optimizer.state[arena.storage]["exp_avg"].any()
-    assert torch.equal(module.promote(IDS[:9]), torch.full((9,), level < 2))
-    module(IDS).sum().backward()
-    optimizer.step()
-
-
-def test_lay_out_keeps_to_what_is_allowed():
-    arena = Arena(N, SIZES, max_elements=3 * N)
-    arena.storage.data.normal_()
-    before = copy.deepcopy(arena.state_dict())
-    with pytest.raises(ValueError, match="max_elements=270 allows fewer"):
-        arena.lay_out(2)
-    for name, value in arena.state_dict().items():
-        assert torch.equal(value, before[name]), name
-    chain = torch.zeros(chain_numel(SIZES))
-    assert arena.promote(IDS[:3], chain).all()
-
-
-def test_lay_out_on_the_meta_device():
-    arena = Arena(N, SIZES, device="meta")
-    arena.lay_out(2)
-    arena.to_empty(device="cpu")
-    assert arena.level().tolist() == [2] * N and arena.storage.numel() >= 8 * N

@@ -43,7 +43,6 @@ GROWING = {
     "promote": lambda m: [m.promote(IDS) for _ in SIZES],
     "reserve": lambda m: m.reserve(500),
     "compact": lambda m: m.compact(),
-    "lay-out": lambda m: m.arena.lay_out(2),
 }
 
 
@@ -140,13 +139,13 @@ def test_an_exported_program_gives_its_sources_outputs(room, call):
     assert torch.equal(program.module()(IDS), outputs(module))
 
 
-@pytest.mark.parametrize("call", ["reserve", "compact", "lay_out", "load_state_dict"])
+@pytest.mark.parametrize("call", ["reserve", "compact", "load_state_dict"])
 def test_memory_that_runs_out_changes_nothing(call):
     """Everything is allocated before anything is replaced: no row is lost, nor its gradient."""
     module, larger = mixed(), mixed()
     larger.promote(IDS)
     module(IDS).sum().backward()
-    arguments = {"reserve": 500, "lay_out": 2, "load_state_dict": larger.arena.state_dict()}
+    arguments = {"reserve": 500, "load_state_dict": larger.arena.state_dict()}
     names = ("new_full", "new_zeros", "new_empty", "to")
     before = copy.deepcopy(module)
     grad = module.arena.storage.grad.clone()
@@ -208,7 +207,7 @@ def test_growth_under_a_hook_on_the_node_is_refused(kind):
         lambda: module.promote(IDS),
         lambda: module.reserve(500),
         lambda: module.compact(),
-        lambda: module.arena.lay_out(2),
+        lambda: module.load_state_dict({"weight": torch.randn(N, 8)}),
         lambda: module.load_state_dict(grown.state_dict()),
     ):
         with pytest.raises(RuntimeError, match=r"register the hook on arena\.storage itself"):
@@ -307,8 +306,9 @@ def test_an_average_of_rows_that_moved_is_refused(kind):
     average.update_parameters(module)
     with pytest.raises(RuntimeError, match="average to_embedding"):
         table(IDS)
-    table.arena.lay_out(1)
-    assert table.sizes_of().tolist() == [4] * N and table.promote(IDS).all()
+    weight = torch.randn(N, 8)
+    table.load_state_dict({"weight": weight})
+    assert torch.equal(table(IDS), weight[IDS])
 
 
 def test_an_average_grows_with_its_source():
@@ -391,7 +391,6 @@ MOVING = {
     "free": lambda m: m.arena.free(IDS[:3]),
     "compact": lambda m: m.compact(),
     "reserve": lambda m: m.reserve(5000),
-    "lay-out": lambda m: m.arena.lay_out(2),
     "load": lambda m: m.load_state_dict(ResizableEmbedding(N, sizes=SIZES).state_dict()),
 }
 
@@ -486,7 +485,6 @@ CALLS = {
     "insert": lambda m: m.arena.insert(IDS.clone()[-1:], 0),
     "free": lambda m: m.arena.free(IDS.clone()[:5]),
     "reclaim": lambda m: m.arena.reclaim(),
-    "lay-out": lambda m: m.arena.lay_out(1),
     "read": lambda m: m.arena.read(3),
     "reset": lambda m: (torch.manual_seed(5), m.reset_parameters()),
     "dense": lambda m: full(m).to_embedding().weight,
