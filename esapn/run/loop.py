@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from esapn_kernels.storage.arena import Arena
 
 from ..config import ConfigError, SearchConfig
 from ..data.ratings import SIDES, Ratings
@@ -253,11 +255,18 @@ class Run:
             run=self,
         )
 
+    def _arenas(self) -> Iterator[tuple[str, Arena]]:
+        """Where rows of several sizes lie, by side."""
+        for name, table in self.model.tables().items():
+            if isinstance(table.arena, Arena):
+                yield name, table.arena
+
     def state_dict(self) -> dict[str, Any]:
         """Everything that the run's future depends on; tensors, numbers, strings and lists."""
         return {
             "index": self.index,
             "model": self.model.state_dict(),
+            "free": {name: arena.free_places() for name, arena in self._arenas()},
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "search": None if self.search is None else self.search.state_dict(),
             "measures": self.measures.state_dict(),
@@ -270,6 +279,8 @@ class Run:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where the run that gave ``state`` stood; on a CPU bit for bit."""
         self.model.load_state_dict(state["model"])
+        for name, arena in self._arenas():
+            arena.order_free_places(state["free"][name])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             # Without gradients this moves nothing: it only makes the arenas follow the optimizer,
             # whose state then stays with the rows from the first promotion on.

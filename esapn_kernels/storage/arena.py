@@ -94,6 +94,24 @@ class Arena(Locations):
         """Derive the free lists anew, before the next row moves: for replicas of one state."""
         self._free = None
 
+    def free_places(self) -> list[Tensor]:
+        """Starts of the free rows of every level, and the free pages, what is taken first last.
+
+        A checkpoint of the arena does without: a loaded arena takes the lowest places first. So
+        rows that move later lie elsewhere than in the arena that was saved, unless it also takes
+        the order, by :meth:`order_free_places`. No output depends on it.
+        """
+        return [stack.clone() for stack in self._free_lists().stacks()]
+
+    @unrecorded
+    def order_free_places(self, places: Sequence[Tensor]) -> None:
+        """Take the order that :meth:`free_places` of an arena of the same layout gave.
+
+        Raises:
+            ValueError: other rows or pages are free; nothing is changed.
+        """
+        self._free_lists().reorder(places)
+
     def _free_lists(self) -> FreeLists:
         """Free rows and pages; derived from the locations where they are not known."""
         if self._free is None:

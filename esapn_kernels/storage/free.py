@@ -72,6 +72,27 @@ class FreeLists:
         free = (~taken).nonzero()[:, 0].flip(0)
         return pages[free // per] * self.page + free % per * dim
 
+    def stacks(self) -> list[Tensor]:
+        """Every level's stack, then that of the pages; what is taken first stands last."""
+        *heights, pages = self.count.tolist()
+        levels = zip(self.rows[:-1].split(self.room), heights, strict=True)
+        return [*(stack[:height] for stack, height in levels), self.pages[:pages]]
+
+    def reorder(self, stacks: Sequence[Tensor]) -> None:
+        """Take the order of ``stacks``, which another arena of the same layout gave.
+
+        Raises:
+            ValueError: other rows or pages are free; nothing is changed.
+        """
+        present = self.stacks()
+        if len(stacks) != len(present) or any(
+            not torch.equal(mine.sort()[0], given.to(mine).sort()[0])
+            for mine, given in zip(present, stacks, strict=True)
+        ):
+            raise ValueError("the order is of free rows and pages that are not free here")
+        for mine, given in zip(present, stacks, strict=True):
+            mine.copy_(given)
+
     def at(self, layout: Layout, owner: Tensor | None) -> Places:
         """What rows that move on ``layout`` work on."""
         return Places(

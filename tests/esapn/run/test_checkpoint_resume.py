@@ -55,10 +55,12 @@ class Run:
 
     def state(self) -> dict:
         optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
-        return {"model": self.model.state_dict(), "optimizers": optimizers}
+        free = self.embedding.arena.free_places()
+        return {"model": self.model.state_dict(), "free": free, "optimizers": optimizers}
 
     def resume(self, saved: dict) -> None:
         self.model.load_state_dict(saved["model"])
+        self.embedding.arena.order_free_places(saved["free"])
         self.build()
         for optimizer, its in zip(self.optimizers, saved["optimizers"], strict=True):
             # Without gradients a step does nothing but have the arena follow the optimizer, whose
