@@ -1,6 +1,6 @@
 """Checkpoints of a run: whole or not there, and found out when damaged.
 
-    folder/step-000001200.pt      ESAPN checkpoint 1 sha256 <64 hex> bytes <20 digits>\\n
+    folder/step-000001200.pt      ESAPN checkpoint 2 sha256 <64 hex> bytes <20 digits>\\n
            step-000001500.pt      followed by what torch.save wrote, of that digest and length
 
 A checkpoint is written under a temporary name, brought to the disk and renamed, so that a process
@@ -33,7 +33,7 @@ from ..errors import UserError
 
 __all__ = ["Checkpoint", "CheckpointError", "load", "rng_state", "save", "set_rng_state"]
 
-_MAGIC = b"ESAPN checkpoint 1 "
+_MAGIC = b"ESAPN checkpoint 2 "
 _NAME = re.compile(r"step-(\d{9,})\.pt(\.tmp)?")
 _CHUNK = 1 << 20
 # Of torch.load(weights_only=True); subclasses, which it refuses, are not among them.
