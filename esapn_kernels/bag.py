@@ -218,7 +218,7 @@ class ResizableEmbeddingBag(ResizableEmbedding, nn.EmbeddingBag):
         """The plain ``nn.EmbeddingBag(N, D)`` with the same outputs."""
         return nn.EmbeddingBag.from_pretrained(
             self._dense(),
-            not self.arena.parameter.requires_grad,
+            self._is_frozen(),
             self.max_norm,
             self.norm_type,
             self.scale_grad_by_freq,

@@ -443,6 +443,9 @@ class ResizableEmbedding(nn.Embedding):
         if "arena" not in self._modules:
             self.arena = Table(self)
 
+    def _is_frozen(self) -> bool:
+        return not any(parameter.requires_grad for parameter in self.parameters())
+
     def _dense(self) -> Tensor:
         if self.chain is None:
             return self.weight.clone()
@@ -462,7 +465,7 @@ class ResizableEmbedding(nn.Embedding):
         if isinstance(input, fx.Proxy):
             return as_leaf(self, input)
         if self._as_torch():
-            if self.max_norm is not None and not input.is_nested:
+            if self.max_norm is not None and not getattr(input, "is_nested", False):
                 # Before torch scales rows, which it does in front of its own check.
                 check_ids(input, self.weight.shape[0])
             y = F.embedding(
@@ -477,9 +480,11 @@ class ResizableEmbedding(nn.Embedding):
             return y if self.out_dtype is None else y.to(self.out_dtype)
         if isinstance(input, Tensor) and input.is_nested:
             return _look_up_nested(self, input)
-        table = self._parameters["chain"] is None
         # Past nn.Module's own lookup of attributes, for the sake of small batches.
-        arena: Any = self.__dict__["arena"] if table else self._modules["arena"]
+        arena: Any = self._modules.get("arena")
+        table = arena is None
+        if table:
+            arena = self.arena
         options = self._options(arena.num_rows)
         # The torch path finds ids out of range itself, in the same words.
         read = table or self.backend not in ("auto", "torch")
@@ -493,7 +498,10 @@ class ResizableEmbedding(nn.Embedding):
                 torch.embedding_renorm_(rows, input.contiguous(), self.max_norm, self.norm_type)
             storage, chain = weight.reshape(-1), weight.new_empty(0)
         else:
-            storage, chain = arena._parameters["storage"], self._parameters["chain"]
+            storage, chain = arena._parameters.get("storage"), self._parameters.get("chain")
+            if storage is None or chain is None:
+                # Computed: pruned, parametrized, or of a replica of nn.DataParallel.
+                storage, chain = arena.storage, self.chain
         fused = arena.fused_optimizer
         return lookup(
             input,
@@ -518,7 +526,7 @@ class ResizableEmbedding(nn.Embedding):
         if padding_idx is not None and not 0 <= padding_idx < rows:
             padding_idx = self._check_padding(padding_idx, rows)
         if self.sparse or self.max_norm is not None:
-            self._check(several=self._parameters["chain"] is not None)
+            self._check(several="arena" in self._modules)
         return Options(padding_idx, self.scale_grad_by_freq, self.sparse, self.out_dtype)
 
     def sizes_of(self, ids: Tensor | None = None) -> Tensor:
@@ -649,7 +657,7 @@ class ResizableEmbedding(nn.Embedding):
         """The plain ``nn.Embedding(N, D)`` with the same outputs, for serving or export."""
         return nn.Embedding.from_pretrained(
             self._dense(),
-            not self.arena.parameter.requires_grad,
+            self._is_frozen(),
             self.padding_idx,
             self.max_norm,
             self.norm_type,
