@@ -33,7 +33,7 @@ from ..errors import UserError
 
 __all__ = ["Checkpoint", "CheckpointError", "load", "rng_state", "save", "set_rng_state"]
 
-_MAGIC = b"ESAPN checkpoint 1 "
+_MAGIC = b"ESAPN checkpoint 2 "
 _NAME = re.compile(r"step-(\d{9,})\.pt(\.tmp)?")
 _CHUNK = 1 << 20
 # Of torch.load(weights_only=True); subclasses, which it refuses, are not among them.
