@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from .module import ResizableEmbedding, as_leaf
+from .inputs import as_leaf
+from .module import ResizableEmbedding
 
 __all__ = ["ResizableEmbeddingBag"]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -12,7 +11,17 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from .ops.chain import chain_numel, split_chain
+from .arguments import (
+    check_floating,
+    check_mask,
+    check_sizes,
+    count_from_front,
+    default_sizes,
+    initial_level,
+    level_of,
+)
+from .inputs import as_leaf, look_up_nested
+from .ops.chain import chain_numel, draw_hops
 from .ops.checks import check_ids
 from .ops.compose import ComposedCache
 from .ops.layout import row_table
@@ -22,9 +31,7 @@ from .storage.arena import Arena
 from .storage.table import Table
 from .weight import check_assigned, dense_weight
 
-__all__ = ["ResizableEmbedding", "as_leaf"]
-
-_DEFAULT_SIZES = (2, 4, 8, 16, 64, 128)
+__all__ = ["ResizableEmbedding"]
 
 
 class ResizableEmbedding(nn.Embedding):
@@ -143,14 +150,14 @@ class ResizableEmbedding(nn.Embedding):
             if embedding_dim is None and sizes is None and _weight.dim() == 2:
                 embedding_dim = _weight.shape[1]
             device, dtype = _weight.device, _weight.dtype
-        sizes = _check_sizes(_default_sizes(embedding_dim) if sizes is None else sizes)
+        sizes = check_sizes(default_sizes(embedding_dim) if sizes is None else sizes)
         if embedding_dim not in (None, sizes[-1]):
             raise ValueError(
                 f"embedding_dim must be the largest size, {sizes[-1]}, got {embedding_dim}"
             )
         self.num_embeddings = num_embeddings
         self.embedding_dim = sizes[-1]
-        self.padding_idx = self._check_padding(padding_idx, num_embeddings)
+        self.padding_idx = count_from_front(padding_idx, num_embeddings, self._padding_refused)
         self.max_norm = max_norm
         self.norm_type = norm_type
         self.scale_grad_by_freq = scale_grad_by_freq
@@ -159,14 +166,14 @@ class ResizableEmbedding(nn.Embedding):
         self.init = init
         self.backend = backend
         self.out_dtype = out_dtype
-        self._check(len(sizes) > 1)
+        self._check_options(len(sizes) > 1)
         if _weight is not None and list(_weight.shape) != [num_embeddings, self.embedding_dim]:
             raise AssertionError("Shape of weight does not match num_embeddings and embedding_dim")
         if _weight is not None:
             initial_size = self.embedding_dim
-        level = self._initial_level(initial_size, sizes)
+        level = initial_level(initial_size, sizes, num_embeddings, self.padding_idx)
         if len(sizes) > 1:
-            _check_floating(dtype)
+            check_floating(dtype)
             self._make_arena(sizes, level, max_elements, device, dtype)
             self.reset_parameters()
             if _weight is not None:
@@ -212,7 +219,7 @@ class ResizableEmbedding(nn.Embedding):
         self.chain = nn.Parameter(torch.empty(chain_numel(sizes), device=device, dtype=dtype))
         self._composed = ComposedCache()
 
-    def _check(self, several: bool) -> None:
+    def _check_options(self, several: bool) -> None:
         """Refuse options that exclude each other; of one size torch refuses them itself."""
         if self.backend not in ("auto", "triton", "torch", "reference"):
             raise ValueError(
@@ -231,38 +238,6 @@ class ResizableEmbedding(nn.Embedding):
         if self.sparse and self.backend == "reference":
             raise ValueError("backend 'reference' has no sparse gradients: use sparse=False")
 
-    def _check_padding(self, padding_idx: int | None, rows: int) -> int | None:
-        """``padding_idx`` counted from the front; refused in torch's own words."""
-        if padding_idx is None:
-            return None
-        if not -rows <= padding_idx < rows:
-            raise AssertionError(self._padding_refused)
-        return padding_idx % rows
-
-    def _initial_level(self, size: int | Tensor | None, sizes: tuple[int, ...]) -> int | Tensor:
-        level: int | Tensor
-        if size is None:
-            level = 0
-        elif not isinstance(size, Tensor):
-            level = _level_of(size, sizes)
-        else:
-            if size.shape != (self.num_embeddings,):
-                raise ValueError(
-                    f"initial_size must be one size or [{self.num_embeddings}] sizes, "
-                    f"got shape {list(size.shape)}"
-                )
-            size = size.cpu().contiguous()
-            known = torch.tensor(sizes, device="cpu")
-            level = torch.searchsorted(known, size).clamp(max=len(sizes) - 1)
-            if not torch.equal(known[level], size.to(known.dtype)):
-                raise ValueError(f"initial_size holds sizes that are not among {list(sizes)}")
-            level = level.to(torch.int8)
-        if self.padding_idx is not None and len(sizes) > 1:
-            if not isinstance(level, Tensor):
-                level = torch.full((self.num_embeddings,), level, dtype=torch.int8, device="cpu")
-            level[self.padding_idx] = len(sizes) - 1
-        return level
-
     @property
     def sizes(self) -> tuple[int, ...]:
         """The candidate sizes; with one size the width of ``weight``."""
@@ -279,7 +254,7 @@ class ResizableEmbedding(nn.Embedding):
             self.weight.normal_(0.0, self.init_std)
             self._fill_padding_idx_with_zero()
             return
-        self._check(several=True)
+        self._check_options(several=True)
         storage = self.arena.storage
         if storage.is_meta:
             return
@@ -295,20 +270,7 @@ class ResizableEmbedding(nn.Embedding):
         if self.padding_idx is not None:
             first = int(start[self.padding_idx])
             storage[first : first + self.sizes[int(level[self.padding_idx])]] = 0
-        for weight, bias in split_chain(self.chain, self.sizes):
-            d_out, d_in = weight.shape
-            gain = math.sqrt(d_out / d_in)
-            if self.init == "isometric":
-                columns = torch.empty(d_out, d_in, device=weight.device)
-                weight.copy_(nn.init.orthogonal_(columns, gain=gain))
-                bias.zero_()
-            elif self.init == "padded":
-                weight.copy_(gain * torch.eye(d_out, d_in, device=weight.device))
-                bias.zero_()
-            else:
-                bound = 1 / math.sqrt(d_in)
-                weight.uniform_(-bound, bound)
-                bias.uniform_(-bound, bound)
+        draw_hops(self.chain, self.sizes, self.init)
 
     @torch.no_grad()
     def _write_rows(self, weight: Tensor) -> None:
@@ -479,7 +441,7 @@ class ResizableEmbedding(nn.Embedding):
             )
             return y if self.out_dtype is None else y.to(self.out_dtype)
         if isinstance(input, Tensor) and input.is_nested:
-            return _look_up_nested(self, input)
+            return look_up_nested(input, partial(ResizableEmbedding.forward, self))
         # Past nn.Module's own lookup of attributes, for the sake of small batches.
         arena: Any = self._modules.get("arena")
         table = arena is None
@@ -524,9 +486,9 @@ class ResizableEmbedding(nn.Embedding):
         """The options as they are set now, checked where they may have changed."""
         padding_idx = self.padding_idx
         if padding_idx is not None and not 0 <= padding_idx < rows:
-            padding_idx = self._check_padding(padding_idx, rows)
+            padding_idx = count_from_front(padding_idx, rows, self._padding_refused)
         if self.sparse or self.max_norm is not None:
-            self._check(several="arena" in self._modules)
+            self._check_options(several="arena" in self._modules)
         return Options(padding_idx, self.scale_grad_by_freq, self.sparse, self.out_dtype)
 
     def sizes_of(self, ids: Tensor | None = None) -> Tensor:
@@ -561,7 +523,7 @@ class ResizableEmbedding(nn.Embedding):
         with self._refusing():
             check_ids(ids, self.arena.num_rows)
             if mask is not None:
-                _check_mask(mask, ids)
+                check_mask(mask, ids)
                 mask = mask.reshape(-1)
         arena = self.arena
         if isinstance(arena, Table):
@@ -616,7 +578,7 @@ class ResizableEmbedding(nn.Embedding):
             IndexError, RuntimeError: as for :meth:`forward`; nothing is changed.
         """
         with self._refusing():
-            target = _level_of(size, self.sizes)
+            target = level_of(size, self.sizes)
             check_ids(ids, self.arena.num_rows)
             level = self.arena.level(ids)
             if self.padding_idx is not None:
@@ -709,67 +671,3 @@ class ResizableEmbedding(nn.Embedding):
 
 
 _DEFAULTS = {"norm_type": 2.0, "scale_grad_by_freq": False, "sparse": False}
-
-
-def as_leaf(module: nn.Module, *inputs: Any) -> Any:
-    """``module(*inputs)`` as one node of the graph that ``torch.fx`` traces, as of torch's own."""
-    tracer: Any = inputs[0].tracer
-    if tracer.root is module:
-        raise TypeError(
-            f"torch.fx does not trace {type(module).__name__} itself: trace a module that holds it"
-        )
-    return tracer.create_proxy("call_module", tracer.path_of_module(module), inputs, {})
-
-
-def _look_up_nested(module: ResizableEmbedding, ids: Any) -> Tensor:
-    """The rows of nested ids, nested alike."""
-    if ids.layout == torch.jagged:
-        rows = ResizableEmbedding.forward(module, ids.values())
-        return torch.nested.nested_tensor_from_jagged(rows, ids.offsets(), ids.lengths())
-    parts = ids.unbind()
-    rows = ResizableEmbedding.forward(module, torch.cat([part.reshape(-1) for part in parts]))
-    found = rows.split([part.numel() for part in parts])
-    shapes = [(*part.shape, rows.shape[1]) for part in parts]
-    return torch.nested.as_nested_tensor(
-        [part.view(shape) for part, shape in zip(found, shapes, strict=True)]
-    )
-
-
-def _level_of(size: int, sizes: tuple[int, ...]) -> int:
-    if size not in sizes:
-        raise ValueError(f"size must be one of {list(sizes)}, got {size}")
-    return sizes.index(size)
-
-
-def _check_floating(dtype: torch.dtype | None) -> None:
-    if dtype not in (None, torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        raise RuntimeError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype}")
-
-
-def _default_sizes(embedding_dim: int | None) -> Sequence[int]:
-    """The paper's sizes, those below ``embedding_dim`` and itself where it is given."""
-    if embedding_dim is None:
-        return _DEFAULT_SIZES
-    return [d for d in _DEFAULT_SIZES if d < embedding_dim] + [embedding_dim]
-
-
-def _check_mask(mask: Tensor, ids: Tensor) -> None:
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"mask must be a bool tensor, got {type(mask).__name__}")
-    if mask.shape != ids.shape or mask.dtype != torch.bool:
-        raise ValueError(
-            f"mask must be bool of shape {list(ids.shape)}, "
-            f"got {mask.dtype} of shape {list(mask.shape)}"
-        )
-
-
-def _check_sizes(sizes: Sequence[int]) -> tuple[int, ...]:
-    sizes = tuple(sizes)
-    whole = all(isinstance(d, int) and not isinstance(d, bool) for d in sizes)
-    if sizes == (0,):
-        return sizes  # torch's class takes rows without numbers, too
-    if not sizes or not whole or sizes[0] < 1:
-        raise ValueError(f"sizes must be positive integers, got {list(sizes)}")
-    if any(a >= b for a, b in zip(sizes, sizes[1:], strict=False)):
-        raise ValueError(f"sizes must be strictly increasing, got {list(sizes)}")
-    return sizes
