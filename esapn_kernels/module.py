@@ -118,7 +118,7 @@ class ResizableEmbedding(nn.Embedding):
     chain: Any
     # Of a replica (see distributed): gives the ids that all ranks promote together.
     agree: Callable[..., Tensor] | None = None
-    # torch's words, which begin otherwise for a bag.
+    # torch's words; those of nn.EmbeddingBag begin otherwise.
     _padding_refused = "Padding_idx must be within num_embeddings"
     _shown = ("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
 
@@ -538,14 +538,14 @@ class ResizableEmbedding(nn.Embedding):
         else:
             everyones = self.agree(flat if mask is None else flat[mask])
             enlarged = promote(everyones)
-            # What the host knows of a device differs between ranks; growth must not.
+            # The host's bounds of the counters differ between ranks; growth must not.
             arena.forget_counters()
             moved = torch.isin(flat, everyones[enlarged])
         return moved.view(ids.shape)
 
     @contextlib.contextmanager
     def _refusing(self) -> Iterator[None]:
-        """Checks of arguments: what one replica refuses, the others must not wait for."""
+        """Checks of arguments: a replica that raises tells the others, which wait for its ids."""
         try:
             yield
         except Exception:
@@ -558,7 +558,7 @@ class ResizableEmbedding(nn.Embedding):
         """Make room so that ``rows`` more rows can be enlarged, in any number of calls.
 
         For use before a CUDA graph captures :meth:`promote`: from then on the arena does not grow
-        unasked. A row that goes up two sizes counts twice.
+        by itself. A row that goes up two sizes counts twice.
 
         Raises:
             RuntimeError: a graph is being captured.
@@ -586,7 +586,7 @@ class ResizableEmbedding(nn.Embedding):
             if bool((level > target).any()):
                 largest = self.sizes[int(level.max())]
                 raise ValueError(f"rows only grow: cannot resize a row of size {largest} to {size}")
-        # At least once, for the replicas whose rows are to be asked.
+        # At least once: promote is a collective call of all replicas.
         for _ in range(max(target, 1)):
             self.promote(ids, self.arena.level(ids) < target)
         return self.arena.level(ids) == target
@@ -628,7 +628,7 @@ class ResizableEmbedding(nn.Embedding):
         )
 
     def __repr__(self) -> str:
-        # One line, as nn.Embedding has it: the arena has nothing to add.
+        # One line, as of nn.Embedding, without the arena.
         return f"{self._get_name()}({self.extra_repr()})"
 
     def extra_repr(self) -> str:

@@ -172,7 +172,7 @@ def _refuse(sentence: str) -> Callable[..., Any]:
 
 
 def _is_inspected() -> bool:
-    """Whether ``torch.compile`` looks at what it is given."""
+    """Whether ``torch.compile`` reads the attributes of its inputs."""
     return CompileContext.try_get() is not None
 
 
@@ -199,7 +199,7 @@ class Weight(Tensor):
 
     register_hook = register_post_accumulate_grad_hook = _refuse(_HOOK)
     retain_grad = _refuse(_GRAD)
-    set_ = _refuse(_SHAPE)  # the one of these that torch does not hand to __torch_function__
+    set_ = _refuse(_SHAPE)  # which torch does not hand to __torch_function__
 
     retains_grad = property(_refuse(_OPTIMIZER))  # type: ignore[assignment]
 

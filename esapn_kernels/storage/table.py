@@ -4,8 +4,8 @@
     storage      the same numbers, flat
     row_start    [0, d, 2 d, ...]        page_level  0 everywhere        computed, never stored
 
-No row ever moves. Only what torch's own lookup cannot do (Triton, a fused optimizer) asks for the
-locations; they are computed then.
+No row ever moves. The locations are computed for what torch's own lookup cannot do: Triton, a fused
+optimizer.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Table(Rows):
 
     @property
     def parameter(self) -> Any:
-        """``weight``, an ``nn.Parameter``; ``None`` where something else stands in its place."""
+        """``weight``, an ``nn.Parameter``; ``None`` where it is computed (pruned, parametrized)."""
         module: Any = self._module()
         return None if module is None else module._parameters.get("weight")
 
