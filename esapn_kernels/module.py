@@ -195,6 +195,7 @@ class ResizableEmbedding(nn.Embedding):
         else:
             self.weight = nn.Parameter(_weight, requires_grad=not _freeze)
 
+    @torch.inference_mode(False)
     def _make_arena(
         self,
         sizes: tuple[int, ...],

@@ -34,6 +34,9 @@ _COMPUTED = (
     "rows move only in a Parameter, and arena.storage is computed from another one: prune or "
     "parametrize to_embedding() instead"
 )
+_INFERENCE = (
+    "inference tensors do not move: make the copy of the module outside of torch.inference_mode()"
+)
 _HOOKED = (
     "growth would lose the hook on the autograd node of arena.storage: register the hook on "
     "arena.storage itself"
@@ -81,6 +84,7 @@ class Locations(nn.Module, Rows):
     _counted: int | None
     _digest: Tensor | int | None
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         num_rows: int,
@@ -328,6 +332,8 @@ class Locations(nn.Module, Rows):
     def _check_movable(self) -> None:
         if self._parameters.get("storage") is None:
             raise RuntimeError(_COMPUTED)
+        if any(tensor.is_inference() for tensor in (*self._tensors().values(), self.moves)):
+            raise RuntimeError(_INFERENCE)
         if is_shared([self.storage, self.row_start]):
             raise RuntimeError(_SHARED)
 

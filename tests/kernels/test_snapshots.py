@@ -382,6 +382,24 @@ def test_moves_that_a_graph_counts():
         assert each.level().sum() == 5
 
 
+def test_a_module_made_in_inference_mode_trains_and_grows():
+    with torch.inference_mode():
+        module = ResizableEmbedding(N, sizes=SIZES)
+        start = module(IDS)
+        moved = module.promote(IDS[:9])
+        copied = copy.deepcopy(module)
+    assert moved.all() and torch.allclose(module(IDS), start, atol=1e-6)
+    module(IDS).sum().backward()
+    assert module.arena.storage.grad.any() and module.promote(IDS).all()
+    assert torch.allclose(module(IDS), start, atol=1e-5)
+    # As of any module, a copy made there is of inference tensors.
+    for move in (lambda: copied.promote(IDS), copied.compact):
+        with pytest.raises(RuntimeError, match="inference tensors do not move"):
+            move()
+    with torch.inference_mode():
+        assert torch.allclose(copied(IDS), start, atol=1e-6)
+
+
 # ---- shared memory ------------------------------------------------------------------------------
 
 MOVING = {
