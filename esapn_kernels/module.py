@@ -503,8 +503,8 @@ class ResizableEmbedding(nn.Embedding):
         """Enlarge the rows of ``ids`` (where ``mask``) to the next size: ``e' = W_k e + b_k``.
 
         An id twice is enlarged once; rows at the largest size stay as they are. On a GPU three
-        kernels and no host synchronisation, whatever the number of ids; capturable in a CUDA graph,
-        see :meth:`reserve`.
+        kernels, and one that counts the call, without host synchronisation, whatever the number of
+        ids; capturable in a CUDA graph, see :meth:`reserve`.
 
         Args:
             ids: any shape, int32 or int64.
@@ -521,7 +521,7 @@ class ResizableEmbedding(nn.Embedding):
                 of range is passed over, and False in what is returned.
             ValueError: a mask of another shape or dtype.
         """
-        with self._refusing():
+        with self._checks_on_all_ranks():
             check_ids(ids, self.arena.num_rows)
             if mask is not None:
                 check_mask(mask, ids)
@@ -537,15 +537,15 @@ class ResizableEmbedding(nn.Embedding):
         if self.agree is None:
             moved = promote(flat, mask=mask)
         else:
-            everyones = self.agree(flat if mask is None else flat[mask])
-            enlarged = promote(everyones)
+            gathered = self.agree(flat if mask is None else flat[mask])
+            enlarged = promote(gathered)
             # The host's bounds of the counters differ between ranks; growth must not.
             arena.forget_counters()
-            moved = torch.isin(flat, everyones[enlarged])
+            moved = torch.isin(flat, gathered[enlarged])
         return moved.view(ids.shape)
 
     @contextlib.contextmanager
-    def _refusing(self) -> Iterator[None]:
+    def _checks_on_all_ranks(self) -> Iterator[None]:
         """Checks of arguments: a replica that raises tells the others, which wait for its ids."""
         try:
             yield
@@ -578,7 +578,7 @@ class ResizableEmbedding(nn.Embedding):
                 than ``size`` (rows only grow); nothing is changed.
             IndexError, RuntimeError: as for :meth:`forward`; nothing is changed.
         """
-        with self._refusing():
+        with self._checks_on_all_ranks():
             target = level_of(size, self.sizes)
             check_ids(ids, self.arena.num_rows)
             level = self.arena.level(ids)
