@@ -60,7 +60,7 @@ def _misplaced(
     level = page_level[start // page].long()  # no row: the sink's
     dim = torch.tensor(sizes, device=start.device)[level.clamp(min=0, max=last)]
     slot = start % page
-    order = start.sort().values
+    order = row_start[:-1].sort().values  # in its own dtype: int32 is sorted faster
     faults = {
         "row_start and page_level must end with -1": (row_start[-1] != -1) | (page_level[-1] != -1),
         f"page_level must lie between -1 and {last}": ((page_level < -1) | (page_level > last)),
