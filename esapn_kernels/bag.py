@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from .module import ResizableEmbedding, as_leaf
+from .inputs import as_leaf
+from .module import ResizableEmbedding
 
 __all__ = ["ResizableEmbeddingBag"]
 
@@ -218,7 +219,7 @@ class ResizableEmbeddingBag(ResizableEmbedding, nn.EmbeddingBag):
         """The plain ``nn.EmbeddingBag(N, D)`` with the same outputs."""
         return nn.EmbeddingBag.from_pretrained(
             self._dense(),
-            not self.arena.parameter.requires_grad,
+            self._is_frozen(),
             self.max_norm,
             self.norm_type,
             self.scale_grad_by_freq,

@@ -103,7 +103,7 @@ class ResizableEmbeddingCollection(nn.Module):
 
     def _together(self, ids: Mapping[str, Tensor]) -> Tensor:
         parts = [self._row_ids(feature, part).reshape(-1) for feature, part in ids.items()]
-        device = self.rows.arena.parameter.device
+        device = self.rows.arena.storage.device
         return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64, device=device)
 
     @staticmethod
@@ -188,8 +188,8 @@ class ResizableEmbeddingCollection(nn.Module):
 
     def to_embeddings(self) -> nn.ModuleDict:
         """A plain ``nn.Embedding`` per table, with the same outputs."""
-        parts = self.rows.to_embedding().weight.detach().split(list(self.tables.values()))
-        freeze = not self.rows.arena.parameter.requires_grad
+        whole = self.rows.to_embedding().weight
+        parts, freeze = whole.detach().split(list(self.tables.values())), not whole.requires_grad
         return nn.ModuleDict(
             {
                 name: nn.Embedding.from_pretrained(part.clone(), freeze)

@@ -91,10 +91,10 @@ def replicate(
         table.agree = _Agreement(process_group)
         for parameter in table.parameters():
             # A frozen one takes no hook, and may be thawed later.
-            wanted = parameter.requires_grad
+            requires_grad = parameter.requires_grad
             parameter.requires_grad_(True)
             parameter.register_post_accumulate_grad_hook(_Averaging(process_group))
-            parameter.requires_grad_(wanted)
+            parameter.requires_grad_(requires_grad)
             parameters.add(parameter)
     ignored = [*getattr(model, "_ddp_params_and_buffers_to_ignore", []), *_names(tables)]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
@@ -132,7 +132,7 @@ def _names(tables: dict[str, ResizableEmbedding]) -> Iterator[str]:
 
 
 def _send(table: ResizableEmbedding, group: dist.ProcessGroup | None) -> None:
-    """Rank 0's table becomes everybody's; its shapes may be others."""
+    """Give every rank the table of rank 0, whose shapes may differ."""
     source = 0 if group is None else dist.get_global_rank(group, 0)
     state = table.state_dict()
     shapes = [{key: (tuple(value.shape), value.dtype) for key, value in state.items()}]
@@ -171,7 +171,7 @@ class _Agreement:
         count = torch.tensor([-1 if refused else ids.numel()], device=ids.device)
         numbers = torch.cat(self._gathered(count)).tolist()
         if min(numbers) < 0:
-            raise RuntimeError("another rank refused what it was to promote: nothing was changed")
+            raise RuntimeError("another rank raised an error in promote: nothing was changed")
         padded = ids.new_zeros(max(numbers), dtype=torch.int64)
         padded[: ids.numel()] = ids
         parts = zip(self._gathered(padded), numbers, strict=True)

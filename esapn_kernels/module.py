@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -12,7 +11,17 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from .ops.chain import chain_numel, split_chain
+from .arguments import (
+    check_floating,
+    check_mask,
+    check_sizes,
+    count_from_front,
+    default_sizes,
+    initial_level,
+    level_of,
+)
+from .inputs import as_leaf, look_up_nested
+from .ops.chain import chain_numel, draw_hops
 from .ops.checks import check_ids
 from .ops.compose import ComposedCache
 from .ops.layout import row_table
@@ -22,9 +31,7 @@ from .storage.arena import Arena
 from .storage.table import Table
 from .weight import check_assigned, dense_weight
 
-__all__ = ["ResizableEmbedding", "as_leaf"]
-
-_DEFAULT_SIZES = (2, 4, 8, 16, 64, 128)
+__all__ = ["ResizableEmbedding"]
 
 
 class ResizableEmbedding(nn.Embedding):
@@ -111,7 +118,7 @@ class ResizableEmbedding(nn.Embedding):
     chain: Any
     # Of a replica (see distributed): gives the ids that all ranks promote together.
     agree: Callable[..., Tensor] | None = None
-    # torch's words, which begin otherwise for a bag.
+    # torch's words; those of nn.EmbeddingBag begin otherwise.
     _padding_refused = "Padding_idx must be within num_embeddings"
     _shown = ("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
 
@@ -143,14 +150,14 @@ class ResizableEmbedding(nn.Embedding):
             if embedding_dim is None and sizes is None and _weight.dim() == 2:
                 embedding_dim = _weight.shape[1]
             device, dtype = _weight.device, _weight.dtype
-        sizes = _check_sizes(_default_sizes(embedding_dim) if sizes is None else sizes)
+        sizes = check_sizes(default_sizes(embedding_dim) if sizes is None else sizes)
         if embedding_dim not in (None, sizes[-1]):
             raise ValueError(
                 f"embedding_dim must be the largest size, {sizes[-1]}, got {embedding_dim}"
             )
         self.num_embeddings = num_embeddings
         self.embedding_dim = sizes[-1]
-        self.padding_idx = self._check_padding(padding_idx, num_embeddings)
+        self.padding_idx = count_from_front(padding_idx, num_embeddings, self._padding_refused)
         self.max_norm = max_norm
         self.norm_type = norm_type
         self.scale_grad_by_freq = scale_grad_by_freq
@@ -159,14 +166,14 @@ class ResizableEmbedding(nn.Embedding):
         self.init = init
         self.backend = backend
         self.out_dtype = out_dtype
-        self._check(len(sizes) > 1)
+        self._check_options(len(sizes) > 1)
         if _weight is not None and list(_weight.shape) != [num_embeddings, self.embedding_dim]:
             raise AssertionError("Shape of weight does not match num_embeddings and embedding_dim")
         if _weight is not None:
             initial_size = self.embedding_dim
-        level = self._initial_level(initial_size, sizes)
+        level = initial_level(initial_size, sizes, num_embeddings, self.padding_idx)
         if len(sizes) > 1:
-            _check_floating(dtype)
+            check_floating(dtype)
             self._make_arena(sizes, level, max_elements, device, dtype)
             self.reset_parameters()
             if _weight is not None:
@@ -188,6 +195,7 @@ class ResizableEmbedding(nn.Embedding):
         else:
             self.weight = nn.Parameter(_weight, requires_grad=not _freeze)
 
+    @torch.inference_mode(False)
     def _make_arena(
         self,
         sizes: tuple[int, ...],
@@ -212,7 +220,7 @@ class ResizableEmbedding(nn.Embedding):
         self.chain = nn.Parameter(torch.empty(chain_numel(sizes), device=device, dtype=dtype))
         self._composed = ComposedCache()
 
-    def _check(self, several: bool) -> None:
+    def _check_options(self, several: bool) -> None:
         """Refuse options that exclude each other; of one size torch refuses them itself."""
         if self.backend not in ("auto", "triton", "torch", "reference"):
             raise ValueError(
@@ -231,38 +239,6 @@ class ResizableEmbedding(nn.Embedding):
         if self.sparse and self.backend == "reference":
             raise ValueError("backend 'reference' has no sparse gradients: use sparse=False")
 
-    def _check_padding(self, padding_idx: int | None, rows: int) -> int | None:
-        """``padding_idx`` counted from the front; refused in torch's own words."""
-        if padding_idx is None:
-            return None
-        if not -rows <= padding_idx < rows:
-            raise AssertionError(self._padding_refused)
-        return padding_idx % rows
-
-    def _initial_level(self, size: int | Tensor | None, sizes: tuple[int, ...]) -> int | Tensor:
-        level: int | Tensor
-        if size is None:
-            level = 0
-        elif not isinstance(size, Tensor):
-            level = _level_of(size, sizes)
-        else:
-            if size.shape != (self.num_embeddings,):
-                raise ValueError(
-                    f"initial_size must be one size or [{self.num_embeddings}] sizes, "
-                    f"got shape {list(size.shape)}"
-                )
-            size = size.cpu().contiguous()
-            known = torch.tensor(sizes, device="cpu")
-            level = torch.searchsorted(known, size).clamp(max=len(sizes) - 1)
-            if not torch.equal(known[level], size.to(known.dtype)):
-                raise ValueError(f"initial_size holds sizes that are not among {list(sizes)}")
-            level = level.to(torch.int8)
-        if self.padding_idx is not None and len(sizes) > 1:
-            if not isinstance(level, Tensor):
-                level = torch.full((self.num_embeddings,), level, dtype=torch.int8, device="cpu")
-            level[self.padding_idx] = len(sizes) - 1
-        return level
-
     @property
     def sizes(self) -> tuple[int, ...]:
         """The candidate sizes; with one size the width of ``weight``."""
@@ -279,7 +255,7 @@ class ResizableEmbedding(nn.Embedding):
             self.weight.normal_(0.0, self.init_std)
             self._fill_padding_idx_with_zero()
             return
-        self._check(several=True)
+        self._check_options(several=True)
         storage = self.arena.storage
         if storage.is_meta:
             return
@@ -295,20 +271,7 @@ class ResizableEmbedding(nn.Embedding):
         if self.padding_idx is not None:
             first = int(start[self.padding_idx])
             storage[first : first + self.sizes[int(level[self.padding_idx])]] = 0
-        for weight, bias in split_chain(self.chain, self.sizes):
-            d_out, d_in = weight.shape
-            gain = math.sqrt(d_out / d_in)
-            if self.init == "isometric":
-                columns = torch.empty(d_out, d_in, device=weight.device)
-                weight.copy_(nn.init.orthogonal_(columns, gain=gain))
-                bias.zero_()
-            elif self.init == "padded":
-                weight.copy_(gain * torch.eye(d_out, d_in, device=weight.device))
-                bias.zero_()
-            else:
-                bound = 1 / math.sqrt(d_in)
-                weight.uniform_(-bound, bound)
-                bias.uniform_(-bound, bound)
+        draw_hops(self.chain, self.sizes, self.init)
 
     @torch.no_grad()
     def _write_rows(self, weight: Tensor) -> None:
@@ -443,6 +406,9 @@ class ResizableEmbedding(nn.Embedding):
         if "arena" not in self._modules:
             self.arena = Table(self)
 
+    def _is_frozen(self) -> bool:
+        return not any(parameter.requires_grad for parameter in self.parameters())
+
     def _dense(self) -> Tensor:
         if self.chain is None:
             return self.weight.clone()
@@ -462,7 +428,7 @@ class ResizableEmbedding(nn.Embedding):
         if isinstance(input, fx.Proxy):
             return as_leaf(self, input)
         if self._as_torch():
-            if self.max_norm is not None and not input.is_nested:
+            if self.max_norm is not None and not getattr(input, "is_nested", False):
                 # Before torch scales rows, which it does in front of its own check.
                 check_ids(input, self.weight.shape[0])
             y = F.embedding(
@@ -476,10 +442,12 @@ class ResizableEmbedding(nn.Embedding):
             )
             return y if self.out_dtype is None else y.to(self.out_dtype)
         if isinstance(input, Tensor) and input.is_nested:
-            return _look_up_nested(self, input)
-        table = self._parameters["chain"] is None
+            return look_up_nested(input, partial(ResizableEmbedding.forward, self))
         # Past nn.Module's own lookup of attributes, for the sake of small batches.
-        arena: Any = self.__dict__["arena"] if table else self._modules["arena"]
+        arena: Any = self._modules.get("arena")
+        table = arena is None
+        if table:
+            arena = self.arena
         options = self._options(arena.num_rows)
         # The torch path finds ids out of range itself, in the same words.
         read = table or self.backend not in ("auto", "torch")
@@ -493,7 +461,10 @@ class ResizableEmbedding(nn.Embedding):
                 torch.embedding_renorm_(rows, input.contiguous(), self.max_norm, self.norm_type)
             storage, chain = weight.reshape(-1), weight.new_empty(0)
         else:
-            storage, chain = arena._parameters["storage"], self._parameters["chain"]
+            storage, chain = arena._parameters.get("storage"), self._parameters.get("chain")
+            if storage is None or chain is None:
+                # Computed: pruned, parametrized, or of a replica of nn.DataParallel.
+                storage, chain = arena.storage, self.chain
         fused = arena.fused_optimizer
         return lookup(
             input,
@@ -516,9 +487,9 @@ class ResizableEmbedding(nn.Embedding):
         """The options as they are set now, checked where they may have changed."""
         padding_idx = self.padding_idx
         if padding_idx is not None and not 0 <= padding_idx < rows:
-            padding_idx = self._check_padding(padding_idx, rows)
+            padding_idx = count_from_front(padding_idx, rows, self._padding_refused)
         if self.sparse or self.max_norm is not None:
-            self._check(several=self._parameters["chain"] is not None)
+            self._check_options(several="arena" in self._modules)
         return Options(padding_idx, self.scale_grad_by_freq, self.sparse, self.out_dtype)
 
     def sizes_of(self, ids: Tensor | None = None) -> Tensor:
@@ -532,8 +503,8 @@ class ResizableEmbedding(nn.Embedding):
         """Enlarge the rows of ``ids`` (where ``mask``) to the next size: ``e' = W_k e + b_k``.
 
         An id twice is enlarged once; rows at the largest size stay as they are. On a GPU three
-        kernels and no host synchronisation, whatever the number of ids; capturable in a CUDA graph,
-        see :meth:`reserve`.
+        kernels, and one that counts the call, without host synchronisation, whatever the number of
+        ids; capturable in a CUDA graph, see :meth:`reserve`.
 
         Args:
             ids: any shape, int32 or int64.
@@ -550,10 +521,10 @@ class ResizableEmbedding(nn.Embedding):
                 of range is passed over, and False in what is returned.
             ValueError: a mask of another shape or dtype.
         """
-        with self._refusing():
+        with self._checks_on_all_ranks():
             check_ids(ids, self.arena.num_rows)
             if mask is not None:
-                _check_mask(mask, ids)
+                check_mask(mask, ids)
                 mask = mask.reshape(-1)
         arena = self.arena
         if isinstance(arena, Table):
@@ -566,16 +537,16 @@ class ResizableEmbedding(nn.Embedding):
         if self.agree is None:
             moved = promote(flat, mask=mask)
         else:
-            everyones = self.agree(flat if mask is None else flat[mask])
-            enlarged = promote(everyones)
-            # What the host knows of a device differs between ranks; growth must not.
+            gathered = self.agree(flat if mask is None else flat[mask])
+            enlarged = promote(gathered)
+            # The host's bounds of the counters differ between ranks; growth must not.
             arena.forget_counters()
-            moved = torch.isin(flat, everyones[enlarged])
+            moved = torch.isin(flat, gathered[enlarged])
         return moved.view(ids.shape)
 
     @contextlib.contextmanager
-    def _refusing(self) -> Iterator[None]:
-        """Checks of arguments: what one replica refuses, the others must not wait for."""
+    def _checks_on_all_ranks(self) -> Iterator[None]:
+        """Checks of arguments: a replica that raises tells the others, which wait for its ids."""
         try:
             yield
         except Exception:
@@ -588,7 +559,7 @@ class ResizableEmbedding(nn.Embedding):
         """Make room so that ``rows`` more rows can be enlarged, in any number of calls.
 
         For use before a CUDA graph captures :meth:`promote`: from then on the arena does not grow
-        unasked. A row that goes up two sizes counts twice.
+        by itself. A row that goes up two sizes counts twice.
 
         Raises:
             RuntimeError: a graph is being captured.
@@ -607,8 +578,8 @@ class ResizableEmbedding(nn.Embedding):
                 than ``size`` (rows only grow); nothing is changed.
             IndexError, RuntimeError: as for :meth:`forward`; nothing is changed.
         """
-        with self._refusing():
-            target = _level_of(size, self.sizes)
+        with self._checks_on_all_ranks():
+            target = level_of(size, self.sizes)
             check_ids(ids, self.arena.num_rows)
             level = self.arena.level(ids)
             if self.padding_idx is not None:
@@ -616,7 +587,7 @@ class ResizableEmbedding(nn.Embedding):
             if bool((level > target).any()):
                 largest = self.sizes[int(level.max())]
                 raise ValueError(f"rows only grow: cannot resize a row of size {largest} to {size}")
-        # At least once, for the replicas whose rows are to be asked.
+        # At least once: promote is a collective call of all replicas.
         for _ in range(max(target, 1)):
             self.promote(ids, self.arena.level(ids) < target)
         return self.arena.level(ids) == target
@@ -649,7 +620,7 @@ class ResizableEmbedding(nn.Embedding):
         """The plain ``nn.Embedding(N, D)`` with the same outputs, for serving or export."""
         return nn.Embedding.from_pretrained(
             self._dense(),
-            not self.arena.parameter.requires_grad,
+            self._is_frozen(),
             self.padding_idx,
             self.max_norm,
             self.norm_type,
@@ -658,7 +629,7 @@ class ResizableEmbedding(nn.Embedding):
         )
 
     def __repr__(self) -> str:
-        # One line, as nn.Embedding has it: the arena has nothing to add.
+        # One line, as of nn.Embedding, without the arena.
         return f"{self._get_name()}({self.extra_repr()})"
 
     def extra_repr(self) -> str:
@@ -701,67 +672,3 @@ class ResizableEmbedding(nn.Embedding):
 
 
 _DEFAULTS = {"norm_type": 2.0, "scale_grad_by_freq": False, "sparse": False}
-
-
-def as_leaf(module: nn.Module, *inputs: Any) -> Any:
-    """``module(*inputs)`` as one node of the graph that ``torch.fx`` traces, as of torch's own."""
-    tracer: Any = inputs[0].tracer
-    if tracer.root is module:
-        raise TypeError(
-            f"torch.fx does not trace {type(module).__name__} itself: trace a module that holds it"
-        )
-    return tracer.create_proxy("call_module", tracer.path_of_module(module), inputs, {})
-
-
-def _look_up_nested(module: ResizableEmbedding, ids: Any) -> Tensor:
-    """The rows of nested ids, nested alike."""
-    if ids.layout == torch.jagged:
-        rows = ResizableEmbedding.forward(module, ids.values())
-        return torch.nested.nested_tensor_from_jagged(rows, ids.offsets(), ids.lengths())
-    parts = ids.unbind()
-    rows = ResizableEmbedding.forward(module, torch.cat([part.reshape(-1) for part in parts]))
-    found = rows.split([part.numel() for part in parts])
-    shapes = [(*part.shape, rows.shape[1]) for part in parts]
-    return torch.nested.as_nested_tensor(
-        [part.view(shape) for part, shape in zip(found, shapes, strict=True)]
-    )
-
-
-def _level_of(size: int, sizes: tuple[int, ...]) -> int:
-    if size not in sizes:
-        raise ValueError(f"size must be one of {list(sizes)}, got {size}")
-    return sizes.index(size)
-
-
-def _check_floating(dtype: torch.dtype | None) -> None:
-    if dtype not in (None, torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        raise RuntimeError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype}")
-
-
-def _default_sizes(embedding_dim: int | None) -> Sequence[int]:
-    """The paper's sizes, those below ``embedding_dim`` and itself where it is given."""
-    if embedding_dim is None:
-        return _DEFAULT_SIZES
-    return [d for d in _DEFAULT_SIZES if d < embedding_dim] + [embedding_dim]
-
-
-def _check_mask(mask: Tensor, ids: Tensor) -> None:
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"mask must be a bool tensor, got {type(mask).__name__}")
-    if mask.shape != ids.shape or mask.dtype != torch.bool:
-        raise ValueError(
-            f"mask must be bool of shape {list(ids.shape)}, "
-            f"got {mask.dtype} of shape {list(mask.shape)}"
-        )
-
-
-def _check_sizes(sizes: Sequence[int]) -> tuple[int, ...]:
-    sizes = tuple(sizes)
-    whole = all(isinstance(d, int) and not isinstance(d, bool) for d in sizes)
-    if sizes == (0,):
-        return sizes  # torch's class takes rows without numbers, too
-    if not sizes or not whole or sizes[0] < 1:
-        raise ValueError(f"sizes must be positive integers, got {list(sizes)}")
-    if any(a >= b for a, b in zip(sizes, sizes[1:], strict=False)):
-        raise ValueError(f"sizes must be strictly increasing, got {list(sizes)}")
-    return sizes

@@ -5,9 +5,9 @@
 
 An optimizer built on a module is *attached* to it: from then on ``loss.backward()`` updates the
 rows that were looked up, in place, and the gradient of the Parameter that holds them
-(``arena.storage``; with one size ``weight``) stays ``None``. The chain (and the
-rest of the model) has gradients as always and is stepped by any ``torch.optim`` optimizer, which
-may be given ``module.parameters()`` as a whole: it skips the rows, which have no gradient.
+(``arena.storage``; with one size ``weight``) stays ``None``. The chain and the rest of the model
+have gradients as always and are stepped by any ``torch.optim`` optimizer, which may be given
+``module.parameters()`` as a whole: it skips the rows, which have no gradient.
 
     rows, dense = optim.Adam(embedding), torch.optim.Adam(model.parameters())
     loss.backward()     # steps the rows
@@ -21,11 +21,11 @@ where a row is resized (``storage.followers``). The rules themselves are in ``op
 
 Because a row steps when its gradient is known, whatever comes between backward and ``step`` in
 other training loops does not apply to the rows: gradient clipping, loss scaling
-(``torch.amp.GradScaler``), gradients added up over several backward passes.
-Every pass that goes back through the lookup steps its rows, ``torch.autograd.grad(loss, [chain])``
-and ``backward(inputs=[chain])`` too, although they ask for no gradient of the rows.
-Two lookups in one module before a backward pass raise there, for the first to go backward moves the
-rows under the other: look up all ids of a step in one call. The ``reference`` backend never fuses.
+(``torch.amp.GradScaler``), gradients added up over several backward passes. Every pass back through
+the lookup steps its rows, also ``torch.autograd.grad(loss, [chain])`` and
+``backward(inputs=[chain])``, which compute no gradient of the rows. Two lookups in one module
+before a backward pass raise there, for the first to go backward moves the rows under the other:
+look up all ids of a step in one call. The ``reference`` backend never fuses.
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Bring changed ``lr``, ``betas`` and ``eps`` to the device; backward stepped the rows.
 
         Backward does so itself. Only the replays of a captured CUDA graph need this call, outside
-        the graph. Schedulers want it before their own ``step``, as with any optimizer.
+        the graph. Schedulers expect it before their own ``step``, as with any optimizer.
 
         Args:
             closure: called with gradients enabled, as by ``torch.optim``; its result is returned.

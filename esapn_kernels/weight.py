@@ -172,7 +172,7 @@ def _refuse(sentence: str) -> Callable[..., Any]:
 
 
 def _is_inspected() -> bool:
-    """Whether ``torch.compile`` looks at what it is given."""
+    """Whether ``torch.compile`` reads the attributes of its inputs."""
     return CompileContext.try_get() is not None
 
 
@@ -191,7 +191,7 @@ class Weight(Tensor):
         cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        # A break of the graph: compiled, a write would end at the table.
+        # Breaks the graph: a compiled write would change the table and not the rows.
         if torch.compiler.is_dynamo_compiling() and _writes(func.__name__, kwargs):
             return _call_uncompiled(func, args, kwargs)
         with torch._C.DisableTorchFunctionSubclass():
@@ -199,7 +199,7 @@ class Weight(Tensor):
 
     register_hook = register_post_accumulate_grad_hook = _refuse(_HOOK)
     retain_grad = _refuse(_GRAD)
-    set_ = _refuse(_SHAPE)  # the one of these that torch does not hand to __torch_function__
+    set_ = _refuse(_SHAPE)  # which torch does not hand to __torch_function__
 
     retains_grad = property(_refuse(_OPTIMIZER))  # type: ignore[assignment]
 
@@ -287,7 +287,7 @@ def dense_weight(module: Any, outputs: Callable[[Tensor], Tensor]) -> Tensor:
     with torch.inference_mode(False), torch.set_grad_enabled(grad):
         dense = outputs(torch.arange(module.arena.num_rows, device=module.chain.device))
         weight = _bind(dense, Access(module, outputs, dense))
-    # What a client noted on the Parameter, as transformers that it is loaded, is noted here too.
+    # Attributes that clients set on the Parameter, such as transformers' mark of a loaded one.
     vars(weight).update(vars(module.arena.storage))
     weight.is_whole = True
     return weight
@@ -314,7 +314,7 @@ def _call(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         versions = [access.dense._version for access in accesses]
         result = func(*args, **kwargs)
     for access, version in zip(accesses, versions, strict=True):
-        # Some functions write without saying so, F.embedding with max_norm for one.
+        # Also of functions whose names do not tell that they write: F.embedding with max_norm.
         if access in before or access.dense._version != version:
             draws = access in before and name.removesuffix("_") in _DRAWS
             mine = access.covered(t for t in targets if t.access is access) if draws else None

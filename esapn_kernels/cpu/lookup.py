@@ -87,6 +87,7 @@ def lookup_fwd(
     ``out``: contiguous memory of that shape, in the dtype of ``storage``, for the result.
     """
     few = 0 < ids.numel() <= _FEW and storage.device.type == "cpu" and storage.dtype in _NUMPY
+    few = few and composed.dtype == storage.dtype  # hops may be of another dtype than the rows
     if out is None:
         out = storage.new_empty(ids.numel(), layout.dim)
         if not few:

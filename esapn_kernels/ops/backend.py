@@ -1,7 +1,7 @@
 """Which implementation a call runs, and Triton itself where it is installed.
 
 The kernels' files take ``triton`` and ``tl`` from here: where Triton is missing they can still be
-imported, and asking for the Triton backend says why it cannot run.
+imported, and a call with the Triton backend says why it cannot run.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def resolve_backend(backend: str, device: torch.device) -> str:
 
     Raises:
         ValueError: ``backend`` is none of these names.
-        RuntimeError: ``"triton"`` was asked for and cannot run on ``device``.
+        RuntimeError: ``"triton"`` cannot run on ``device``.
 
     Example:
         >>> resolve_backend("auto", torch.device("cpu"))

@@ -9,12 +9,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["chain_numel", "compute_dtype", "hop_blocks", "operand_offsets", "split_chain"]
+__all__ = [
+    "chain_numel",
+    "compute_dtype",
+    "draw_hops",
+    "hop_blocks",
+    "operand_offsets",
+    "split_chain",
+]
 
 
 def operand_offsets(sizes: Sequence[int]) -> list[int]:
@@ -57,6 +65,35 @@ def split_chain(chain: Tensor, sizes: Sequence[int]) -> list[tuple[Tensor, Tenso
     ([[1.0], [2.0]], [3.0, 4.0])
     """
     return [(block[:-1].t(), block[-1]) for block in hop_blocks(chain, sizes)]
+
+
+@torch.no_grad()
+def draw_hops(chain: Tensor, sizes: Sequence[int], init: str) -> None:
+    """Fill ``chain`` with hops of the kind ``init``, from torch's generator.
+
+        isometric  W_k^T W_k = (d_{k+1} / d_k) I,  b_k = 0
+        padded     W_k = sqrt(d_{k+1} / d_k) [I; 0],  b_k = 0
+        linear     W_k, b_k uniform in +-1/sqrt(d_k), as nn.Linear
+
+    >>> chain = torch.empty(chain_numel((1, 4)))
+    >>> draw_hops(chain, (1, 4), "padded")
+    >>> chain.tolist()
+    [2.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+    """
+    for weight, bias in split_chain(chain, sizes):
+        d_out, d_in = weight.shape
+        if init == "linear":
+            bound = 1 / math.sqrt(d_in)
+            weight.uniform_(-bound, bound)
+            bias.uniform_(-bound, bound)
+            continue
+        gain = math.sqrt(d_out / d_in)
+        columns = torch.empty(d_out, d_in, device=weight.device)
+        if init == "isometric":
+            weight.copy_(nn.init.orthogonal_(columns, gain=gain))
+        else:
+            weight.copy_(nn.init.eye_(columns).mul_(gain))
+        bias.zero_()
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

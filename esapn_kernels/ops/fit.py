@@ -43,9 +43,9 @@ class LevelMap:
     def spread(self) -> float:
         """The factor ``s`` of :func:`drawn`; 0 where the hops let nothing through."""
         dim = self.matrix.shape[0]
-        level = (self.matrix @ self.inverse).sum(1).square().sum() / dim
-        rest = self.matrix.square().sum() - self.matrix.sum(1).square().sum() / dim
-        return float(((dim - level) / rest).sqrt()) if rest > 0 else 0.0
+        mean = (self.matrix @ self.inverse).sum(1).square().sum() / dim
+        deviations = self.matrix.square().sum() - self.matrix.sum(1).square().sum() / dim
+        return float(((dim - mean) / deviations).sqrt()) if deviations > 0 else 0.0
 
 
 def level_maps(chain: Tensor, sizes: Sequence[int]) -> list[LevelMap]:

@@ -268,7 +268,7 @@ class _Lookup(torch.autograd.Function):
         padding_idx: int | None,
         scale_grad_by_freq: bool,
     ) -> Tensor:
-        # The operator's boundary costs as much as a small lookup: only for those who need it.
+        # The operator's boundary costs as much as a small lookup: only where code is traced.
         if _is_opaque(storage):
             flat = (row_start, page_level, sizes, page)
             return lookup_fwd_op(ids, storage, composed, *flat, backend, out_dtype)
@@ -339,13 +339,14 @@ class _EagerLookup(torch.autograd.Function):
             operands = (grad_out, ids, storage, chain, composed)
             grads = _LookupBwd.apply(*operands, *layout.flat, backend)
             return None, *grads, *[None] * 4
-        wanted = ctx.needs_input_grad[2]
+        needs_chain = ctx.needs_input_grad[2]
         operands = (grad_out, ids, storage, composed, layout)
         if sparse:
             with own_precision(storage):
-                grad_storage, grad_composed = cpu.lookup_bwd_sparse(*operands, padding_idx, wanted)
+                sparsely = (*operands, padding_idx, needs_chain)
+                grad_storage, grad_composed = cpu.lookup_bwd_sparse(*sparsely)
         else:
-            grad_storage, grad_composed = _lookup_bwd(*operands, backend, wanted)
+            grad_storage, grad_composed = _lookup_bwd(*operands, backend, needs_chain)
         grad_chain = None
         if grad_composed is not None:
             grad_chain = compose_bwd(grad_composed, chain, composed, layout.sizes, backend=backend)

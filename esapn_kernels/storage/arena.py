@@ -9,9 +9,9 @@ follows from that (``free``): it is derived before the first row moves, and no c
 A page whose rows are all free can serve another level (``reclaim``); ``compact`` closes every hole.
 
 ``storage``, ``row_start`` and ``page_level`` are the same objects as long as the arena lives. Rows
-move in place; where the arena grows or shrinks, all three get new memory in one go. Who holds the
-objects sees the arena as it is; who holds aliases of their memory (a state dict) sees it live until
-then, as of any module, and keeps a whole table afterwards. Every tensor of the shape of ``storage``
+move in place; where the arena grows or shrinks, all three get new memory in one go. The objects
+always show the present arena. Aliases of their memory (a state dict) show it until then, as of any
+module, and the whole table as it was afterwards. Every tensor of the shape of ``storage``
 (gradient, optimizer state: see ``followers``) grows and moves with it.
 
 With the Triton backend rows move in three launches (``resize``) and the host waits for nothing: it
@@ -56,15 +56,12 @@ class Arena(Locations):
     Raises:
         ValueError: the rows do not fit in ``max_elements``.
 
-    Its tensors, and what others may do to them: see :class:`~.locations.Locations`.
+    For its tensors, and how they are checked, see :class:`~.locations.Locations`.
     """
-
-    # A graph that moves rows holds the addresses.
-    _captured: bool = False
 
     def level(self, ids: Tensor | None = None) -> Tensor:
         """Level of every row of ``ids`` (of all rows), int64; -1 where there is no row."""
-        self._refuse_strangers()
+        self._check_accepted()
         start = self.row_start[:-1] if ids is None else self.row_start[ids]
         # No row: -1 // page is -1, the sink, which always holds -1.
         return self.page_level[start // self.page].long()
@@ -80,12 +77,10 @@ class Arena(Locations):
         scratch = 0 if self._free is None else self._free.bytes()
         return ArenaBytes(payload, allocated - payload, locations, scratch)
 
-    # ---- room ---------------------------------------------------------------------------------
-
     def forget_counters(self) -> None:
         """Read the free lists' counters anew, once, before the next row moves.
 
-        For replicas, whose hosts must know the same.
+        For replicas, whose hosts must hold the same bounds.
         """
         if self._free is not None:
             self._free.ledger.see([])
@@ -97,10 +92,11 @@ class Arena(Locations):
     def free_places(self) -> list[Tensor]:
         """Starts of the free rows of every level, and the free pages, what is taken first last.
 
-        A checkpoint of the arena does without: a loaded arena takes the lowest places first. So
+        A state dict does not hold their order: a loaded arena takes the lowest places first. So
         rows that move later lie elsewhere than in the arena that was saved, unless it also takes
         the order, by :meth:`order_free_places`. No output depends on it.
         """
+        self._check_accepted()
         return [stack.clone() for stack in self._free_lists().stacks()]
 
     @unrecorded
@@ -110,6 +106,7 @@ class Arena(Locations):
         Raises:
             ValueError: other rows or pages are free; nothing is changed.
         """
+        self._check_accepted()
         self._free_lists().reorder(places)
 
     def _free_lists(self) -> FreeLists:
@@ -194,7 +191,7 @@ class Arena(Locations):
         The torch backend, which says its ``exact`` needs, has no use for ``owner``. It needs room
         for all rows, so it grows the arena after a capture too; during one it cannot run.
         """
-        self._refuse_sharing()
+        self._check_movable()
         self.followers.remember_layout()
         is_exact = exact is not None
         free = self._free_lists()
@@ -252,7 +249,7 @@ class Arena(Locations):
         """
         if is_capturing(self.storage):
             raise RuntimeError("reserve before capturing a graph, not while it is captured")
-        self._refuse_strangers()
+        self._check_accepted()
         self.followers.remember_layout()  # a graph would record the copying
         free = self._free_lists()
         if self._captured:
@@ -263,8 +260,6 @@ class Arena(Locations):
         free = self._free_lists()
         if free.owner is None and not host_reads(self.storage):
             free.owner = free.new_owner(self.num_rows)
-
-    # ---- rows that move -----------------------------------------------------------------------
 
     @unrecorded
     @with_dense_gradient
@@ -282,7 +277,7 @@ class Arena(Locations):
         An id twice moves once; rows at the last level stay. The state of moved rows starts afresh.
 
         Args:
-            ids: int ``[R]``, in range (the Triton backend passes over others).
+            ids: int ``[R]``, in range (the Triton backend passes over ids that are not).
             chain: packed hops.
             mask: bool ``[R]``.
             carries: the hops pad with zeros and are not trained: Adagrad's sums go along, see
@@ -299,7 +294,7 @@ class Arena(Locations):
                 rows that fit, by level and then in the order of ``ids``.
         """
         backend = resolve_backend(backend, ids.device)
-        self._refuse_strangers()
+        self._check_accepted()
         exact = movers = None
         if backend == "torch":
             layout = Layout(self.row_start, self.page_level, self.sizes, self.page)
@@ -311,7 +306,7 @@ class Arena(Locations):
         before = None
         if carries:
             in_range = (ids >= 0) & (ids < self.num_rows)
-            known = torch.where(in_range, ids, self.num_rows)  # others: the sink, without a row
+            known = torch.where(in_range, ids, self.num_rows)  # else the sink, without a row
             before = known, self.row_start[known], self.level(known)
         places = self._begin(ids.numel(), exact=exact)
         operands = ids, mask, self.storage.detach(), chain.detach(), places
@@ -341,7 +336,7 @@ class Arena(Locations):
             RuntimeError: as for :meth:`promote`.
         """
         backend = resolve_backend(backend, ids.device)
-        self._refuse_strangers()
+        self._check_accepted()
         exact = None
         if backend == "torch":
             _refuse_repeated(ids, "insert")
@@ -371,7 +366,7 @@ class Arena(Locations):
                 passes over the former and frees the latter once.
         """
         backend = resolve_backend(backend, ids.device)
-        self._refuse_strangers()
+        self._check_accepted()
         exact = None
         if backend == "torch":
             _refuse_repeated(ids, "free")
@@ -383,8 +378,6 @@ class Arena(Locations):
         moved = resize.free(ids, self.storage.detach(), places, backend=backend)
         self._end()
         return moved
-
-    # ---- between steps: growth, reclaiming, compaction ----------------------------------------
 
     def _grow(self, pages: int, *, at_once: bool = False) -> None:
         """Add pages; an eighth at least unless ``at_once``, at most what is allowed."""
@@ -417,13 +410,13 @@ class Arena(Locations):
     @unrecorded
     def reclaim(self) -> int:
         """Return pages without a row in use to the page stack; gives their number."""
-        self._refuse_strangers()
+        self._check_accepted()
         pages = self.page_level.numel() - 1
         start = self.row_start[self.row_start >= 0].long()
         used = torch.bincount(start // self.page, minlength=pages) > 0
         found = (~used & (self.page_level[:-1] >= 0)).nonzero()[:, 0]
         if len(found):
-            self._refuse_sharing()
+            self._check_movable()
             self._count_move()
             self.page_level[found] = -1
             self._free = None

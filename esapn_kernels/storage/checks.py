@@ -1,4 +1,4 @@
-"""Whether tensors that came from outside are an arena, and whether its memory may be replaced."""
+"""Whether tensors that were loaded or assigned are an arena; whether its memory can be replaced."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import Tensor
 
 from ..ops.backend import host_reads
 
-__all__ = ["digest", "is_hooked", "is_shared", "misfit", "version"]
+__all__ = ["digest", "fault_of", "is_hooked", "is_shared", "version"]
 
 
-def misfit(tensors: Mapping[str, Tensor], num_rows: int, sizes: Sequence[int], page: int) -> str:
+def fault_of(tensors: Mapping[str, Tensor], num_rows: int, sizes: Sequence[int], page: int) -> str:
     """Why ``tensors`` are no arena of ``num_rows`` rows of ``sizes``; empty if they are.
 
-    Reads the device once. Numbers of tensors on the meta device are not looked at.
+    Reads the device once. Tensors on the meta device have no numbers to check.
 
     Args:
         tensors: ``storage``, ``row_start``, ``page_level`` and ``row_size``.
@@ -60,7 +60,7 @@ def _misplaced(
     level = page_level[start // page].long()  # no row: the sink's
     dim = torch.tensor(sizes, device=start.device)[level.clamp(min=0, max=last)]
     slot = start % page
-    order = start.sort().values
+    order = row_start[:-1].sort().values  # in its own dtype: int32 is sorted faster
     faults = {
         "row_start and page_level must end with -1": (row_start[-1] != -1) | (page_level[-1] != -1),
         f"page_level must lie between -1 and {last}": ((page_level < -1) | (page_level > last)),
@@ -76,7 +76,7 @@ def _misplaced(
 
 @torch.no_grad()
 def digest(row_start: Tensor) -> Tensor | int:
-    """A number that tells one placement of the rows from another; on a device where that keeps it.
+    """A number that tells one placement of the rows from another; on a GPU still a tensor.
 
     Any change of one start changes it: a sum with odd factors, which wraps around.
     """
@@ -91,7 +91,7 @@ def version(tensor: Tensor) -> int:
 
 
 def is_shared(tensors: Sequence[Tensor]) -> bool:
-    """Whether other processes of the host may look at any of these tensors."""
+    """Whether other processes of the host may read any of these tensors."""
     return any(t.device.type == "cpu" and t.is_shared() for t in tensors)
 
 

@@ -96,7 +96,9 @@ class Followers:
 
     def per_element(self) -> Iterator[Follower]:
         """Tensors of the storage's shape: its gradient, and what optimizers hold for it."""
-        storage = self._arena.parameter
+        storage: nn.Parameter | None = self._arena.parameter
+        if storage is None:
+            return  # a table whose weight is computed
         if storage.grad is not None and not storage.grad.is_sparse:
             yield Follower("grad", storage.grad, 0.0, lambda value: setattr(storage, "grad", value))
         for optimizer in self._optimizers:

@@ -120,8 +120,8 @@ class FreeLists:
 
     def with_pages(self, first: int, pages: int, index: torch.dtype) -> tuple[Tensor, Tensor]:
         """``rows`` in ``index``, ``pages`` with ``first``, ... as well, which are taken last."""
-        # Below the old ones, which are copied with what lies above the top: its height is not
-        # asked for.
+        # Below the old ones, which are copied with what lies above their top: the height of the
+        # stack is not read.
         fresh = torch.arange(
             first + pages - 1, first - 1, -1, dtype=torch.int32, device=self.pages.device
         )
@@ -138,7 +138,7 @@ class FreeLists:
         if all(h <= r for h, r in zip(heights, self.room, strict=True)):
             return
         room = [r if h <= r else h + h // 2 for h, r in zip(heights, self.room, strict=True)]
-        # Whole segments: their heights are not asked for.
+        # Whole segments: the heights of their stacks are not read.
         self.lay(room, self.rows[:-1].split(self.room))
 
     def lay(self, room: Sequence[int], stacks: Sequence[Tensor]) -> None:

@@ -1,7 +1,7 @@
 """What the host knows of an arena's counters without waiting for the device that keeps them.
 
 The counters (free rows per level, free pages) change on the device. The host knows how they stood
-when it last saw them and how many rows it has asked to move since, which bounds them:
+when it last read them and how many rows were to move since, which bounds them:
 
     free pages     >= seen - ceil(r / rows of the largest size in a page) - levels
     stack heights  <= max(seen, rows in a page) + r                        r rows since
@@ -23,7 +23,7 @@ __all__ = ["Ledger", "Snapshot"]
 
 
 class Snapshot:
-    """The counters on their way to the host; ``rows`` asked for and ``pages`` added since."""
+    """The counters on their way to the host; ``rows`` to move and ``pages`` added since."""
 
     def __init__(self, counters: Tensor) -> None:
         cuda = counters.is_cuda
@@ -86,7 +86,7 @@ class Ledger:
         return opened - pages, [max(height, per) + rows for height, per in bounds]
 
     def promise(self, rows: int) -> None:
-        """So many more rows were asked to move."""
+        """So many more rows are to move."""
         self.rows += rows
         if self.snapshot is not None:
             self.snapshot.rows += rows

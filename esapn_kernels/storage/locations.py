@@ -1,11 +1,11 @@
-"""The tensors of an arena, and what others may do to them: copy, load, move, write.
+"""The tensors of an arena, which are copied, loaded, moved and written to as any module's are.
 
     storage, row_start, page_level    the same objects as long as the arena lives, see ``arena``
-    layout                            a look at them, which finds out what others have done
+    layout                            the locations, checked wherever these tensors have changed
 
-Loaders put tensors in their place, averages of parameters write to them, and both pass by the
-arena. So the layout that a lookup takes is the one of the tensors *accepted* last, which takes four
-comparisons; others, or the same after somebody wrote to them, are looked at before they are used.
+Loaders assign tensors and averages of parameters write to them, without a call of the arena. So
+``layout`` compares the tensors and their versions with those *accepted* last, which takes six
+comparisons; other tensors, or the same after a write, are checked before they are used.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..ops.backend import is_capturing
 from ..ops.checks import is_eager
 from ..ops.layout import Layout, index_dtype, page_elements, place_densely, row_table
-from .checks import digest, is_hooked, is_shared, misfit, version
+from .checks import digest, fault_of, is_hooked, is_shared, version
 from .followers import Follower, Followers
 from .free import FreeLists
 from .rows import Rows
@@ -27,22 +27,28 @@ from .rows import Rows
 __all__ = ["Locations", "unrecorded"]
 
 _SHARED = (
-    "the rows are in shared memory, where other processes would not learn that they move: let them "
-    "grow before share_memory(), or move those of a copy.deepcopy"
+    "rows in shared memory do not move, for other processes read them: resize them before "
+    "share_memory(), or resize a copy.deepcopy of the module"
+)
+_COMPUTED = (
+    "rows move only in a Parameter, and arena.storage is computed from another one: prune or "
+    "parametrize to_embedding() instead"
+)
+_INFERENCE = (
+    "inference tensors do not move: make the copy of the module outside of torch.inference_mode()"
 )
 _HOOKED = (
-    "a hook on the node that accumulates the gradient of arena.storage would be lost, for another "
-    "shape takes another node: register the hook on arena.storage itself"
+    "growth would lose the hook on the autograd node of arena.storage: register the hook on "
+    "arena.storage itself"
 )
 _MIXED = (
-    "the rows of this table and those of the one that it is averaged or copied from have come to "
-    "lie in different places, so that its numbers mix rows: average to_embedding(), do not promote "
-    "while averaging, or load a state dict as a whole"
+    "rows have moved in this table or in the one that it is averaged or copied from, so that its "
+    "numbers mix rows: average to_embedding(), promote after averaging, or load a whole state dict"
 )
 
 
 def unrecorded(call: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorate a method that makes tensors to keep: no gradient, and none of inference mode's."""
+    """Decorate a method whose tensors last: without gradient, and no inference tensors."""
     decorated: Callable[..., Any] = torch.inference_mode(False)(torch.no_grad()(call))
     return decorated
 
@@ -70,12 +76,15 @@ class Locations(nn.Module, Rows):
     followers: Followers
     _initial_level: Tensor | None
     _free: FreeLists | None
+    # A CUDA graph that moves rows holds the addresses.
+    _captured: bool = False
     # The tensors last accepted, how often row_start and moves were written to then, the layout.
     _held: tuple[Tensor, Tensor, Tensor, Tensor, int, int, Layout] | None
     # What moves should hold (None: a CUDA graph counts), and a digest of row_start, if known.
     _counted: int | None
     _digest: Tensor | int | None
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         num_rows: int,
@@ -158,8 +167,6 @@ class Locations(nn.Module, Rows):
     def _is_on_meta(self) -> bool:
         return all(tensor.is_meta for tensor in self._tensors().values())
 
-    # ---- where the rows lie -------------------------------------------------------------------
-
     @property
     def parameter(self) -> nn.Parameter:
         """``storage``."""
@@ -184,7 +191,7 @@ class Locations(nn.Module, Rows):
                 if (
                     start is row_start
                     and level is page_level
-                    and storage is self._parameters["storage"]
+                    and storage is self._parameters.get("storage")
                     and moves is buffers["moves"]
                     and starts_written == row_start._version
                     and moves_written == moves._version
@@ -192,7 +199,7 @@ class Locations(nn.Module, Rows):
                     return layout
             except RuntimeError:
                 pass  # inference tensors do not count what is written to them
-        return self._look()
+        return self._revalidate()
 
     def _sliced(self, row_start: Tensor, page_level: Tensor) -> Layout:
         return Layout(row_start[:-1], page_level[:-1], self.sizes, self.page)
@@ -203,8 +210,8 @@ class Locations(nn.Module, Rows):
         return {name: getattr(self, name) for name in names}
 
     @torch.inference_mode(False)
-    def _look(self) -> Layout:
-        """The layout of tensors that others have put here or written to, which are looked at."""
+    def _revalidate(self) -> Layout:
+        """Check tensors that were assigned or written to since the last call, and accept them."""
         layout = self._sliced(self.row_start, self.page_level)
         tensors = self._tensors()
         plain = all(type(t) in (Tensor, nn.Parameter) for t in tensors.values())
@@ -219,7 +226,7 @@ class Locations(nn.Module, Rows):
             # The numbers that were there, or another storage alone (torch.func.functional_call).
             self._remember()
             return layout
-        why = f"{on_meta[0]} has not been loaded" if on_meta else self._misfit(tensors)
+        why = f"{on_meta[0]} has not been loaded" if on_meta else self._fault(tensors)
         if why:
             raise RuntimeError(
                 f"the tensors of the arena do not fit together, {why}: load a state dict as a whole"
@@ -234,11 +241,11 @@ class Locations(nn.Module, Rows):
         fits = self.storage.shape == ((self.page_level.numel() - 1) * self.page,)
         return fits and self.storage.is_floating_point()
 
-    def _misfit(self, tensors: Mapping[str, Tensor]) -> str:
-        return misfit(tensors, self.num_rows, self.sizes, self.page)
+    def _fault(self, tensors: Mapping[str, Tensor]) -> str:
+        return fault_of(tensors, self.num_rows, self.sizes, self.page)
 
     def _is_written(self) -> bool | None:
-        """Whether others wrote to the locations accepted last; ``None``: these are others."""
+        """Whether the accepted locations were written to; ``None``: these are other tensors."""
         held = self._held
         if held is None or held[1] is not self.row_start or held[2] is not self.page_level:
             return None
@@ -247,7 +254,7 @@ class Locations(nn.Module, Rows):
         return (held[4], held[5]) != (version(self.row_start), version(self.moves))
 
     def _is_mixed(self) -> bool:
-        """Whether what others wrote to the locations says that rows lie elsewhere."""
+        """Whether the locations that were written are not those where storage has its rows."""
         if self._counted is not None and int(self.moves) != self._counted:
             return True
         known = self._digest
@@ -255,10 +262,10 @@ class Locations(nn.Module, Rows):
 
     def _refuse_mixed(self) -> None:
         if self._is_written():
-            self._look()
+            self._revalidate()
 
     def _recount(self) -> None:
-        """Other tensors than before: a new ``moves``, unless it came along (to another device)."""
+        """Keep ``moves`` where it moved with the rows, to another device; else make it anew."""
         moves, counted = self.moves, self._counted
         if moves.device == self.storage.device and counted in (None, int(moves)):
             self._counted = int(moves)
@@ -266,31 +273,29 @@ class Locations(nn.Module, Rows):
             self._count_anew()
 
     def _count_anew(self) -> None:
-        """The locations are others than all before."""
+        """Give ``moves`` a count that no earlier locations had."""
         self._counted = (int(self.moves) if self._counted is None else self._counted) + 1
         self.moves = torch.full((), self._counted, dtype=torch.int64, device=self.storage.device)
 
     def _accept(self) -> None:
-        """The locations are sound, and storage holds its rows there."""
+        """Accept the present tensors: the locations are sound, and storage has its rows there."""
         self._digest = digest(self.row_start)
         self._remember()
 
     def _remember(self) -> None:
-        """Nothing but the arena itself has written to the locations."""
+        """Note the present tensors and versions, after the arena's own writes."""
         row_start, page_level, moves = self.row_start, self.page_level, self.moves
         writes = version(row_start), version(moves)
         layout = self._sliced(row_start, page_level)
         self._held = self.storage, row_start, page_level, moves, *writes, layout
 
-    def _refuse_strangers(self) -> None:
+    def _check_accepted(self) -> None:
         """Raise what :attr:`layout` raises."""
         _ = self.layout
 
-    # ---- memory that is replaced: growth, compaction ------------------------------------------
-
     def _refuse_replacing(self, numel: int) -> None:
         """Raise where memory for ``numel`` elements in place of the present must not be taken."""
-        self._refuse_sharing()
+        self._check_movable()
         if numel != self.storage.numel() and is_hooked(self.storage):
             raise RuntimeError(_HOOKED)
 
@@ -308,7 +313,7 @@ class Locations(nn.Module, Rows):
         page_level: Tensor,
         grown: list[tuple[Follower, Tensor]],
     ) -> None:
-        """Take new memory, allocated before, for everything: whoever has the old keeps it whole."""
+        """Take new memory, allocated before, for everything; aliases of the old keep it whole."""
         # Places saved for a pending backward are no longer where the rows are.
         if not self.storage.is_inference():
             torch.autograd.graph.increment_version(self.storage)
@@ -324,11 +329,13 @@ class Locations(nn.Module, Rows):
         self.page_level.data = page_level
         self._remember()
 
-    def _refuse_sharing(self) -> None:
+    def _check_movable(self) -> None:
+        if self._parameters.get("storage") is None:
+            raise RuntimeError(_COMPUTED)
+        if any(tensor.is_inference() for tensor in (*self._tensors().values(), self.moves)):
+            raise RuntimeError(_INFERENCE)
         if is_shared([self.storage, self.row_start]):
             raise RuntimeError(_SHARED)
-
-    # ---- state --------------------------------------------------------------------------------
 
     def _save_to_state_dict(self, *args: Any) -> None:
         self._refuse_mixed()
@@ -340,14 +347,14 @@ class Locations(nn.Module, Rows):
     ) -> None:
         """Take the saved arena's shapes: rows of a checkpoint may have grown. All or nothing.
 
-        Only what is on the meta device takes tensors one by one, and looks at them when it is used.
+        Only an arena on the meta device takes tensors one by one; they are checked at first use.
         """
         missing, _, errors = lists
         saved, own = self._saved(state_dict, prefix), self._tensors()
         assign = metadata.get("assign_to_params_buffers", False)
-        misfits = self._misfits(saved, prefix)
-        if misfits or not self._is_loadable(saved):
-            errors += misfits
+        faults = self._loading_faults(saved, prefix)
+        if faults or not self._is_loadable(saved):
+            errors += faults
             missing += [prefix + name for name in own if name not in saved]
             return
         if assign:
@@ -357,7 +364,7 @@ class Locations(nn.Module, Rows):
             # What is assigned must be of the shape of what it takes the place of.
             for name, tensor in saved.items():
                 if tensor.shape != own[name].shape:
-                    self._stand_in(name, tensor)
+                    self._put_placeholder(name, tensor)
         elif saved and saved["storage"].shape != self.storage.shape:
             numel = saved["storage"].numel()
             self._replace(
@@ -389,12 +396,13 @@ class Locations(nn.Module, Rows):
         state = (storage, row_start, page_level, sizes)
         return dict(zip(self._tensors(), state, strict=True))
 
-    def _stand_in(self, name: str, saved: Tensor) -> None:
-        """A tensor of the shape of ``saved``, without numbers."""
+    def _put_placeholder(self, name: str, saved: Tensor) -> None:
+        """Assign a tensor of the shape of ``saved``, without numbers."""
         own = getattr(self, name)
         empty = torch.empty(saved.shape, dtype=own.dtype, device="meta")
-        wanted = own.requires_grad
-        setattr(self, name, nn.Parameter(empty, wanted) if name == "storage" else empty)
+        if name == "storage":
+            empty = nn.Parameter(empty, own.requires_grad)
+        setattr(self, name, empty)
 
     def _saved(self, state_dict: Mapping[str, Any], prefix: str) -> dict[str, Tensor]:
         """What ``state_dict`` holds of an arena at ``prefix``."""
@@ -409,9 +417,9 @@ class Locations(nn.Module, Rows):
     def fits(self, state_dict: Mapping[str, Any], prefix: str) -> bool:
         """Whether a saved arena, if ``state_dict`` holds one at ``prefix``, can be loaded."""
         saved = self._saved(state_dict, prefix)
-        return self._is_loadable(saved) and not self._misfits(saved, prefix)
+        return self._is_loadable(saved) and not self._loading_faults(saved, prefix)
 
-    def _misfits(self, saved: Mapping[str, Tensor], prefix: str) -> list[str]:
+    def _loading_faults(self, saved: Mapping[str, Tensor], prefix: str) -> list[str]:
         """Why what is saved does not fit this arena; missing keys aside."""
         own = self._tensors()
         if len(saved) < len(own):
@@ -435,7 +443,7 @@ class Locations(nn.Module, Rows):
                 f"{name} was saved with {numel} elements, max_elements={self.max_elements} "
                 "allows fewer."
             ]
-        why = self._misfit(saved)
+        why = self._fault(saved)
         if why:
             return [f"{name} cannot be loaded: {why}."]
         if numel != self.storage.numel() and not self._is_on_meta():

@@ -4,8 +4,8 @@
     storage      the same numbers, flat
     row_start    [0, d, 2 d, ...]        page_level  0 everywhere        computed, never stored
 
-No row ever moves. Only what torch's own lookup cannot do (Triton, a fused optimizer) asks for the
-locations; they are computed then.
+No row ever moves. The locations are computed for what torch's own lookup cannot do: Triton, a fused
+optimizer.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops.checks import is_eager
 from ..ops.layout import Layout, index_dtype, page_elements
 from ..ops.memory import ArenaBytes
 from .followers import Followers
@@ -28,7 +29,7 @@ class Table(Rows):
     """The rows in ``module.weight``, ``[N, d]``; ``N`` and ``d`` are those of the moment.
 
     Args:
-        module: has the ``weight``, and owns this object. A copy of the module makes its own.
+        module: has the ``weight``, and owns this object.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -37,15 +38,17 @@ class Table(Rows):
         self.followers = Followers(self)
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        # A copy of the module makes its own.
         return type(None), ()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Table | None:
+        # Parametrized modules copy their attributes, without the module's __setstate__.
         module = memo.get(id(self._module()))
         return None if module is None else Table(module)
 
     @property
     def parameter(self) -> Any:
-        """``weight``, an ``nn.Parameter``; ``None`` where something else stands in its place."""
+        """``weight``, an ``nn.Parameter``; ``None`` where it is computed (pruned, parametrized)."""
         module: Any = self._module()
         return None if module is None else module._parameters.get("weight")
 
@@ -75,9 +78,12 @@ class Table(Rows):
     def layout(self) -> Layout:
         weight = self.weight
         made_for = weight.shape, weight.device
-        if self._layout is None or self._layout[0] != made_for:
-            self._layout = made_for, _lay_out(weight)
-        return self._layout[1]
+        if self._layout is not None and self._layout[0] == made_for:
+            return self._layout[1]
+        layout = _lay_out(weight)
+        if is_eager():  # the tensors of traced code are no numbers
+            self._layout = made_for, layout
+        return layout
 
     @property
     def row_size(self) -> Tensor:

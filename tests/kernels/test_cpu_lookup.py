@@ -304,3 +304,12 @@ def test_output_equals_the_definition_at_once():
     storage, chain = case.leaves(torch.float64)
     expected = lookup_reference(case.ids, storage, chain, *case.layout.flat)
     torch.testing.assert_close(out.double(), expected.detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_hops_of_another_dtype():
+    """Few ids as many: what a checkpoint assigns may be of two dtypes."""
+    case = make_case((2, 4, 8), 30, 70, torch.float32)
+    case.module.chain.data = case.module.chain.data.double()
+    few, many = case.module(case.ids), case.module(case.ids.repeat(20))
+    assert few.dtype == many.dtype == torch.float32
+    assert torch.equal(few.repeat(20, 1), many)

@@ -6,6 +6,7 @@ import io
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize, prune
 
 from esapn_kernels import ResizableEmbedding
 from esapn_kernels.storage.arena import Arena
@@ -385,6 +386,50 @@ def test_functional_call_keeps_what_is_known():
     with pytest.raises(RuntimeError, match="does not consist of the pages"):
         torch.func.functional_call(module, short, (IDS,))
     assert module(IDS).shape == (N, 8)
+
+
+def test_hops_that_are_computed():
+    """Pruned or parametrized hops are looked up, trained and promoted through."""
+    for compute in (
+        lambda m: prune.random_unstructured(m, "chain", 0.5),
+        lambda m: parametrize.register_parametrization(m, "chain", nn.Tanh()),
+    ):
+        module, plain = mixed(), mixed()
+        compute(module)
+        with torch.no_grad():
+            plain.chain.copy_(module.chain)
+        out = module(IDS)
+        assert torch.equal(out, plain(IDS))
+        out.square().sum().backward()
+        assert torch.equal(module.arena.storage.grad, plain_gradient(plain))
+        assert module.promote(IDS[:30]).all() and torch.allclose(module(IDS), out, atol=1e-6)
+
+
+def plain_gradient(module):
+    return torch.autograd.grad(module(IDS).square().sum(), module.arena.storage)[0]
+
+
+def test_a_storage_that_is_computed_is_looked_up_and_does_not_move():
+    module, plain = mixed(), mixed()
+    parametrize.register_parametrization(module.arena, "storage", nn.Identity())
+    assert torch.equal(module(IDS), plain(IDS))
+    for move in (lambda: module.promote(IDS[:3]), module.compact):
+        with pytest.raises(RuntimeError, match="rows move only in a Parameter"):
+            move()
+    assert torch.equal(module(IDS), plain(IDS))
+
+
+def test_a_replica_of_data_parallel():
+    """Its Parameters are tensors that a device got a copy of, which gradients flow through."""
+    module = mixed()
+    replica, arena = (m._replicate_for_data_parallel() for m in (module, module.arena))
+    replica._modules["arena"] = arena
+    replica.chain, arena.storage = module.chain * 1, module.arena.storage * 1
+    for name, buffer in module.arena.named_buffers():
+        arena._buffers[name] = buffer.clone()
+    assert torch.equal(replica(IDS), module(IDS))
+    replica(IDS).square().sum().backward()
+    assert torch.equal(module.arena.storage.grad, plain_gradient(module))
 
 
 # ---- integers stay integers ---------------------------------------------------------------------

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.func import functional_call
 from torch.nn.utils import parametrizations, parametrize, prune
 
@@ -795,3 +796,31 @@ def test_inputs_of_torch(make, case):
     (rows, dim), options, ids = MODULE_INPUTS[case]
     module = make(rows, dim, **options)
     return backward(module, ids), module.weight, module.weight.grad
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        lambda m: prune.random_unstructured(m, "weight", 0.5),
+        lambda m: parametrize.register_parametrization(m, "weight", Doubled()),
+    ],
+    ids=["pruned", "parametrized"],
+)
+def test_reports_and_exports_of_a_computed_weight(compute):
+    module = ResizableEmbedding(10, 4, sizes=(4,))
+    compute(module)
+    assert module.memory_report().fixed == 10 * 4 * 4 and module.memory_report().optimizer == 0
+    plain = module.to_embedding()
+    assert torch.equal(plain.weight, module.weight) and plain.weight.requires_grad
+    tables = ResizableEmbeddingCollection({"a": 10}, sizes=(4,))
+    compute(tables.rows)
+    assert torch.equal(tables.to_embeddings()["a"].weight, tables.rows.weight)
+    assert tables({}) == {}
+
+
+def test_locations_of_traced_code_are_not_kept():
+    """What a fake mode computes holds no numbers, and later lookups need some."""
+    module = ResizableEmbedding(10, 4, sizes=(4,))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert isinstance(module.arena.layout.row_start, FakeTensor)
+    assert module.arena.layout.row_start.tolist() == list(range(0, 40, 4))

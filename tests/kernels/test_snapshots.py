@@ -266,7 +266,7 @@ def test_averages_of_rows_that_stay(kind, buffers):
             average.update_parameters(m)
         if buffers and kind == "ema" and step:
             # torch rounds the mean of two equal integers: rows would lie elsewhere.
-            with pytest.raises(RuntimeError, match="have come to lie in different places"):
+            with pytest.raises(RuntimeError, match="its numbers mix rows"):
                 ours(IDS)
         else:
             torch.testing.assert_close(ours(IDS), theirs(IDS))
@@ -351,7 +351,7 @@ def test_copying_what_a_state_dict_holds(moves):
         ):
             own.copy_(own.lerp(other, 0.1) if own.is_floating_point() else other)
     if moves:
-        with pytest.raises(RuntimeError, match="have come to lie in different places"):
+        with pytest.raises(RuntimeError, match="its numbers mix rows"):
             copied(IDS)
     else:
         torch.testing.assert_close(copied(IDS), module(IDS))
@@ -380,6 +380,24 @@ def test_moves_that_a_graph_counts():
         assert each._counted == int(each.moves) == 4
         each.row_start.copy_(each.row_start.clone())
         assert each.level().sum() == 5
+
+
+def test_a_module_made_in_inference_mode_trains_and_grows():
+    with torch.inference_mode():
+        module = ResizableEmbedding(N, sizes=SIZES)
+        start = module(IDS)
+        moved = module.promote(IDS[:9])
+        copied = copy.deepcopy(module)
+    assert moved.all() and torch.allclose(module(IDS), start, atol=1e-6)
+    module(IDS).sum().backward()
+    assert module.arena.storage.grad.any() and module.promote(IDS).all()
+    assert torch.allclose(module(IDS), start, atol=1e-5)
+    # As of any module, a copy made there is of inference tensors.
+    for move in (lambda: copied.promote(IDS), copied.compact):
+        with pytest.raises(RuntimeError, match="inference tensors do not move"):
+            move()
+    with torch.inference_mode():
+        assert torch.allclose(copied(IDS), start, atol=1e-6)
 
 
 # ---- shared memory ------------------------------------------------------------------------------
