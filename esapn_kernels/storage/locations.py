@@ -461,3 +461,5 @@ class Locations(nn.Module, Rows):
         self.followers = Followers(self)
         if accepted:
             self._accept()
+        # A copied optimizer's state lies as the rows do now, and no step has shown it yet.
+        self.followers.note_loading()
