@@ -77,3 +77,25 @@ def test_rows_of_a_copied_pair_move_before_its_first_step(copied, move, kind):
     for name in optimizer.state[module.arena.storage]:
         found, expected = (of_rows(m, o, name) for m, o in ((other, its), (module, optimizer)))
         assert torch.equal(found, expected)
+
+
+# ---- several devices ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_tensors_on_several_devices_are_refused(backend):
+    """Numbers that are not there are not read: ids, or hops that no loader has brought."""
+    module = ResizableEmbedding(N, sizes=SIZES, backend=backend)
+    module(IDS)  # the hops are composed, and kept
+    with pytest.raises(RuntimeError, match="on the same device, but got ids on meta"):
+        module(IDS.to("meta"))
+    chain = module.chain
+    module.chain = nn.Parameter(chain.detach().to("meta"))
+    for use in (lambda: module(IDS), lambda: module.weight, module.to_embedding):
+        with pytest.raises(RuntimeError, match="on the same device.*chain on meta"):
+            use()
+    module.chain = chain
+    assert torch.equal(module(IDS), module.weight)
+    # As with torch's, a module without numbers takes any ids.
+    for cls in (nn.Embedding, ResizableEmbedding):
+        assert cls(N, 8, device="meta")(IDS).is_meta
