@@ -447,6 +447,20 @@ class ResizableEmbedding(nn.Embedding):
         if self.chain is None:
             return self.weight.clone()
         ids = torch.arange(self.arena.num_rows, device=self.chain.device)
+    def _replicate_for_data_parallel(self) -> ResizableEmbedding:
+        if self.arena.fused_optimizer is not None:
+            raise RuntimeError(
+                "a fused optimizer steps the rows of one module, and nn.DataParallel makes copies "
+                "of it: use an optimizer of torch.optim, or call the optimizer's detach() first"
+            )
+        replica: ResizableEmbedding = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        # What belongs to one device and one thread.
+        if "arena" in self._modules:
+            replica._composed = ComposedCache()
+        else:
+            replica.arena = Table(replica)
+        return replica
+
         return ResizableEmbedding.forward(self, ids)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -477,7 +491,6 @@ class ResizableEmbedding(nn.Embedding):
             return y if self.out_dtype is None else y.to(self.out_dtype)
         if isinstance(input, Tensor) and input.is_nested:
             return _look_up_nested(self, input)
-        table = self._parameters["chain"] is None
         # Past nn.Module's own lookup of attributes, for the sake of small batches.
         arena: Any = self.__dict__["arena"] if table else self._modules["arena"]
         options = self._options(arena.num_rows)
@@ -488,12 +501,16 @@ class ResizableEmbedding(nn.Embedding):
         chain: Any
         if table:
             weight = self.weight
+        table = "arena" not in self._modules
             if self.max_norm is not None:
                 rows = weight.detach()
                 torch.embedding_renorm_(rows, input.contiguous(), self.max_norm, self.norm_type)
             storage, chain = weight.reshape(-1), weight.new_empty(0)
         else:
-            storage, chain = arena._parameters["storage"], self._parameters["chain"]
+            storage, chain = arena._parameters.get("storage"), self._parameters.get("chain")
+            if storage is None or chain is None:
+                # Computed by a parametrization, or a copy that nn.DataParallel made.
+                storage, chain = arena.storage, self.chain
         fused = arena.fused_optimizer
         return lookup(
             input,
@@ -518,7 +535,7 @@ class ResizableEmbedding(nn.Embedding):
         if padding_idx is not None and not 0 <= padding_idx < rows:
             padding_idx = self._check_padding(padding_idx, rows)
         if self.sparse or self.max_norm is not None:
-            self._check(several=self._parameters["chain"] is not None)
+            self._check(several="arena" in self._modules)
         return Options(padding_idx, self.scale_grad_by_freq, self.sparse, self.out_dtype)
 
     def sizes_of(self, ids: Tensor | None = None) -> Tensor:

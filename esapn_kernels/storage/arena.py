@@ -194,7 +194,7 @@ class Arena(Locations):
         The torch backend, which says its ``exact`` needs, has no use for ``owner``. It needs room
         for all rows, so it grows the arena after a capture too; during one it cannot run.
         """
-        self._refuse_sharing()
+        self._refuse_moving()
         self.followers.remember_layout()
         is_exact = exact is not None
         free = self._free_lists()
@@ -423,7 +423,7 @@ class Arena(Locations):
         used = torch.bincount(start // self.page, minlength=pages) > 0
         found = (~used & (self.page_level[:-1] >= 0)).nonzero()[:, 0]
         if len(found):
-            self._refuse_sharing()
+            self._refuse_moving()
             self._count_move()
             self.page_level[found] = -1
             self._free = None

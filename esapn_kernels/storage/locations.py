@@ -31,6 +31,10 @@ _SHARED = (
     "grow before share_memory(), or move those of a copy.deepcopy"
 )
 _HOOKED = (
+_COMPUTED = (
+    "arena.storage is computed by a parametrization, or copied for a replica of nn.DataParallel, "
+    "where rows cannot move: let them grow in the module itself"
+)
     "a hook on the node that accumulates the gradient of arena.storage would be lost, for another "
     "shape takes another node: register the hook on arena.storage itself"
 )
@@ -184,7 +188,7 @@ class Locations(nn.Module, Rows):
                 if (
                     start is row_start
                     and level is page_level
-                    and storage is self._parameters["storage"]
+                    and storage is self._parameters.get("storage")
                     and moves is buffers["moves"]
                     and starts_written == row_start._version
                     and moves_written == moves._version
@@ -290,7 +294,7 @@ class Locations(nn.Module, Rows):
 
     def _refuse_replacing(self, numel: int) -> None:
         """Raise where memory for ``numel`` elements in place of the present must not be taken."""
-        self._refuse_sharing()
+        self._refuse_moving()
         if numel != self.storage.numel() and is_hooked(self.storage):
             raise RuntimeError(_HOOKED)
 
@@ -324,7 +328,9 @@ class Locations(nn.Module, Rows):
         self.page_level.data = page_level
         self._remember()
 
-    def _refuse_sharing(self) -> None:
+    def _refuse_moving(self) -> None:
+        if "storage" not in self._parameters:
+            raise RuntimeError(_COMPUTED)
         if is_shared([self.storage, self.row_start]):
             raise RuntimeError(_SHARED)
 

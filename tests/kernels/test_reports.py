@@ -99,3 +99,106 @@ def test_tensors_on_several_devices_are_refused(backend):
     # As with torch's, a module without numbers takes any ids.
     for cls in (nn.Embedding, ResizableEmbedding):
         assert cls(N, 8, device="meta")(IDS).is_meta
+
+
+# ---- what stands in the place of a Parameter ----------------------------------------------------
+
+
+def replicate(network):
+    """``torch.nn.parallel.replicate`` onto one device, the one that there is."""
+    modules = list(network.modules())
+    replicas = [module._replicate_for_data_parallel() for module in modules]
+    for module, replica in zip(modules, replicas, strict=True):
+        replica._former_parameters = OrderedDict()
+        for name, child in module._modules.items():
+            setattr(replica, name, replicas[modules.index(child)])
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                replica._parameters[name] = None
+            else:
+                setattr(replica, name, parameter.view_as(parameter))
+        for name, buffer in module._buffers.items():
+            setattr(replica, name, buffer.clone())
+    return replicas[0]
+
+
+@pytest.mark.parametrize("make", [ragged, one_size])
+@pytest.mark.parametrize("cls", [ResizableEmbedding, ResizableEmbeddingBag])
+def test_replicas_of_data_parallel(make, cls):
+    model = nn.ModuleDict({"table": make(cls)})
+    table, replica = model["table"], replicate(model)["table"]
+    out = replica(*arguments(table))
+    assert torch.equal(out, table(*arguments(table)))
+    assert torch.equal(replica.weight, table.weight)
+    out.square().sum().backward()
+    found = [p.grad.clone() for p in table.parameters()]
+    table.zero_grad()
+    table(*arguments(table)).square().sum().backward()
+    assert all(torch.equal(g, p.grad) for g, p in zip(found, table.parameters(), strict=True))
+
+
+def test_rows_of_a_replica_do_not_move():
+    table = ragged()
+    replica = replicate(nn.ModuleDict({"table": table}))["table"]
+    before, sizes = table(IDS), table.sizes_of()
+    for move in (
+        lambda: replica.promote(IDS),
+        lambda: replica.resize(IDS, 8),
+        lambda: replica.reserve(100),
+        lambda: replica.compact(),
+    ):
+        with pytest.raises(RuntimeError, match="where rows cannot move"):
+            move()
+    with pytest.raises(RuntimeError, match="is computed itself"):
+        replica.weight.data.zero_()
+    assert torch.equal(table(IDS), before) and torch.equal(table.sizes_of(), sizes)
+
+
+@pytest.mark.parametrize("make", [ragged, one_size])
+def test_replicas_of_a_fused_table_are_refused(make):
+    table = make()
+    optimizer = optim.SGD(table, lr=0.1)
+    with pytest.raises(RuntimeError, match=r"use an optimizer of torch\.optim"):
+        replicate(nn.ModuleDict({"table": table}))
+    optimizer.detach()
+    assert torch.equal(replicate(nn.ModuleDict({"table": table}))["table"](IDS), table(IDS))
+
+
+class Doubled(nn.Module):
+    def forward(self, tensor):
+        return 2 * tensor
+
+
+def test_parametrized_rows():
+    table, doubled = ragged(), ragged()
+    doubled.arena.storage.data.mul_(2)
+    parametrize.register_parametrization(table.arena, "storage", Doubled())
+    assert torch.equal(table(IDS), doubled(IDS))
+    table(IDS).sum().backward()
+    doubled(IDS).sum().backward()
+    original = table.arena.parametrizations.storage.original
+    assert torch.equal(original.grad, 2 * doubled.arena.storage.grad)
+    with pytest.raises(RuntimeError, match="where rows cannot move"):
+        table.promote(IDS)
+    for write in (
+        lambda: table.weight.data.mul_(2),
+        lambda: nn.functional.embedding(IDS, table.weight.detach(), max_norm=0.1),
+    ):
+        with pytest.raises(RuntimeError, match="is computed itself"):
+            write()
+    assert torch.equal(table(IDS), doubled(IDS))
+    parametrize.remove_parametrizations(table.arena, "storage")
+    assert table.promote(IDS[:3]).all()
+    torch.testing.assert_close(table(IDS), doubled(IDS))
+
+
+def test_parametrized_hops():
+    table, doubled = ragged(), ragged()
+    doubled.chain.data.mul_(2)
+    parametrize.register_parametrization(table, "chain", Doubled())
+    assert torch.equal(table(IDS), doubled(IDS))
+    before = table(IDS)
+    assert table.promote(IDS[:8]).all()
+    torch.testing.assert_close(table(IDS), before)
+    table.weight.data[9] = 1.0
+    assert torch.equal(table(IDS[9]), torch.ones(8))
