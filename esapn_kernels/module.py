@@ -188,6 +188,8 @@ class ResizableEmbedding(nn.Embedding):
         else:
             self.weight = nn.Parameter(_weight, requires_grad=not _freeze)
 
+    # What inference mode made could not grow, or load rows of other sizes, later.
+    @torch.inference_mode(False)
     def _make_arena(
         self,
         sizes: tuple[int, ...],
@@ -416,6 +418,13 @@ class ResizableEmbedding(nn.Embedding):
     @weight.deleter
     def weight(self) -> None:
         del self.__dict__["weight"]
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> ResizableEmbedding:
+        # Hops are saved for backward, which what inference mode made cannot be.
+        saved = self.chain is not None and not self.chain.is_inference()
+        with torch.inference_mode(False) if saved else contextlib.nullcontext():
+            super()._apply(fn, recurse)
+        return self
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":

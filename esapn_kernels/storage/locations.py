@@ -10,6 +10,7 @@ comparisons; others, or the same after somebody wrote to them, are looked at bef
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -46,8 +47,16 @@ _MIXED = (
 
 
 def unrecorded(call: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorate a method that makes tensors to keep: no gradient, and none of inference mode's."""
-    decorated: Callable[..., Any] = torch.inference_mode(False)(torch.no_grad()(call))
+    """Decorate a method that makes tensors to keep: no gradient, and none of inference mode's.
+
+    A copy that was made in inference mode keeps to that mode.
+    """
+
+    @functools.wraps(call)
+    def decorated(arena: Locations, *args: Any, **kwargs: Any) -> Any:
+        with arena.mode(), torch.no_grad():
+            return call(arena, *args, **kwargs)
+
     return decorated
 
 
@@ -138,9 +147,17 @@ class Locations(nn.Module, Rows):
         self._counted = 0
         self._accept()
 
-    @torch.inference_mode(False)
+    def mode(self) -> torch.inference_mode:
+        """Inference mode off, unless the tensors are such as can be written to in it alone."""
+        tensors = (self.storage, self.row_start, self.page_level, self.moves)
+        return torch.inference_mode(any(t.is_inference() for t in tensors))
+
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> nn.Module:
         """As ``nn.Module``'s, but that integers stay what they are."""
+        with self.mode():
+            return self._convert(fn, recurse)
+
+    def _convert(self, fn: Callable[..., Any], recurse: bool) -> nn.Module:
         self._refuse_mixed()
         level = self._initial_level if self._is_on_meta() else None
         if self.moves.is_meta and not self.storage.is_meta:
@@ -148,9 +165,13 @@ class Locations(nn.Module, Rows):
 
         def keep(tensor: Tensor) -> Tensor:
             result = fn(tensor)
-            if tensor.is_floating_point() or result.dtype == tensor.dtype:
+            if tensor.is_floating_point() or result is tensor:
                 return result
-            return tensor.to(result.device)
+            if result.dtype != tensor.dtype:
+                return tensor.to(result.device)
+            if not tensor.is_meta and not result.is_meta:
+                result.copy_(tensor)  # to_empty brings no numbers
+            return result
 
         super()._apply(keep, recurse)
         self._free = None
@@ -358,7 +379,8 @@ class Locations(nn.Module, Rows):
             return
         if assign:
             # Of inference tensors copies, from which gradients can be taken.
-            saved = {name: t.clone() if t.is_inference() else t for name, t in saved.items()}
+            with torch.inference_mode(False):
+                saved = {name: t.clone() if t.is_inference() else t for name, t in saved.items()}
         if assign or any(t.is_meta for t in own.values()):
             # What is assigned must be of the shape of what it takes the place of.
             for name, tensor in saved.items():

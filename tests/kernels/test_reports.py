@@ -202,3 +202,86 @@ def test_parametrized_hops():
     torch.testing.assert_close(table(IDS), before)
     table.weight.data[9] = 1.0
     assert torch.equal(table(IDS[9]), torch.ones(8))
+
+
+# ---- modes and memory ---------------------------------------------------------------------------
+
+CALLS = {
+    "promote": lambda m: m.promote(IDS),
+    "reserve": lambda m: m.reserve(100),
+    "compact": lambda m: m.compact(),
+    "load": lambda m: m.load_state_dict(ragged().state_dict()),
+    "load longer": lambda m: m.load_state_dict(grown().state_dict()),
+    "write": lambda m: m.weight.data.mul_(2),
+    "init": lambda m: nn.init.normal_(m.weight),
+    "double": lambda m: m.double(),
+}
+
+
+def grown():
+    module = ragged()
+    module.resize(IDS, 8)
+    return module
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_module_made_in_inference_mode(call, inside):
+    """Beyond torch, whose parameters made there never train."""
+    with torch.inference_mode():
+        module = ResizableEmbedding(N, sizes=SIZES)
+    with torch.inference_mode(inside):
+        CALLS[call](module)
+        assert module(IDS).isfinite().all()
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    train(module, optimizer)
+    assert module.resize(IDS, 8).all()
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("copied", COPIES)
+def test_a_copy_made_in_inference_mode(call, copied):
+    """As of any module, its tensors are those of inference mode, where it does all that it does."""
+    with torch.inference_mode():
+        module = COPIES[copied](ragged())
+        before = module(IDS)
+        CALLS[call](module)
+        after = module(IDS)
+        assert after.isfinite().all()
+        if call in ("promote", "reserve", "compact", "load"):
+            torch.testing.assert_close(after, before)
+        assert module.resize(IDS, 8).all()
+        torch.testing.assert_close(module(IDS), after)
+
+
+@pytest.mark.parametrize("make", [ragged, one_size])
+def test_a_conversion_in_inference_mode(make):
+    module = make()
+    with torch.inference_mode():
+        module.double()
+    train(module, torch.optim.SGD(module.parameters(), lr=0.1))
+    assert module(IDS).dtype == torch.float64
+
+
+@pytest.mark.parametrize("make", [ragged, one_size])
+@pytest.mark.parametrize("kind", [optim.SGD, optim.Adagrad, optim.Adam])
+def test_a_fused_optimizer_made_in_inference_mode(make, kind):
+    module, other = make(), make()
+    expected = kind(other, lr=0.1)
+    with torch.inference_mode():
+        optimizer = kind(module, lr=0.1)
+    for m in (module, other):
+        m(IDS).square().sum().backward()
+    assert torch.equal(module(IDS), other(IDS))
+    assert optimizer.state_dict()["state"].keys() == expected.state_dict()["state"].keys()
+
+
+@pytest.mark.parametrize("make", [ragged, one_size])
+def test_to_empty_of_a_module_that_has_its_numbers(make):
+    """Rows stay where they are: ``reset_parameters`` draws them, as of torch's class."""
+    module = make()
+    sizes = module.sizes_of()
+    module.to_empty(device="cpu").reset_parameters()
+    assert torch.equal(module.sizes_of(), sizes)
+    assert 0.5 < module(IDS).detach().std() < 2
+    assert module.promote(IDS[:3]).any() == (len(module.sizes) > 1)
