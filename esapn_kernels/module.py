@@ -447,15 +447,6 @@ class ResizableEmbedding(nn.Embedding):
                 "optimizer's detach() first, or write with weight.data.copy_"
             )
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        if "arena" not in self._modules:
-            self.arena = Table(self)
-
-    def _dense(self) -> Tensor:
-        if self.chain is None:
-            return self.weight.clone()
-        ids = torch.arange(self.arena.num_rows, device=self.chain.device)
     def _replicate_for_data_parallel(self) -> ResizableEmbedding:
         if self.arena.fused_optimizer is not None:
             raise RuntimeError(
@@ -470,6 +461,15 @@ class ResizableEmbedding(nn.Embedding):
             replica.arena = Table(replica)
         return replica
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "arena" not in self._modules:
+            self.arena = Table(self)
+
+    def _dense(self) -> Tensor:
+        if self.chain is None:
+            return self.weight.clone()
+        ids = torch.arange(self.arena.num_rows, device=self.chain.device)
         return ResizableEmbedding.forward(self, ids)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -501,6 +501,7 @@ class ResizableEmbedding(nn.Embedding):
         if isinstance(input, Tensor) and input.is_nested:
             return _look_up_nested(self, input)
         # Past nn.Module's own lookup of attributes, for the sake of small batches.
+        table = "arena" not in self._modules
         arena: Any = self.__dict__["arena"] if table else self._modules["arena"]
         options = self._options(arena.num_rows)
         # The torch path finds ids out of range itself, in the same words.
@@ -510,7 +511,6 @@ class ResizableEmbedding(nn.Embedding):
         chain: Any
         if table:
             weight = self.weight
-        table = "arena" not in self._modules
             if self.max_norm is not None:
                 rows = weight.detach()
                 torch.embedding_renorm_(rows, input.contiguous(), self.max_norm, self.norm_type)

@@ -31,11 +31,11 @@ _SHARED = (
     "the rows are in shared memory, where other processes would not learn that they move: let them "
     "grow before share_memory(), or move those of a copy.deepcopy"
 )
-_HOOKED = (
 _COMPUTED = (
     "arena.storage is computed by a parametrization, or copied for a replica of nn.DataParallel, "
     "where rows cannot move: let them grow in the module itself"
 )
+_HOOKED = (
     "a hook on the node that accumulates the gradient of arena.storage would be lost, for another "
     "shape takes another node: register the hook on arena.storage itself"
 )
@@ -201,7 +201,7 @@ class Locations(nn.Module, Rows):
         # Past nn.Module's own lookup of attributes, for the sake of small batches.
         buffers: Any = self._buffers
         row_start, page_level = buffers["row_start"], buffers["page_level"]
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return self._sliced(row_start, page_level)
         if self._held is not None:
             storage, start, level, moves, starts_written, moves_written, layout = self._held
@@ -395,6 +395,8 @@ class Locations(nn.Module, Rows):
                 self._fresh_followers(numel),
             )
         present = {prefix + name: tensor for name, tensor in saved.items()}
+        if saved:
+            self._held = None  # its views would hinder torch from swapping what they are of
         super()._load_from_state_dict({**state_dict, **present}, prefix, metadata, strict, *lists)
         if len(saved) == len(own) and not self.storage.is_meta:
             self._free = self._initial_level = None
@@ -487,7 +489,7 @@ class Locations(nn.Module, Rows):
         accepted = state.pop("_accepted")
         super().__setstate__(state)
         self.followers = Followers(self)
-        if accepted:
-            self._accept()
         # A copied optimizer's state lies as the rows do now, and no step has shown it yet.
         self.followers.note_loading()
+        if accepted:
+            self._accept()

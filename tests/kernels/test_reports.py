@@ -285,3 +285,65 @@ def test_to_empty_of_a_module_that_has_its_numbers(make):
     assert torch.equal(module.sizes_of(), sizes)
     assert 0.5 < module(IDS).detach().std() < 2
     assert module.promote(IDS[:3]).any() == (len(module.sizes) > 1)
+
+
+# ---- traced by torch.jit ------------------------------------------------------------------------
+
+
+class Tied(nn.Module):
+    def __init__(self, table):
+        super().__init__()
+        self.table = table
+
+    def forward(self, ids):
+        return nn.functional.linear(self.table(ids), self.table.weight)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_traced_module_looks_up_any_ids(tied, grad):
+    """Nothing of the example is kept, and what grows or is written to later is seen."""
+    table = ragged()
+    module = Tied(table) if tied else table
+    with torch.set_grad_enabled(grad):
+        traced = torch.jit.trace(module, (IDS[:3],))
+    assert torch.equal(traced(IDS[5:8]), module(IDS[5:8]))
+    table.resize(IDS, 8)
+    table.weight.data.mul_(2)
+    torch.testing.assert_close(traced(IDS[5:8]), module(IDS[5:8]))
+    if grad:
+        traced(IDS).square().sum().backward()
+        found = table.arena.storage.grad.clone()
+        table.zero_grad()
+        module(IDS).square().sum().backward()
+        torch.testing.assert_close(found, table.arena.storage.grad)
+
+
+# ---- torch's way of loading by swaps ------------------------------------------------------------
+
+
+@pytest.fixture
+def swaps():
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    yield
+    torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+@pytest.mark.usefixtures("swaps")
+@pytest.mark.parametrize("source", [ragged, grown])
+def test_tensors_swapped_while_loading(source):
+    for make in (ragged, one_size, lambda: nn.Embedding(N, 8)):
+        module = make()
+        loaded = source() if make is ragged else make()
+        train(module, torch.optim.SGD(module.parameters(), lr=0.1))
+        held = list(module.parameters())
+        module.double()
+        module.load_state_dict(loaded.double().state_dict())
+        assert torch.equal(module(IDS), loaded(IDS))
+        assert all(a is b for a, b in zip(module.parameters(), held, strict=True))
+    table = ragged()
+    table.load_state_dict(source().state_dict())
+    table.resize(IDS, 8)
+    torch.testing.assert_close(table(IDS), source()(IDS))
