@@ -380,6 +380,13 @@ class ResizableEmbedding(nn.Embedding):
     def weight(self) -> None:
         del self.__dict__["weight"]
 
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> ResizableEmbedding:
+        # Hops are saved for backward, which what inference mode made cannot be.
+        saved = self.chain is not None and not self.chain.is_inference()
+        with torch.inference_mode(False) if saved else contextlib.nullcontext():
+            super()._apply(fn, recurse)
+        return self
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
             if "arena" in self._modules:
@@ -400,6 +407,20 @@ class ResizableEmbedding(nn.Embedding):
                 "weight cannot be replaced while a fused optimizer steps its rows: call the "
                 "optimizer's detach() first, or write with weight.data.copy_"
             )
+
+    def _replicate_for_data_parallel(self) -> ResizableEmbedding:
+        if self.arena.fused_optimizer is not None:
+            raise RuntimeError(
+                "a fused optimizer steps the rows of one module, and nn.DataParallel makes copies "
+                "of it: use an optimizer of torch.optim, or call the optimizer's detach() first"
+            )
+        replica: ResizableEmbedding = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        # What belongs to one device and one thread.
+        if "arena" in self._modules:
+            replica._composed = ComposedCache()
+        else:
+            replica.arena = Table(replica)
+        return replica
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -62,6 +62,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     optimizer is attached to nothing: build a new one and load the ``state_dict``.
     """
 
+    @torch.inference_mode(False)
     def __init__(
         self, modules: ResizableEmbedding | Iterable[ResizableEmbedding], defaults: dict[str, Any]
     ) -> None:

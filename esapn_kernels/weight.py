@@ -61,6 +61,7 @@ _PARAMETER = (
 _LISTS = f"{_WEIGHT}: functions that write to lists of tensors do not take it; write to it alone"
 _MOVED = "the module has moved to another device: take its weight anew"
 _STALE = "the rows have changed since this weight was taken: take it anew"
+_COMPUTED = "arena.storage is computed itself: write to what it is computed from"
 _DIVERGED = "chain holds numbers that are not finite: call reset_parameters() or write to it first"
 
 
@@ -96,10 +97,16 @@ class Access:
             return False
         return tensor.untyped_storage().data_ptr() == self.dense.untyped_storage().data_ptr()
 
+    def _refuse_computed(self) -> None:
+        # By a parametrization, or for a replica of nn.DataParallel: a write would be lost.
+        if "storage" not in self.module.arena._parameters:
+            raise RuntimeError(_COMPUTED)
+
     @torch.no_grad()
     def begin(self) -> Tensor:
         """Bring the table up to date before it is written to; returns a copy of it."""
         storage, chain = self.leaves
+        self._refuse_computed()
         if self.dense.device != storage.device:
             raise RuntimeError(_MOVED)
         if not chain.isfinite().all():
@@ -131,6 +138,7 @@ class Access:
             goes_on: rows drawn earlier stay drawn, although they were changed.
         """
         if before is None:
+            self._refuse_computed()
             if self._seen != self._versions():
                 raise RuntimeError(_STALE)
             before = self._all()

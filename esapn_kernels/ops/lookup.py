@@ -463,7 +463,8 @@ def lookup(
         ``[*ids.shape, D]`` in ``out_dtype``, accumulated in fp32 (fp64 for fp64 rows).
 
     Raises:
-        RuntimeError: the Triton backend where it cannot run; ``out`` where a gradient is recorded.
+        RuntimeError: the Triton backend where it cannot run; ``out`` where a gradient is recorded;
+            tensors on several devices.
         ValueError: an unknown backend; ``out`` of another shape, dtype or device.
 
     Notes:
@@ -481,8 +482,14 @@ def lookup(
         tensor([[10.5000, 20.2500],
                 [ 5.0000,  6.0000]])
     """
+    device = storage.device
+    if (ids.device != device or chain.device != device) and not storage.is_meta:
+        raise RuntimeError(
+            "Expected all tensors to be on the same device, but got "
+            f"ids on {ids.device}, rows on {device} and chain on {chain.device}"
+        )
     fuses = begin_step is not None and storage.requires_grad
-    backend = resolve_backend(backend, storage.device)
+    backend = resolve_backend(backend, device)
     shape = (*ids.shape, layout.dim)
     if out is not None:
         check_out(out, shape, options.out_dtype or storage.dtype, storage)
@@ -491,7 +498,7 @@ def lookup(
         return y if out is None else out.copy_(y)
     flat = ids if ids.dim() == 1 else ids.reshape(-1)
     eager = is_eager()
-    if cache is not None and eager and backend == "torch" and storage.device.type == "cpu":
+    if cache is not None and eager and backend == "torch" and device.type == "cpu":
         composed = cache(chain, layout.sizes)
     else:
         # torch.func hands over tensors that no kernel can read.

@@ -87,7 +87,10 @@ def digest(row_start: Tensor) -> Tensor | int:
 
 def version(tensor: Tensor) -> int:
     """How often ``tensor`` was written to; -1 for an inference tensor, which does not count."""
-    return -1 if tensor.is_inference() else tensor._version
+    try:
+        return tensor._version
+    except RuntimeError:  # also of one that was given other memory, and is_inference no longer
+        return -1
 
 
 def is_shared(tensors: Sequence[Tensor]) -> bool:
@@ -97,8 +100,8 @@ def is_shared(tensors: Sequence[Tensor]) -> bool:
 
 def is_hooked(parameter: Tensor) -> bool:
     """Whether autograd's node that accumulates into ``parameter`` has hooks from Python."""
-    if not parameter.requires_grad:
-        return False
+    if not parameter.requires_grad or parameter.is_inference():
+        return False  # no node
     with torch.inference_mode(False), torch.enable_grad():
         node = torch.autograd.graph.get_gradient_edge(parameter).node
     for register in (node.register_hook, node.register_prehook):

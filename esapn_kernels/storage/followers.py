@@ -241,7 +241,7 @@ def with_dense_gradient(move: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(move)
     def moving(arena: Followed, *args: Any, **kwargs: Any) -> Any:
         storage = arena.parameter
-        if storage.grad is None or not storage.grad.is_sparse:
+        if not storage.is_leaf or storage.grad is None or not storage.grad.is_sparse:
             return move(arena, *args, **kwargs)
         sparse = storage.grad
         storage.grad = sparse.to_dense()

@@ -10,6 +10,7 @@ comparisons; other tensors, or the same after a write, are checked before they a
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -31,11 +32,8 @@ _SHARED = (
     "share_memory(), or resize a copy.deepcopy of the module"
 )
 _COMPUTED = (
-    "rows move only in a Parameter, and arena.storage is computed from another one: prune or "
-    "parametrize to_embedding() instead"
-)
-_INFERENCE = (
-    "inference tensors do not move: make the copy of the module outside of torch.inference_mode()"
+    "rows move only in a Parameter, and arena.storage is computed by a parametrization, by pruning "
+    "or for a replica of nn.DataParallel: resize the rows of the module itself, before"
 )
 _HOOKED = (
     "growth would lose the hook on the autograd node of arena.storage: register the hook on "
@@ -48,8 +46,16 @@ _MIXED = (
 
 
 def unrecorded(call: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorate a method whose tensors last: without gradient, and no inference tensors."""
-    decorated: Callable[..., Any] = torch.inference_mode(False)(torch.no_grad()(call))
+    """Decorate a method whose tensors last: without gradient, and no inference tensors.
+
+    But a copy that was made in inference mode holds such tensors, and keeps to that mode.
+    """
+
+    @functools.wraps(call)
+    def decorated(arena: Locations, *args: Any, **kwargs: Any) -> Any:
+        with arena.mode(), torch.no_grad():
+            return call(arena, *args, **kwargs)
+
     return decorated
 
 
@@ -143,9 +149,17 @@ class Locations(nn.Module, Rows):
         self._counted = 0
         self._accept()
 
-    @torch.inference_mode(False)
+    def mode(self) -> torch.inference_mode:
+        """Inference mode off, unless the tensors are such as can be written to in it alone."""
+        tensors = (self.storage, self.row_start, self.page_level, self.moves)
+        return torch.inference_mode(any(t.is_inference() for t in tensors))
+
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> nn.Module:
         """As ``nn.Module``'s, but that integers stay what they are."""
+        with self.mode():
+            return self._convert(fn, recurse)
+
+    def _convert(self, fn: Callable[..., Any], recurse: bool) -> nn.Module:
         self._refuse_mixed()
         level = self._initial_level if self._is_on_meta() else None
         if self.moves.is_meta and not self.storage.is_meta:
@@ -153,9 +167,13 @@ class Locations(nn.Module, Rows):
 
         def keep(tensor: Tensor) -> Tensor:
             result = fn(tensor)
-            if tensor.is_floating_point() or result.dtype == tensor.dtype:
+            if tensor.is_floating_point() or result is tensor:
                 return result
-            return tensor.to(result.device)
+            if result.dtype != tensor.dtype:
+                return tensor.to(result.device)
+            if not tensor.is_meta and not result.is_meta:
+                result.copy_(tensor)  # to_empty brings no numbers
+            return result
 
         super()._apply(keep, recurse)
         self._free = None
@@ -183,7 +201,7 @@ class Locations(nn.Module, Rows):
         # Past nn.Module's own lookup of attributes, for the sake of small batches.
         buffers: Any = self._buffers
         row_start, page_level = buffers["row_start"], buffers["page_level"]
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return self._sliced(row_start, page_level)
         if self._held is not None:
             storage, start, level, moves, starts_written, moves_written, layout = self._held
@@ -332,13 +350,14 @@ class Locations(nn.Module, Rows):
     def _check_movable(self) -> None:
         if self._parameters.get("storage") is None:
             raise RuntimeError(_COMPUTED)
-        if any(tensor.is_inference() for tensor in (*self._tensors().values(), self.moves)):
-            raise RuntimeError(_INFERENCE)
         if is_shared([self.storage, self.row_start]):
             raise RuntimeError(_SHARED)
 
     def _save_to_state_dict(self, *args: Any) -> None:
         self._refuse_mixed()
+        if self._digest is None and not self.storage.is_meta:
+            # What is saved may be written to in place, by averages of what a state dict holds.
+            self._digest = digest(self.row_start)
         super()._save_to_state_dict(*args)
 
     @unrecorded
@@ -359,7 +378,8 @@ class Locations(nn.Module, Rows):
             return
         if assign:
             # Of inference tensors copies, from which gradients can be taken.
-            saved = {name: t.clone() if t.is_inference() else t for name, t in saved.items()}
+            with torch.inference_mode(False):
+                saved = {name: t.clone() if t.is_inference() else t for name, t in saved.items()}
         if assign or any(t.is_meta for t in own.values()):
             # What is assigned must be of the shape of what it takes the place of.
             for name, tensor in saved.items():
@@ -374,6 +394,8 @@ class Locations(nn.Module, Rows):
                 self._fresh_followers(numel),
             )
         present = {prefix + name: tensor for name, tensor in saved.items()}
+        if saved:
+            self._held = None  # its views would hinder torch from swapping what they are of
         super()._load_from_state_dict({**state_dict, **present}, prefix, metadata, strict, *lists)
         if len(saved) == len(own) and not self.storage.is_meta:
             self._free = self._initial_level = None
@@ -467,5 +489,7 @@ class Locations(nn.Module, Rows):
         accepted = state.pop("_accepted")
         super().__setstate__(state)
         self.followers = Followers(self)
+        # A copied optimizer's state lies as the rows do now, and no step has shown it yet.
+        self.followers.note_loading()
         if accepted:
             self._accept()

@@ -392,10 +392,9 @@ def test_a_module_made_in_inference_mode_trains_and_grows():
     module(IDS).sum().backward()
     assert module.arena.storage.grad.any() and module.promote(IDS).all()
     assert torch.allclose(module(IDS), start, atol=1e-5)
-    # As of any module, a copy made there is of inference tensors.
-    for move in (lambda: copied.promote(IDS), copied.compact):
-        with pytest.raises(RuntimeError, match="inference tensors do not move"):
-            move()
+    # As of any module, a copy made there is of inference tensors; its rows move all the same.
+    copied.promote(IDS)
+    copied.compact()
     with torch.inference_mode():
         assert torch.allclose(copied(IDS), start, atol=1e-6)
 
