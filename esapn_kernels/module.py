@@ -448,7 +448,10 @@ class ResizableEmbedding(nn.Embedding):
         """
         if isinstance(input, fx.Proxy):
             return as_leaf(self, input)
-        if self._as_torch():
+        # Past nn.Module's own lookup of attributes, for the sake of small batches.
+        arena: Any = self._modules.get("arena")
+        table = arena is None
+        if table and self._as_torch():
             if self.max_norm is not None and not getattr(input, "is_nested", False):
                 # Before torch scales rows, which it does in front of its own check.
                 check_ids(input, self.weight.shape[0])
@@ -464,9 +467,6 @@ class ResizableEmbedding(nn.Embedding):
             return y if self.out_dtype is None else y.to(self.out_dtype)
         if isinstance(input, Tensor) and input.is_nested:
             return look_up_nested(input, partial(ResizableEmbedding.forward, self))
-        # Past nn.Module's own lookup of attributes, for the sake of small batches.
-        arena: Any = self._modules.get("arena")
-        table = arena is None
         if table:
             arena = self.arena
         options = self._options(arena.num_rows)

@@ -482,14 +482,15 @@ def lookup(
         tensor([[10.5000, 20.2500],
                 [ 5.0000,  6.0000]])
     """
+    fuses = begin_step is not None and storage.requires_grad
     device = storage.device
-    if (ids.device != device or chain.device != device) and not storage.is_meta:
+    backend = resolve_backend(backend, device)
+    # Kernels and NumPy would read what lies at such addresses.
+    if not ids.device == chain.device == device and not storage.is_meta:
         raise RuntimeError(
             "Expected all tensors to be on the same device, but got "
             f"ids on {ids.device}, rows on {device} and chain on {chain.device}"
         )
-    fuses = begin_step is not None and storage.requires_grad
-    backend = resolve_backend(backend, device)
     shape = (*ids.shape, layout.dim)
     if out is not None:
         check_out(out, shape, options.out_dtype or storage.dtype, storage)
