@@ -40,8 +40,9 @@ from harness.static import (
 from esapn_kernels.info import collect
 from esapn_kernels.ops.backend import INTERPRETED, TRITON_ERROR
 
+ROOT = Path(__file__).resolve().parents[1]
 # The launchers' calls on a GPU that is not there are the tests'.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(ROOT))
 
 SIZES = (2, 4, 8, 16, 64, 128)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -87,7 +88,9 @@ def measure(name: str, launch: Any, sm: int, tools: Path) -> dict[str, Any]:
     shared = binary.metadata.shared
     blocks = blocks_per_multiprocessor(target, usage["registers"], shared, threads)
     resident = min(blocks, programs / target.multiprocessors)
-    sass = parse_sass(disassemble(binary.asm["cubin"], tools / "nvdisasm"))
+    sass = parse_sass(
+        disassemble(binary.asm["cubin"], tools / "nvdisasm"), ROOT / "esapn_kernels" / "gpu"
+    )
     found = []
     for each in passes(sass):
         flying = in_flight_bytes(each, threads, resident)
@@ -142,6 +145,15 @@ HEADINGS = (
 )
 
 
+LEGEND = """
+programs: of a step of 1,048,576 ids, a promotion of 10,240; blocks: that fit on a multiprocessor
+loads, copies and stores: instructions by bits a thread, in the whole kernel
+of the pass that moves most bytes: loads in flight at most, groups of copies that a wait leaves,
+round trips to memory, KiB in flight a multiprocessor; share of bandwidth that these allow, PREDICTED
+for a busy and for an idle memory
+"""
+
+
 def cells(row: dict[str, Any]) -> list[str]:
     """A line's texts, under :data:`HEADINGS`."""
 
@@ -186,7 +198,7 @@ def lines(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def tool_version(tool: Path) -> str:
-    """``V13.1.80`` of ``ptxas``; sm_100 may have one of its own beside it."""
+    """``V13.1.80``, say."""
     said = subprocess.run([str(tool), "--version"], capture_output=True, text=True, check=True)
     found = re.search(r"\bV[\d.]+", said.stdout)
     return found[0] if found else said.stdout.strip()
@@ -221,6 +233,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = {k: v for k, v in launches(DTYPES[args.dtype]).items() if re.search(args.only, k)}
     rows = [measure(*each, sm, args.tools) for sm in args.sm for each in chosen.items()]
     print(f"Triton {args.triton}, {args.dtype}, sizes {', '.join(map(str, SIZES))}; nothing timed")
+    print(LEGEND)
     print("\n".join(lines(rows)))
     if args.out is not None:
         # The version in use, which PYTHONPATH may have put before the one that is installed.

@@ -182,20 +182,24 @@ _LABEL = re.compile(r"(\.L_\w+):")
 _SOURCE = re.compile(r'\s*//## File "([^"]+)", line (\d+)')
 
 
-def parse_sass(text: str) -> list[Instruction]:
-    """The instructions that ``nvdisasm -c -g -hex`` prints."""
+def parse_sass(text: str, sources: Path) -> list[Instruction]:
+    """The instructions that ``nvdisasm -c -g -hex`` prints.
+
+    The kernels' sources are looked for by name in the folder ``sources``: what Triton has compiled
+    before may name another copy of them.
+    """
     rows: list[tuple[str, bool, str, str]] = []
     controls: list[int] = []
     labels: dict[str, int] = {}
-    source = ("", 0)
+    source = (".", 0)
     for line in text.splitlines():
         if found := _SOURCE.match(line):
-            source = (found[1], int(found[2]))
+            source = (Path(found[1]).name, int(found[2]))
         elif found := _LABEL.match(line):
             labels[found[1]] = len(rows)
         elif found := _LINE.match(line):
             stores = found[2].partition(".")[0] in STORES
-            pointer = _pointers(source[0]).get((source[1], stores), "")
+            pointer = _pointers(sources / source[0]).get((source[1], stores), "")
             # A branch may have its condition among the operands: BRA.U !UP0, `(.L_x_1).
             bare = found[3].startswith("`") or not found[2].startswith("BRA")
             predicated = found[1] is not None or not bare
@@ -211,10 +215,10 @@ def parse_sass(text: str) -> list[Instruction]:
 
 
 @lru_cache
-def _pointers(path: str) -> dict[tuple[int, bool], str]:
+def _pointers(path: Path) -> dict[tuple[int, bool], str]:
     """For every line of a ``tl.load`` (False) or ``tl.store`` (True), the first pointer in it."""
     try:
-        tree = ast.parse(Path(path).read_text(encoding="utf-8"))
+        tree = ast.parse(path.read_text(encoding="utf-8"))
     except (OSError, SyntaxError):
         return {}
     found: dict[tuple[int, bool], str] = {}

@@ -73,7 +73,7 @@ _kernel:
 def sass(tmp_path) -> list[Instruction]:
     file = tmp_path / "kernels.py"
     file.write_text(SOURCE)
-    return parse_sass(SASS.format(file=file))
+    return parse_sass(SASS.format(file="/another/copy/kernels.py"), tmp_path)
 
 
 def test_the_reading_of_sass(sass):
@@ -243,7 +243,7 @@ def test_a_kernel_from_end_to_end(tmp_path):
     # Eight positions a thread, each key and the one before it; a count a block.
     assert row["loads_by_bits"] == {"32": 16} and row["stores_by_bits"] == {"32": 1}
     assert row["passes"][0]["loaded_bytes"] == 16 * 4 * 128
-    assert done.stdout.splitlines()[1:] == static.lines([row])
+    assert done.stdout.endswith("\n".join(static.lines([row])) + "\n")
 
 
 @pytest.mark.parametrize(
