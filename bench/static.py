@@ -146,11 +146,11 @@ HEADINGS = (
 
 
 LEGEND = """
-programs: of a step of 1,048,576 ids, a promotion of 10,240; blocks: that fit on a multiprocessor
+programs: of a step of 1,048,576 ids, of a promotion of 10,240; blocks: that fit on a multiprocessor
 loads, copies and stores: instructions by bits a thread, in the whole kernel
 of the pass that moves most bytes: loads in flight at most, groups of copies that a wait leaves,
-round trips to memory, KiB in flight a multiprocessor; share of bandwidth that these allow, PREDICTED
-for a busy and for an idle memory
+round trips to memory, KiB in flight a multiprocessor, and the share of the memory's bandwidth that
+these allow, PREDICTED for a busy and for an idle memory
 """
 
 
