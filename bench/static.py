@@ -120,6 +120,7 @@ def measure(name: str, launch: Any, sm: int, tools: Path) -> dict[str, Any]:
         "spilled_bytes": usage["stack"] + usage["local"],
         "shared_bytes": shared,
         "blocks_per_multiprocessor": blocks,
+        "loads_without_a_name": sum(not x.pointer for x in sass if x.kind in (*LOADS, COPY)),
         "loads_by_bits": widths(sass, LOADS),
         "copies_by_bits": widths(sass, (COPY,)),
         "stores_by_bits": widths(sass, STORES),
@@ -197,11 +198,21 @@ def lines(rows: Sequence[dict[str, Any]]) -> list[str]:
     return text[1:]
 
 
-def tool_version(tool: Path) -> str:
-    """``V13.1.80``, say."""
-    said = subprocess.run([str(tool), "--version"], capture_output=True, text=True, check=True)
-    found = re.search(r"\bV[\d.]+", said.stdout)
-    return found[0] if found else said.stdout.strip()
+def pattern(text: str) -> re.Pattern[str]:
+    """The ``type`` of ``--only``."""
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"not a regular expression: {error}") from None
+
+
+def versions(tools: Path) -> dict[str, str]:
+    """``{"ptxas": "12.8.93"}``, and of the one beside it for newer architectures."""
+    found = {}
+    for tool in sorted(tools.glob("ptxas*")):
+        said = subprocess.run([str(tool), "--version"], capture_output=True, text=True, check=True)
+        found[tool.name] = said.stdout.partition(", V")[2].split()[0]
+    return found
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -210,7 +221,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--sm", type=int, nargs="+", choices=tuple(TARGETS), default=list(TARGETS), metavar="SM")
     add("--dtype", choices=tuple(DTYPES), default="float32", help="of rows and output")
-    add("--only", default="", metavar="REGEX", help="names of kernels")
+    add("--only", type=pattern, default="", metavar="REGEX", help="names of kernels")
     add("--out", type=output, metavar="FILE", help="write the result as JSON")
     args = parser.parse_args(argv)
     if TRITON_ERROR is not None:
@@ -230,14 +241,14 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Compiles the kernels, prints the table and returns the exit status."""
     args = parse(argv)
-    chosen = {k: v for k, v in launches(DTYPES[args.dtype]).items() if re.search(args.only, k)}
+    chosen = {k: v for k, v in launches(DTYPES[args.dtype]).items() if args.only.search(k)}
     rows = [measure(*each, sm, args.tools) for sm in args.sm for each in chosen.items()]
     print(f"Triton {args.triton}, {args.dtype}, sizes {', '.join(map(str, SIZES))}; nothing timed")
     print(LEGEND)
     print("\n".join(lines(rows)))
     if args.out is not None:
         # The version in use, which PYTHONPATH may have put before the one that is installed.
-        provenance = {**collect(), "triton": args.triton}
+        provenance = {**collect(), "triton": args.triton, "ptxas": versions(args.tools)}
         devices = {
             sm: {**vars(TARGETS[sm]), "idle_bytes": TARGETS[sm].idle_bytes} for sm in args.sm
         }

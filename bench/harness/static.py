@@ -24,7 +24,8 @@ Little's law. With b blocks a multiprocessor, or fewer where the grid is smaller
 Bytes of a pass are those of its loads and stores of 128 bits and of its copies; of all where it has
 none of these. Narrower ones are locations and numbers that many threads read alike: they take time
 and carry little. Hops and small tables count no bytes: all tiles read the same, from the L2 cache.
-Two loads of which a mask leaves one count as two.
+Two loads of which a mask leaves one count as two. Which is which is told by the line of the source
+that the compiler names; loads without a name count, and are counted in the record.
 
 The share is a PREDICTION, given for two latencies: of an idle device, and of a busy one, whose
 memory needs more requests than the idle latency says. It knows neither caches (a wait for the L1
@@ -379,9 +380,11 @@ def passes(instructions: Sequence[Instruction]) -> list[Pass]:
     """The kernel's passes, the one that moves most bytes first.
 
     These are the outermost loops with at most one loop inside, or the kernel itself if it has no
-    more than that: what is outside them runs once, or where a run of equal rows is long.
+    more than that: what is outside them runs once, or where a run of equal rows is long. Loops
+    without loads and stores are none: a failed assertion ends in one.
     """
-    found = loops(instructions)
+    kinds = {*LOADS, COPY, *STORES}
+    found = [s for s in loops(instructions) if any(instructions[i].kind in kinds for i in s)]
     whole = tuple(range(len(instructions)))
     sets = {span: set(span) for span in [whole, *found]}
     small = [span for span in sets if sum(sets[other] < sets[span] for other in found) <= 1]

@@ -183,6 +183,9 @@ def test_passes():
     # With one loop the kernel itself is a pass.
     one = [load(0), load(1), *code("@BRA 1", "EXIT")]
     assert [(each.instructions, each.loaded) for each in passes(one)] == [(4, 32)]
+    # Two loops, but the second moves nothing.
+    trap = [load(0), load(1), *code("@BRA 1", "@BRA 5", "EXIT", "BRA 5")]
+    assert [(each.instructions, each.loaded) for each in passes(trap)] == [(6, 32)]
 
 
 @pytest.mark.parametrize(
@@ -251,6 +254,7 @@ def test_a_kernel_from_end_to_end(tmp_path):
     [
         (["--sm", "70"], "argument --sm: invalid choice: 70"),
         (["--dtype", "float8"], "argument --dtype: invalid choice: 'float8'"),
+        (["--only", "("], "argument --only: not a regular expression: "),
         (["--out", "/no/such/folder/x.json"], "cannot write /no/such/folder/x.json: No such file"),
         ([], "TRITON_INTERPRET is set: interpreted kernels are not compiled; unset it"),
     ],
