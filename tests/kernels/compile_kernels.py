@@ -62,8 +62,8 @@ def cases() -> dict[str, Launch]:
     return found
 
 
-def compile_case(name: str, case: Launch, sm: int, folder: Path | None = None) -> dict[str, Any]:
-    """Registers, spilled bytes and shared memory of one kernel for one target."""
+def compile_launch(case: Launch, sm: int) -> Any:
+    """What Triton makes of one launch for one target."""
     kernel = case.kernel
     signature = {n: case.types.get(n, "constexpr") for n in kernel.arg_names}
     # Pointers and tensors' allocations are 16-byte aligned, as at a real launch.
@@ -74,13 +74,19 @@ def compile_case(name: str, case: Launch, sm: int, folder: Path | None = None) -
         {(kernel.arg_names.index(n),): v for n, v in case.constants.items()},
         {key: [["tt.divisibility", 16]] for key in aligned},
     )
-    binary = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=case.options)
+    return triton.compile(source, target=GPUTarget("cuda", sm, 32), options=case.options)
+
+
+def compile_case(name: str, case: Launch, sm: int, folder: Path | None = None) -> dict[str, Any]:
+    """Registers, spilled bytes, shared memory and threads of one kernel for one target."""
+    binary = compile_launch(case, sm)
     if folder is not None:
         file = folder / f"{re.sub(r'[^-a-z0-9_]+', '_', name)}.sm_{sm}"
         file.with_name(file.name + ".ptx").write_text(binary.asm["ptx"], encoding="utf-8")
         file.with_name(file.name + ".cubin").write_bytes(binary.asm["cubin"])
     usage = resource_usage(binary.asm["cubin"])
-    return {"case": name, "sm": sm, "shared": binary.metadata.shared, **usage}
+    threads = 32 * binary.metadata.num_warps
+    return {"case": name, "sm": sm, "shared": binary.metadata.shared, "threads": threads, **usage}
 
 
 def resource_usage(cubin: bytes) -> dict[str, int]:

@@ -3,12 +3,15 @@
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from bench.harness.static import TARGETS as DEVICES
+from bench.harness.static import blocks_per_multiprocessor, label
 from esapn_kernels.ops.backend import TRITON_ERROR
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,3 +73,25 @@ def test_every_kernel_fits_in_shared_memory(compiled):
     # A block may use 163 KiB on sm_80 and 227 KiB on sm_90 and sm_100.
     limit = {80: 163, 90: 227, 100: 227}
     assert [r for r in compiled if r["shared"] > limit[r["sm"]] * 1024] == []
+
+
+def test_as_many_blocks_as_recorded(compiled):
+    """No fewer blocks a multiprocessor than in the record that ``bench/static.py`` wrote."""
+    import triton
+
+    path = ROOT / "bench" / "results" / f"static-{triton.__version__}.json"
+    if not path.exists():
+        pytest.skip(f"no {path.name}")
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    sm = compiled[0]["sm"]
+    expected = {r["kernel"]: r["blocks_per_multiprocessor"] for r in rows if r["sm"] == sm}
+    found = {}
+    for r in compiled:
+        case = re.fullmatch(r"(\w+)\[paper-float32-int32-(\d+)-(.+)\]", r["case"])
+        if case and case[3] not in ("to-bf16", "insert", "free"):
+            blocks = blocks_per_multiprocessor(
+                DEVICES[sm], r["registers"], r["shared"], r["threads"]
+            )
+            found[label(case[1], case[3], int(case[2]))] = blocks
+    assert len(expected) == 20 and set(expected) <= set(found)
+    assert {name: found[name] for name in expected if found[name] < expected[name]} == {}
