@@ -126,9 +126,11 @@ class Sanitizer:
                 return interpreter._tuple_create(value, parts)
             made = interpreter._implicit_cvt(value)
             if isinstance(value, torch.Tensor):
-                address = value.untyped_storage().data_ptr()
-                memory = memories.setdefault(address, Memory(value))
-                self.arguments.append(Argument(name, value, memory))
+                # Storages without bytes all begin at 0.
+                address = value.untyped_storage().data_ptr() or -len(self.arguments)
+                if address not in memories:
+                    memories[address] = Memory(value)
+                self.arguments.append(Argument(name, value, memories[address]))
                 start = (2 * len(self.arguments) - 1) << (SPACE - 1)
                 made.handle.data = np.array([start], dtype=np.uint64)
             return made
@@ -352,3 +354,61 @@ def sanitized(exempt: frozenset[str] = EXEMPT) -> Iterator[Sanitizer]:
 
         patch.setattr(interpreter.GridExecutor, "__call__", launch)
         yield found
+
+
+class Plugin:
+    """``--sanitize[=fraction]``: tests run under the sanitizer and fail with its messages.
+
+    Of all tests the ones are taken whose name's hash lies in the fraction.
+    """
+
+    def __init__(self, fraction: float) -> None:
+        self.below = fraction * 2**32
+        self.found: Sanitizer | None = None
+        self.total: Counter[str] = Counter()
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[Any]:
+        if zlib.crc32(item.nodeid.encode()) >= self.below:
+            return (yield)
+        with sanitized() as self.found:
+            result = yield
+        self.total += self.found.launches
+        self.total["tests"] += bool(self.found.launches)
+        self.total["milliseconds"] += round(1000 * self.found.seconds)
+        self.found = None
+        return result
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self) -> Iterator[Any]:
+        result = yield
+        self._judge()
+        return result
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_teardown(self) -> Iterator[Any]:
+        result = yield
+        self._judge()
+        return result
+
+    def _judge(self) -> None:
+        if self.found is not None and self.found.faults:
+            messages = self.found.messages()
+            self.found.faults.clear()
+            pytest.fail("\n".join(messages), pytrace=False)
+
+    # With pytest-xdist: what a worker counted goes to the process that reports.
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if hasattr(session.config, "workeroutput"):
+            session.config.workeroutput["sanitized"] = dict(self.total)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        self.total.update(getattr(node, "workeroutput", {}).get("sanitized", {}))
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        tests, milliseconds = self.total.pop("tests", 0), self.total.pop("milliseconds", 0)
+        terminalreporter.write_line(
+            f"sanitizer: {self.total.total()} launches of {len(self.total)} kernels in {tests} "
+            f"tests, {milliseconds / 1000:.0f} s"
+        )
