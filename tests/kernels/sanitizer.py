@@ -107,7 +107,7 @@ class Sanitizer:
 
     def messages(self) -> list[str]:
         """A line for every fault."""
-        return [f"{fault}: {where}" for fault, where in self.faults.items()]
+        return [f"{fault}, first {where}" for fault, where in self.faults.items()]
 
     def launch(self, executor: Any, *args: Any, **known: Any) -> None:
         """In place of ``GridExecutor.__call__``."""
@@ -170,7 +170,9 @@ class Sanitizer:
                 differ = np.nonzero(memory.bytes != first)[0]
                 if len(differ):
                     where = self._named(memory, differ[0] // memory.itemsize)
-                    self.faults.setdefault(f"{self.kernel}: {name} order of programs changes", where)
+                    self.faults.setdefault(
+                        f"{self.kernel}: {name} order of programs changes bits", where
+                    )
             if len(programs) == 1:
                 break
         for memory, first in zip(memories, results[0], strict=True):
