@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-newest test-clients docs lint format clean
+.PHONY: help install demo test sanitize test-newest test-clients docs lint format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 14
@@ -23,12 +23,15 @@ demo: $(STAMP) ## search on synthetic data, then a short lookup benchmark, into 
 	$(BIN)/python bench/lookup.py --quick --out runs/demo/lookup.json
 
 test: $(STAMP) ## run the tests and doctests; PYTEST_ARGS="-k lookup" narrows them
-	@$(BIN)/python -m pytest $(WORKERS) $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest $(WORKERS) --sanitize=0.05 $(PYTEST_ARGS)
+
+sanitize: $(STAMP) ## the kernels' tests with every launch checked for races and bounds, in three orders
+	@$(BIN)/python -m pytest tests/kernels $(WORKERS) --sanitize=1 $(PYTEST_ARGS)
 
 # Beside torch's own Triton, not in its place; TRITON=3.8.0 takes another.
 TRITON = $(shell $(BIN)/python -c 'from esapn_kernels.info import TESTED_TRITON as t; print(t[-1])')
 NEWEST = $(abspath $(VENV))/triton-$(TRITON)
-KERNELS := accesses compile compose group lookup nonfinite segments
+KERNELS := compile compose group lookup nonfinite sanitizer segments
 SHORT := not float16 and not bfloat16 and not float64 and not sm_80 and not sm_100
 
 test-newest: $(STAMP) ## the kernels' tests, shortened, on the newest Triton that is known

@@ -18,6 +18,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="cpu",
         help="cpu: Triton kernels run interpreted (default); cuda: compiled, on the GPU",
     )
+    parser.addoption(
+        "--sanitize",
+        nargs="?",
+        type=float,
+        const=1.0,
+        default=0.0,
+        metavar="FRACTION",
+        help="run tests, or this fraction of them, under tests/kernels/sanitizer.py",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -30,6 +39,10 @@ def pytest_configure(config: pytest.Config) -> None:
             from tests.interpreter import speed_up
 
             speed_up()
+            if fraction := config.getoption("--sanitize"):
+                from tests.kernels.sanitizer import Plugin
+
+                config.pluginmanager.register(Plugin(fraction))
         return
     os.environ.pop("TRITON_INTERPRET", None)
     if not torch.cuda.is_available():

@@ -3,7 +3,8 @@
     python tests/kernels/compile_kernels.py [--write FOLDER] [--only REGEX] sm [sm ...]
 
 What is compiled is what the launchers launch. Run as its own process: under ``TRITON_INTERPRET=1``
-the kernels are Python functions, not compilable. ``--write`` keeps PTX and cubin of every case.
+the kernels are Python functions, not compilable. ``--write`` keeps TTGIR, PTX and cubin of every
+case.
 """
 
 from __future__ import annotations
@@ -82,7 +83,8 @@ def compile_case(name: str, case: Launch, sm: int, folder: Path | None = None) -
     binary = compile_launch(case, sm)
     if folder is not None:
         file = folder / f"{re.sub(r'[^-a-z0-9_]+', '_', name)}.sm_{sm}"
-        file.with_name(file.name + ".ptx").write_text(binary.asm["ptx"], encoding="utf-8")
+        for kind in ("ttgir", "ptx"):
+            file.with_name(f"{file.name}.{kind}").write_text(binary.asm[kind], encoding="utf-8")
         file.with_name(file.name + ".cubin").write_bytes(binary.asm["cubin"])
     usage = resource_usage(binary.asm["cubin"])
     threads = 32 * binary.metadata.num_warps
