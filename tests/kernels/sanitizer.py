@@ -374,7 +374,9 @@ class Plugin:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[Any]:
-        if zlib.crc32(item.nodeid.encode()) >= self.below:
+        # The sanitizer's own tests are under it already.
+        own = "test_sanitizer.py" in item.nodeid
+        if own or zlib.crc32(item.nodeid.encode()) >= self.below:
             return (yield)
         with sanitized() as self.found:
             result = yield
