@@ -32,24 +32,31 @@ __all__ = ["Groups", "assertions", "find_rows", "group_by_level"]
 
 
 @triton.jit
-def find_rows(ids_ptr, row_start_ptr, offs_row, n_ids, n_rows):
+def find_rows(ids_ptr, row_start_ptr, offs_row, n_ids, n_rows, MANY: tl.constexpr):
     """Row starts (int64) of a tile of ids, -1 for ids that have none.
 
     An id out of range fails a device assertion where the launch says ``debug``; without, it is one
-    that has no row.
+    that has no row. MANY: several ids a thread, whose loads are clamped and not masked: of masks,
+    ptxas holds seven, and waits for a load before the next one. n_ids and n_rows are not 0.
     """
     mask_row = offs_row < n_ids
-    ids = tl.load(ids_ptr + offs_row, mask=mask_row, other=-1).to(tl.int64)
+    if MANY:
+        ids = tl.load(ids_ptr + tl.minimum(offs_row, n_ids - 1)).to(tl.int64)
+    else:
+        ids = tl.load(ids_ptr + offs_row, mask=mask_row, other=-1).to(tl.int64)
     mask_id = (ids >= 0) & (ids < n_rows)
     tl.device_assert(mask_id | ~mask_row, "index out of range in self")
+    if MANY:
+        start = tl.load(row_start_ptr + tl.maximum(tl.minimum(ids, n_rows - 1), 0)).to(tl.int64)
+        return tl.where(mask_id & mask_row, start, -1)
     return tl.load(row_start_ptr + ids, mask=mask_id, other=-1).to(tl.int64)
 
 
 @triton.jit
 def _is_level(page_level_ptr, start, mask_row, page_shift, N: tl.constexpr, L: tl.constexpr):
     """One-hot levels of a tile of row starts, int32 ``[BLOCK_ROWS, L]``; N for no row."""
-    level = tl.load(page_level_ptr + (start >> page_shift), mask=start >= 0, other=-1).to(tl.int32)
-    level = tl.where(level < 0, N, level)
+    level = tl.load(page_level_ptr + (tl.maximum(start, 0) >> page_shift)).to(tl.int32)
+    level = tl.where((start < 0) | (level < 0), N, level)
     hit = (level[:, None] == tl.arange(0, L)[None, :]) & mask_row[:, None]
     return hit.to(tl.int32)
 
@@ -74,7 +81,7 @@ def _group_count_kernel(
     counts = tl.zeros([L], dtype=tl.int32)
     for i in range(0, stretch, BLOCK_ROWS):
         offs_row = begin + i + tl.arange(0, BLOCK_ROWS)
-        start = find_rows(ids_ptr, row_start_ptr, offs_row, n_ids, n_rows)
+        start = find_rows(ids_ptr, row_start_ptr, offs_row, n_ids, n_rows, True)
         tl.store(found_ptr + offs_row, start.to(found_ptr.dtype.element_ty), mask=offs_row < n_ids)
         counts += tl.sum(
             _is_level(page_level_ptr, start, offs_row < n_ids, page_shift, N, L), axis=0
@@ -122,7 +129,7 @@ def _group_place_kernel(
     for i in range(0, stretch, BLOCK_ROWS):
         offs_row = begin + i + tl.arange(0, BLOCK_ROWS)
         mask_row = offs_row < n_ids
-        start = tl.load(found_ptr + offs_row, mask=mask_row, other=-1).to(tl.int64)
+        start = tl.load(found_ptr + tl.minimum(offs_row, n_ids - 1)).to(tl.int64)
         hit = _is_level(page_level_ptr, start, mask_row, page_shift, N, L)
         rank = tl.cumsum(hit, axis=0) - 1 + target[None, :]
         slot = tl.sum(tl.where(hit > 0, rank, 0), axis=1)

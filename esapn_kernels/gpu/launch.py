@@ -109,8 +109,8 @@ class PassConfig:
 class BwdConfig:
     """The gradient's passes.
 
-    ``walk``: a run's first 32 occurrences are summed beside those of the tile's other runs, 4 at a
-    time; what is left in pieces of 32, whole stretches of 256 positions before.
+    ``walk``: of a run the first occurrence and 32 more are summed beside those of the tile's other
+    runs, 4 at a time; what is left in pieces of 32, whole stretches of 256 positions before.
     """
 
     sums: PassConfig

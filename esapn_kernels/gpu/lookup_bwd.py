@@ -93,11 +93,12 @@ def _sums_kernel(
         for tile in range(tile_lo, tile_hi):
             first_run = level_run + tile * BLOCK_ROWS
             n_runs = level_end - first_run
-            begin = tl.load(run_begin_ptr + first_run + lane, mask=lane < n_runs, other=0)
-            end = tl.load(run_begin_ptr + first_run + lane + 1, mask=lane < n_runs, other=0)
-            many = end - begin > 1
+            first = tl.load(run_first_ptr + first_run + lane, mask=lane < n_runs, other=0)
+            many = first < 0
             if tl.max(many.to(tl.int32), axis=0) > 0:
-                runs = (first_run, n_runs, begin, tl.where(many, end, begin))
+                begin = tl.load(run_begin_ptr + first_run + lane, mask=many, other=0)
+                end = tl.load(run_begin_ptr + first_run + lane + 1, mask=many, other=0)
+                runs = (first_run, n_runs, tl.where(many, -1 - first, -1), begin, end)
                 run = (first_run + lane).to(tl.int64)
                 for n in range(0, DIM, BLOCK_DIM):
                     offs_dim = n + tl.arange(0, BLOCK_DIM)
@@ -118,7 +119,9 @@ def _sums_kernel(
         mask_run = lane < n_runs
         begin = tl.load(run_begin_ptr + first_run + lane, mask=mask_run, other=0)
         end = tl.load(run_begin_ptr + first_run + lane + 1, mask=mask_run, other=0)
-        runs = (first_run, n_runs, begin, end)
+        first = tl.load(run_first_ptr + first_run + lane, mask=mask_run, other=0)
+        first = tl.where(mask_run, tl.where(first < 0, -1 - first, first), -1)
+        runs = (first_run, n_runs, first, begin, end)
         start = rows_of_runs(run_start_ptr, first_run, mask_run, ALIGN, BLOCK_ROWS)
         ids = ids_of_runs(ids_ptr, run_first_ptr, first_run, mask_run, RULE, BLOCK_ROWS)
         square = tl.zeros([BLOCK_ROWS], dtype=ACC)

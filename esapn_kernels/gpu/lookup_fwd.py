@@ -91,7 +91,7 @@ def _lookup_fwd_kernel(
     offs_row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     offs_dim = tl.program_id(1) * BLOCK_DIM + tl.arange(0, BLOCK_DIM)
     mask_dim = offs_dim < DIM
-    start = find_rows(ids_ptr, row_start_ptr, offs_row, n_ids, n_rows)
+    start = find_rows(ids_ptr, row_start_ptr, offs_row, n_ids, n_rows, False)
     level = tl.load(page_level_ptr + (start >> page_shift), mask=start >= 0, other=-1).to(tl.int32)
 
     y = tl.zeros([BLOCK_ROWS, BLOCK_DIM], dtype=ACC)  # of ids that have no row
@@ -255,6 +255,8 @@ def launch_fwd(
     if out is None:
         out = storage.new_empty(ids.numel(), layout.dim, dtype=out_dtype)
     if ids.numel():
+        if not layout.num_rows:
+            raise IndexError("index out of range in self")
         grouped = launch.groups_ids(ids.numel(), layout.sizes, storage.dtype)
         run = launch_grouped if grouped else launch_small
         # Kernels count from the first id: of a strided view, that is not where the second lies.

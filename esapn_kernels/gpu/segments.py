@@ -60,7 +60,7 @@ def _key_kernel(
     BLOCK: tl.constexpr,
 ):
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    start = find_rows(ids_ptr, row_start_ptr, offs, n_ids, n_rows)
+    start = find_rows(ids_ptr, row_start_ptr, offs, n_ids, n_rows, True)
     mask_row = start >= 0
     level = tl.load(page_level_ptr + (start >> page_shift), mask=mask_row, other=N_LEVELS).to(
         tl.int64
@@ -73,7 +73,8 @@ def _key_kernel(
 def _keys_at(key_ptr, pos, n_ids, N_LEVELS: tl.constexpr, KEY: tl.constexpr):
     """Keys at sorted positions: -1 before the first, that of no row behind the last."""
     inside = (pos >= 0) & (pos < n_ids)
-    key = tl.load(key_ptr + pos, mask=inside, other=0).to(tl.int64) + KEY[2]
+    # Clamped and not masked, see :func:`run_sums`.
+    key = tl.load(key_ptr + tl.maximum(tl.minimum(pos, n_ids - 1), 0)).to(tl.int64) + KEY[2]
     # Shifted as int64: a constant of more than 31 bits would be taken as unsigned.
     no_row = (tl.zeros_like(key) + N_LEVELS) << KEY[1]
     return tl.where(inside, key, tl.where(pos < 0, tl.zeros_like(key) - 1, no_row))
@@ -124,7 +125,7 @@ def _run_begin_kernel(
     mask = first & (pos < n_ids)
     start = (key & ((1 << KEY[1]) - 1)) * KEY[0]
     tl.store(run_start_ptr + run, start.to(run_start_ptr.dtype.element_ty), mask=mask)
-    occurrence = tl.load(order_ptr + pos, mask=mask, other=0).to(tl.int32)
+    occurrence = tl.load(order_ptr + tl.minimum(pos, n_ids - 1)).to(tl.int32)
     alone = key != _keys_at(key_ptr, pos + 1, n_ids, N_LEVELS, KEY)
     tl.store(run_first_ptr + run, tl.where(alone, occurrence, -1 - occurrence), mask=mask)
     level, level_before = key >> KEY[1], previous >> KEY[1]
@@ -214,34 +215,41 @@ def run_sums(
     """Sum of every run's gradients ``[BLOCK_ROWS, BLOCK_DIM]``, their columns ``offs_dim``.
 
     ``batch``: pointers ``(run_begin, order, grad_out, hot)``. ``tile``: ``(first_run, n_runs,
-    begin, end)``, the last two the positions of the runs ``first_run + lane``.
+    first, begin, end)``, of the runs ``first_run + lane``: where the first occurrence stood in the
+    batch, -1 for a lane without a run, and the positions.
     """
     run_begin_ptr, order_ptr, grad_out_ptr, hot_ptr = batch
-    first_run, n_runs, begin, end = tile
+    first_run, n_runs, first, begin, end = tile
     WALK: tl.constexpr = WALKS[0]
     UNROLL: tl.constexpr = WALKS[1]
     HOT: tl.constexpr = WALKS[2]
     STRETCH: tl.constexpr = WALKS[3]
-    total = tl.zeros([BLOCK_ROWS, BLOCK_DIM], dtype=ACC)
-    longest = tl.max(end - begin, axis=0)
     mask_dim = offs_dim < DIM
-    # The first WALK occurrences of all runs side by side, UNROLL rows of each in flight.
-    for step in range(0, tl.minimum(longest, WALK), UNROLL):
+    # Lanes without an occurrence read one that is there, and drop it: of masks, ptxas holds seven,
+    # and waits for a load before the next one.
+    mask = mask_dim[None, :]
+    total = tl.load(
+        grad_out_ptr + tl.maximum(first, 0).to(tl.int64)[:, None] * DIM + offs_dim[None, :],
+        mask=mask,
+        other=0.0,
+    ).to(ACC)  # [BLOCK_ROWS, BLOCK_DIM]
+    total = tl.where((first >= 0)[:, None], total, 0.0)
+    longest = tl.max(end - begin, axis=0)
+    # The next WALK occurrences of all runs side by side, UNROLL rows of each in flight.
+    for step in range(1, tl.minimum(longest, WALK + 1), UNROLL):
         for i in tl.static_range(UNROLL):
             pos = begin + step + i
-            mask = pos < end
-            row = tl.load(order_ptr + pos, mask=mask, other=0).to(tl.int64)
-            total += tl.load(
-                grad_out_ptr + row[:, None] * DIM + offs_dim[None, :],
-                mask=mask[:, None] & mask_dim[None, :],
-                other=0.0,
-            ).to(ACC)
-    if longest > WALK:
+            row = tl.load(order_ptr + tl.maximum(tl.minimum(pos, end - 1), 0)).to(tl.int64)
+            values = tl.load(
+                grad_out_ptr + row[:, None] * DIM + offs_dim[None, :], mask=mask, other=0.0
+            ).to(ACC)  # [BLOCK_ROWS, BLOCK_DIM]
+            total += tl.where((pos < end)[:, None], values, 0.0)
+    if longest > WALK + 1:
         # What is left of the long ones, one after the other: singles up to the first stretch of
         # HOT positions, the sums of whole stretches, singles again.
         lane = tl.arange(0, BLOCK_ROWS)
         for r in range(0, tl.minimum(BLOCK_ROWS, n_runs)):
-            at = tl.load(run_begin_ptr + first_run + r) + WALK
+            at = tl.load(run_begin_ptr + first_run + r) + WALK + 1
             stop = tl.load(run_begin_ptr + first_run + r + 1)
             if at < stop:
                 chunk = tl.cdiv(at, HOT)
