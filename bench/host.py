@@ -111,7 +111,7 @@ def seconds_a_call(call: Call) -> float:
 
 def percentiles(values: Sequence[float], name: str) -> dict[str, float]:
     """The median under ``name``, and its 20th and 80th percentile."""
-    fifths = statistics.quantiles(values, n=5)
+    fifths = statistics.quantiles(values, n=5, method="inclusive")
     return {name: statistics.median(values), f"{name}_p20": fifths[0], f"{name}_p80": fifths[3]}
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from esapn_kernels.ops.backend import TRITON_ERROR, is_capturing, launch_kernel
+from esapn_kernels.ops.backend import INTERPRETED, TRITON_ERROR, is_capturing, launch_kernel
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = (2, 4, 8, 16, 64, 128)
@@ -147,3 +147,44 @@ def test_other_lengths_and_momenta_compile_nothing():
     for name, (first, *others) in found.items():
         assert {"_rows_kernel", "_sums_kernel", "_move_kernel"} <= set(first), name
         assert others == [[]] * len(others), name
+
+
+KEYS = (
+    PREPARED.format(optimizer="Adam")
+    + """
+for n in (20, 3):
+    step(n)
+page = module.arena.page
+for dtype in (torch.float32, torch.bfloat16):
+    rows, hops = module.arena.storage.detach().to(dtype), module.chain.detach().to(dtype)
+    for first in (0, 1):  # elements of 8 bytes: the second is not aligned
+        ids = torch.arange(21)[first:]
+        launch_fwd(ids, rows, launch_compose(hops, sizes), module.arena.layout)
+for target in (0, 1, 16, 1 << 31):
+    launch_kernel(_fill_rows_kernel, (0,), rows, ids, ids, target, **fill)
+"""
+)
+IMPORTS = """
+from esapn_kernels.gpu.compose import launch_compose
+from esapn_kernels.gpu.lookup_fwd import launch_fwd
+from esapn_kernels.gpu.resize import _fill_rows_kernel
+from esapn_kernels.ops.backend import launch_kernel
+fill = {"SIZES": (2, 4), "DIM": 4, "VALUE": 0.0, "BLOCK_ROWS": 16, "BLOCK_DIM": 16}
+"""
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="counts interpreted launches")
+def test_variants_are_counted_as_triton_counts_them():
+    from tests.kernels.variants import counted
+
+    script = IMPORTS + KEYS
+    with counted() as variants:
+        exec(script, {})
+    ((new,),) = compiled({"keys": script + "mark()"}).values()
+    assert variants.by_kernel == {name: new.count(name) for name in sorted(set(new))}
+    assert variants.by_kernel["_lookup_fwd_kernel"] == 4
+    assert variants.by_kernel["_fill_rows_kernel"] == 2  # by the integer's width alone
+    assert variants.launches["_fill_rows_kernel"] == 4
+    *lines, last = variants.lines()
+    assert lines == [f"  {k}: {n} of {variants.launches[k]}" for k, n in variants.by_kernel.items()]
+    assert last.startswith(f"variants: {len(new)} to compile of {variants.launches.total()} ")
