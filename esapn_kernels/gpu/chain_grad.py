@@ -36,7 +36,7 @@ def _chain_level(
     tile_lo,
     tile_hi,
     D: tl.constexpr,
-    PAGE: tl.constexpr,
+    ALIGN: tl.constexpr,
     DIM: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -52,7 +52,7 @@ def _chain_level(
     for tile in range(tile_lo, tile_hi):
         first_run = level_run + tile * BLOCK_ROWS
         mask_run = tl.arange(0, BLOCK_ROWS) < level_end - first_run
-        start = rows_of_runs(run_start_ptr, first_run, mask_run, D, PAGE, BLOCK_ROWS)
+        start = rows_of_runs(run_start_ptr, first_run, mask_run, ALIGN, BLOCK_ROWS)
         alone, summed = sources(run_first_ptr, first_run, mask_run, BLOCK_ROWS)
         total = summed_grads(grad_out_ptr, sums_ptr, alone, summed, offs_dim, DIM, ACC)
         row = tl.load(
@@ -82,8 +82,8 @@ def _chain_kernel(
     storage_ptr,
     partial_ptr,
     SIZES: tl.constexpr,
+    ALIGN: tl.constexpr,
     PADS: tl.constexpr,
-    PAGE: tl.constexpr,
     K: tl.constexpr,
     DIM: tl.constexpr,
     ACC: tl.constexpr,
@@ -115,7 +115,7 @@ def _chain_kernel(
                 tile_lo,
                 tile_hi,
                 SIZES[k],
-                PAGE,
+                ALIGN[k],
                 DIM,
                 ACC,
                 PRECISION,

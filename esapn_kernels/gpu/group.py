@@ -46,17 +46,15 @@ def find_rows(ids_ptr, row_start_ptr, offs_row, n_ids, n_rows):
 
 
 @triton.jit
-def _is_level(
-    page_level_ptr, start, mask_row, N: tl.constexpr, L: tl.constexpr, PAGE: tl.constexpr
-):
+def _is_level(page_level_ptr, start, mask_row, page_shift, N: tl.constexpr, L: tl.constexpr):
     """One-hot levels of a tile of row starts, int32 ``[BLOCK_ROWS, L]``; N for no row."""
-    level = tl.load(page_level_ptr + start // PAGE, mask=start >= 0, other=-1).to(tl.int32)
+    level = tl.load(page_level_ptr + (start >> page_shift), mask=start >= 0, other=-1).to(tl.int32)
     level = tl.where(level < 0, N, level)
     hit = (level[:, None] == tl.arange(0, L)[None, :]) & mask_row[:, None]
     return hit.to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["n_ids", "n_rows", "stretch"])
+@triton.jit(do_not_specialize=["n_ids", "n_rows", "page_shift", "stretch"])
 def _group_count_kernel(
     ids_ptr,
     row_start_ptr,
@@ -65,10 +63,10 @@ def _group_count_kernel(
     counts_ptr,
     n_ids,
     n_rows,
+    page_shift,
     stretch,
     N: tl.constexpr,
     L: tl.constexpr,
-    PAGE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ):
     pid = tl.program_id(0)
@@ -78,11 +76,13 @@ def _group_count_kernel(
         offs_row = begin + i + tl.arange(0, BLOCK_ROWS)
         start = find_rows(ids_ptr, row_start_ptr, offs_row, n_ids, n_rows)
         tl.store(found_ptr + offs_row, start.to(found_ptr.dtype.element_ty), mask=offs_row < n_ids)
-        counts += tl.sum(_is_level(page_level_ptr, start, offs_row < n_ids, N, L, PAGE), axis=0)
+        counts += tl.sum(
+            _is_level(page_level_ptr, start, offs_row < n_ids, page_shift, N, L), axis=0
+        )
     tl.store(counts_ptr + pid * L + tl.arange(0, L), counts)
 
 
-@triton.jit(do_not_specialize=["n_ids", "stretch", "n_programs"])
+@triton.jit(do_not_specialize=["n_ids", "page_shift", "stretch", "n_programs"])
 def _group_place_kernel(
     found_ptr,
     page_level_ptr,
@@ -91,11 +91,11 @@ def _group_place_kernel(
     start_ptr,
     level_begin_ptr,
     n_ids,
+    page_shift,
     stretch,
     n_programs,
     N: tl.constexpr,
     L: tl.constexpr,
-    PAGE: tl.constexpr,
     BLOCK_COUNTS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ):
@@ -123,7 +123,7 @@ def _group_place_kernel(
         offs_row = begin + i + tl.arange(0, BLOCK_ROWS)
         mask_row = offs_row < n_ids
         start = tl.load(found_ptr + offs_row, mask=mask_row, other=-1).to(tl.int64)
-        hit = _is_level(page_level_ptr, start, mask_row, N, L, PAGE)
+        hit = _is_level(page_level_ptr, start, mask_row, page_shift, N, L)
         rank = tl.cumsum(hit, axis=0) - 1 + target[None, :]
         slot = tl.sum(tl.where(hit > 0, rank, 0), axis=1)
         tl.store(order_ptr + slot, offs_row.to(tl.int32), mask=mask_row)
@@ -175,7 +175,7 @@ def group_by_level(ids: Tensor, layout: Layout) -> Groups:
     level_begin = torch.empty(n_levels + 2, dtype=torch.int32, device=ids.device)
     counts = torch.empty(config.programs, config.levels, dtype=torch.int32, device=ids.device)
     found = torch.empty_like(start)
-    constants = {"N": n_levels, "PAGE": layout.page, **config.constants()}
+    constants = {"N": n_levels, **config.constants()}
     launch_kernel(
         _group_count_kernel,
         (config.programs,),
@@ -186,6 +186,7 @@ def group_by_level(ids: Tensor, layout: Layout) -> Groups:
         counts,
         n_ids,
         layout.num_rows,
+        layout.page_shift,
         config.stretch,
         **constants,
         **assertions(ids),
@@ -200,6 +201,7 @@ def group_by_level(ids: Tensor, layout: Layout) -> Groups:
         start,
         level_begin,
         n_ids,
+        layout.page_shift,
         config.stretch,
         config.programs,
         BLOCK_COUNTS=config.block_counts,

@@ -9,7 +9,6 @@ kernel). The reasons stand beside the numbers: counts of bytes, products and reg
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -63,11 +62,10 @@ def _precision(dtype: torch.dtype) -> str:
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
 
 
-def kernel_constants(sizes: Sequence[int], page: int, dtype: torch.dtype) -> dict[str, Any]:
+def kernel_constants(sizes: Sequence[int], dtype: torch.dtype) -> dict[str, Any]:
     """Compile-time arguments that the kernels of this package share."""
     return {
         "SIZES": tuple(sizes),
-        "PAGE": page,
         "DIM": sizes[-1],
         "ACC": accumulator(dtype),
         "PRECISION": _precision(dtype),
@@ -165,17 +163,16 @@ def choose_bwd(n_ids: int, sizes: Sequence[int], dtype: torch.dtype) -> BwdConfi
     )
 
 
-def alignments(sizes: Sequence[int], page: int) -> tuple[int, ...]:
+def alignments(sizes: Sequence[int]) -> tuple[int, ...]:
     """Per level, the largest power of two that divides the start of each of its rows.
 
-    Rows stand ``d`` apart from the start of a page: every start is a multiple of gcd(page, d). Four
-    fp32 or eight 16-bit numbers then move as one vector of 16 bytes.
+    Rows stand ``d`` apart from the start of a page, whose length is a power of two, d at least.
+    Four fp32 or eight 16-bit numbers then move as one vector of 16 bytes.
 
-    >>> alignments((2, 3, 12, 128), 4096)
+    >>> alignments((2, 3, 12, 128))
     (2, 1, 4, 128)
     """
-    common = [math.gcd(page, d) for d in sizes]
-    return tuple(c & -c for c in common)
+    return tuple(d & -d for d in sizes)
 
 
 @dataclass(frozen=True)
@@ -187,11 +184,11 @@ class FwdConfig:
     block_dim: int
     num_warps: int
 
-    def constants(self, sizes: Sequence[int], page: int, dtype: torch.dtype) -> dict[str, Any]:
+    def constants(self, sizes: Sequence[int], dtype: torch.dtype) -> dict[str, Any]:
         """As keyword arguments of a launch."""
         return {
             "SIZES": tuple(sizes),
-            "ALIGN": alignments(sizes, page),
+            "ALIGN": alignments(sizes),
             "PADDED": tuple(min(pad(d), self.block_k) for d in sizes),
             "DIM": sizes[-1],
             "ACC": accumulator(dtype),
@@ -211,10 +208,10 @@ class GroupedConfig(FwdConfig):
     programs: int
     maxnreg: int | None = None
 
-    def constants(self, sizes: Sequence[int], page: int, dtype: torch.dtype) -> dict[str, Any]:
+    def constants(self, sizes: Sequence[int], dtype: torch.dtype) -> dict[str, Any]:
         """As keyword arguments of a launch."""
         bound = {} if self.maxnreg is None else {"maxnreg": self.maxnreg}
-        return {**super().constants(sizes, page, dtype), **bound}
+        return {**super().constants(sizes, dtype), **bound}
 
 
 def choose_fwd(n_ids: int, dim: int, dtype: torch.dtype) -> FwdConfig:

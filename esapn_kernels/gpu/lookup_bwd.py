@@ -67,8 +67,8 @@ def _sums_kernel(
     clock_ptr,
     numbers_ptr,
     N_LEVELS: tl.constexpr,
-    PAGE: tl.constexpr,
     DIM: tl.constexpr,
+    ALIGN: tl.constexpr,
     ACC: tl.constexpr,
     RULE: tl.constexpr,
     WALK: tl.constexpr,
@@ -119,7 +119,7 @@ def _sums_kernel(
         begin = tl.load(run_begin_ptr + first_run + lane, mask=mask_run, other=0)
         end = tl.load(run_begin_ptr + first_run + lane + 1, mask=mask_run, other=0)
         runs = (first_run, n_runs, begin, end)
-        start = rows_of_runs(run_start_ptr, first_run, mask_run, DIM, PAGE, BLOCK_ROWS)
+        start = rows_of_runs(run_start_ptr, first_run, mask_run, ALIGN, BLOCK_ROWS)
         ids = ids_of_runs(ids_ptr, run_first_ptr, first_run, mask_run, RULE, BLOCK_ROWS)
         square = tl.zeros([BLOCK_ROWS], dtype=ACC)
         if DIM <= BLOCK_DIM:
@@ -183,7 +183,7 @@ def _rows_level(
     first_run,
     n_runs,
     D: tl.constexpr,
-    PAGE: tl.constexpr,
+    ALIGN: tl.constexpr,
     DIM: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -199,7 +199,7 @@ def _rows_level(
     """
     ids_ptr, run_start_ptr, run_first_ptr, grad_out_ptr, sums_ptr = batch
     mask_run = tl.arange(0, BLOCK_ROWS) < n_runs
-    start = rows_of_runs(run_start_ptr, first_run, mask_run, D, PAGE, BLOCK_ROWS)
+    start = rows_of_runs(run_start_ptr, first_run, mask_run, ALIGN, BLOCK_ROWS)
     ids = ids_of_runs(ids_ptr, run_first_ptr, first_run, mask_run, RULE, BLOCK_ROWS)
     alone, summed = sources(run_first_ptr, first_run, mask_run, BLOCK_ROWS)
     grads = (grad_out_ptr, sums_ptr, alone, summed)
@@ -246,8 +246,8 @@ def _rows_kernel(
     clock_ptr,
     numbers_ptr,
     SIZES: tl.constexpr,
+    ALIGN: tl.constexpr,
     PADS: tl.constexpr,
-    PAGE: tl.constexpr,
     DIM: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -279,7 +279,7 @@ def _rows_kernel(
                 first_run,
                 level_end - first_run,
                 SIZES[k],
-                PAGE,
+                ALIGN[k],
                 DIM,
                 ACC,
                 PRECISION,
@@ -317,8 +317,9 @@ def _launch(
     rule, state = "gradient", [storage] * 5
     if update is not None:
         rule, state = update.rule, rule_state(update, storage)
-    constants = kernel_constants(sizes, layout.page, storage.dtype)
-    shared = {name: constants[name] for name in ("PAGE", "DIM", "ACC")}
+    constants = kernel_constants(sizes, storage.dtype)
+    align = launch.alignments(sizes)
+    shared = {name: constants[name] for name in ("DIM", "ACC")}
     where = (runs.run_start, runs.run_first, runs.level_begin, grad_out)
     launch_kernel(
         _sums_kernel,
@@ -334,6 +335,7 @@ def _launch(
         *state,
         **shared,
         N_LEVELS=len(sizes),
+        ALIGN=align[-1],
         RULE=rule,
         **config.sums.constants(),
     )
@@ -342,6 +344,7 @@ def _launch(
         return grad_composed
     shared.update(
         SIZES=constants["SIZES"],
+        ALIGN=align,
         PADS=tuple(launch.pad(d) for d in sizes),
         PRECISION=constants["PRECISION"],
     )

@@ -68,7 +68,7 @@ def _project(
     return y
 
 
-@triton.jit(do_not_specialize=["n_ids", "n_rows"])
+@triton.jit(do_not_specialize=["n_ids", "n_rows", "page_shift"])
 def _lookup_fwd_kernel(
     ids_ptr,
     storage_ptr,
@@ -78,10 +78,10 @@ def _lookup_fwd_kernel(
     out_ptr,
     n_ids,
     n_rows,
+    page_shift,
     SIZES: tl.constexpr,
     ALIGN: tl.constexpr,
     PADDED: tl.constexpr,
-    PAGE: tl.constexpr,
     DIM: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -92,7 +92,7 @@ def _lookup_fwd_kernel(
     offs_dim = tl.program_id(1) * BLOCK_DIM + tl.arange(0, BLOCK_DIM)
     mask_dim = offs_dim < DIM
     start = find_rows(ids_ptr, row_start_ptr, offs_row, n_ids, n_rows)
-    level = tl.load(page_level_ptr + start // PAGE, mask=start >= 0, other=-1).to(tl.int32)
+    level = tl.load(page_level_ptr + (start >> page_shift), mask=start >= 0, other=-1).to(tl.int32)
 
     y = tl.zeros([BLOCK_ROWS, BLOCK_DIM], dtype=ACC)  # of ids that have no row
     base = 0
@@ -215,8 +215,8 @@ def launch_small(
         out,
         ids.numel(),
         layout.num_rows,
-        PAGE=layout.page,
-        **config.constants(layout.sizes, layout.page, storage.dtype),
+        layout.page_shift,
+        **config.constants(layout.sizes, storage.dtype),
         **assertions(ids),
     )
 
@@ -239,7 +239,7 @@ def launch_grouped(
         storage,
         composed,
         out,
-        **config.constants(layout.sizes, layout.page, storage.dtype),
+        **config.constants(layout.sizes, storage.dtype),
     )
 
 

@@ -47,7 +47,7 @@ MOVE_REGISTERS = 168
 _STATES = 4
 
 
-@triton.jit(do_not_specialize=["n_ids", "n_rows", "target"])
+@triton.jit(do_not_specialize=["n_ids", "n_rows", "page_shift", "target"])
 def _claim_kernel(
     ids_ptr,
     mask_ptr,
@@ -58,9 +58,9 @@ def _claim_kernel(
     old_start_ptr,
     n_ids,
     n_rows,
+    page_shift,
     target,
     N_LEVELS: tl.constexpr,
-    PAGE: tl.constexpr,
     TAKE: tl.constexpr,
     GIVE: tl.constexpr,
     MASKED: tl.constexpr,
@@ -73,7 +73,7 @@ def _claim_kernel(
     if MASKED:
         mask_id = mask_id & (tl.load(mask_ptr + offs, mask=inside, other=0) != 0)
     start = tl.load(row_start_ptr + ids, mask=mask_id, other=-1).to(tl.int64)
-    level = tl.load(page_level_ptr + start // PAGE, mask=start >= 0, other=-1).to(tl.int32)
+    level = tl.load(page_level_ptr + (start >> page_shift), mask=start >= 0, other=-1).to(tl.int32)
     group = level
     if TAKE:
         if GIVE:
@@ -86,7 +86,7 @@ def _claim_kernel(
     tl.atomic_min(owner_ptr + ids, offs.to(tl.int32), mask=group >= 0, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["n_ids"])
+@triton.jit(do_not_specialize=["n_ids", "page_shift"])
 def _scan_kernel(
     ids_ptr,
     owner_ptr,
@@ -100,8 +100,8 @@ def _scan_kernel(
     free_count_ptr,
     free_base_ptr,
     n_ids,
+    page_shift,
     SIZES: tl.constexpr,
-    PAGE: tl.constexpr,
     TAKE: tl.constexpr,
     GIVE: tl.constexpr,
     HOP: tl.constexpr,
@@ -147,7 +147,7 @@ def _scan_kernel(
         next_height = height
         if TAKE and g + HOP < len(SIZES):
             free = tl.load(free_count_ptr + g + HOP)
-            per = PAGE // SIZES[g + HOP]
+            per = (1 << page_shift) // SIZES[g + HOP]
             count = tl.minimum(count, free + pages * per)
             fresh = (tl.maximum(count - free, 0) + per - 1) // per
             held = tl.where(levels == g, free, held)
@@ -186,7 +186,7 @@ def _scan_kernel(
         for g in tl.static_range(len(SIZES) - HOP):
             free = tl.sum(tl.where(levels == g, held, 0), axis=0)
             base = tl.load(free_base_ptr + g + HOP)
-            per = PAGE // SIZES[g + HOP]
+            per = (1 << page_shift) // SIZES[g + HOP]
             count = tl.sum(tl.where(levels == g, moves, 0), axis=0)
             if count > free:
                 fresh = (count - free + per - 1) // per
@@ -195,7 +195,7 @@ def _scan_kernel(
                 last = tl.load(free_pages_ptr + above - fresh).to(tl.int64)
                 for j in range(0, rest, BLOCK_IDS):
                     offs = j + tl.arange(0, BLOCK_IDS)
-                    start = last * PAGE + (per - 1 - offs) * SIZES[g + HOP]
+                    start = (last << page_shift) + (per - 1 - offs) * SIZES[g + HOP]
                     start = start.to(free_rows_ptr.dtype.element_ty)
                     tl.store(free_rows_ptr + base + offs, start, mask=offs < rest)
         tl.store(free_count_ptr + len(SIZES), pages)
@@ -227,7 +227,7 @@ def _fill(
         )
 
 
-@triton.jit(do_not_specialize=["n_ids", "n_rows"])
+@triton.jit(do_not_specialize=["n_ids", "n_rows", "page_shift"])
 def _move_kernel(
     storage_ptr,
     chain_ptr,
@@ -251,8 +251,8 @@ def _move_kernel(
     per_id_ptr,
     n_ids,
     n_rows,
+    page_shift,
     SIZES: tl.constexpr,
-    PAGE: tl.constexpr,
     DIM: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -296,7 +296,7 @@ def _move_kernel(
         per = tl.zeros_like(group) + 1
         for k in tl.static_range(len(SIZES)):
             dim = tl.where((target == k) & mask_go, SIZES[k], dim)
-            per = tl.where(target == k, PAGE // SIZES[k], per)
+            per = tl.where(target == k, (1 << page_shift) // SIZES[k], per)
         beyond = rank - tl.load(plan_ptr + LEVELS + group, mask=mask_go, other=0)
         mask_fresh = mask_go & (beyond >= 0)
         beyond = tl.where(mask_fresh, beyond, 0).to(tl.int32)
@@ -305,7 +305,7 @@ def _move_kernel(
         page = page.to(tl.int64)
         tl.store(page_level_ptr + page, target.to(tl.int8), mask=mask_fresh)
         new_start = tl.load(new_start_ptr + offs_row, mask=mask_go, other=-1).to(tl.int64)
-        new_start = tl.where(mask_fresh, page * PAGE + (beyond % per) * dim, new_start)
+        new_start = tl.where(mask_fresh, (page << page_shift) + (beyond % per) * dim, new_start)
         if tl.max(dim, axis=0) > 0:
             if not GIVE:
                 _fill(storage_ptr, new_start, dim, 0.0, DIM, BLOCK_ROWS, BLOCK_DIM)
@@ -447,9 +447,9 @@ def _launch(
         old_start,
         n_ids,
         n_rows,
+        layout.page_shift,
         target,
         N_LEVELS=len(sizes),
-        PAGE=layout.page,
         **flags,
         MASKED=mask is not None,
         BLOCK_IDS=CLAIM_IDS,
@@ -474,14 +474,14 @@ def _launch(
         places.free_count,
         places.free_base,
         n_ids,
+        layout.page_shift,
         SIZES=sizes,
-        PAGE=layout.page,
         **flags,
         **scan,
         enable_fp_fusion=True,
     )
     config = launch.choose_promote(sizes[-1], storage.dtype)
-    constants = kernel_constants(sizes, layout.page, storage.dtype)
+    constants = kernel_constants(sizes, storage.dtype)
     kept, kept_ids = states[:_STATES], per_id[:1]
     tensors = [tensor for tensor, _ in kept] + [storage] * (_STATES - len(kept))
     launch_kernel(
@@ -506,7 +506,8 @@ def _launch(
         kept_ids[0][0] if kept_ids else storage,
         n_ids,
         n_rows,
-        **{name: constants[name] for name in ("SIZES", "PAGE", "DIM", "ACC", "PRECISION")},
+        layout.page_shift,
+        **{name: constants[name] for name in ("SIZES", "DIM", "ACC", "PRECISION")},
         **flags,
         FRESH=tuple(float(value) for _, value in kept),
         FRESH_ID=tuple(float(value) for _, value in kept_ids),

@@ -19,7 +19,6 @@ Source of sorting first: the embedding gradients of torch and FBGEMM.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,10 +43,10 @@ __all__ = [
     "summed_grads",
 ]
 
-_INT32 = 32
+_INT32, _INT64 = 32, 64
 
 
-@triton.jit(do_not_specialize=["n_ids", "n_rows"])
+@triton.jit(do_not_specialize=["n_ids", "n_rows", "page_shift"])
 def _key_kernel(
     ids_ptr,
     row_start_ptr,
@@ -55,6 +54,7 @@ def _key_kernel(
     key_ptr,
     n_ids,
     n_rows,
+    page_shift,
     N_LEVELS: tl.constexpr,
     KEY: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -62,18 +62,20 @@ def _key_kernel(
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     start = find_rows(ids_ptr, row_start_ptr, offs, n_ids, n_rows)
     mask_row = start >= 0
-    level = tl.load(page_level_ptr + start // KEY[0], mask=mask_row, other=N_LEVELS).to(tl.int64)
-    key = (level << KEY[2]) | tl.where(mask_row, start // KEY[1], 0)
-    tl.store(key_ptr + offs, (key - KEY[3]).to(key_ptr.dtype.element_ty), mask=offs < n_ids)
+    level = tl.load(page_level_ptr + (start >> page_shift), mask=mask_row, other=N_LEVELS).to(
+        tl.int64
+    )
+    key = (level << KEY[1]) | tl.where(mask_row, start // KEY[0], 0)
+    tl.store(key_ptr + offs, (key - KEY[2]).to(key_ptr.dtype.element_ty), mask=offs < n_ids)
 
 
 @triton.jit
 def _keys_at(key_ptr, pos, n_ids, N_LEVELS: tl.constexpr, KEY: tl.constexpr):
     """Keys at sorted positions: -1 before the first, that of no row behind the last."""
     inside = (pos >= 0) & (pos < n_ids)
-    key = tl.load(key_ptr + pos, mask=inside, other=0).to(tl.int64) + KEY[3]
+    key = tl.load(key_ptr + pos, mask=inside, other=0).to(tl.int64) + KEY[2]
     # Shifted as int64: a constant of more than 31 bits would be taken as unsigned.
-    no_row = (tl.zeros_like(key) + N_LEVELS) << KEY[2]
+    no_row = (tl.zeros_like(key) + N_LEVELS) << KEY[1]
     return tl.where(inside, key, tl.where(pos < 0, tl.zeros_like(key) - 1, no_row))
 
 
@@ -120,12 +122,12 @@ def _run_begin_kernel(
     run = tl.sum(before, axis=0) + tl.cumsum(first.to(tl.int32), axis=0) - 1
     tl.store(run_begin_ptr + run, pos.to(tl.int32), mask=first)
     mask = first & (pos < n_ids)
-    start = (key & ((1 << KEY[2]) - 1)) * KEY[1]
+    start = (key & ((1 << KEY[1]) - 1)) * KEY[0]
     tl.store(run_start_ptr + run, start.to(run_start_ptr.dtype.element_ty), mask=mask)
     occurrence = tl.load(order_ptr + pos, mask=mask, other=0).to(tl.int32)
     alone = key != _keys_at(key_ptr, pos + 1, n_ids, N_LEVELS, KEY)
     tl.store(run_first_ptr + run, tl.where(alone, occurrence, -1 - occurrence), mask=mask)
-    level, level_before = key >> KEY[2], previous >> KEY[2]
+    level, level_before = key >> KEY[1], previous >> KEY[1]
     for k in tl.static_range(N_LEVELS + 1):
         into_ptr = level_begin_ptr + k + tl.zeros_like(run)
         tl.store(into_ptr, run, mask=first & (level_before < k) & (k <= level))
@@ -179,7 +181,7 @@ def _hot_kernel(
         begin = chunk * HOT
         key = _keys_at(key_ptr, begin, n_ids, N_LEVELS, KEY)
         last = _keys_at(key_ptr, begin + HOT - 1, n_ids, N_LEVELS, KEY)
-        if (key == last) & ((key >> KEY[2]) < N_LEVELS):
+        if (key == last) & ((key >> KEY[1]) < N_LEVELS):
             for n in range(0, DIM, BLOCK_DIM):
                 offs_dim = n + tl.arange(0, BLOCK_DIM)
                 total = _sum_rows(
@@ -282,17 +284,14 @@ def rows_of_runs(
     run_start_ptr,
     first_run,
     mask_run,
-    D: tl.constexpr,
-    PAGE: tl.constexpr,
+    ALIGN: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ):
-    """Where the rows of a tile's runs start; all have size D."""
+    """Where the rows of a tile's runs start, all at multiples of ALIGN."""
     lane = tl.arange(0, BLOCK_ROWS)
     start = tl.load(run_start_ptr + first_run + lane, mask=mask_run, other=0).to(tl.int64)
-    if PAGE % D == 0:
-        # The compiler learns that rows are aligned and moves them in words of 16 bytes.
-        start = start // D * D
-    return start
+    # The compiler learns how rows are aligned and moves them in words of up to 16 bytes.
+    return start // ALIGN * ALIGN
 
 
 @triton.jit
@@ -343,23 +342,27 @@ class Runs:
     run_start: Tensor
     run_first: Tensor
     level_begin: Tensor
-    packing: tuple[int, int, int, int]
+    packing: tuple[int, int, int]
 
 
-def pack_keys(capacity: int, sizes: Sequence[int], page: int) -> tuple[int, int, int, int]:
-    """How a row's level and place are packed into its key: ``(page, unit, bits, bias)``.
+def pack_keys(capacity: int, sizes: Sequence[int]) -> tuple[int, int, int]:
+    """How a row's level and place are packed into its key: ``(unit, bits, bias)``.
 
     ``unit`` divides every row start. The levels 0 .. n (n: no row) stand above the ``bits`` of the
-    place. A key of at most 32 bits is an int32, moved by ``bias`` so that all its bits count; a
-    longer one an int64 (bias 0).
+    place. A key is an int32, moved by ``bias`` so that all its bits count, or, where the places of
+    ``capacity`` elements need more, an int64 (bias 0): an arena that grows keeps its kernels.
 
-    >>> pack_keys(9_216_000, (2, 4, 8, 16, 64, 128), 4096)
-    (4096, 2, 23, 2147483648)
+    >>> pack_keys(9_216_000, (2, 4, 8, 16, 64, 128))
+    (2, 29, 2147483648)
+    >>> pack_keys(1 << 31, (2, 4, 8, 16, 64, 128))
+    (2, 60, 0)
     """
-    unit = math.gcd(page, *sizes)
-    bits = max((capacity - 1) // unit, 0).bit_length()
-    wide = bits + len(sizes).bit_length() > _INT32
-    return page, unit, bits, 0 if wide else 1 << (_INT32 - 1)
+    unit = min(launch.alignments(sizes))
+    levels = len(sizes).bit_length()
+    bits = _INT32 - levels
+    if capacity - 1 < unit << bits:
+        return unit, bits, 1 << (_INT32 - 1)
+    return unit, _INT64 - 1 - levels, 0
 
 
 def find_runs(ids: Tensor, layout: Layout, *, capacity: int) -> Runs:
@@ -371,9 +374,9 @@ def find_runs(ids: Tensor, layout: Layout, *, capacity: int) -> Runs:
         capacity: elements of the storage.
     """
     n_ids, n_levels = ids.numel(), len(layout.sizes)
-    packing = pack_keys(capacity, layout.sizes, layout.page)
+    packing = pack_keys(capacity, layout.sizes)
     constants: dict[str, Any] = {"N_LEVELS": n_levels, "KEY": packing, **launch.SCAN}
-    key = ids.new_empty(n_ids, dtype=torch.int32 if packing[3] else torch.int64)
+    key = ids.new_empty(n_ids, dtype=torch.int32 if packing[2] else torch.int64)
     launch_kernel(
         _key_kernel,
         (triton.cdiv(n_ids, constants["BLOCK"]),),
@@ -383,6 +386,7 @@ def find_runs(ids: Tensor, layout: Layout, *, capacity: int) -> Runs:
         key,
         n_ids,
         layout.num_rows,
+        layout.page_shift,
         **constants,
     )
     key, order = torch.sort(key, stable=True)

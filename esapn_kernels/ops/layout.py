@@ -10,7 +10,6 @@ one size, so a row needs no level of its own. Nothing here allocates storage or 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -47,7 +46,8 @@ class Layout:
         row_start: int32 or int64 ``[N]``, first element of every row; -1: the id has no row.
         page_level: int8 ``[pages]``, index into ``sizes`` of a page's rows; -1: a free page.
         sizes: increasing row sizes ``d_0 < ... < d_{n-1}``.
-        page: elements per page; a row never crosses a page.
+        page: elements per page, for the Triton backend a power of two. No row crosses a page, but
+            in a table of one size.
     """
 
     row_start: Tensor
@@ -64,6 +64,17 @@ class Layout:
     def flat(self) -> tuple[Tensor, Tensor, tuple[int, ...], int]:
         """``(row_start, page_level, sizes, page)``, for custom operators and the reference."""
         return self.row_start, self.page_level, self.sizes, self.page
+
+    @property
+    def page_shift(self) -> int:
+        """``log2(page)``: the page of an element by a shift.
+
+        Raises:
+            ValueError: ``page`` is no power of two.
+        """
+        if self.page & (self.page - 1):
+            raise ValueError(f"kernels take pages of a power of two, got page={self.page}")
+        return self.page.bit_length() - 1
 
     @property
     def dim(self) -> int:
@@ -98,22 +109,23 @@ class Places:
 
 
 def page_elements(sizes: Sequence[int], num_rows: int = 1 << 30) -> int:
-    """Elements per page: a common multiple of the sizes where their own is small.
+    """Elements per page: a power of two, so that kernels find a row's page by a shift.
 
-    About 4,096 for a large table; a sixteenth of a small table at its smallest size, so that a page
-    begun for every level costs a small table little.
+    The smallest that rows of every size fill to 7 / 8 at least; then as many as 4,096, but no more
+    than a sixteenth of the table at its smallest size, so that a page begun for every level costs a
+    small table little.
 
     >>> page_elements((2, 4, 8, 16, 64, 128)), page_elements((2, 4, 8, 16, 64, 128), num_rows=1000)
     (4096, 128)
-    >>> page_elements((1, 3, 5, 33)), page_elements((127, 512))
-    (4125, 4096)
+    >>> page_elements((1, 3, 5, 33), num_rows=1000), page_elements((127, 2049))
+    (256, 16384)
     """
-    small = num_rows * sizes[0] // 16
-    common = math.lcm(*sizes)
-    if common <= 4 * _PAGE:
-        return common * max(-(-min(_PAGE, small) // common), 1)
-    # The largest rows fill a page to 7 / 8 at least, unless the table is small.
-    return max(min(max(_PAGE, 8 * max(sizes)), small), max(sizes))
+    page = 1 << (max(sizes) - 1).bit_length()
+    while any(8 * (page % d) > page for d in sizes):
+        page *= 2
+    while 2 * page <= min(_PAGE, num_rows * sizes[0] // 16):
+        page *= 2
+    return page
 
 
 def index_dtype(numel: int) -> torch.dtype:

@@ -108,7 +108,6 @@ class Table(Rows):
 def _lay_out(weight: Tensor) -> Layout:
     (rows, dim), device = weight.shape, weight.device
     page = page_elements((dim,), rows)
-    page -= page % dim  # whole rows, one behind the other over all pages
     with torch.inference_mode(False):
         start = torch.arange(rows, device=device, dtype=index_dtype(rows * dim)) * dim
         level = torch.zeros(-(-rows * dim // page), dtype=torch.int8, device=device)

@@ -156,7 +156,7 @@ module = ResizableEmbedding(
 )
 rows = optim.{optimizer}(module, lr=0.1)
 def step(n_ids):
-    ids = torch.randint(5000, (n_ids,))
+    ids = torch.randint(module.num_embeddings, (n_ids,))
     module(ids).backward(torch.randn(n_ids, 128))
     module.promote(ids[: n_ids // 2])
 """
@@ -176,16 +176,39 @@ for _ in range(20):
     mark()
 assert len(seen) > 15
 """
+TABLES = """
+modules = [
+    ResizableEmbedding(int(n), initial_size=torch.tensor(sizes)[torch.arange(int(n)) % 6])
+    for n in torch.logspace(1, 5.3, 26)
+]
+assert len({module.arena.page for module in modules}) > 4
+for module in modules:
+    module.backend = "triton"
+    optim.Adam(module, lr=0.1)
+    step(64)
+    mark()
+"""
+GROWTH = """
+for _ in range(5):
+    step(512)
+    mark()
+    capacity = module.arena.storage.numel()
+    module.reserve(capacity // 64)
+    assert module.arena.storage.numel() > 2 * capacity
+"""
 
 
-def test_other_lengths_and_momenta_compile_nothing():
+def test_other_lengths_momenta_and_tables_compile_nothing():
     optimizers = ("Adam", "Adagrad", "SGD")
     scripts = {name: PREPARED.format(optimizer=name) + LENGTHS for name in optimizers}
-    scripts["momentum"] = PREPARED.format(optimizer="Adam") + MOMENTUM
+    for name, script in (("momentum", MOMENTUM), ("tables", TABLES), ("growth", GROWTH)):
+        scripts[name] = PREPARED.format(optimizer="Adam") + script
     found = compiled(scripts)
     assert {name: len(marks) for name, marks in found.items()} == {
         **dict.fromkeys(optimizers, 7),
         "momentum": 20,
+        "tables": 26,
+        "growth": 5,
     }
     for name, (first, *others) in found.items():
         assert {"_rows_kernel", "_sums_kernel", "_move_kernel"} <= set(first), name

@@ -317,6 +317,7 @@ def test_rows_that_fit_move_and_the_others_stay(
     sizes, n_rows, n_ids = (1, 3, 5, 33), 300, 333
     generator = torch.Generator().manual_seed(1)
     level = torch.randint(-1, 4, (n_rows,), generator=generator)
+    monkeypatch.setattr(locations, "page_elements", lambda *_: 128)
     arena = Arena(n_rows, sizes, level=level, dtype=torch.float64, device=device)
     if spare_pages is not None:
         # Exactly so many pages, and no growth.

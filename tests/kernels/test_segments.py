@@ -105,10 +105,12 @@ def test_runs_stay_inside_their_memory(n_ids, device, monkeypatch):
 
 def test_keys_of_32_and_64_bits(device, monkeypatch):
     # 30 bits of place and 2 of level fit, 31 and 2 do not.
-    assert pack_keys(1 << 30, (1, 2, 3), 6)[2:] == (30, 1 << 31)
-    assert pack_keys((1 << 30) + 1, (1, 2, 3), 6)[2:] == (31, 0)
+    assert pack_keys(1 << 30, (1, 2, 3)) == (1, 30, 1 << 31)
+    assert pack_keys((1 << 30) + 1, (1, 2, 3)) == (1, 61, 0)
     # What divides every start is not stored: 8 elements a unit.
-    assert pack_keys(1 << 33, (8, 16), 4096) == (4096, 8, 30, 1 << 31)
+    assert pack_keys(1 << 33, (8, 16)) == (8, 30, 1 << 31)
+    # The packing of a small arena is that of a large one.
+    assert pack_keys(0, (8, 16)) == pack_keys(1 << 33, (8, 16))
     for capacity in (1 << 29, 1 << 34):
         case = make_case((8, 16), 30, 50, device=device)
         found = find_runs(case.ids, case.layout, capacity=capacity)
