@@ -437,7 +437,7 @@ def _launch(
     flags: dict[str, Any] = {"TAKE": take, "GIVE": give}
     launch_kernel(
         _claim_kernel,
-        (triton.cdiv(n_ids, CLAIM_IDS),),
+        (launch.cdiv(n_ids, CLAIM_IDS),),
         ids,
         ids if mask is None else mask.contiguous().view(torch.uint8),
         layout.row_start,
@@ -486,7 +486,7 @@ def _launch(
     tensors = [tensor for tensor, _ in kept] + [storage] * (_STATES - len(kept))
     launch_kernel(
         _move_kernel,
-        (triton.cdiv(n_ids, config.block_rows),),
+        (launch.cdiv(n_ids, config.block_rows),),
         storage,
         storage if chain is None else chain,
         ids,
@@ -538,7 +538,7 @@ def launch_fill(targets: Filled, start: Tensor, level: Tensor, sizes: Sequence[i
         config = launch.choose_promote(sizes[-1], tensor.dtype)
         launch_kernel(
             _fill_rows_kernel,
-            (triton.cdiv(n_rows, config.block_rows),),
+            (launch.cdiv(n_rows, config.block_rows),),
             tensor,
             start,
             level,
