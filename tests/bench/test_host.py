@@ -56,6 +56,8 @@ def test_a_run(tmp_path):
         "forward and backward, Adam": FORWARD + BACKWARD,
         "promote, Adam": PROMOTE,
     }
+    rules = [None, None, "gradient", "sgd", "adam", None]
+    assert [row["rule"] for row in result["rows"]] == rules
     for row in result["rows"]:
         assert 0 < row["launch_share"] < 1
         assert ("ratio" in row) == (row["call"] != "promote, Adam")
