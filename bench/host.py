@@ -215,6 +215,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     import triton
     from harness.no_device import install
 
+    # The version in use, which PYTHONPATH may have put before the one that is installed.
+    provenance = {**collect(), "triton": triton.__version__}
     install()
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
@@ -226,8 +228,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(LEGEND)
     print("\n".join(lines(rows)))
     if args.out is not None:
-        # The version in use, which PYTHONPATH may have put before the one that is installed.
-        provenance = {**collect(), "triton": triton.__version__}
         result = record(
             "host",
             ids=args.ids,
