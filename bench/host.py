@@ -215,10 +215,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     import triton
     from harness.no_device import install
 
+    torch.set_num_threads(1)
     # The version in use, which PYTHONPATH may have put before the one that is installed.
     provenance = {**collect(), "triton": triton.__version__}
     install()
-    torch.set_num_threads(1)
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
     ids = torch.randint(ROWS, (args.ids,), generator=generator)
