@@ -187,6 +187,7 @@ def choose_bwd(n_ids: int, sizes: tuple[int, ...], dtype: torch.dtype) -> BwdCon
     )
 
 
+@lru_cache
 def alignments(sizes: tuple[int, ...]) -> tuple[int, ...]:
     """Per level, the largest power of two that divides the start of each of its rows.
 

@@ -481,7 +481,6 @@ def _launch(
         enable_fp_fusion=True,
     )
     config = launch.choose_promote(sizes[-1], storage.dtype)
-    constants = kernel_constants(sizes, storage.dtype)
     kept, kept_ids = states[:_STATES], per_id[:1]
     tensors = [tensor for tensor, _ in kept] + [storage] * (_STATES - len(kept))
     launch_kernel(
@@ -507,7 +506,7 @@ def _launch(
         n_ids,
         n_rows,
         layout.page_shift,
-        **{name: constants[name] for name in ("SIZES", "DIM", "ACC", "PRECISION")},
+        **kernel_constants(sizes, storage.dtype),
         **flags,
         FRESH=tuple(float(value) for _, value in kept),
         FRESH_ID=tuple(float(value) for _, value in kept_ids),
