@@ -157,13 +157,20 @@ def accumulator(dtype: torch.dtype) -> Any:
 
 
 @lru_cache
-def choose_bwd(n_ids: int, sizes: tuple[int, ...], dtype: torch.dtype) -> BwdConfig:
-    """Tiles of 16 runs, the smallest side of a matrix product: few lanes wait for the longest.
+def choose_bwd(
+    n_ids: int, sizes: tuple[int, ...], dtype: torch.dtype, rule: str = "gradient"
+) -> BwdConfig:
+    """Tiles of 16 runs for the sums: few lanes wait for the longest.
 
-    168 registers a thread leave room for three blocks of four warps a multiprocessor, each with
-    four rows of 16 runs in flight. Without the bound the compiler takes 201 for the rows' products
-    and 96, spilling, for the sums; 128 spills a few bytes in some rules. In fp64 a bound makes it
-    spill in the rows' products, 8 warps do not; the sums and the chain's take up to 196.
+    168 registers a thread leave room for three blocks of four warps a multiprocessor. Without the
+    bound the compiler takes 201 for the rows' products and 96, spilling, for the sums; 128 spills a
+    few bytes in some rules. In fp64 the rows' products take 8 warps; rules with moments spill under
+    any bound, the others do without one (Triton 3.6). The sums and the chain's take up to 196.
+
+    Stages: at five the chain's pass waits with five groups of copies on their way; at two, three
+    and four it waits for all of them in every tile. The rows' keep four column steps in flight, of
+    32 runs where registers allow: that also reads the maps half as often. Adam and row-wise
+    Adagrad hold more per row, and so do rows of more than one block of columns: 32 would spill.
 
     Every program takes an equal share of the tiles. Those of the chain's gradient write up to
     ``(d_{n-2} + 1) D`` partial sums each (33 KB in the default sizes): at most 512 of them, and
@@ -175,15 +182,21 @@ def choose_bwd(n_ids: int, sizes: tuple[int, ...], dtype: torch.dtype) -> BwdCon
     half = min(block_dim, 32 if wide else 64)
     tiles = -(-n_ids // 16) + len(sizes)
     few = min(tiles, max(264, min(tiles // 8, 512)))
+    lean = rule in ("gradient", "sgd", "adagrad")
+    many = lean and not wide and max(sizes[:-1], default=0) <= block_k
     sums = {"WALK": BwdConfig.walk, "BLOCK_ROWS": 16, "BLOCK_DIM": block_dim}
     chain = {"BLOCK_ROWS": 16, "BLOCK_K": block_k, "BLOCK_DIM": half}
-    rows = {"BLOCK_ROWS": 16, "BLOCK_K": block_k, "BLOCK_N": min(block_dim, 32)}
+    rows = {
+        "BLOCK_ROWS": 32 if many else 16,
+        "BLOCK_K": block_k,
+        "BLOCK_N": min(block_dim, 32),
+    }
     return BwdConfig(
         PassConfig(min(tiles, 4096), sums, 4, maxnreg=224 if wide else 168),
-        PassConfig(few, chain, 4, maxnreg=224 if wide else 168),
-        PassConfig(min(tiles, 4096), rows, 8, num_stages=3)
+        PassConfig(few, chain, 4, num_stages=5, maxnreg=224 if wide else 168),
+        PassConfig(min(tiles, 4096), rows, 8, num_stages=3, maxnreg=128 if lean else None)
         if wide
-        else PassConfig(min(tiles, 4096), rows, 4, num_stages=3, maxnreg=168),
+        else PassConfig(min(tiles, 4096), rows, 4, num_stages=5, maxnreg=168),
     )
 
 
@@ -325,20 +338,24 @@ def choose_group(n_ids: int, n_levels: int) -> GroupConfig:
 
 @lru_cache
 def choose_fwd_grouped(n_ids: int, sizes: tuple[int, ...], dtype: torch.dtype) -> GroupedConfig:
-    """Tiles of 32 rows and 8 warps: 126 registers, so that two programs share a multiprocessor.
+    """Tiles of 32 rows and 8 warps, bound to 128 registers: two programs share a multiprocessor.
 
-    In fp64 the assembler of Triton 3.9 spills 8 bytes at 80 registers, unless it is told of more.
+    Left to themselves Triton 3.6 and 3.9 take 156 and 161. Sizes above 64 that are carried to more
+    than 128 would spill. In fp64 the assembler of Triton 3.9 spills 8 bytes at 80 registers, unless
+    it is told of more.
 
     With 4 warps the same tile takes 255 registers, with 64 rows it spills on sm_100. 2,048 programs
     are 7 to 10 waves on 108 to 148 multiprocessors: the last one is not worth asking the device for
     its size. Every level may end in a tile that is not full, and so may the ids without a row.
     """
+    registers: int | None
     if dtype == torch.float64:
         block_rows, block_k, block_dim, num_warps = 16, 16, _block_dim(sizes[-1], 64), 4
+        registers = 168
     else:
         block_rows, block_k, block_dim, num_warps = 32, 32, _block_dim(sizes[-1], 128), 8
+        registers = 128 if sizes[-1] <= 128 else None
     tiles = -(-n_ids // block_rows) + len(sizes)
-    registers = 168 if dtype == torch.float64 else None
     return GroupedConfig(block_rows, block_k, block_dim, num_warps, min(tiles, 2048), registers)
 
 

@@ -310,13 +310,13 @@ def _launch(
         return torch.zeros_like(composed) if want_composed else None
     # Kernels count from the first number: of a strided view, that is not where the second lies.
     grad_out, ids = grad_out.contiguous(), ids.contiguous()
-    config = launch.choose_bwd(n_ids, sizes, storage.dtype)
-    runs = find_runs(ids, layout, capacity=storage.numel())
-    hot = sum_hot(runs, grad_out, len(sizes), config)
-    sums = composed.new_empty(runs.run_start.numel() if lower else 0, layout.dim)
     rule, state = "gradient", [storage] * 5
     if update is not None:
         rule, state = update.rule, rule_state(update, storage)
+    config = launch.choose_bwd(n_ids, sizes, storage.dtype, rule)
+    runs = find_runs(ids, layout, capacity=storage.numel())
+    hot = sum_hot(runs, grad_out, len(sizes), config)
+    sums = composed.new_empty(runs.run_start.numel() if lower else 0, layout.dim)
     constants = kernel_constants(sizes, storage.dtype)
     align = launch.alignments(sizes)
     shared = {name: constants[name] for name in ("DIM", "ACC")}
