@@ -27,6 +27,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="FRACTION",
         help="run tests, or this fraction of them, under tests/kernels/sanitizer.py",
     )
+    parser.addoption(
+        "--count-variants",
+        action="store_true",
+        help="count what a GPU would compile for the tests that run; see tests/kernels/variants.py",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -43,6 +48,10 @@ def pytest_configure(config: pytest.Config) -> None:
                 from tests.kernels.sanitizer import Plugin
 
                 config.pluginmanager.register(Plugin(fraction))
+            if config.getoption("--count-variants"):
+                from tests.kernels import variants
+
+                config.pluginmanager.register(variants.Plugin())
         return
     os.environ.pop("TRITON_INTERPRET", None)
     if not torch.cuda.is_available():

@@ -194,8 +194,8 @@ def launch_chain_grad(
         config: tiles.
     """
     n_k, dim = grad_composed.shape
-    columns = triton.cdiv(dim, config.blocks["BLOCK_DIM"])
-    blocks = triton.cdiv(shared["SIZES"][-2], config.blocks["BLOCK_K"])
+    columns = launch.cdiv(dim, config.blocks["BLOCK_DIM"])
+    blocks = launch.cdiv(shared["SIZES"][-2], config.blocks["BLOCK_K"])
     partial = grad_composed.new_empty(config.programs, n_k, dim)
     launch_kernel(
         _chain_kernel,
@@ -206,7 +206,7 @@ def launch_chain_grad(
         partial,
         **shared,
         K=n_k,
-        **config.constants(),
+        **config.constants,
     )
     level_begin = where[2]
     launch_kernel(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -190,13 +191,14 @@ def _compose_bwd_kernel(
         base += SIZES[j] + 1
 
 
-def _constants(sizes: Sequence[int], dtype: torch.dtype) -> dict[str, Any]:
+@lru_cache
+def _constants(sizes: tuple[int, ...], dtype: torch.dtype) -> Mapping[str, Any]:
     """Compile-time arguments of both kernels.
 
     Never plain ``tf32``: weights are few, and every row is made from them.
     """
     return {
-        "SIZES": tuple(sizes),
+        "SIZES": sizes,
         "DIM": sizes[-1],
         "ACC": launch.accumulator(dtype),
         "PRECISION": "ieee" if dtype == torch.float64 else "tf32x3",
@@ -204,14 +206,23 @@ def _constants(sizes: Sequence[int], dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
+@lru_cache
+def _extents(sizes: tuple[int, ...], block_dim: int) -> tuple[int, int, int]:
+    """Rows of ``composed``; programs of its reverse, and the numbers in their scratch."""
+    offsets = operand_offsets(sizes)
+    room = sum(k * d for k, d in zip(offsets, sizes[1:], strict=False))
+    return offsets[-1], sum(launch.cdiv(d, block_dim) for d in sizes[1:]), room
+
+
 def launch_compose(chain: Tensor, sizes: Sequence[int]) -> Tensor:
-    rows = operand_offsets(sizes)[-1]
+    sizes = tuple(sizes)
+    constants = _constants(sizes, chain.dtype)
+    rows, _, _ = _extents(sizes, constants["BLOCK_DIM"])
     composed = chain.new_empty(rows, sizes[-1], dtype=compute_dtype(chain.dtype))
     if rows:
-        constants = _constants(sizes, chain.dtype)
         launch_kernel(
             _compose_kernel,
-            (triton.cdiv(sizes[-1], constants["BLOCK_DIM"]),),
+            (launch.cdiv(sizes[-1], constants["BLOCK_DIM"]),),
             chain,
             composed,
             K=rows,
@@ -226,10 +237,9 @@ def launch_compose_bwd(
 ) -> Tensor:
     grad_chain = torch.empty_like(chain)
     if chain.numel():
+        sizes = tuple(sizes)
         constants = _constants(sizes, chain.dtype)
-        offsets = operand_offsets(sizes)
-        room = sum(k * d for k, d in zip(offsets, sizes[1:], strict=False))
-        programs = sum(triton.cdiv(d, constants["BLOCK_DIM"]) for d in sizes[1:])
+        _, programs, room = _extents(sizes, constants["BLOCK_DIM"])
         launch_kernel(
             _compose_bwd_kernel,
             (programs,),

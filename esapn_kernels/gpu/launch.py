@@ -1,6 +1,7 @@
 """Launch choices and compile-time arguments as pure functions of shapes and dtypes.
 
-Nothing here looks at a device.
+Nothing here looks at a device. Choices are made once for the same shapes, and shared: what they
+hold must not be written to.
 
 Every choice compiles for sm_80, sm_90 and sm_100 without spilling (a test holds that for every
 kernel). The reasons stand beside the numbers: counts of bytes, products and registers, as Triton
@@ -9,8 +10,9 @@ kernel). The reasons stand beside the numbers: counts of bytes, products and reg
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ __all__ = [
     "LaunchConfig",
     "alignments",
     "block_constants",
+    "cdiv",
     "choose_bwd",
     "choose_compose",
     "choose_fwd",
@@ -62,17 +65,30 @@ def _precision(dtype: torch.dtype) -> str:
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
 
 
-def kernel_constants(sizes: Sequence[int], dtype: torch.dtype) -> dict[str, Any]:
+def cdiv(n: int, block: int) -> int:
+    """How many blocks hold ``n``. (Triton's own, called on the host, takes 2 us.)"""
+    return -(-n // block)
+
+
+def kernel_constants(sizes: tuple[int, ...], dtype: torch.dtype) -> Mapping[str, Any]:
     """Compile-time arguments that the kernels of this package share."""
+    return _kernel_constants(sizes, dtype, _precision(dtype))
+
+
+@lru_cache
+def _kernel_constants(
+    sizes: tuple[int, ...], dtype: torch.dtype, precision: str
+) -> Mapping[str, Any]:
     return {
-        "SIZES": tuple(sizes),
+        "SIZES": sizes,
         "DIM": sizes[-1],
         "ACC": accumulator(dtype),
-        "PRECISION": _precision(dtype),
+        "PRECISION": precision,
     }
 
 
-def block_constants(config: LaunchConfig) -> dict[str, Any]:
+@lru_cache
+def block_constants(config: LaunchConfig) -> Mapping[str, Any]:
     """Tile sizes and launch options as keyword arguments of a launch.
 
     ``enable_fp_fusion`` is explicit because Triton's default is about to change.
@@ -92,12 +108,13 @@ class PassConfig:
     """One pass over tiles of runs: its programs, tile sizes and warps."""
 
     programs: int
-    blocks: dict[str, Any]
+    blocks: Mapping[str, Any]
     num_warps: int
     num_stages: int = 2
     maxnreg: int | None = None
 
-    def constants(self) -> dict[str, Any]:
+    @cached_property
+    def constants(self) -> Mapping[str, Any]:
         """As keyword arguments of a launch."""
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
         if self.maxnreg is not None:
@@ -128,13 +145,20 @@ def pad(dim: int) -> int:
     return max(_next_power_of_2(dim), 16)
 
 
+@lru_cache
+def pads(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """:func:`pad` of every size."""
+    return tuple(pad(d) for d in sizes)
+
+
 def accumulator(dtype: torch.dtype) -> Any:
     """Triton's type of sums and products: fp32, fp64 for fp64."""
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
+@lru_cache
 def choose_bwd(
-    n_ids: int, sizes: Sequence[int], dtype: torch.dtype, rule: str = "gradient"
+    n_ids: int, sizes: tuple[int, ...], dtype: torch.dtype, rule: str = "gradient"
 ) -> BwdConfig:
     """Tiles of 16 runs for the sums: few lanes wait for the longest.
 
@@ -176,7 +200,8 @@ def choose_bwd(
     )
 
 
-def alignments(sizes: Sequence[int]) -> tuple[int, ...]:
+@lru_cache
+def alignments(sizes: tuple[int, ...]) -> tuple[int, ...]:
     """Per level, the largest power of two that divides the start of each of its rows.
 
     Rows stand ``d`` apart from the start of a page, whose length is a power of two, d at least.
@@ -197,21 +222,28 @@ class FwdConfig:
     block_dim: int
     num_warps: int
 
-    def constants(self, sizes: Sequence[int], dtype: torch.dtype) -> dict[str, Any]:
+    def constants(self, sizes: tuple[int, ...], dtype: torch.dtype) -> Mapping[str, Any]:
         """As keyword arguments of a launch."""
-        return {
-            "SIZES": tuple(sizes),
-            "ALIGN": alignments(sizes),
-            "PADDED": tuple(min(pad(d), self.block_k) for d in sizes),
-            "DIM": sizes[-1],
-            "ACC": accumulator(dtype),
-            "PRECISION": _precision(dtype),
-            "BLOCK_ROWS": self.block_rows,
-            "BLOCK_DIM": self.block_dim,
-            "num_warps": self.num_warps,
-            "num_stages": 2,
-            "enable_fp_fusion": True,
-        }
+        return _forward_constants(self, sizes, dtype, _precision(dtype))
+
+
+@lru_cache
+def _forward_constants(
+    config: FwdConfig, sizes: tuple[int, ...], dtype: torch.dtype, precision: str
+) -> Mapping[str, Any]:
+    return {
+        "SIZES": sizes,
+        "ALIGN": alignments(sizes),
+        "PADDED": tuple(min(pad(d), config.block_k) for d in sizes),
+        "DIM": sizes[-1],
+        "ACC": accumulator(dtype),
+        "PRECISION": precision,
+        "BLOCK_ROWS": config.block_rows,
+        "BLOCK_DIM": config.block_dim,
+        "num_warps": config.num_warps,
+        "num_stages": 2,
+        "enable_fp_fusion": True,
+    }
 
 
 @dataclass(frozen=True)
@@ -221,12 +253,13 @@ class GroupedConfig(FwdConfig):
     programs: int
     maxnreg: int | None = None
 
-    def constants(self, sizes: Sequence[int], dtype: torch.dtype) -> dict[str, Any]:
+    def constants(self, sizes: tuple[int, ...], dtype: torch.dtype) -> Mapping[str, Any]:
         """As keyword arguments of a launch."""
         bound = {} if self.maxnreg is None else {"maxnreg": self.maxnreg}
         return {**super().constants(sizes, dtype), **bound}
 
 
+@lru_cache
 def choose_fwd(n_ids: int, dim: int, dtype: torch.dtype) -> FwdConfig:
     """Tiles of ids by tiles of output columns."""
     if dtype == torch.float64:
@@ -239,6 +272,7 @@ def choose_fwd(n_ids: int, dim: int, dtype: torch.dtype) -> FwdConfig:
     return FwdConfig(32, 32, _block_dim(dim, 128), 8)
 
 
+@lru_cache
 def choose_promote(dim: int, dtype: torch.dtype) -> LaunchConfig:
     """Rows are few and every hop has its own shape: one modest tile for all.
 
@@ -247,7 +281,8 @@ def choose_promote(dim: int, dtype: torch.dtype) -> LaunchConfig:
     return LaunchConfig(16, 16 if dtype == torch.float64 else 32, _block_dim(dim, 32), 4)
 
 
-def choose_scan(n_levels: int) -> dict[str, int]:
+@lru_cache
+def choose_scan(n_levels: int) -> Mapping[str, int]:
     """Constants and options of the one program that ranks rows.
 
     Its steps follow one another, so long ones: 512 threads, 4 positions each (8 spill), that share
@@ -257,6 +292,7 @@ def choose_scan(n_levels: int) -> dict[str, int]:
     return {"LEVELS": levels, "BLOCK_IDS": 2048, "num_warps": 16, "maxnreg": 128}
 
 
+@lru_cache
 def choose_compose(dim: int, dtype: torch.dtype) -> LaunchConfig:
     """Latency decides: narrow blocks of columns for many programs, long steps for few of them."""
     if dtype == torch.float64:
@@ -285,6 +321,7 @@ class GroupConfig:
         }
 
 
+@lru_cache
 def choose_group(n_ids: int, n_levels: int) -> GroupConfig:
     """At most 512 programs: every one reads the counts of all (16 KB for six levels).
 
@@ -299,7 +336,8 @@ def choose_group(n_ids: int, n_levels: int) -> GroupConfig:
     return GroupConfig(programs, stretch, levels, block_rows, max(min(512, 2048 // levels), 1))
 
 
-def choose_fwd_grouped(n_ids: int, sizes: Sequence[int], dtype: torch.dtype) -> GroupedConfig:
+@lru_cache
+def choose_fwd_grouped(n_ids: int, sizes: tuple[int, ...], dtype: torch.dtype) -> GroupedConfig:
     """Tiles of 32 rows and 8 warps, bound to 128 registers: two programs share a multiprocessor.
 
     Left to themselves Triton 3.6 and 3.9 take 156 and 161. Sizes above 64 that are carried to more
@@ -321,7 +359,7 @@ def choose_fwd_grouped(n_ids: int, sizes: Sequence[int], dtype: torch.dtype) -> 
     return GroupedConfig(block_rows, block_k, block_dim, num_warps, min(tiles, 2048), registers)
 
 
-def groups_ids(n_ids: int, sizes: Sequence[int], dtype: torch.dtype) -> bool:
+def groups_ids(n_ids: int, sizes: tuple[int, ...], dtype: torch.dtype) -> bool:
     """Whether a forward groups ids by level first; computed for an H200, see the file's docstring.
 
     At 4.3 TB/s and 165 TFLOP/s of tf32x3: ungrouped, a tile of mixed rows meets every map, sizes

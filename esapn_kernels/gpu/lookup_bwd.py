@@ -340,7 +340,7 @@ def _launch(
         N_LEVELS=len(sizes),
         ALIGN=align[-1],
         RULE=rule,
-        **config.sums.constants(),
+        **config.sums.constants,
     )
     grad_composed = torch.empty_like(composed) if want_composed else None
     if not lower:
@@ -348,7 +348,7 @@ def _launch(
     shared.update(
         SIZES=constants["SIZES"],
         ALIGN=align,
-        PADS=tuple(launch.pad(d) for d in sizes),
+        PADS=launch.pads(sizes),
         PRECISION=constants["PRECISION"],
     )
     if grad_composed is not None:  # before the rows change
@@ -365,7 +365,7 @@ def _launch(
         *state,
         **shared,
         RULE=rule,
-        **config.rows.constants(),
+        **config.rows.constants,
     )
     return grad_composed
 

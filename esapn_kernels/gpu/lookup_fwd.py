@@ -203,7 +203,7 @@ def launch_small(
     layout: Layout,
 ) -> None:
     config = launch.choose_fwd(ids.numel(), layout.dim, storage.dtype)
-    grid = (triton.cdiv(ids.numel(), config.block_rows), triton.cdiv(layout.dim, config.block_dim))
+    grid = (launch.cdiv(ids.numel(), config.block_rows), launch.cdiv(layout.dim, config.block_dim))
     launch_kernel(
         _lookup_fwd_kernel,
         grid,

@@ -437,7 +437,7 @@ def _launch(
     flags: dict[str, Any] = {"TAKE": take, "GIVE": give}
     launch_kernel(
         _claim_kernel,
-        (triton.cdiv(n_ids, CLAIM_IDS),),
+        (launch.cdiv(n_ids, CLAIM_IDS),),
         ids,
         ids if mask is None else mask.contiguous().view(torch.uint8),
         layout.row_start,
@@ -481,12 +481,11 @@ def _launch(
         enable_fp_fusion=True,
     )
     config = launch.choose_promote(sizes[-1], storage.dtype)
-    constants = kernel_constants(sizes, storage.dtype)
     kept, kept_ids = states[:_STATES], per_id[:1]
     tensors = [tensor for tensor, _ in kept] + [storage] * (_STATES - len(kept))
     launch_kernel(
         _move_kernel,
-        (triton.cdiv(n_ids, config.block_rows),),
+        (launch.cdiv(n_ids, config.block_rows),),
         storage,
         storage if chain is None else chain,
         ids,
@@ -507,7 +506,7 @@ def _launch(
         n_ids,
         n_rows,
         layout.page_shift,
-        **{name: constants[name] for name in ("SIZES", "DIM", "ACC", "PRECISION")},
+        **kernel_constants(sizes, storage.dtype),
         **flags,
         FRESH=tuple(float(value) for _, value in kept),
         FRESH_ID=tuple(float(value) for _, value in kept_ids),
@@ -538,7 +537,7 @@ def launch_fill(targets: Filled, start: Tensor, level: Tensor, sizes: Sequence[i
         config = launch.choose_promote(sizes[-1], tensor.dtype)
         launch_kernel(
             _fill_rows_kernel,
-            (triton.cdiv(n_rows, config.block_rows),),
+            (launch.cdiv(n_rows, config.block_rows),),
             tensor,
             start,
             level,

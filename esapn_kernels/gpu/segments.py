@@ -19,8 +19,8 @@ Source of sorting first: the embedding gradients of torch and FBGEMM.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -353,7 +353,8 @@ class Runs:
     packing: tuple[int, int, int]
 
 
-def pack_keys(capacity: int, sizes: Sequence[int]) -> tuple[int, int, int]:
+@lru_cache
+def pack_keys(capacity: int, sizes: tuple[int, ...]) -> tuple[int, int, int]:
     """How a row's level and place are packed into its key: ``(unit, bits, bias)``.
 
     ``unit`` divides every row start. The levels 0 .. n (n: no row) stand above the ``bits`` of the
@@ -387,7 +388,7 @@ def find_runs(ids: Tensor, layout: Layout, *, capacity: int) -> Runs:
     key = ids.new_empty(n_ids, dtype=torch.int32 if packing[2] else torch.int64)
     launch_kernel(
         _key_kernel,
-        (triton.cdiv(n_ids, constants["BLOCK"]),),
+        (launch.cdiv(n_ids, constants["BLOCK"]),),
         ids,
         layout.row_start,
         layout.page_level,
@@ -399,7 +400,7 @@ def find_runs(ids: Tensor, layout: Layout, *, capacity: int) -> Runs:
     )
     key, order = torch.sort(key, stable=True)
     # One position more than there are occurrences: there ends the last run.
-    blocks = triton.cdiv(n_ids + 1, constants["BLOCK"])
+    blocks = launch.cdiv(n_ids + 1, constants["BLOCK"])
     count = ids.new_empty(blocks, dtype=torch.int32)
     run_begin = ids.new_empty(n_ids + 1, dtype=torch.int32)
     # The last run may be that of ids without a row, and count as one of the table's and one more.

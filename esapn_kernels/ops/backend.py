@@ -16,6 +16,7 @@ __all__ = [
     "BACKENDS",
     "INTERPRETED",
     "TRITON_ERROR",
+    "forget_kernels",
     "host_reads",
     "is_capturing",
     "launch_kernel",
@@ -46,11 +47,17 @@ INTERPRETED = False
 TRITON_ERROR: str | None = None
 """Why Triton cannot be used, ``None`` where it can."""
 
+# Classes of what ``@triton.jit`` gives where it does not interpret, and of what Triton makes of it.
+_compilable: Any = ()
+_compiled: Any = ()
+
 try:
     import triton as _triton
     import triton.language as _language
+    from triton.compiler import CompiledKernel
 
     triton, tl = _triton, _language
+    _compilable, _compiled = triton.JITFunction, CompiledKernel
     INTERPRETED = bool(triton.knobs.runtime.interpret)
 except ImportError as error:
     TRITON_ERROR = f"triton cannot be imported ({error})"
@@ -76,10 +83,75 @@ def launch_kernel(
     """Launch a Triton kernel on the device of its first argument, in that device's stream.
 
     Triton itself launches on the *current* device, wherever the tensors are: every launch of this
-    package goes through here.
+    package goes through here. What Triton compiled is kept, and launched without Triton's own
+    search for it, which takes several times as long. (Triton's knobs, ``TRITON_DEBUG`` for one,
+    count at a kernel's first launch.)
+
+    Args:
+        kernel: what ``@triton.jit`` gave.
+        grid: one to three numbers of programs.
+        first, args: tensors and integers, the kernel's arguments at run time, in order.
+        known: its compile-time arguments and options, hashable.
     """
-    with _on_device(first):
+    device = first.get_device()
+    if first.is_cuda and torch.cuda.current_device() != device:
+        with torch.cuda.device(device):
+            launch_kernel(kernel, grid, first, *args, **known)
+        return
+    if not isinstance(kernel, _compilable):
         kernel[grid](first, *args, **known)
+        return
+    # What Triton's own key holds, compared as Triton compares it: of a tensor its dtype and whether
+    # it is aligned, of an integer that it does not specialise the width.
+    key: list[Any] = [id(kernel), device, first.dtype]
+    addresses = first.data_ptr()
+    for value in args:
+        if type(value) is int:
+            key.append(0 if -(1 << 31) <= value < 1 << 31 else 1 if value < 1 << 63 else 2)
+        else:
+            key.append(value.dtype)
+            addresses |= value.data_ptr()
+    if addresses & 15:
+        key += [type(value) is int or value.data_ptr() % 16 == 0 for value in (first, *args)]
+    key += known
+    key += known.values()
+    found = tuple(key)
+    kept = _kept.get(found)
+    if kept is None:
+        compiled = kernel[grid](first, *args, **known)
+        _keep(found, kernel, compiled, (first, *args), known)
+    else:
+        _, compiled, constants = kept
+        compiled[(*grid, 1, 1)[:3]](first, *args, *constants)
+
+
+# The kernel itself stands in the value: as long as it lives, its id in the key is its own.
+_kept: dict[tuple[Any, ...], tuple[Any, Any, tuple[Any, ...]]] = {}
+
+
+def forget_kernels() -> None:
+    """Let Triton find every compiled kernel anew: for tests that change what it would find."""
+    _kept.clear()
+
+
+def _keep(
+    key: tuple[Any, ...], kernel: Any, compiled: Any, args: tuple[Any, ...], known: dict[str, Any]
+) -> None:
+    """Keep what Triton has just launched, where the key holds all that it compiled this for."""
+    names = kernel.arg_names[len(args) :]
+    # A hook may have kept Triton from compiling; its AMD backend looks at more than alignment.
+    if (
+        isinstance(compiled, _compiled)
+        and compiled.metadata.target.backend == "cuda"
+        and all(name in known for name in names)
+        and not any(_is_specialized(*pair) for pair in zip(kernel.params, args, strict=False))
+    ):
+        _kept[key] = kernel, compiled, tuple(known[name] for name in names)
+
+
+def _is_specialized(parameter: Any, value: Any) -> bool:
+    """Whether Triton compiles other code for other numbers."""
+    return type(value) is int and not parameter.do_not_specialize
 
 
 def host_reads(tensor: Tensor) -> bool:

@@ -393,6 +393,23 @@ class _FusedLookup(torch.autograd.Function):
         return None, None, grad_chain, *[None] * 5
 
 
+class _EagerFusedLookup(torch.autograd.Function):
+    """:class:`_FusedLookup` in plain eager code.
+
+    Of a function with ``setup_context`` torch looks up the signature of ``forward`` at every call.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        output = _FusedLookup.forward(*inputs)
+        _FusedLookup.setup_context(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return _FusedLookup.backward(ctx, *grads)
+
+
 # Both are graph breaks under torch.compile.
 @torch.compiler.disable
 def _fused(*inputs: Any) -> Tensor:
@@ -511,7 +528,8 @@ def lookup(
         return out
     operands = (flat, storage, chain, composed)
     if fuses:
-        y = _fused(*operands, layout, options, backend, begin_step)
+        run = _EagerFusedLookup.apply if eager else _fused
+        y = run(*operands, layout, options, backend, begin_step)
     elif eager and not storage.is_meta:
         y = _eager(*operands, layout, options, backend)
     elif options.sparse and torch.is_grad_enabled() and torch.compiler.is_dynamo_compiling():

@@ -9,27 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
 
-from esapn_kernels.ops import backend
+from bench.harness import no_device
 
 marks: dict[str, list[list[str]]] = {}
 _seen: set[Any] = set()
 _new: list[str] = []
-
-
-class _NoDevice:
-    """What Triton asks of a driver until it would compile."""
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int | None = None) -> int:
-        return 0
 
 
 def _note(*, key: Any, fn: Any, **_: Any) -> bool:
@@ -52,7 +37,5 @@ def mark() -> None:
     _new.clear()
 
 
-driver.set_active(_NoDevice())
+no_device.install()
 triton.knobs.runtime.jit_cache_hook = _note
-# Tensors on a CPU reach the launchers of a GPU.
-backend.INTERPRETED = True

@@ -19,7 +19,6 @@ def test_tiles_are_legal(dtype):
             # tl.arange takes powers of two, tl.dot at least 16 on every side.
             assert block >= 16 and block & (block - 1) == 0, (dim, config)
         assert config.num_warps in (1, 2, 4, 8, 16) and config.num_stages >= 1
-        assert config == launch.choose_promote(dim, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -105,6 +104,21 @@ def test_only_large_batches_group_and_never_one_size():
     assert launch.groups_ids(1, sizes, torch.float64)
     torch.backends.cuda.matmul.allow_tf32 = True  # put back by the fixture `seeded`
     assert not launch.groups_ids(1 << 20, sizes, torch.float32)
+
+
+def test_constants_are_shared_but_for_the_precision_that_is_allowed():
+    sizes, dtype = (2, 4, 8, 16, 64, 128), torch.float32
+    forward = launch.choose_fwd(500, 128, dtype)
+
+    def constants():
+        return launch.kernel_constants(sizes, dtype), forward.constants(sizes, dtype)
+
+    before, again = constants(), constants()
+    assert all(a is b for a, b in zip(before, again, strict=True))
+    torch.backends.cuda.matmul.allow_tf32 = True  # put back by the fixture `seeded`
+    for old, new in zip(before, constants(), strict=True):
+        assert old["PRECISION"] == "tf32x3" and new["PRECISION"] == "tf32"
+        assert {**old, "PRECISION": "tf32"} == new
 
 
 def test_the_scan_pads_levels():

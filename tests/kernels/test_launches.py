@@ -6,11 +6,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from esapn_kernels.ops.backend import TRITON_ERROR, is_capturing, launch_kernel
+from esapn_kernels.ops.backend import INTERPRETED, TRITON_ERROR, is_capturing, launch_kernel
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = (2, 4, 8, 16, 64, 128)
@@ -78,12 +79,58 @@ def test_every_launch_goes_through_launch_kernel():
     for path in sorted((ROOT / "esapn_kernels").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
-                if ast.unparse(node.func.value).endswith("kernel"):
-                    launches.append(f"{path.name}:{node.lineno}")
+                what = ast.unparse(node.func.value)
+                if what.endswith(("kernel", "compiled")):
+                    launches.append(f"{path.name}: {what}")
             elif isinstance(node, ast.Call) and ast.unparse(node.func) == "launch_kernel":
                 calls += 1
-    assert len(launches) == 1 and launches[0].startswith("backend.py:")
+    # Interpreted, found by Triton, and kept.
+    assert sorted(launches) == ["backend.py: compiled", *["backend.py: kernel"] * 2]
     assert calls >= 15
+
+
+def process(*arguments: str) -> Any:
+    """The JSON that a process prints last; it does not interpret kernels."""
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def kept() -> dict[str, Any]:
+    """What tests/kernels/kept_worker.py found."""
+    facts: dict[str, Any] = process("-m", "tests.kernels.kept_worker")
+    return facts
+
+
+def test_kept_kernels_are_launched_as_triton_launches_them(kept):
+    """The same binary with equal arguments, one by one, hooks and what they are told included."""
+    for name in ("differences", "differences with a hook"):
+        assert kept[name] == {"differing": [], "missing": []}
+
+
+def test_kernels_are_kept_by_what_triton_compiles_them_for(kept):
+    changes = dict(kept["changes"])
+    assert [changes.pop(name) for name in ("another number", "other memory")] == [[0, 0]] * 2
+    assert len(changes) == 9 and set(map(tuple, changes.values())) == {(1, 0)}
+
+
+def test_kernels_are_kept_by_device(kept):
+    assert kept["devices"] == {
+        "searches": [1, 1, 0, 0, 0],
+        "loaded": [0, 1, 1, 0, 1],
+        "same": [True] * 5,
+        "after": [0] * 5,
+    }
+
+
+def test_triton_specialises_no_integer_of_ours(kept):
+    assert kept["specialized"] == []
+    # A kernel with one is left to Triton: a search each time, and code for 1, for 16 and for 17.
+    assert kept["numbers"] == [4, 3]
 
 
 def compiled(scripts: dict[str, str]) -> dict[str, list[list[str]]]:
@@ -92,15 +139,11 @@ def compiled(scripts: dict[str, str]) -> dict[str, list[list[str]]]:
     A process of its own, with Triton's real cache keys and a device that is not there: whatever
     would be compiled is noted, and nothing runs. Each script begins with nothing compiled.
     """
-    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     parts = ["import json", "from tests.kernels.counting import begin, mark, marks"]
     for name, script in scripts.items():
         parts += [f"begin({name!r})", script]
     code = "\n".join([*parts, "print(json.dumps(marks))"])
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found: dict[str, list[list[str]]] = json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, list[list[str]]] = process("-c", code)
     return found
 
 
@@ -170,3 +213,44 @@ def test_other_lengths_momenta_and_tables_compile_nothing():
     for name, (first, *others) in found.items():
         assert {"_rows_kernel", "_sums_kernel", "_move_kernel"} <= set(first), name
         assert others == [[]] * len(others), name
+
+
+KEYS = (
+    PREPARED.format(optimizer="Adam")
+    + """
+for n in (20, 3):
+    step(n)
+page = module.arena.page
+for dtype in (torch.float32, torch.bfloat16):
+    rows, hops = module.arena.storage.detach().to(dtype), module.chain.detach().to(dtype)
+    for first in (0, 1):  # elements of 8 bytes: the second is not aligned
+        ids = torch.arange(21)[first:]
+        launch_fwd(ids, rows, launch_compose(hops, sizes), module.arena.layout)
+for target in (0, 1, 16, 1 << 31):
+    launch_kernel(_fill_rows_kernel, (0,), rows, ids, ids, target, **fill)
+"""
+)
+IMPORTS = """
+from esapn_kernels.gpu.compose import launch_compose
+from esapn_kernels.gpu.lookup_fwd import launch_fwd
+from esapn_kernels.gpu.resize import _fill_rows_kernel
+from esapn_kernels.ops.backend import launch_kernel
+fill = {"SIZES": (2, 4), "DIM": 4, "VALUE": 0.0, "BLOCK_ROWS": 16, "BLOCK_DIM": 16}
+"""
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="counts interpreted launches")
+def test_variants_are_counted_as_triton_counts_them():
+    from tests.kernels.variants import counted
+
+    script = IMPORTS + KEYS
+    with counted() as variants:
+        exec(script, {})
+    ((new,),) = compiled({"keys": script + "mark()"}).values()
+    assert variants.by_kernel == {name: new.count(name) for name in sorted(set(new))}
+    assert variants.by_kernel["_lookup_fwd_kernel"] == 4
+    assert variants.by_kernel["_fill_rows_kernel"] == 2  # by the integer's width alone
+    assert variants.launches["_fill_rows_kernel"] == 4
+    *lines, last = variants.lines()
+    assert lines == [f"  {k}: {n} of {variants.launches[k]}" for k, n in variants.by_kernel.items()]
+    assert last.startswith(f"variants: {len(new)} to compile of {variants.launches.total()} ")
