@@ -7,8 +7,8 @@ Every provider runs in one process on the same ids, in alternating order, rotati
 batches; times are medians with the 20th and 80th percentile. Before a mode is timed, the results of
 every provider are compared with a float64 reference; a wrong one ends the benchmark, and nothing
 else is printed. ``--out`` is written anew after every workload; ``complete`` in it says whether
-all of them are there. On a GPU the region is bracketed by CUDA events and the L2 cache is overwritten
-before each; on a CPU it is a wall clock.
+all of them are there. On a GPU the region is bracketed by CUDA events and the L2 cache is
+overwritten before each; on a CPU it is a wall clock.
 
 In harness/: providers.py and, by what is timed, lookups.py, updates.py (training steps),
 promotions.py and graphs.py; gate.py, timing.py, roof.py (fewest bytes), goals.py, table.py.
