@@ -7,7 +7,7 @@ The stages are in LIMITS, each a process of its own that is ended when its time 
 that fails or is ended keeps what it has found, and the others run. In FOLDER:
 
     summary.md, summary.json    what passed, failed and was not reached
-    tests.jsonl                 every test's result (harness/recorded.py)
+    tests.jsonl                 every test's result (harness/gpu_tests.py)
     kernels.json                microseconds of every kernel (bench/kernels.py)
     log.txt                     everything that the stages print
 
@@ -47,7 +47,7 @@ LIMITS = {
     "memcheck": 45,
     "initcheck": 35,
 }
-"""Seconds of every stage, in their order; what one leaves is the next one's too."""
+"""Seconds of every stage on a GPU, in order; what one leaves is the next one's too."""
 
 NATIVE = "tests/kernels/test_native.py"
 RACES = (
@@ -97,7 +97,7 @@ class Stage:
 
     Attributes:
         seconds: before it is ended.
-        tests: whether it is pytest with ``harness.recorded``.
+        tests: whether it is pytest with ``harness.gpu_tests``.
         missing: why it cannot run here; empty where it can.
     """
 
@@ -121,15 +121,17 @@ def make_stages(out: Path, rehearse: bool) -> list[Stage]:
     workers = max(1, min(14, (os.cpu_count() or 1) - 2))
     interpreted = {"TRITON_INTERPRET": "1"} if rehearse else {}
     timing = [sys.executable, "bench/kernels.py"]
+    # Interpreted kernels are slow, and how slow says nothing.
+    limits = {name: seconds * (10 if rehearse else 1) for name, seconds in LIMITS.items()}
 
     def tests(name: str, what: str, number: int, targets: Sequence[str]) -> Stage:
         command = [sys.executable, "-m", "pytest", "--device", "cpu" if rehearse else "cuda"]
-        command += ["-p", "harness.recorded", "--record", str(out / "tests.jsonl")]
+        command += ["-p", "harness.gpu_tests", "--record", str(out / "tests.jsonl")]
         # One worker at least: where CUDA is beyond repair, a new process goes on. Small chunks keep
         # the order. torch's own warnings are no failures here.
         command += ["-n", str(number), "--maxschedchunk", "2", "-W", "ignore", "-v", "--tb=short"]
         command += ["-p", "no:cacheprovider", "-m", "not large", *targets]
-        return Stage(name, what, LIMITS[name], command, tests=True)
+        return Stage(name, what, limits[name], command, tests=True)
 
     def sanitizer(tool: str) -> Stage:
         found = find_sanitizer()
@@ -142,7 +144,7 @@ def make_stages(out: Path, rehearse: bool) -> list[Stage]:
         # Every tensor an allocation of its own: a place outside of it is seen.
         env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         what = f"compute-sanitizer {tool}, two steps and a promotion of 500 ids"
-        return Stage(tool, what, LIMITS[tool], command, missing=missing, env=env)
+        return Stage(tool, what, limits[tool], command, missing=missing, env=env)
 
     timing_stage = [*timing, "--out", str(out / "kernels.json")]
     timing_stage += ["--rehearse", "--ids", "6"] if rehearse else []
@@ -153,7 +155,7 @@ def make_stages(out: Path, rehearse: bool) -> list[Stage]:
         Stage(
             "kernels",
             "microseconds of every kernel",
-            LIMITS["kernels"],
+            limits["kernels"],
             timing_stage,
             env=interpreted,
         ),
@@ -210,7 +212,7 @@ def run_process(stage: Stage, seconds: float, log: TextIO) -> dict[str, Any]:
 
 
 def read_tests(lines: Sequence[str]) -> dict[str, Any]:
-    """What :mod:`harness.recorded` wrote in one stage: counts, failures, and what was not run."""
+    """What :mod:`harness.gpu_tests` wrote in one stage: counts, failures, and what was not run."""
     collected: list[str] = []
     started: dict[str, None] = {}
     outcomes: dict[str, str] = {}

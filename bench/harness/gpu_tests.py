@@ -1,6 +1,9 @@
-"""A plugin of pytest: every test's result is in a file as soon as it is there.
+"""A plugin of pytest: tests that run on the device, and every result as soon as it is there.
 
-    pytest -n 14 -p harness.recorded --record FILE
+    pytest -n 14 -p harness.gpu_tests --record FILE [files]
+
+Other tests are left out: those that neither take the fixture ``device`` nor are marked ``cuda``.
+Those of the backend ``torch``, which launch no kernel, come last.
 
 Lines of JSON are appended to FILE: ``{"collected": [names]}`` once, ``{"started": name}``, and
 ``{"test": name, "outcome": ..., "seconds": ..., "text": ...}``; ``text`` only where a test failed.
@@ -19,13 +22,25 @@ LONGEST = 4000  # characters of a failure
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--record", type=Path, metavar="FILE", help="append results to FILE")
+    parser.addoption("--record", type=Path, required=True, metavar="FILE", help="append results")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    path = config.getoption("--record")
-    if path is not None and not hasattr(config, "workerinput"):
-        config.pluginmanager.register(Recorder(path))
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Recorder(config.getoption("--record")))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    def runs_there(item: pytest.Item) -> bool:
+        fixtures = getattr(item, "fixturenames", ())
+        return "device" in fixtures or item.get_closest_marker("cuda") is not None
+
+    def of_torch(item: pytest.Item) -> bool:
+        parameters = getattr(item, "callspec", None)
+        return parameters is not None and parameters.params.get("backend") == "torch"
+
+    config.hook.pytest_deselected(items=[item for item in items if not runs_there(item)])
+    items[:] = sorted(filter(runs_there, items), key=of_torch)
 
 
 class Recorder:
