@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test sanitize test-newest test-clients docs lint format clean
+.PHONY: help install demo test sanitize test-newest test-clients gpu gpu-bench docs lint format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 14
@@ -46,6 +46,16 @@ RECBOLE := recbole==1.2.1
 
 test-clients: $(CLIENTS)/.installed ## RecBole, transformers and others on our class, in .venv-clients
 	@$(CLIENTS)/bin/python -m pytest tests/clients -W ignore $(PYTEST_ARGS)
+
+# With $(PYTHON), which has the torch that fits the GPU: nothing is installed.
+OUT ?= runs/gpu
+
+gpu: ## on a GPU: races, tests, times and memory checks in under nine minutes, into OUT (runs/gpu)
+	@$(PYTHON) bench/gpu.py --out $(OUT)
+
+gpu-bench: ## on a GPU: the lookup benchmark, into OUT
+	@mkdir -p $(OUT)
+	@PYTHONPATH=$(CURDIR) $(PYTHON) bench/lookup.py --ids 65536 1048576 --repeats 20 --out $(OUT)/lookup.json
 
 docs: $(STAMP) ## write the API reference to build/api, from the docstrings
 	@rm -rf build/api

@@ -6,8 +6,9 @@
 Every provider runs in one process on the same ids, in alternating order, rotating among several
 batches; times are medians with the 20th and 80th percentile. Before a mode is timed, the results of
 every provider are compared with a float64 reference; a wrong one ends the benchmark, and nothing
-else is printed. On a GPU the region is bracketed by CUDA events and the L2 cache is overwritten
-before each; on a CPU it is a wall clock.
+else is printed. ``--out`` is written anew after every workload; ``complete`` in it says whether
+all of them are there. On a GPU the region is bracketed by CUDA events and the L2 cache is
+overwritten before each; on a CPU it is a wall clock.
 
 In harness/: providers.py and, by what is timed, lookups.py, updates.py (training steps),
 promotions.py and graphs.py; gate.py, timing.py, roof.py (fewest bytes), goals.py, table.py.
@@ -18,7 +19,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -126,6 +127,7 @@ class Benchmark:
         counts: ids of a batch, one workload each.
         generator: of tables, ids and gradients.
         facts: ``exact`` and ``promotion``, as the goals read them.
+        save: called after every workload.
     """
 
     quick: bool
@@ -136,6 +138,7 @@ class Benchmark:
     notes: list[str]
     rows: list[Row] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
+    save: Callable[[], None] = lambda: None
 
     def measure_table(self, scale: int) -> None:
         """All workloads on the paper's table, or on one of ``scale`` times its rows."""
@@ -190,6 +193,7 @@ class Benchmark:
     def _add(self, rows: list[Row]) -> None:
         table.relate(rows)
         self.rows += rows
+        self.save()
 
 
 def _say(text: str) -> None:
@@ -197,7 +201,11 @@ def _say(text: str) -> None:
 
 
 def run(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Everything that is printed, as values that JSON can hold."""
+    """Everything that is printed, as values that JSON can hold; ``args.out`` has it meanwhile.
+
+    Raises:
+        GateError: a provider is wrong; the file says so.
+    """
     torch.manual_seed(args.seed)
     notes: list[str] = []
     if device.type == "cpu":
@@ -209,22 +217,40 @@ def run(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         repeats = _QUICK_REPEATS if args.quick else _GPU_REPEATS
     counts = args.ids or (BATCHES[:2] if args.quick else BATCHES)
     generator = torch.Generator().manual_seed(args.seed)
-    done = Benchmark(args.quick, repeats, counts, Timer(device), generator, notes)
-    for scale in scales:
-        done.measure_table(scale)
     info = collect()
-    return record(
-        "lookup",
-        device=device.type,
-        seed=args.seed,
-        gate={"passed": True, "tolerance": TOLERANCE},
-        conditions=table.conditions(info, device, args.seed, done.timer.flush_bytes, TOLERANCE),
-        notes=notes,
-        provenance=info,
-        facts=done.facts,
-        goals=goals.judge(done.rows, done.facts, device.type),
-        rows=[asdict(row) for row in done.rows],
-    )
+    done = Benchmark(args.quick, repeats, counts, Timer(device), generator, notes)
+
+    def result(complete: bool, passed: bool = True) -> dict[str, Any]:
+        made = record(
+            "lookup",
+            complete=complete,
+            device=device.type,
+            seed=args.seed,
+            gate={"passed": passed, "tolerance": TOLERANCE},
+            conditions=table.conditions(info, device, args.seed, done.timer.flush_bytes, TOLERANCE),
+            notes=notes,
+            provenance=info,
+            facts=done.facts,
+            goals=goals.judge(done.rows, done.facts, device.type),
+            rows=[asdict(row) for row in done.rows],
+        )
+        if args.out is not None:
+            write_result(args.out, made)
+        return made
+
+    def save() -> None:
+        result(complete=False)
+
+    done.save = save
+    save()
+    try:
+        for scale in scales:
+            done.measure_table(scale)
+    except GateError as error:
+        notes.append(f"ended before the next workload: {error}")
+        result(complete=False, passed=False)
+        raise
+    return result(complete=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -243,8 +269,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     print("\n".join(result["conditions"] + result["notes"]))
     print()
     print("\n".join(goals.lines(result["goals"])))
-    if args.out is not None:
-        write_result(args.out, result)
     if args.plot is not None:
         plot(result, args.plot)
     return 0

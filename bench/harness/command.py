@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Callable
 from datetime import datetime, timezone
 from importlib.util import find_spec
@@ -54,13 +55,23 @@ def seed(text: str) -> int:
 seed.__name__ = "int"
 
 
+def _paths(path: Path) -> tuple[Path, Path]:
+    """Where a result ends, and what it is first written to: a file beside it.
+
+    What is no file, such as ``/dev/stdout``, is written to at once.
+    """
+    end = path.resolve()
+    return end, end if end.exists() and not end.is_file() else end.with_name(end.name + ".part")
+
+
 def check_writable(path: Path) -> None:
-    """Raises ``OSError`` if ``path`` cannot be written; leaves no file behind."""
-    existed = path.exists()
-    with path.open("a"):
-        pass
-    if not existed:
-        path.unlink()
+    """Raises ``OSError`` if a result cannot be written to ``path``; leaves no file behind."""
+    for each in _paths(path):
+        existed = each.exists()
+        with each.open("a"):
+            pass
+        if not existed:
+            each.unlink()
 
 
 def output(text: str) -> Path:
@@ -88,4 +99,8 @@ def record(benchmark: str, **values: Any) -> dict[str, Any]:
 
 
 def write_result(path: Path, result: dict[str, Any]) -> None:
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    """A reader of ``path`` finds the result of before, or this one, never a part."""
+    end, beside = _paths(path)
+    beside.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if beside != end:
+        os.replace(beside, end)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from harness import command
 from harness.gate import GateError
 from harness.timing import Timer
 
-from tests.bench.small import SMALL, run
+from tests.bench.small import BENCH, SMALL, run
 from tests.helpers import install_command
 
 ROWS = {size: rows // 100 for size, rows in lookup.PAPER_ROWS.items()}
@@ -43,7 +46,12 @@ def quick(folder: Path) -> tuple[str, dict[str, Any]]:
 def test_quick_json(quick: tuple[str, dict[str, Any]]) -> None:
     _, result = quick
     assert result["gate"] == {"passed": True, "tolerance": 5e-5}
-    assert result["seed"] == 5 and result["device"] == "cpu" and result["provenance"]["torch"]
+    assert (
+        result["complete"]
+        and result["seed"] == 5
+        and result["device"] == "cpu"
+        and result["provenance"]["torch"]
+    )
     assert any("torch.compile is left out" in note for note in result["notes"])
     seen = {(row["traffic"], row["mode"], row["provider"]) for row in result["rows"]}
     for traffic in ("uniform", "zipf"):
@@ -143,3 +151,37 @@ def test_no_timing_is_printed_when_the_gate_fails(monkeypatch: Any, capsys: Any)
     out, err = capsys.readouterr()
     assert not out
     assert err.splitlines()[-1] == "not timed: ours: outputs off by 1.0e+00"
+
+
+def test_out_has_every_workload_as_soon_as_it_is_measured(tmp_path: Path, monkeypatch: Any) -> None:
+    """And the gate's word where it ends the run."""
+    out = tmp_path / "x.json"
+    out.write_text("of an earlier run")
+    found = []
+    measure = lookup.measure_lookups
+
+    def measured(workload: Any, *rest: Any) -> Any:
+        found.append(json.loads(out.read_text()))
+        if len(found) == 2:
+            raise GateError("ours: outputs off by 1.0e+00")
+        return measure(workload, *rest)
+
+    monkeypatch.setattr(lookup, "PAPER_ROWS", SMALL)
+    monkeypatch.setattr(lookup, "measure_lookups", measured)
+    arguments = ["--quick", "--device", "cpu", "--ids", "9", "--repeats", "1", "--out", str(out)]
+    assert lookup.main(arguments) == 1
+    before, partial = found
+    assert not before["complete"] and not before["rows"]
+    assert partial["gate"]["passed"] and not partial["complete"]
+    ended = json.loads(out.read_text())
+    assert not ended["gate"]["passed"] and not ended["complete"]
+    assert ended["notes"][-1].endswith("ours: outputs off by 1.0e+00")
+    assert ended["rows"] == partial["rows"]
+    assert {row["traffic"] for row in ended["rows"]} == {"uniform"}
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_matplotlib_is_needed_for_plots_only() -> None:
+    program = "import sys; sys.modules['matplotlib'] = None; import lookup; lookup.parse([])"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(BENCH), str(BENCH.parent)])}
+    subprocess.run([sys.executable, "-c", program], env=env, check=True)

@@ -1,4 +1,8 @@
-"""What only a GPU shows: graphs, the absence of synchronisations, equal bits, 64-bit places."""
+"""What only a GPU shows: races, graphs, no synchronisations, equal bits, 64-bit places.
+
+The tests for races run interpreted too, in small, where they show that they find no fault in what
+is right.
+"""
 
 import copy
 import itertools
@@ -8,15 +12,16 @@ import pytest
 import torch
 
 from esapn_kernels import ResizableEmbedding, optim
+from esapn_kernels.ops.backend import TRITON_ERROR
 from esapn_kernels.testing import make_case
 
-pytestmark = pytest.mark.cuda
 SIZES = (2, 4, 8, 16, 64, 128)
+on_a_gpu = pytest.mark.cuda
 
 
-def mixed(n_rows: int = 5000) -> ResizableEmbedding:
+def mixed(n_rows: int = 5000, device: str = "cuda") -> ResizableEmbedding:
     sizes = torch.tensor(SIZES)[torch.arange(n_rows) % len(SIZES)]
-    return ResizableEmbedding(n_rows, initial_size=sizes, device="cuda")
+    return ResizableEmbedding(n_rows, initial_size=sizes, device=device, backend="triton")
 
 
 def batches(n_ids: int, n_rows: int, device: str = "cuda") -> Iterator[tuple[torch.Tensor, ...]]:
@@ -28,6 +33,56 @@ def batches(n_ids: int, n_rows: int, device: str = "cuda") -> Iterator[tuple[tor
         yield ids.to(device), grad.to(device), grow.to(device)
 
 
+@pytest.fixture
+def raced(device) -> tuple[ResizableEmbedding, torch.Tensor, torch.Tensor, int]:
+    """A table, every id once in random order, a large gradient, and how often to try."""
+    if TRITON_ERROR is not None:
+        pytest.skip(TRITON_ERROR)
+    n_ids, repeats = (1 << 20, 50) if device.type == "cuda" else (150, 2)
+    grad = 1e4 * torch.randn(n_ids, SIZES[-1], device=device)
+    return mixed(n_ids, device.type), torch.randperm(n_ids, device=device), grad, repeats
+
+
+def test_no_moment_of_adam_is_stale(raced):
+    """All warps of a program read a row's last step before one of them writes it.
+
+    Moments of 1e6 that were last stepped 5,000 steps ago must be gone. A warp that reads the step
+    of now keeps them whole.
+    """
+    module, ids, grad, repeats = raced
+    rows = optim.Adam(module, lr=0.0)
+    state = rows.state[module.arena.storage]
+    elements = int(module.sizes_of().sum())
+    for _ in range(repeats):
+        state["exp_avg"].fill_(1e6)
+        state["exp_avg_sq"].zero_()
+        state["last_step"].fill_(1)
+        state["clock"].copy_(torch.tensor([5000.0, 0.0, 0.0], dtype=torch.float64))
+        module(ids).backward(grad)
+        moment = state["exp_avg"]
+        assert int((moment.abs() < 5e5).sum()) == elements
+        assert int((moment == 1e6).sum()) == moment.numel() - elements
+
+
+def test_rowwise_adagrad_steps_alike_every_time(raced):
+    """All warps of a program read a row's sum before one of them writes it.
+
+    A warp that reads the sum of now adds the gradient's square to it a second time.
+    """
+    module, ids, grad, repeats = raced
+    rows = optim.Adagrad(module, lr=1.0, eps=1.0, rowwise=True)
+    state = rows.state[module.arena.storage]
+    first = None
+    for _ in range(repeats):
+        module.arena.storage.data.zero_()
+        state["sum"].zero_()
+        module(ids).backward(grad)
+        found = module.arena.storage.detach().clone(), state["sum"].clone()
+        first = found if first is None else first
+        assert bool(first[0].any()) and all(map(torch.equal, found, first))
+
+
+@on_a_gpu
 @pytest.mark.parametrize("n_ids", [500, 200_000], ids=["small", "grouped"])
 def test_no_step_synchronises(n_ids, no_waiting):
     module = mixed()
@@ -48,6 +103,7 @@ def test_no_step_synchronises(n_ids, no_waiting):
     assert module.arena.level().float().mean() > 2.5
 
 
+@on_a_gpu
 @pytest.mark.parametrize("n_ids", [500, 200_000], ids=["small", "grouped"])
 def test_a_whole_step_in_a_graph(n_ids):
     """Forward, backward, update and promotion: captured once, replayed with other ids."""
@@ -90,6 +146,7 @@ def test_a_whole_step_in_a_graph(n_ids):
     assert torch.equal(module.sizes_of(), twin.sizes_of())
 
 
+@on_a_gpu
 @pytest.mark.parametrize("traffic", ["uniform", "zipf"])
 def test_equal_bits_over_20_runs(traffic):
     mix = (1, 10, 17, 29, 21, 51)
@@ -99,6 +156,7 @@ def test_equal_bits_over_20_runs(traffic):
         assert all(torch.equal(a, b) for a, b in zip(first, case.run("triton"), strict=True))
 
 
+@on_a_gpu
 @pytest.mark.large
 def test_more_than_2_31_elements():
     n_rows = 2**31 // SIZES[-1] + 1000
