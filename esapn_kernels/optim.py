@@ -124,7 +124,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._arenas = []
 
     def begin_step(self, parameter: Tensor) -> Update:
-        """Count one step of the rows and say what it does to one; backward calls this once.
+        """What a step does to a row, for backward, which calls this once and counts the step.
 
         Works on the device alone, and can be captured in a CUDA graph.
         """
@@ -154,11 +154,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             numbers,
             state=tuple(held.view(-1) for held in elements),
             per_id=per_id[0] if per_id else None,
-            clock=self._tick(parameter),
+            clock=state.get("clock"),
         )
-
-    def _tick(self, parameter: Tensor) -> Tensor | None:
-        return None
 
     def _present(self) -> tuple[float, ...]:
         """The parameter group's settings, as the kernels take them."""
@@ -234,7 +231,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         # A copy is attached to nothing.
-        for name, empty in (("_arenas", []), ("_numbers", {}), ("_shown", ()), ("_one", {})):
+        for name, empty in (("_arenas", []), ("_numbers", {}), ("_shown", ())):
             self.__dict__.setdefault(name, empty)
 
 
@@ -367,7 +364,7 @@ class Adam(FusedOptimizer):
     Notes:
         The same steps as ``torch.optim.Adam`` if every row is in every batch. State: ``exp_avg``
         and ``exp_avg_sq`` like the rows, ``last_step`` int32 ``[num_rows]``, and ``clock`` fp64
-        ``[3]``, ``(t, beta1^t, beta2^t)``, which one launch moves on. A resized row starts afresh,
+        ``[3]``, ``(t, beta1^t, beta2^t)``, which backward moves on. A resized row starts afresh,
         the clock goes on.
 
     Example:
@@ -396,7 +393,6 @@ class Adam(FusedOptimizer):
         for index, beta in enumerate(betas):
             if not 0.0 <= beta < 1.0:
                 raise ValueError(f"Invalid beta parameter at index {index}: {beta}")
-        self._one: dict[Tensor, Tensor] = {}
         super().__init__(modules, {"lr": lr, "betas": tuple(betas), "eps": eps})
 
     @property
@@ -413,14 +409,7 @@ class Adam(FusedOptimizer):
         device = arena.parameter.device
         clock = torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64, device=device)
         state["clock"] = clock
-        # On the device before a graph is captured.
-        self._one[arena.parameter] = clock.new_tensor([1.0, 0.0, 0.0], device=device)
         return state
-
-    def _tick(self, parameter: Tensor) -> Tensor:
-        clock = self.state[parameter]["clock"]
-        factor = self._numbers[parameter][:3]
-        return torch.addcmul(self._one[parameter], clock, factor, out=clock)
 
 
 def _check_modules(

@@ -53,7 +53,7 @@ SMALL |= {"clock", "counts", "free_base", "free_count", "level_begin", "numbers"
 
 
 def label(kernel: str, part: str, n_ids: int) -> str:
-    """The name of a kernel's line: with the rule of a step, with the batch of a small forward.
+    """The name of a kernel's line: with the rule of a step, with the batch of what small ones launch.
 
     >>> label("_rows_kernel", "adam", 500), label("_lookup_fwd_kernel", "to", 500)
     ('rows, adam', 'lookup_fwd, 500 ids')
@@ -61,7 +61,8 @@ def label(kernel: str, part: str, n_ids: int) -> str:
     name = kernel.strip("_").removesuffix("_kernel")
     if name in ("sums", "rows"):
         return f"{name}, {part}"
-    return f"{name}, {n_ids:,} ids" if name == "lookup_fwd" else name
+    small = name in ("lookup_fwd", "few_runs") or (name == "chain" and n_ids == 500)
+    return f"{name}, {n_ids:,} ids" if small else name
 
 
 @dataclass(frozen=True)

@@ -299,6 +299,7 @@ def lookup_bwd_update(
     """
     storage = storage.detach()
     grad_composed = torch.zeros_like(composed) if want_composed else None
+    update.tick()
     for at, start, grad in _row_grads(grad_out, ids, storage, composed, layout, grad_composed):
         update_rows(update, storage, start, ids.index_select(0, at).long(), grad)
     return grad_composed

@@ -6,8 +6,8 @@
 
 Every program takes an equal share of consecutive tiles of runs, keeps the gradient of its level's
 map in registers and writes it once; a second launch adds these in the order of the programs, so
-equal inputs give equal bits. Bytes per row, fp32: 4 D + 4 d_k + 8 (its place). Source of the
-operator: Liu et al., SIGIR 2020.
+equal inputs give equal bits. In a small batch one program takes a whole level, in one launch.
+Bytes per row, fp32: 4 D + 4 d_k + 8 (its place). Source of the operator: Liu et al., SIGIR 2020.
 """
 
 from __future__ import annotations
@@ -88,10 +88,12 @@ def _chain_kernel(
     DIM: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
+    WHOLE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
 ):
+    """WHOLE: a program takes all tiles of a level, and ``partial`` is the gradient itself."""
     pid = tl.program_id(0).to(tl.int64)
     lo, hi = share(level_begin_ptr, pid, tl.num_programs(0), len(SIZES) - 1, BLOCK_ROWS)
     tile_base = tl.zeros_like(pid)
@@ -102,14 +104,20 @@ def _chain_kernel(
         n_tiles = tl.cdiv(level_end - level_run, BLOCK_ROWS)
         tile_lo = tl.maximum(lo - tile_base, 0).to(tl.int32)
         tile_hi = tl.minimum(hi - tile_base, n_tiles).to(tl.int32)
-        if (tile_lo < tile_hi) & (tl.program_id(1) * BLOCK_K < SIZES[k]):
+        block = pid * K
+        is_mine = tile_lo < tile_hi
+        if WHOLE:
+            tile_lo, tile_hi = tl.zeros_like(tile_lo), n_tiles.to(tl.int32)
+            block = tl.zeros_like(pid)
+            is_mine = pid == k
+        if is_mine & (tl.program_id(1) * BLOCK_K < SIZES[k]):
             _chain_level(
                 run_start_ptr,
                 run_first_ptr,
                 grad_out_ptr,
                 sums_ptr,
                 storage_ptr,
-                partial_ptr + (pid * K + offset) * DIM,
+                partial_ptr + (block + offset) * DIM,
                 level_run,
                 level_end,
                 tile_lo,
@@ -196,7 +204,9 @@ def launch_chain_grad(
     n_k, dim = grad_composed.shape
     columns = launch.cdiv(dim, config.blocks["BLOCK_DIM"])
     blocks = launch.cdiv(shared["SIZES"][-2], config.blocks["BLOCK_K"])
-    partial = grad_composed.new_empty(config.programs, n_k, dim)
+    partial, whole = grad_composed, config.blocks["WHOLE"]
+    if not whole:
+        partial = grad_composed.new_empty(config.programs, n_k, dim)
     launch_kernel(
         _chain_kernel,
         (config.programs, blocks, columns),
@@ -208,6 +218,8 @@ def launch_chain_grad(
         K=n_k,
         **config.constants,
     )
+    if whole:
+        return
     level_begin = where[2]
     launch_kernel(
         _chain_sum_kernel,

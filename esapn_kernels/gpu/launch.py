@@ -29,6 +29,7 @@ __all__ = [
     "cdiv",
     "choose_bwd",
     "choose_compose",
+    "choose_few_runs",
     "choose_fwd",
     "choose_fwd_grouped",
     "choose_group",
@@ -127,17 +128,31 @@ class BwdConfig:
     """The gradient's passes.
 
     ``walk``: of a run the first occurrence and 32 more are summed beside those of the tile's other
-    runs, 4 at a time; what is left in pieces of 32, whole stretches of 256 positions before.
+    runs, 4 at a time, or 2; what is left in pieces of 32, whole stretches of 256 positions before.
     """
 
     sums: PassConfig
     chain: PassConfig
     rows: PassConfig
-    walk: tuple[int, int, int, int] = (32, 4, 256, 32)
+    walk: tuple[int, int, int, int]
 
 
-SCAN = {"BLOCK": 1024, "num_warps": 4, "enable_fp_fusion": True}
-"""Launches over positions, a number or two each."""
+SCAN = {"BLOCK": 1024, "num_warps": 8, "enable_fp_fusion": True}
+"""Launches over positions, a number or two each: four to a thread, eight would spill on sm_80."""
+
+_FEW = (
+    {"LOG_BLOCK": 10, "num_warps": 8, "maxnreg": 128, "enable_fp_fusion": True},
+    {"LOG_BLOCK": 12, "num_warps": 16, "maxnreg": 128, "enable_fp_fusion": True},
+)
+
+
+def choose_few_runs(n_ids: int) -> Mapping[str, Any] | None:
+    """Constants and options of the one program that sorts a small batch; None for a larger one.
+
+    A bitonic network: 55 steps for 1,024 keys of 8 bytes, 78 for 4,096, in place
+    of the radix sort's launches and three more. One position must be left.
+    """
+    return _FEW[0] if n_ids < 1024 else _FEW[1] if n_ids < 4096 else None
 
 
 def pad(dim: int) -> int:
@@ -166,6 +181,7 @@ def choose_bwd(
     bound the compiler takes 201 for the rows' products and 96, spilling, for the sums; 128 spills a
     few bytes in some rules. In fp64 the rows' products take 8 warps; rules with moments spill under
     any bound, the others do without one (Triton 3.6). The sums and the chain's take up to 196.
+    Sums of more than 128 columns, which go in blocks, would spill too.
 
     Stages: at five the chain's pass waits with five groups of copies on their way; at two, three
     and four it waits for all of them in every tile. The rows' keep four column steps in flight, of
@@ -174,29 +190,34 @@ def choose_bwd(
 
     Every program takes an equal share of the tiles. Those of the chain's gradient write up to
     ``(d_{n-2} + 1) D`` partial sums each (33 KB in the default sizes): at most 512 of them, and
-    eight tiles each where there are enough, keep that under a tenth of the gradient's bytes.
+    eight tiles each where there are enough, keep that under a tenth of the gradient's bytes. Up to
+    512 ids a program takes a whole level, 32 tiles at most, and no launch adds partial sums.
     """
     wide = dtype == torch.float64
     block_dim = _block_dim(sizes[-1], 64 if wide else 128)
     block_k = 32 if wide else 64
     half = min(block_dim, 32 if wide else 64)
     tiles = -(-n_ids // 16) + len(sizes)
-    few = min(tiles, max(264, min(tiles // 8, 512)))
+    whole = n_ids <= 512
+    few = max(len(sizes) - 1, 1) if whole else min(tiles, max(264, min(tiles // 8, 512)))
     lean = rule in ("gradient", "sgd", "adagrad")
     many = lean and not wide and max(sizes[:-1], default=0) <= block_k
-    sums = {"WALK": BwdConfig.walk, "BLOCK_ROWS": 16, "BLOCK_DIM": block_dim}
-    chain = {"BLOCK_ROWS": 16, "BLOCK_K": block_k, "BLOCK_DIM": half}
+    # Four masked or unaligned rows a lane would spill.
+    walk = (32, 4 if block_dim == sizes[-1] else 2, 256, 32)
+    sums = {"WALK": walk, "BLOCK_ROWS": 16, "BLOCK_DIM": block_dim}
+    chain = {"WHOLE": whole, "BLOCK_ROWS": 16, "BLOCK_K": block_k, "BLOCK_DIM": half}
     rows = {
         "BLOCK_ROWS": 32 if many else 16,
         "BLOCK_K": block_k,
         "BLOCK_N": min(block_dim, 32),
     }
     return BwdConfig(
-        PassConfig(min(tiles, 4096), sums, 4, maxnreg=224 if wide else 168),
+        PassConfig(min(tiles, 4096), sums, 4, maxnreg=224 if wide or sizes[-1] > 128 else 168),
         PassConfig(few, chain, 4, num_stages=5, maxnreg=224 if wide else 168),
         PassConfig(min(tiles, 4096), rows, 8, num_stages=3, maxnreg=128 if lean else None)
         if wide
         else PassConfig(min(tiles, 4096), rows, 4, num_stages=5, maxnreg=168),
+        walk,
     )
 
 
@@ -260,16 +281,13 @@ class GroupedConfig(FwdConfig):
 
 
 @lru_cache
-def choose_fwd(n_ids: int, dim: int, dtype: torch.dtype) -> FwdConfig:
+def choose_fwd(dim: int, dtype: torch.dtype) -> FwdConfig:
     """Tiles of ids by tiles of output columns."""
     if dtype == torch.float64:
         return FwdConfig(16, 16, _block_dim(dim, 64), 4)
-    # Small batches get small tiles: 500 ids fill 32 programs rather than 8. With 4 warps the larger
-    # tile spills at tf32x3, with 8 it takes 176 registers and the smaller one 125.
-    if n_ids <= 4096:
-        block_dim = _block_dim(dim, 128)
-        return FwdConfig(16, 32, block_dim, 8 if block_dim == 128 else 4)
-    return FwdConfig(32, 32, _block_dim(dim, 128), 8)
+    # Small tiles, for small batches: 500 ids fill 32 programs rather than 8. 128 registers.
+    block_dim = _block_dim(dim, 128)
+    return FwdConfig(16, 32, block_dim, 8 if block_dim == 128 else 4)
 
 
 @lru_cache
@@ -359,19 +377,16 @@ def choose_fwd_grouped(n_ids: int, sizes: tuple[int, ...], dtype: torch.dtype) -
     return GroupedConfig(block_rows, block_k, block_dim, num_warps, min(tiles, 2048), registers)
 
 
-def groups_ids(n_ids: int, sizes: tuple[int, ...], dtype: torch.dtype) -> bool:
-    """Whether a forward groups ids by level first; computed for an H200, see the file's docstring.
+def groups_ids(n_ids: int, sizes: Sequence[int], dtype: torch.dtype) -> bool:
+    """Whether a forward groups ids by level first: from more than 8,192 ids, by latencies of memory.
 
-    At 4.3 TB/s and 165 TFLOP/s of tf32x3: ungrouped, a tile of mixed rows meets every map, sizes
-    to 8 by FMA and 16 and 64 by products, 21 GFLOP or 130 us per 2^20 ids beside 192 us of bytes,
-    too much to hide. Grouped, a row meets its own map only, a sixth of it with all sizes equally
-    frequent. Grouping costs two launches and 36 B per id (9 us per 2^20), so it pays from about
-    2^17 ids, 24 us of bytes and 16 us of products. With plain ``tf32`` allowed the products take a
-    third, 43 us per 2^20, and stay hidden. One size needs no products at all.
+    Computed for an H100 from what ``bench/static.py`` counts, 0.35 us a round trip. Ungrouped, two
+    blocks a multiprocessor take 4,224 ids at once and 11 round trips, 3.9 us; the next 4,224 follow
+    them. Grouped, all ids take three round trips to be counted, three to be placed and three
+    for the rows, 3.2 us, and 2 us for each of two launches more: as much as two waves. A row then
+    meets its own map only, a sixth of the products where all sizes are equally frequent.
 
-    fp64 always groups: in the ungrouped kernel Triton 3.6 and 3.7 pick products of 64-bit numbers
-    that sm_80 and sm_90 do not have, and fail to compile.
+    One size needs no products at all. fp64 always groups: in the ungrouped kernel Triton 3.6 and
+    3.7 pick products of 64-bit numbers that sm_80 and sm_90 do not have, and fail to compile.
     """
-    if len(sizes) == 1:
-        return False
-    return dtype == torch.float64 or (n_ids >= 1 << 17 and _precision(dtype) != "tf32")
+    return len(sizes) > 1 and (dtype == torch.float64 or n_ids > 8192)

@@ -48,7 +48,7 @@ from .update import finish_rows, ids_of_runs, rule_state, step_rows
 __all__ = ["launch_bwd", "launch_bwd_update"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_hot"])
 def _sums_kernel(
     ids_ptr,
     order_ptr,
@@ -66,6 +66,7 @@ def _sums_kernel(
     per_id_ptr,
     clock_ptr,
     numbers_ptr,
+    n_hot,
     N_LEVELS: tl.constexpr,
     DIM: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -75,7 +76,7 @@ def _sums_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
 ):
-    batch = (run_begin_ptr, order_ptr, grad_out_ptr, hot_ptr)
+    batch = (run_begin_ptr, order_ptr, grad_out_ptr, hot_ptr, n_hot)
     rows = (storage_ptr, target_ptr)
     state = (moment_ptr, square_ptr, per_id_ptr, clock_ptr, numbers_ptr)
     pid = tl.program_id(0).to(tl.int64)
@@ -310,6 +311,8 @@ def _launch(
     n_ids, sizes = ids.numel(), layout.sizes
     lower = len(sizes) > 1
     if not n_ids:
+        if update is not None:
+            update.tick()
         return torch.zeros_like(composed) if want_composed else None
     # Kernels count from the first number: of a strided view, that is not where the second lies.
     grad_out, ids = grad_out.contiguous(), ids.contiguous()
@@ -317,8 +320,11 @@ def _launch(
     if update is not None:
         rule, state = update.rule, rule_state(update, storage)
     config = launch.choose_bwd(n_ids, sizes, storage.dtype, rule)
-    runs = find_runs(ids, layout, capacity=storage.numel())
-    hot = sum_hot(runs, grad_out, len(sizes), config)
+    tick = None
+    if update is not None and update.clock is not None:
+        tick = update.clock, update.numbers
+    runs = find_runs(ids, layout, capacity=storage.numel(), tick=tick)
+    hot, n_hot = sum_hot(runs, grad_out, len(sizes), config)
     sums = composed.new_empty(runs.run_start.numel() if lower else 0, layout.dim)
     constants = kernel_constants(sizes, storage.dtype)
     align = launch.alignments(sizes)
@@ -336,6 +342,7 @@ def _launch(
         storage,
         target,
         *state,
+        n_hot,
         **shared,
         N_LEVELS=len(sizes),
         ALIGN=align[-1],

@@ -202,7 +202,7 @@ def launch_small(
     composed: Tensor,
     layout: Layout,
 ) -> None:
-    config = launch.choose_fwd(ids.numel(), layout.dim, storage.dtype)
+    config = launch.choose_fwd(layout.dim, storage.dtype)
     grid = (launch.cdiv(ids.numel(), config.block_rows), launch.cdiv(layout.dim, config.block_dim))
     launch_kernel(
         _lookup_fwd_kernel,

@@ -33,6 +33,7 @@ from .group import find_rows
 
 __all__ = [
     "Runs",
+    "Tick",
     "find_runs",
     "pack_keys",
     "rows_of_runs",
@@ -45,6 +46,26 @@ __all__ = [
 
 _INT32, _INT64 = 32, 64
 
+Tick = tuple[Tensor, Tensor]
+"""Adam's clock, and the numbers that a step multiplies it by."""
+
+
+@triton.jit
+def _pack(start, page_level_ptr, page_shift, N_LEVELS: tl.constexpr, KEY: tl.constexpr):
+    """Keys (int64, without the bias) of row starts."""
+    level = tl.load(page_level_ptr + (tl.maximum(start, 0) >> page_shift)).to(tl.int64)
+    level = tl.where(start >= 0, level, N_LEVELS)
+    return (level << KEY[1]) | tl.where(start >= 0, start // KEY[0], 0)
+
+
+@triton.jit
+def _tick(clock_ptr, numbers_ptr):
+    """Adam's clock moves on: ``t + 1, beta1^t beta1, beta2^t beta2``."""
+    lane = tl.arange(0, 4)
+    clock = tl.load(clock_ptr + lane, mask=lane < 3, other=0.0)
+    clock *= tl.load(numbers_ptr + lane, mask=lane < 3, other=0.0)
+    tl.store(clock_ptr + lane, clock + tl.where(lane == 0, 1.0, 0.0), mask=lane < 3)
+
 
 @triton.jit(do_not_specialize=["n_ids", "n_rows", "page_shift"])
 def _key_kernel(
@@ -52,21 +73,22 @@ def _key_kernel(
     row_start_ptr,
     page_level_ptr,
     key_ptr,
+    clock_ptr,
+    numbers_ptr,
     n_ids,
     n_rows,
     page_shift,
     N_LEVELS: tl.constexpr,
     KEY: tl.constexpr,
+    TICK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     start = find_rows(ids_ptr, row_start_ptr, offs, n_ids, n_rows, True)
-    mask_row = start >= 0
-    level = tl.load(page_level_ptr + (start >> page_shift), mask=mask_row, other=N_LEVELS).to(
-        tl.int64
-    )
-    key = (level << KEY[1]) | tl.where(mask_row, start // KEY[0], 0)
+    key = _pack(start, page_level_ptr, page_shift, N_LEVELS, KEY)
     tl.store(key_ptr + offs, (key - KEY[2]).to(key_ptr.dtype.element_ty), mask=offs < n_ids)
+    if TICK and tl.program_id(0) == 0:
+        _tick(clock_ptr, numbers_ptr)
 
 
 @triton.jit
@@ -96,6 +118,39 @@ def _run_count_kernel(
     tl.store(count_ptr + pid, tl.sum(first.to(tl.int32), axis=0))
 
 
+@triton.jit
+def _store_runs(
+    key_ptr,
+    order_ptr,
+    found,
+    pos,
+    before,
+    n_ids,
+    N_LEVELS: tl.constexpr,
+    KEY: tl.constexpr,
+):
+    """The runs that begin at ``pos``, sorted positions that follow one another; ``before``: how
+    many begin before them. ``found``: pointers ``(run_begin, run_start, run_first, level_begin)``.
+    """
+    run_begin_ptr, run_start_ptr, run_first_ptr, level_begin_ptr = found
+    key = _keys_at(key_ptr, pos, n_ids, N_LEVELS, KEY)
+    previous = _keys_at(key_ptr, pos - 1, n_ids, N_LEVELS, KEY)
+    # The first position without a row begins one run more: the end of the last one.
+    first = (key != previous) & (pos <= n_ids)
+    run = before + tl.cumsum(first.to(tl.int32), axis=0) - 1
+    tl.store(run_begin_ptr + run, pos.to(tl.int32), mask=first)
+    mask = first & (pos < n_ids)
+    start = (key & ((1 << KEY[1]) - 1)) * KEY[0]
+    tl.store(run_start_ptr + run, start.to(run_start_ptr.dtype.element_ty), mask=mask)
+    occurrence = tl.load(order_ptr + tl.minimum(pos, n_ids - 1)).to(tl.int32)
+    alone = key != _keys_at(key_ptr, pos + 1, n_ids, N_LEVELS, KEY)
+    tl.store(run_first_ptr + run, tl.where(alone, occurrence, -1 - occurrence), mask=mask)
+    level, level_before = key >> KEY[1], previous >> KEY[1]
+    for k in tl.static_range(N_LEVELS + 1):
+        into_ptr = level_begin_ptr + k + tl.zeros_like(run)
+        tl.store(into_ptr, run, mask=first & (level_before < k) & (k <= level))
+
+
 @triton.jit(do_not_specialize=["n_ids"])
 def _run_begin_kernel(
     key_ptr,
@@ -112,26 +167,51 @@ def _run_begin_kernel(
 ):
     pid = tl.program_id(0)
     offs = tl.arange(0, BLOCK)
-    before = tl.zeros([BLOCK], dtype=tl.int32)
+    counts = tl.zeros([BLOCK], dtype=tl.int32)
     for block in range(0, pid, BLOCK):
-        before += tl.load(count_ptr + block + offs, mask=block + offs < pid, other=0)
+        counts += tl.load(count_ptr + block + offs, mask=block + offs < pid, other=0)
     pos = pid.to(tl.int64) * BLOCK + offs
-    key = _keys_at(key_ptr, pos, n_ids, N_LEVELS, KEY)
-    previous = _keys_at(key_ptr, pos - 1, n_ids, N_LEVELS, KEY)
-    # The first position without a row begins one run more: the end of the last one.
-    first = (key != previous) & (pos <= n_ids)
-    run = tl.sum(before, axis=0) + tl.cumsum(first.to(tl.int32), axis=0) - 1
-    tl.store(run_begin_ptr + run, pos.to(tl.int32), mask=first)
-    mask = first & (pos < n_ids)
-    start = (key & ((1 << KEY[1]) - 1)) * KEY[0]
-    tl.store(run_start_ptr + run, start.to(run_start_ptr.dtype.element_ty), mask=mask)
-    occurrence = tl.load(order_ptr + tl.minimum(pos, n_ids - 1)).to(tl.int32)
-    alone = key != _keys_at(key_ptr, pos + 1, n_ids, N_LEVELS, KEY)
-    tl.store(run_first_ptr + run, tl.where(alone, occurrence, -1 - occurrence), mask=mask)
-    level, level_before = key >> KEY[1], previous >> KEY[1]
-    for k in tl.static_range(N_LEVELS + 1):
-        into_ptr = level_begin_ptr + k + tl.zeros_like(run)
-        tl.store(into_ptr, run, mask=first & (level_before < k) & (k <= level))
+    found = (run_begin_ptr, run_start_ptr, run_first_ptr, level_begin_ptr)
+    before = tl.sum(counts, axis=0)
+    _store_runs(key_ptr, order_ptr, found, pos, before, n_ids, N_LEVELS, KEY)
+
+
+@triton.jit(do_not_specialize=["n_ids", "n_rows", "page_shift"])
+def _few_runs_kernel(
+    ids_ptr,
+    row_start_ptr,
+    page_level_ptr,
+    key_ptr,
+    order_ptr,
+    run_begin_ptr,
+    run_start_ptr,
+    run_first_ptr,
+    level_begin_ptr,
+    clock_ptr,
+    numbers_ptr,
+    n_ids,
+    n_rows,
+    page_shift,
+    N_LEVELS: tl.constexpr,
+    KEY: tl.constexpr,
+    TICK: tl.constexpr,
+    LOG_BLOCK: tl.constexpr,
+):
+    """All of it in one program, for fewer than BLOCK ids."""
+    BLOCK: tl.constexpr = 1 << LOG_BLOCK
+    pos = tl.arange(0, BLOCK).to(tl.int64)
+    start = find_rows(ids_ptr, row_start_ptr, pos, n_ids, n_rows, True)
+    key = _pack(start, page_level_ptr, page_shift, N_LEVELS, KEY)
+    # The position is the last part of what is sorted: stable. What is no id comes last.
+    key = tl.sort((key << LOG_BLOCK) | pos)
+    tl.store(order_ptr + pos, key & (BLOCK - 1), mask=pos < n_ids)
+    tl.store(key_ptr + pos, key >> LOG_BLOCK, mask=pos < n_ids)
+    # Other threads read the keys beside theirs.
+    tl.debug_barrier()
+    found = (run_begin_ptr, run_start_ptr, run_first_ptr, level_begin_ptr)
+    _store_runs(key_ptr, order_ptr, found, pos, 0, n_ids, N_LEVELS, KEY)
+    if TICK:
+        _tick(clock_ptr, numbers_ptr)
 
 
 @triton.jit
@@ -214,11 +294,12 @@ def run_sums(
 ):
     """Sum of every run's gradients ``[BLOCK_ROWS, BLOCK_DIM]``, their columns ``offs_dim``.
 
-    ``batch``: pointers ``(run_begin, order, grad_out, hot)``. ``tile``: ``(first_run, n_runs,
+    ``batch``: pointers ``(run_begin, order, grad_out, hot)`` and how many stretches ``hot`` has, of
+    which 0 are none. ``tile``: ``(first_run, n_runs,
     first, begin, end)``, of the runs ``first_run + lane``: where the first occurrence stood in the
     batch, -1 for a lane without a run, and the positions.
     """
-    run_begin_ptr, order_ptr, grad_out_ptr, hot_ptr = batch
+    run_begin_ptr, order_ptr, grad_out_ptr, hot_ptr, n_hot = batch
     first_run, n_runs, first, begin, end = tile
     WALK: tl.constexpr = WALKS[0]
     UNROLL: tl.constexpr = WALKS[1]
@@ -253,8 +334,8 @@ def run_sums(
             stop = tl.load(run_begin_ptr + first_run + r + 1)
             if at < stop:
                 chunk = tl.cdiv(at, HOT)
-                chunk_end = tl.maximum(stop // HOT, chunk)
-                head = tl.minimum(chunk * HOT, stop)
+                chunk_end = tl.maximum(tl.minimum(stop // HOT, n_hot), chunk)
+                head = tl.where(n_hot > 0, tl.minimum(chunk * HOT, stop), stop)
                 tail = tl.maximum(chunk_end * HOT, head)
                 rest = _sum_rows(
                     order_ptr, grad_out_ptr, at, head, offs_dim, True, DIM, ACC, STRETCH, BLOCK_DIM
@@ -374,59 +455,72 @@ def pack_keys(capacity: int, sizes: tuple[int, ...]) -> tuple[int, int, int]:
     return unit, _INT64 - 1 - levels, 0
 
 
-def find_runs(ids: Tensor, layout: Layout, *, capacity: int) -> Runs:
+@lru_cache
+def _pack_few_keys(sizes: tuple[int, ...]) -> tuple[int, int, int]:
+    """:func:`pack_keys` where 12 bits are left for the position in the batch."""
+    return min(launch.alignments(sizes)), _INT64 - 13 - len(sizes).bit_length(), 0
+
+
+def find_runs(ids: Tensor, layout: Layout, *, capacity: int, tick: Tick | None = None) -> Runs:
     """Sort the batch by level and row and find the runs of equal rows.
 
     Args:
         ids: int ``[B]``, B > 0; ids that do not exist or have no row take part in no run.
         layout: where the rows lie.
         capacity: elements of the storage.
+        tick: Adam's clock, which moves on, and the numbers it is multiplied by.
     """
     n_ids, n_levels = ids.numel(), len(layout.sizes)
-    packing = pack_keys(capacity, layout.sizes)
-    constants: dict[str, Any] = {"N_LEVELS": n_levels, "KEY": packing, **launch.SCAN}
+    few = launch.choose_few_runs(n_ids)
+    packing = _pack_few_keys(layout.sizes) if few else pack_keys(capacity, layout.sizes)
+    constants: dict[str, Any] = {"N_LEVELS": n_levels, "KEY": packing}
     key = ids.new_empty(n_ids, dtype=torch.int32 if packing[2] else torch.int64)
-    launch_kernel(
-        _key_kernel,
-        (launch.cdiv(n_ids, constants["BLOCK"]),),
-        ids,
-        layout.row_start,
-        layout.page_level,
-        key,
-        n_ids,
-        layout.num_rows,
-        layout.page_shift,
-        **constants,
-    )
-    key, order = torch.sort(key, stable=True)
     # One position more than there are occurrences: there ends the last run.
-    blocks = launch.cdiv(n_ids + 1, constants["BLOCK"])
-    count = ids.new_empty(blocks, dtype=torch.int32)
     run_begin = ids.new_empty(n_ids + 1, dtype=torch.int32)
     # The last run may be that of ids without a row, and count as one of the table's and one more.
     runs = min(n_ids, layout.num_rows + 1)
     run_start = ids.new_empty(runs, dtype=layout.row_start.dtype)
     run_first = ids.new_empty(runs, dtype=torch.int32)
     level_begin = ids.new_empty(n_levels + 1, dtype=torch.int32)
-    launch_kernel(_run_count_kernel, (blocks,), key, count, n_ids, **constants)
     found = (run_begin, run_start, run_first, level_begin)
+    where = (ids, layout.row_start, layout.page_level, key)
+    clock = tick or (layout.row_start, layout.row_start)
+    counts = (n_ids, layout.num_rows, layout.page_shift)
+    flags = {**constants, "TICK": tick is not None}
+    if few is not None:
+        order = ids.new_empty(n_ids, dtype=torch.int64)
+        launch_kernel(
+            _few_runs_kernel, (1,), *where, order, *found, *clock, *counts, **flags, **few
+        )
+        return Runs(key, order, *found, packing)
+    blocks = launch.cdiv(n_ids, launch.SCAN["BLOCK"])
+    launch_kernel(_key_kernel, (blocks,), *where, *clock, *counts, **flags, **launch.SCAN)
+    key, order = torch.sort(key, stable=True)
+    blocks = launch.cdiv(n_ids + 1, launch.SCAN["BLOCK"])
+    count = ids.new_empty(blocks, dtype=torch.int32)
+    constants.update(launch.SCAN)
+    launch_kernel(_run_count_kernel, (blocks,), key, count, n_ids, **constants)
     launch_kernel(_run_begin_kernel, (blocks,), key, order, count, *found, n_ids, **constants)
     return Runs(key, order, *found, packing)
 
 
-def sum_hot(runs: Runs, rows: Tensor, n_levels: int, config: launch.BwdConfig) -> Tensor:
+def sum_hot(
+    runs: Runs, rows: Tensor, n_levels: int, config: launch.BwdConfig
+) -> tuple[Tensor, int]:
     """Sums of ``rows [B, d]`` over the stretches of ``hot`` positions that lie inside one run.
 
-    Returns ``[max(B // hot, 1), d]`` in fp32 (fp64 for fp64), written where a stretch is whole.
+    Returns ``[B // hot, d]`` in fp32 (fp64 for fp64), written where a stretch is whole, and its
+    length; that is 0 where the batch is not long enough to be worth a launch.
     """
     n_ids, dim = rows.shape
     _, _, hot, stretch = config.walk
     dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
-    sums = rows.new_empty(max(n_ids // hot, 1), dim, dtype=dtype)
-    if n_ids >= hot:
+    n_hot = n_ids // hot if n_ids >= 4 * hot else 0
+    sums = rows.new_empty(n_hot, dim, dtype=dtype)
+    if n_hot:
         launch_kernel(
             _hot_kernel,
-            (min(n_ids // hot, 1024),),
+            (min(n_hot, 1024),),
             runs.key,
             runs.order,
             rows,
@@ -443,4 +537,4 @@ def sum_hot(runs: Runs, rows: Tensor, n_levels: int, config: launch.BwdConfig) -
             maxnreg=128,  # left to itself the assembler spills 8 bytes of fp64 to save some
             enable_fp_fusion=True,
         )
-    return sums
+    return sums, n_hot

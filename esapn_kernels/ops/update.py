@@ -30,7 +30,8 @@ class Update:
             ``adagrad`` (sum,), ``adam`` (exp_avg, exp_avg_sq), else empty.
         per_id: ``[N]``: ``rowwise_adagrad`` the sum (fp32 / fp64), ``adam`` the step that last
             touched the row (int32), else ``None``.
-        clock: fp64 ``[3]``: ``t`` (this step, counted from 1), ``beta1^t``, ``beta2^t``; Adam only.
+        clock: fp64 ``[3]``: ``t`` (the last step, counted from 1), ``beta1^t``, ``beta2^t``, which
+            the operator moves on to this step; Adam only.
     """
 
     rule: str
@@ -38,6 +39,12 @@ class Update:
     state: tuple[Tensor, ...] = ()
     per_id: Tensor | None = None
     clock: Tensor | None = None
+
+    def tick(self) -> None:
+        """Move the clock on to this step, where there is one: on a GPU the first kernel does."""
+        if self.clock is not None:
+            self.clock.mul_(self.numbers[:3])
+            self.clock[:1].add_(1)
 
 
 def rule_numbers(

@@ -37,8 +37,8 @@ LAYOUTS = (
     ("wide", WIDE, torch.float32, torch.int32),
     ("wide", WIDE, torch.bfloat16, torch.int32),
 )
-# A tile of either size without a sort, and a batch that is grouped.
-N_IDS = (500, 1 << 16, 1 << 20)
+# Ungrouped and sorted in one program, of either length; grouped, and the most programs.
+N_IDS = (500, 2000, 1 << 16, 1 << 20)
 
 
 def cases() -> dict[str, Launch]:

@@ -73,8 +73,10 @@ def work() -> None:
     )
     ids = torch.arange(600)
     module(ids).backward(torch.ones(600, 16))
-    optim.Adam(module, lr=0.1)
-    module(ids).backward(torch.ones(600, 16))
+    optimizer = optim.Adam(module, lr=0.1)
+    for batch in (ids, ids.repeat(8)):  # sorted by one program, and by more launches
+        module(batch).backward(torch.ones(len(batch), 16))
+    del optimizer
     module.promote(ids, ids > 5)
     module.arena.free(ids[:3], backend="triton")
     module.arena.insert(ids[:3], 0, backend="triton")

@@ -23,8 +23,8 @@ def test_tiles_are_legal(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_one_tile_holds_the_default_width(dtype):
-    assert launch.choose_fwd(500, 128, dtype).block_dim == 128
-    assert launch.choose_fwd(500, 33, dtype).block_dim == 64
+    assert launch.choose_fwd(128, dtype).block_dim == 128
+    assert launch.choose_fwd(33, dtype).block_dim == 64
     assert launch.choose_bwd(500, (2, 128), dtype).sums.blocks["BLOCK_DIM"] == 128
     assert launch.choose_bwd(500, (2, 33), dtype).sums.blocks["BLOCK_DIM"] == 64
 
@@ -38,19 +38,12 @@ def test_passes_of_the_gradient(dtype):
                 # At most a tile of 16 runs for every 16 ids, and a partly filled one per level.
                 assert 1 <= each.programs <= -(-n_ids // 16) + 2
                 for name, block in each.blocks.items():
-                    if name != "WALK":
+                    if name not in ("WALK", "WHOLE"):
                         assert block >= 16 and block & (block - 1) == 0, (dim, n_ids, each)
             walk, unroll, hot, stretch = config.walk
             assert walk % unroll == 0 and hot % stretch == 0 and hot >= walk
     # Partial sums of the chain's gradient: 33 KB a program in the default sizes.
     assert launch.choose_bwd(1 << 20, (64, 128), dtype).chain.programs <= 512
-
-
-def test_small_batches_get_more_programs():
-    small, large = (launch.choose_fwd(n, 128, torch.float32) for n in (500, 1 << 20))
-    assert small.block_rows < large.block_rows
-    # The larger tile spills with fewer warps.
-    assert large.num_warps == 8
 
 
 def test_nothing_looks_at_a_device():
@@ -63,7 +56,7 @@ def test_forward_and_compose_tiles_are_legal(dtype):
     for dim in DIMS:
         for n_ids in N_IDS:
             grouped = launch.choose_fwd_grouped(n_ids, (1, dim + 1), dtype)
-            small = launch.choose_fwd(n_ids, dim + 1, dtype)
+            small = launch.choose_fwd(dim + 1, dtype)
             compose = launch.choose_compose(dim, dtype)
             for config in (grouped, small, compose):
                 for block in (config.block_rows, config.block_k, config.block_dim):
@@ -98,17 +91,15 @@ def test_only_large_batches_group_and_never_one_size():
     sizes = (2, 4, 8, 16, 64, 128)
     assert launch.groups_ids(1 << 20, sizes, torch.float32)
     assert launch.groups_ids(1 << 20, sizes, torch.bfloat16)
-    assert not launch.groups_ids(1 << 16, sizes, torch.float32)
+    assert not launch.groups_ids(8192, sizes, torch.float32)
     assert not launch.groups_ids(1 << 20, (128,), torch.float32)
     # The ungrouped kernel does not compile for fp64 on every target.
     assert launch.groups_ids(1, sizes, torch.float64)
-    torch.backends.cuda.matmul.allow_tf32 = True  # put back by the fixture `seeded`
-    assert not launch.groups_ids(1 << 20, sizes, torch.float32)
 
 
 def test_constants_are_shared_but_for_the_precision_that_is_allowed():
     sizes, dtype = (2, 4, 8, 16, 64, 128), torch.float32
-    forward = launch.choose_fwd(500, 128, dtype)
+    forward = launch.choose_fwd(128, dtype)
 
     def constants():
         return launch.kernel_constants(sizes, dtype), forward.constants(sizes, dtype)

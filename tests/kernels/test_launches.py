@@ -59,7 +59,7 @@ def test_launches_run_on_the_device_of_their_tensors(n_ids, current, two_devices
         assert len(launched) > before, label
         assert two_devices == [current], label
     assert {device for _, device in launched} == {1}
-    assert len({name for name, _ in launched}) >= 15
+    assert len({name for name, _ in launched}) >= 11
 
 
 def test_a_graph_is_looked_for_on_the_device_of_the_tensor(two_devices, monkeypatch):
@@ -161,7 +161,10 @@ def step(n_ids):
     module.promote(ids[: n_ids // 2])
 """
 LENGTHS = """
-for n in (512, 500, 333, 1, 2, 1024, 4096):
+for n in (512, 1000, 2000, 5000, 9000):  # one of every kind of batch
+    step(n)
+mark()
+for n in (500, 333, 1, 2, 1023, 1024, 4095, 4096, 8192, 8193, 20_000):
     step(n)
     mark()
 """
@@ -184,7 +187,7 @@ modules = [
 assert len({module.arena.page for module in modules}) > 4
 for module in modules:
     module.backend = "triton"
-    optim.Adam(module, lr=0.1)
+    rows = optim.Adam(module, lr=0.1)
     step(64)
     mark()
 """
@@ -205,7 +208,7 @@ def test_other_lengths_momenta_and_tables_compile_nothing():
         scripts[name] = PREPARED.format(optimizer="Adam") + script
     found = compiled(scripts)
     assert {name: len(marks) for name, marks in found.items()} == {
-        **dict.fromkeys(optimizers, 7),
+        **dict.fromkeys(optimizers, 12),
         "momentum": 20,
         "tables": 26,
         "growth": 5,

@@ -1,5 +1,6 @@
 """lookup_bwd.py: the passes over distinct rows, hot rows, and rules applied in place."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -35,7 +36,7 @@ def operands(case, dtype=None):
 
 
 @pytest.mark.parametrize("traffic", ["uniform", "zipf"])
-def test_hot_rows(traffic, device, nan_empty):
+def test_hot_rows(traffic, batches, device, nan_empty):
     """Runs of every kind: alone, a few, longer than a walk, over whole stretches."""
     case = make_case((2, 3, 8), 30, 0, device=device)
     counts = [1, 1, 2, 3, 31, 32, 33, 40, 300, 600]
@@ -65,7 +66,7 @@ def test_hot_rows_at_the_edges_of_stretches(device, nan_empty):
 
 
 @pytest.mark.parametrize("n_rows", [15, 16, 17, 32])
-def test_rows_that_fill_a_block(n_rows, device, nan_empty):
+def test_rows_that_fill_a_block(n_rows, batches, device, nan_empty):
     """So many distinct rows of every level, every third of them more than once."""
     case = make_case((2, 3, 5), 3 * n_rows, 0, device=device)
     every = torch.arange(3 * n_rows, device=device)
@@ -93,9 +94,13 @@ def test_programs_share_the_tiles(programs, device, monkeypatch, nan_empty):
 
     def choose(*args):
         config = original(*args)
-        for each in (config.sums, config.chain, config.rows):
-            object.__setattr__(each, "programs", programs)
-        return config
+        blocks = {**config.chain.blocks, "WHOLE": False}
+        return replace(
+            config,
+            sums=replace(config.sums, programs=programs),
+            chain=replace(config.chain, programs=programs, blocks=blocks),
+            rows=replace(config.rows, programs=programs),
+        )
 
     monkeypatch.setattr(launch, "choose_bwd", choose)
     actual = case.run("triton")
@@ -121,7 +126,8 @@ def make_update(rule, case, dtype):
     if rule == "adam":
         per_id = torch.randint(0, STEP, (module.num_embeddings,), generator=generator)
         per_id = per_id.int().to(device)
-        clock = torch.tensor([STEP, BETAS[0] ** STEP, BETAS[1] ** STEP], dtype=torch.float64)
+        done = STEP - 1
+        clock = torch.tensor([done, BETAS[0] ** done, BETAS[1] ** done], dtype=torch.float64)
         clock = clock.to(device)
     numbers = rule_numbers(LR, EPS, BETAS if rule == "adam" else (0.0, 0.0))
     numbers = torch.tensor(numbers, dtype=torch.float64, device=device)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from esapn_kernels.gpu import launch
+from esapn_kernels.gpu import launch, segments
 from esapn_kernels.gpu.segments import find_runs, pack_keys, sum_hot
 from esapn_kernels.ops.backend import TRITON_ERROR
 from esapn_kernels.testing import make_case
@@ -47,14 +47,29 @@ def check(case):
 
 @pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_runs(sizes, index, device):
+def test_runs(sizes, index, batches, device):
     case = make_case(sizes, 60, 100, device=device)
     check(type(case)(case.module, case.ids.to(index), case.grad_out))
+
+
+@pytest.mark.parametrize("n_ids", [1023, 1024, 4095, 4096])
+def test_the_most_ids_of_a_program(n_ids, device):
+    check(make_case((2, 3, 8), 700, n_ids, device=device, traffic="zipf"))
+
+
+def test_few_ids_take_one_launch(device, monkeypatch):
+    launched = []
+    monkeypatch.setattr(segments, "launch_kernel", lambda kernel, *_, **__: launched.append(kernel))
+    for n_ids, launches in ((1023, 1), (4095, 1), (4096, 3)):
+        runs_of(make_case((2, 8), 10, n_ids, device=device))
+        assert len(launched) == launches
+        launched.clear()
 
 
 @pytest.mark.parametrize("block", [16, 64])
 @pytest.mark.parametrize("n_ids", [1, 15, 16, 17, 63, 64, 300])
 def test_runs_across_blocks(n_ids, block, device, monkeypatch):
+    monkeypatch.setattr(launch, "choose_few_runs", lambda n_ids: None)
     monkeypatch.setitem(launch.SCAN, "BLOCK", block)
     check(make_case((2, 3, 8), 25, n_ids, device=device, traffic="zipf"))
 
@@ -64,7 +79,7 @@ def test_runs_across_blocks(n_ids, block, device, monkeypatch):
     [[-1], [12, 13], [3, -1, 3, 12, 2**40, -(2**40), 5], [7] * 70, [-1] * 70 + [4]],
     ids=["one-missing", "all-missing", "some", "one-hot", "missing-hot"],
 )
-def test_ids_that_do_not_exist_are_in_no_run(ids, device):
+def test_ids_that_do_not_exist_are_in_no_run(ids, batches, device):
     case = make_case((2, 3, 8), 12, 0, device=device)
     case.module.arena.free(torch.tensor([9], device=device))
     check(type(case)(case.module, torch.tensor([*ids, 9], device=device), case.grad_out))
@@ -79,13 +94,14 @@ def test_no_key_is_read_beside_the_sorted_ones(n_ids, device, monkeypatch):
         keys, order = sort(keys, stable=stable)
         return torch.cat([keys[:1], keys, keys[-1:]])[1:-1], order
 
+    monkeypatch.setattr(launch, "choose_few_runs", lambda n_ids: None)
     monkeypatch.setattr(torch, "sort", guarded)
     monkeypatch.setitem(launch.SCAN, "BLOCK", 16)
     check(make_case((2, 3, 8), 25, n_ids, device=device, traffic="zipf"))
 
 
 @pytest.mark.parametrize("n_ids", [15, 16, 17])
-def test_runs_stay_inside_their_memory(n_ids, device, monkeypatch):
+def test_runs_stay_inside_their_memory(n_ids, batches, device, monkeypatch):
     """Ids that all differ fill it: the allocations lie between margins, which stay as they are."""
     new_empty, buffers = torch.Tensor.new_empty, []
 
@@ -111,6 +127,7 @@ def test_keys_of_32_and_64_bits(device, monkeypatch):
     assert pack_keys(1 << 33, (8, 16)) == (8, 30, 1 << 31)
     # The packing of a small arena is that of a large one.
     assert pack_keys(0, (8, 16)) == pack_keys(1 << 33, (8, 16))
+    monkeypatch.setattr(launch, "choose_few_runs", lambda n_ids: None)
     for capacity in (1 << 29, 1 << 34):
         case = make_case((8, 16), 30, 50, device=device)
         found = find_runs(case.ids, case.layout, capacity=capacity)
@@ -133,17 +150,19 @@ def test_keys_of_32_and_64_bits(device, monkeypatch):
 )
 def test_hot_stretches(dtype, dim, device, nan_empty):
     case = make_case((2, 8), 6, 0, device=device)
-    # Positions after sorting: 40 of row 0, 700 of one hot row, the rest of another.
-    ids = torch.cat([torch.zeros(40), torch.full((700,), 1), torch.full((60,), 2)]).long()
-    ids = ids[torch.randperm(800)].to(device)
+    # Positions after sorting: 40 of row 0, 1,000 of one hot row, the rest of another.
+    ids = torch.cat([torch.zeros(40), torch.full((1000,), 1), torch.full((60,), 2)]).long()
+    ids = ids[torch.randperm(1100)].to(device)
     case = type(case)(case.module, ids, case.grad_out)
     runs = runs_of(case)
-    config = launch.choose_bwd(800, (2, dim), dtype)
-    hot, rows = config.walk[2], torch.randn(800, dim, device=device).to(dtype)
-    sums = sum_hot(runs, rows, 2, config)
+    config = launch.choose_bwd(1100, (2, dim), dtype)
+    hot, rows = config.walk[2], torch.randn(1100, dim, device=device).to(dtype)
+    sums, n_hot = sum_hot(runs, rows, 2, config)
+    assert n_hot == 1100 // hot
+    assert sum_hot(runs, rows[:1000], 2, config)[1] == 0
     order, key = runs.order, runs.key
     whole = 0
-    for chunk in range(800 // hot):
+    for chunk in range(n_hot):
         inside = slice(chunk * hot, (chunk + 1) * hot)
         if key[inside].unique().numel() == 1:
             whole += 1
