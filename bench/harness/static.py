@@ -53,7 +53,7 @@ SMALL |= {"clock", "counts", "free_base", "free_count", "level_begin", "numbers"
 
 
 def label(kernel: str, part: str, n_ids: int) -> str:
-    """The name of a kernel's line: with the rule of a step, with the batch of what small ones launch.
+    """The name of a kernel's line: with the rule of a step, with the batch of a small one.
 
     >>> label("_rows_kernel", "adam", 500), label("_lookup_fwd_kernel", "to", 500)
     ('rows, adam', 'lookup_fwd, 500 ids')

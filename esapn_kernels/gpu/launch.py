@@ -377,8 +377,8 @@ def choose_fwd_grouped(n_ids: int, sizes: tuple[int, ...], dtype: torch.dtype) -
     return GroupedConfig(block_rows, block_k, block_dim, num_warps, min(tiles, 2048), registers)
 
 
-def groups_ids(n_ids: int, sizes: Sequence[int], dtype: torch.dtype) -> bool:
-    """Whether a forward groups ids by level first: from more than 8,192 ids, by latencies of memory.
+def groups_ids(n_ids: int, sizes: tuple[int, ...], dtype: torch.dtype) -> bool:
+    """Whether a forward groups ids by level first: more than 8,192, by latencies of memory.
 
     Computed for an H100 from what ``bench/static.py`` counts, 0.35 us a round trip. Ungrouped, two
     blocks a multiprocessor take 4,224 ids at once and 11 round trips, 3.9 us; the next 4,224 follow

@@ -12,7 +12,7 @@ Three launches for any number of ids, R positions in ``ids``, nothing read by th
             group = the level that it leaves (insert: enters), -1: nothing to do       [R]
     scan    one program ranks the owners of every group in the order of their positions and hands
             out rows: free rows of the level's stack from its top, then rows of fresh pages; the
-            rest of the last page goes on the stack. It settles every counter.
+            rest of the last page goes on the stack. It settles every counter, and counts the call.
     move    rows, state and locations are written, old rows put on their level's stack
 
 The first owners of a group move as far as rows, pages and room on the old level's stack reach; the
@@ -99,6 +99,7 @@ def _scan_kernel(
     free_pages_ptr,
     free_count_ptr,
     free_base_ptr,
+    moves_ptr,
     n_ids,
     page_shift,
     SIZES: tl.constexpr,
@@ -111,6 +112,7 @@ def _scan_kernel(
 ):
     levels = tl.arange(0, LEVELS)
     index = new_start_ptr.dtype.element_ty
+    tl.store(moves_ptr, tl.load(moves_ptr) + 1)
 
     # Rank of every owner in its group, and how many rows every group needs.
     need = tl.zeros([LEVELS], dtype=tl.int32)
@@ -421,13 +423,14 @@ def _launch(
     action: tuple[bool, bool],
     target: int = 0,
 ) -> Tensor:
-    layout, owner = places.layout, places.owner
-    assert owner is not None
+    layout, owner, moves = places.layout, places.owner, places.moves
+    assert owner is not None and moves is not None
     sizes, n_ids, n_rows = layout.sizes, ids.numel(), owner.numel()
     take, give = action
     hop = int(take and give)
     moved = torch.empty(n_ids, dtype=torch.bool, device=ids.device)
     if not n_ids or not n_rows or len(sizes) == hop:
+        moves.add_(1)
         return moved.fill_(False)
     ids = ids.contiguous()
     # Rows of a multiple of 16: the kernels know how their pointers are aligned.
@@ -473,6 +476,7 @@ def _launch(
         places.free_pages,
         places.free_count,
         places.free_base,
+        moves,
         n_ids,
         layout.page_shift,
         SIZES=sizes,

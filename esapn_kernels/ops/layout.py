@@ -96,6 +96,7 @@ class Places:
         row_size, rows_per_page: int64 ``[n]``, the sizes, and how many rows of each a page holds.
         owner: int32 ``[N]``, ``UNCLAIMED`` everywhere before a call and after it; only the Triton
             backend has one.
+        moves: int64, the calls by which rows may have moved; the Triton backend counts on.
     """
 
     layout: Layout
@@ -106,6 +107,7 @@ class Places:
     row_size: Tensor
     rows_per_page: Tensor
     owner: Tensor | None = None
+    moves: Tensor | None = None
 
 
 def page_elements(sizes: Sequence[int], num_rows: int = 1 << 30) -> int:

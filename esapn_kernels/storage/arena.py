@@ -210,13 +210,15 @@ class Arena(Locations):
                 free.ledger.promise(rows)
             if not is_exact and free.owner is None:
                 free.owner = free.new_owner(self.num_rows)
-            owner = None if is_exact else free.owner
-        self._count_move()
-        return free.at(Layout(self.row_start, self.page_level, self.sizes, self.page), owner)
+            owner = free.owner
+        self._count_move(by_kernel=not is_exact)
+        layout = Layout(self.row_start, self.page_level, self.sizes, self.page)
+        return free.at(layout) if is_exact else free.at(layout, owner, self.moves)
 
-    def _count_move(self) -> None:
+    def _count_move(self, *, by_kernel: bool = False) -> None:
         self._digest = None
-        self.moves.add_(1)
+        if not by_kernel:
+            self.moves.add_(1)
         if self._counted is not None:
             self._counted += 1
 

@@ -93,8 +93,10 @@ class FreeLists:
         for mine, given in zip(present, stacks, strict=True):
             mine.copy_(given)
 
-    def at(self, layout: Layout, owner: Tensor | None) -> Places:
-        """What rows that move on ``layout`` work on."""
+    def at(
+        self, layout: Layout, owner: Tensor | None = None, moves: Tensor | None = None
+    ) -> Places:
+        """What rows that move on ``layout`` work on; the Triton backend has the last two."""
         return Places(
             layout,
             self.rows,
@@ -104,6 +106,7 @@ class FreeLists:
             self.row_size,
             self.rows_per_page,
             owner,
+            moves,
         )
 
     def new_owner(self, num_rows: int) -> Tensor:
