@@ -112,7 +112,7 @@ def _scan_kernel(
 ):
     levels = tl.arange(0, LEVELS)
     index = new_start_ptr.dtype.element_ty
-    tl.store(moves_ptr, tl.load(moves_ptr) + 1)
+    calls = tl.load(moves_ptr)
 
     # Rank of every owner in its group, and how many rows every group needs.
     need = tl.zeros([LEVELS], dtype=tl.int32)
@@ -202,6 +202,7 @@ def _scan_kernel(
                     tl.store(free_rows_ptr + base + offs, start, mask=offs < rest)
         tl.store(free_count_ptr + len(SIZES), pages)
     tl.store(free_count_ptr + levels, height_after, mask=levels < len(SIZES))
+    tl.store(moves_ptr, calls + 1)
 
 
 @triton.jit

@@ -64,6 +64,8 @@ def _tick(clock_ptr, numbers_ptr):
     lane = tl.arange(0, 4)
     clock = tl.load(clock_ptr + lane, mask=lane < 3, other=0.0)
     clock *= tl.load(numbers_ptr + lane, mask=lane < 3, other=0.0)
+    # Every warp reads, one writes.
+    tl.debug_barrier()
     tl.store(clock_ptr + lane, clock + tl.where(lane == 0, 1.0, 0.0), mask=lane < 3)
 
 
