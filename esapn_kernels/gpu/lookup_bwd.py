@@ -15,8 +15,9 @@ Distinct rows first (``segments``). Then three passes over tiles of runs of one 
     sums [U, D]   g of the rows below the last level that occur more than once; a row that
                     occurs once has its g in the output's gradient
 
-Fused into one, the passes would read g once less, but hold the gradient of a map in registers while
-they wait for rows: one block a multiprocessor, too few rows in flight.
+Chain and rows in one pass would read g once less. Compiled, that took 255 registers a thread, one
+block a multiprocessor, spilled on sm_80 and issued more instructions for a row than both passes
+(docs/design.md, "Backward", has the settings and figures).
 There are no atomics and every sum has a fixed order, so equal inputs give equal bits. Bytes per
 distinct row, fp32: 4 D (G) + 8 (key, place) + 8 d_k (row read and written), 16 d_k more with
 Adam's state; below the last level 4 D + 4 d_k more for the chain, and 8 D for the sum of a row
