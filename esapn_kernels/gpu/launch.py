@@ -183,10 +183,10 @@ def choose_bwd(
     any bound, the others do without one (Triton 3.6). The sums and the chain's take up to 196.
     Sums of more than 128 columns, which go in blocks, would spill too.
 
-    Stages: at five the chain's pass waits with five groups of copies on their way; at two, three
-    and four it waits for all of them in every tile. The rows' keep four column steps in flight, of
-    32 runs where registers allow: that also reads the maps half as often. Adam and row-wise
-    Adagrad hold more per row, and so do rows of more than one block of columns: 32 would spill.
+    Stages: at five the chain's pass waits with four groups of copies on their way; at two it waits
+    for all of them in every tile. The rows' keep all four column steps in flight, of 32 runs where
+    registers allow: that also reads the maps half as often. Row-wise Adagrad, Adam in 16 bits and
+    rows of more than one block of columns hold more per row: 32 would spill.
 
     Every program takes an equal share of the tiles. Those of the chain's gradient write up to
     ``(d_{n-2} + 1) D`` partial sums each (33 KB in the default sizes): at most 512 of them, and
@@ -201,7 +201,8 @@ def choose_bwd(
     whole = n_ids <= 512
     few = max(len(sizes) - 1, 1) if whole else min(tiles, max(264, min(tiles // 8, 512)))
     lean = rule in ("gradient", "sgd", "adagrad")
-    many = lean and not wide and max(sizes[:-1], default=0) <= block_k
+    many = lean or (rule == "adam" and dtype == torch.float32)
+    many &= not wide and max(sizes[:-1], default=0) <= block_k
     # Four masked or unaligned rows a lane would spill.
     walk = (32, 4 if block_dim == sizes[-1] else 2, 256, 32)
     sums = {"WALK": walk, "BLOCK_ROWS": 16, "BLOCK_DIM": block_dim}
@@ -216,7 +217,7 @@ def choose_bwd(
         PassConfig(few, chain, 4, num_stages=5, maxnreg=224 if wide else 168),
         PassConfig(min(tiles, 4096), rows, 8, num_stages=3, maxnreg=128 if lean else None)
         if wide
-        else PassConfig(min(tiles, 4096), rows, 4, num_stages=5, maxnreg=168),
+        else PassConfig(min(tiles, 4096), rows, 4, num_stages=6, maxnreg=168),
         walk,
     )
 

@@ -474,7 +474,7 @@ def lookup(
         out: contiguous memory for the output, where no gradient is recorded.
         begin_step: a fused optimizer's step (see ``optim``). Called in backward, which then steps
             the rows in place; ``storage`` has no gradient.
-        cache: keeps the composed hops between calls on a CPU.
+        cache: keeps the composed hops between calls, where they can be compared or do not train.
 
     Returns:
         ``[*ids.shape, D]`` in ``out_dtype``, accumulated in fp32 (fp64 for fp64 rows).
@@ -516,8 +516,8 @@ def lookup(
         return y if out is None else out.copy_(y)
     flat = ids if ids.dim() == 1 else ids.reshape(-1)
     eager = is_eager()
-    if cache is not None and eager and backend == "torch" and device.type == "cpu":
-        composed = cache(chain, layout.sizes)
+    if cache is not None and eager and not storage.is_meta:
+        composed = cache(chain, layout.sizes, backend)
     else:
         # torch.func hands over tensors that no kernel can read.
         readable = eager or torch.compiler.is_compiling()

@@ -210,12 +210,13 @@ def test_update_steps_every_row_once(small_blocks, monkeypatch):
     calls = []
 
     def update_rows(update, rows, start, ids, grad):
-        assert update == "rule" and rows.data_ptr() == storage.data_ptr()
+        assert update is given and rows.data_ptr() == storage.data_ptr()
         assert start.dtype == ids.dtype == torch.int64 and grad.dtype == torch.float32
         calls.append((start.clone(), ids.clone(), grad.clone()))
 
     monkeypatch.setattr(cpu, "update_rows", update_rows)
-    cpu.lookup_bwd_update(grad_out, ids, storage, composed, layout, "rule")
+    given = Update("sgd", torch.tensor(rule_numbers(lr=0.1), dtype=torch.float64))
+    cpu.lookup_bwd_update(grad_out, ids, storage, composed, layout, given)
     stepped = torch.cat([mine for _, mine, _ in calls])
     assert sorted(stepped.tolist()) == [0, 3, 7, 29]
     exact = case.expected()[1]
