@@ -10,27 +10,36 @@ import torch
 from torch import Tensor
 
 from ..ops.backend import launch_kernel, tl, triton
-from ..ops.chain import compute_dtype, operand_offsets
+from ..ops.chain import chain_numel, compute_dtype, operand_offsets
 from . import launch
 
-__all__ = ["launch_compose", "launch_compose_bwd"]
+__all__ = [
+    "compose_columns",
+    "composition",
+    "empty_composed",
+    "launch_compose",
+    "launch_compose_bwd",
+]
 
 
 @triton.jit
-def _compose_kernel(
+def compose_columns(
     chain_ptr,
     composed_ptr,
-    SIZES: tl.constexpr,
-    K: tl.constexpr,
-    CHAIN: tl.constexpr,
-    DIM: tl.constexpr,
-    ACC: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
+    block_dim,
+    HOPS: tl.constexpr,
 ):
-    offs_dim = tl.program_id(0) * BLOCK_DIM + tl.arange(0, BLOCK_DIM)
+    """A block of columns of all maps, from the last hop to the first; see :func:`composition`."""
+    SIZES: tl.constexpr = HOPS[0]
+    K: tl.constexpr = HOPS[1]
+    CHAIN: tl.constexpr = HOPS[2]
+    DIM: tl.constexpr = HOPS[3]
+    ACC: tl.constexpr = HOPS[4]
+    PRECISION: tl.constexpr = HOPS[5]
+    BLOCK_ROWS: tl.constexpr = HOPS[6]
+    BLOCK_K: tl.constexpr = HOPS[7]
+    BLOCK_DIM: tl.constexpr = HOPS[8]
+    offs_dim = block_dim * BLOCK_DIM + tl.arange(0, BLOCK_DIM)
     mask_dim = offs_dim < DIM
     hop = CHAIN
     base = K
@@ -69,6 +78,11 @@ def _compose_kernel(
             )
         # The next level reads what other threads of this program have just stored.
         tl.debug_barrier()
+
+
+@triton.jit
+def _compose_kernel(chain_ptr, composed_ptr, HOPS: tl.constexpr):
+    compose_columns(chain_ptr, composed_ptr, tl.program_id(0), HOPS)
 
 
 @triton.jit
@@ -214,21 +228,30 @@ def _extents(sizes: tuple[int, ...], block_dim: int) -> tuple[int, int, int]:
     return offsets[-1], sum(launch.cdiv(d, block_dim) for d in sizes[1:]), room
 
 
+@lru_cache
+def composition(sizes: tuple[int, ...], dtype: torch.dtype) -> tuple[int, tuple[Any, ...]]:
+    """Programs that compose hops of ``dtype``, and what :func:`compose_columns` takes as HOPS."""
+    known = _constants(sizes, dtype)
+    rows, _, _ = _extents(sizes, known["BLOCK_DIM"])
+    blocks = (known["BLOCK_ROWS"], known["BLOCK_K"], known["BLOCK_DIM"])
+    extents = (rows, chain_numel(sizes), known["DIM"])
+    hops = (sizes, *extents, known["ACC"], known["PRECISION"], *blocks)
+    return launch.cdiv(sizes[-1], known["BLOCK_DIM"]), hops
+
+
+def empty_composed(chain: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """``[K, D]``, not written."""
+    rows, _, _ = _extents(sizes, _constants(sizes, chain.dtype)["BLOCK_DIM"])
+    return chain.new_empty(rows, sizes[-1], dtype=compute_dtype(chain.dtype))
+
+
 def launch_compose(chain: Tensor, sizes: Sequence[int]) -> Tensor:
     sizes = tuple(sizes)
-    constants = _constants(sizes, chain.dtype)
-    rows, _, _ = _extents(sizes, constants["BLOCK_DIM"])
-    composed = chain.new_empty(rows, sizes[-1], dtype=compute_dtype(chain.dtype))
-    if rows:
-        launch_kernel(
-            _compose_kernel,
-            (launch.cdiv(sizes[-1], constants["BLOCK_DIM"]),),
-            chain,
-            composed,
-            K=rows,
-            CHAIN=chain.numel(),
-            **constants,
-        )
+    composed = empty_composed(chain, sizes)
+    if len(sizes) > 1:
+        programs, hops = composition(sizes, chain.dtype)
+        options = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
+        launch_kernel(_compose_kernel, (programs,), chain, composed, HOPS=hops, **options)
     return composed
 
 

@@ -8,7 +8,8 @@ the same map. ``n`` keys only, so a counting sort reads the batch twice, against
 radix sort over full keys. Memory picture, P programs with one stretch of the batch each, L the
 power of two above n + 1:
 
-    count   ids -> found [B] (row starts, batch order)      counts [P, L] (ids of every level)
+    count   ids -> found [B] (row starts, batch order)      counts [P, L] (ids of every level);
+            programs more compose the hops meanwhile, where the caller has not
     place   found, counts -> order [B], start [B], level_begin [n + 2]
 
 Program p puts its ids of level k behind those of lower levels and those of level k in the stretches
@@ -27,6 +28,7 @@ from torch import Tensor
 from ..ops.backend import launch_kernel, tl, triton
 from ..ops.layout import Layout
 from . import launch
+from .compose import compose_columns, composition
 
 __all__ = ["Groups", "assertions", "find_rows", "group_by_level"]
 
@@ -61,22 +63,30 @@ def _is_level(page_level_ptr, start, mask_row, page_shift, N: tl.constexpr, L: t
     return hit.to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["n_ids", "n_rows", "page_shift", "stretch"])
+@triton.jit(do_not_specialize=["n_ids", "n_rows", "page_shift", "stretch", "n_programs"])
 def _group_count_kernel(
     ids_ptr,
     row_start_ptr,
     page_level_ptr,
     found_ptr,
     counts_ptr,
+    chain_ptr,
+    composed_ptr,
     n_ids,
     n_rows,
     page_shift,
     stretch,
+    n_programs,
     N: tl.constexpr,
     L: tl.constexpr,
+    HOPS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ):
+    """HOPS: what the programs behind ``n_programs`` compose, see ``compose.composition``."""
     pid = tl.program_id(0)
+    if len(HOPS) > 0 and pid >= n_programs:
+        compose_columns(chain_ptr, composed_ptr, pid - n_programs, HOPS)
+        return
     begin = pid.to(tl.int64) * stretch
     counts = tl.zeros([L], dtype=tl.int32)
     for i in range(0, stretch, BLOCK_ROWS):
@@ -161,13 +171,16 @@ def assertions(ids: Tensor) -> dict[str, Any]:
     return {"debug": True, "sanitize_overflow": False} if ids.is_cuda else {}
 
 
-def group_by_level(ids: Tensor, layout: Layout) -> Groups:
+def group_by_level(
+    ids: Tensor, layout: Layout, hops: tuple[Tensor, Tensor] | None = None
+) -> Groups:
     """Sort a batch by level with Triton; nothing waits for the device.
 
     Args:
         ids: int32 or int64 ``[B]``, B < 2^31; an id out of range has no row (on a GPU it also
             fails a device assertion).
         layout: where the rows lie.
+        hops: the packed chain and ``composed``, which is written by programs of the first launch.
 
     Returns:
         :class:`Groups`; stable, hence the same in every run.
@@ -183,18 +196,26 @@ def group_by_level(ids: Tensor, layout: Layout) -> Groups:
     counts = torch.empty(config.programs, config.levels, dtype=torch.int32, device=ids.device)
     found = torch.empty_like(start)
     constants = {"N": n_levels, **config.constants()}
+    programs, chain, composed, known = 0, counts, counts, ()
+    if hops is not None:
+        chain, composed = hops
+        programs, known = composition(layout.sizes, chain.dtype)
     launch_kernel(
         _group_count_kernel,
-        (config.programs,),
+        (config.programs + programs,),
         ids,
         layout.row_start,
         layout.page_level,
         found,
         counts,
+        chain,
+        composed,
         n_ids,
         layout.num_rows,
         layout.page_shift,
         config.stretch,
+        config.programs,
+        HOPS=known,
         **constants,
         **assertions(ids),
     )

@@ -227,8 +227,9 @@ def launch_grouped(
     storage: Tensor,
     composed: Tensor,
     layout: Layout,
+    chain: Tensor | None = None,
 ) -> None:
-    groups = group_by_level(ids, layout)
+    groups = group_by_level(ids, layout, None if chain is None else (chain, composed))
     config = launch.choose_fwd_grouped(ids.numel(), layout.sizes, storage.dtype)
     launch_kernel(
         _lookup_grouped_kernel,
@@ -250,15 +251,22 @@ def launch_fwd(
     layout: Layout,
     out_dtype: torch.dtype | None = None,
     out: Tensor | None = None,
+    chain: Tensor | None = None,
 ) -> Tensor:
-    """``[B, D]`` in ``out_dtype`` (that of ``storage``), or into the contiguous ``out``."""
+    """``[B, D]`` in ``out_dtype`` (that of ``storage``), or into the contiguous ``out``.
+
+    With a ``chain`` ``composed`` is not written yet: for batches that are grouped.
+    """
     if out is None:
         out = storage.new_empty(ids.numel(), layout.dim, dtype=out_dtype)
     if ids.numel():
         if not layout.num_rows:
             raise IndexError("index out of range in self")
-        grouped = launch.groups_ids(ids.numel(), layout.sizes, storage.dtype)
-        run = launch_grouped if grouped else launch_small
         # Kernels count from the first id: of a strided view, that is not where the second lies.
-        run(out, ids.contiguous(), storage, composed, layout)
+        operands = (out, ids.contiguous(), storage, composed, layout)
+        if launch.groups_ids(ids.numel(), layout.sizes, storage.dtype):
+            launch_grouped(*operands, chain)
+        else:
+            assert chain is None
+            launch_small(*operands)
     return out

@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..cpu import lookup as cpu
+from ..gpu.compose import empty_composed
+from ..gpu.launch import groups_ids
 from ..gpu.lookup_bwd import launch_bwd, launch_bwd_update
 from ..gpu.lookup_fwd import launch_fwd
 from ..reference import lookup_reference
@@ -63,9 +65,11 @@ def _lookup_fwd(
     backend: str,
     out_dtype: torch.dtype | None = None,
     out: Tensor | None = None,
+    hops: Tensor | None = None,
 ) -> Tensor:
+    """With ``hops`` ``composed`` is written as well: see :func:`lookup`."""
     if backend == "triton":
-        return launch_fwd(ids, storage, composed, layout, out_dtype, out)
+        return launch_fwd(ids, storage, composed, layout, out_dtype, out, hops)
     if out_dtype is None or out_dtype == storage.dtype:
         return cpu.lookup_fwd(ids, storage, composed, layout, out)
     wide = cpu.lookup_fwd(ids, storage, composed, layout)
@@ -321,11 +325,12 @@ class _EagerLookup(torch.autograd.Function):
         layout: Layout,
         options: Options,
         backend: str,
+        hops: Tensor | None,
     ) -> Tensor:
         # Locations need no guard against writing: rows that move write to the storage too.
         ctx.save_for_backward(ids, storage, chain)
         ctx.composed, ctx.layout, ctx.options, ctx.backend = composed, layout, options, backend
-        return _lookup_fwd(ids, storage, composed, layout, backend, options.out_dtype)
+        return _lookup_fwd(ids, storage, composed, layout, backend, options.out_dtype, None, hops)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
@@ -338,7 +343,7 @@ class _EagerLookup(torch.autograd.Function):
                 raise RuntimeError("a sparse gradient has no derivative: use sparse=False")
             operands = (grad_out, ids, storage, chain, composed)
             grads = _LookupBwd.apply(*operands, *layout.flat, backend)
-            return None, *grads, *[None] * 4
+            return None, *grads, *[None] * 5
         needs_chain = ctx.needs_input_grad[2]
         operands = (grad_out, ids, storage, composed, layout)
         if sparse:
@@ -350,7 +355,7 @@ class _EagerLookup(torch.autograd.Function):
         grad_chain = None
         if grad_composed is not None:
             grad_chain = compose_bwd(grad_composed, chain, composed, layout.sizes, backend=backend)
-        return None, grad_storage, grad_chain, *[None] * 4
+        return None, grad_storage, grad_chain, *[None] * 5
 
 
 class _FusedLookup(torch.autograd.Function):
@@ -361,12 +366,12 @@ class _FusedLookup(torch.autograd.Function):
 
     @staticmethod
     def forward(*inputs: Any) -> Tensor:
-        ids, storage, _, composed, layout, options, backend, _ = inputs
-        return _lookup_fwd(ids, storage, composed, layout, backend, options.out_dtype)
+        ids, storage, _, composed, layout, options, backend, hops, _ = inputs
+        return _lookup_fwd(ids, storage, composed, layout, backend, options.out_dtype, None, hops)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ids, storage, chain, composed, layout, options, backend, begin_step = inputs
+        ids, storage, chain, composed, layout, options, backend, _, begin_step = inputs
         ctx.save_for_backward(ids, storage, chain, composed, layout.row_start, layout.page_level)
         ctx.layout, ctx.options, ctx.backend = layout, options, backend
         ctx.begin_step, ctx.storage, ctx.version = begin_step, storage, storage._version
@@ -390,7 +395,7 @@ class _FusedLookup(torch.autograd.Function):
         grad_chain = None
         if grad_composed is not None:
             grad_chain = compose_bwd(grad_composed, chain, composed, layout.sizes, backend=backend)
-        return None, None, grad_chain, *[None] * 5
+        return None, None, grad_chain, *[None] * 6
 
 
 class _EagerFusedLookup(torch.autograd.Function):
@@ -425,14 +430,21 @@ def _eager(
     layout: Layout,
     options: Options,
     backend: str,
+    hops: Tensor | None = None,
 ) -> Tensor:
     if torch.is_grad_enabled() and (storage.requires_grad or chain.requires_grad):
-        y: Tensor = _EagerLookup.apply(ids, storage, chain, composed, layout, options, backend)
+        operands = (ids, storage, chain, composed)
+        y: Tensor = _EagerLookup.apply(*operands, layout, options, backend, hops)
         return y
-    return _lookup_fwd(ids, storage, composed, layout, backend, options.out_dtype)
+    return _lookup_fwd(ids, storage, composed, layout, backend, options.out_dtype, None, hops)
 
 
 _sparse = torch.compiler.disable(_eager)
+
+
+def _groups(ids: Tensor, storage: Tensor, layout: Layout) -> bool:
+    """Whether there are ids, and the forward groups them by level."""
+    return ids.numel() > 0 and groups_ids(ids.numel(), layout.sizes, storage.dtype)
 
 
 def _look_up_reference(
@@ -516,22 +528,28 @@ def lookup(
         return y if out is None else out.copy_(y)
     flat = ids if ids.dim() == 1 else ids.reshape(-1)
     eager = is_eager()
-    if cache is not None and eager and not storage.is_meta:
+    hops = None
+    if eager and backend == "triton" and chain.requires_grad and _groups(flat, storage, layout):
+        # The launch that counts the levels of the ids composes the hops as well.
+        hops = chain.detach().contiguous()
+        composed = empty_composed(hops, layout.sizes)
+    elif cache is not None and eager and not storage.is_meta:
         composed = cache(chain, layout.sizes, backend)
     else:
         # torch.func hands over tensors that no kernel can read.
         readable = eager or torch.compiler.is_compiling()
         composed = compose(chain, layout.sizes, backend=backend if readable else "torch")
     if out is not None:
-        into = out.view(-1, layout.dim)
-        _lookup_fwd(flat, storage.detach(), composed, layout, backend, options.out_dtype, into)
+        where = (out.view(-1, layout.dim), hops)
+        rows = storage.detach()
+        _lookup_fwd(flat, rows, composed, layout, backend, options.out_dtype, *where)
         return out
     operands = (flat, storage, chain, composed)
     if fuses:
         run = _EagerFusedLookup.apply if eager else _fused
-        y = run(*operands, layout, options, backend, begin_step)
+        y = run(*operands, layout, options, backend, hops, begin_step)
     elif eager and not storage.is_meta:
-        y = _eager(*operands, layout, options, backend)
+        y = _eager(*operands, layout, options, backend, hops)
     elif options.sparse and torch.is_grad_enabled() and torch.compiler.is_dynamo_compiling():
         y = _sparse(*operands, layout, options, backend)
     else:

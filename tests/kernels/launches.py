@@ -13,6 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from esapn_kernels.gpu.compose import launch_compose, launch_compose_bwd
+from esapn_kernels.gpu.launch import groups_ids
 from esapn_kernels.gpu.lookup_bwd import launch_bwd, launch_bwd_update
 from esapn_kernels.gpu.lookup_fwd import launch_fwd
 from esapn_kernels.gpu.resize import launch_fill, launch_free, launch_insert, launch_promote
@@ -94,7 +95,9 @@ def calls(
     yield "compose", call(launch_compose, chain, sizes)
     yield "compose", call(launch_compose_bwd, composed, chain, composed, sizes)
     for out_dtype in (dtype, torch.bfloat16) if full else (dtype,):
-        yield f"to-{TYPES[out_dtype]}", call(launch_fwd, ids, storage, composed, layout, out_dtype)
+        hops = chain if groups_ids(n_ids, sizes, dtype) else None
+        operands = (ids, storage, composed, layout, out_dtype, None, hops)
+        yield f"to-{TYPES[out_dtype]}", call(launch_fwd, *operands)
     yield "gradient", call(launch_bwd, grad_out, ids, storage, composed, layout)
     for rule in RULES if full else ("adam",):
         per_id = made(N_ROWS, dtype=torch.int32 if rule == "adam" else wide)

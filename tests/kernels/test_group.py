@@ -7,10 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from esapn_kernels.gpu import compose as compose_file
 from esapn_kernels.gpu import group as group_file
 from esapn_kernels.gpu import launch
 from esapn_kernels.gpu import lookup_fwd as lookup_file
+from esapn_kernels.gpu.compose import empty_composed, launch_compose
 from esapn_kernels.gpu.group import group_by_level
+from esapn_kernels.ops import backend as backend_file
 from esapn_kernels.ops.chain import chain_numel
 from esapn_kernels.ops.compose import compose
 from esapn_kernels.ops.layout import Layout
@@ -310,3 +313,37 @@ def test_rows_beyond_two_billion_elements(run, device):
         else:
             expected = rows[i].float() @ composed[:-1] + composed[-1]
             torch.testing.assert_close(y.float(), expected, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("sizes", [(2, 4, 8, 16, 64, 128), (1, 3, 5, 33)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_hops_are_composed_by_the_launch_that_counts(sizes, dtype, device, nan_empty):
+    case = make_case(sizes, 30, 700, dtype, device)
+    chain = case.module.chain.detach()
+    composed = empty_composed(chain, sizes)
+    found = group_by_level(case.ids, case.layout, (chain, composed))
+    assert torch.equal(composed, launch_compose(chain, sizes))
+    plain = group_by_level(case.ids, case.layout)
+    for name in ("order", "start", "level_begin"):
+        assert torch.equal(getattr(found, name), getattr(plain, name))
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("n_ids", [0, 40])
+def test_a_grouped_lookup_composes_in_no_launch_of_its_own(n_ids, train, device, monkeypatch):
+    case = make_case((2, 3, 8), 9, n_ids, torch.float64, device, backend="triton")
+    names, launched = [], backend_file.launch_kernel
+
+    def note(kernel, *args, **known):
+        names.append(kernel.__name__)
+        launched(kernel, *args, **known)
+
+    for file in (compose_file, group_file, lookup_file):
+        monkeypatch.setattr(file, "launch_kernel", note)
+    case.module.chain.requires_grad_(train)
+    with torch.set_grad_enabled(train):
+        out = case.module(case.ids)
+    counts = ["_group_count_kernel", "_group_place_kernel", "_lookup_grouped_kernel"]
+    own = [] if train and n_ids else ["_compose_kernel"]
+    assert names == own + (counts if n_ids else [])
+    assert_matches(out.detach(), case.expected()[0], case.expected()[0], name="output")
