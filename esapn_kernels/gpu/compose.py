@@ -34,11 +34,12 @@ def compose_columns(
     K: tl.constexpr = HOPS[1]
     CHAIN: tl.constexpr = HOPS[2]
     DIM: tl.constexpr = HOPS[3]
-    ACC: tl.constexpr = HOPS[4]
-    PRECISION: tl.constexpr = HOPS[5]
-    BLOCK_ROWS: tl.constexpr = HOPS[6]
-    BLOCK_K: tl.constexpr = HOPS[7]
-    BLOCK_DIM: tl.constexpr = HOPS[8]
+    PRECISION: tl.constexpr = HOPS[4]
+    BLOCK_ROWS: tl.constexpr = HOPS[5]
+    BLOCK_K: tl.constexpr = HOPS[6]
+    BLOCK_DIM: tl.constexpr = HOPS[7]
+    # Not in HOPS: Triton's hooks write constants as JSON, which holds no type in a tuple.
+    ACC: tl.constexpr = composed_ptr.dtype.element_ty
     offs_dim = block_dim * BLOCK_DIM + tl.arange(0, BLOCK_DIM)
     mask_dim = offs_dim < DIM
     hop = CHAIN
@@ -235,7 +236,7 @@ def composition(sizes: tuple[int, ...], dtype: torch.dtype) -> tuple[int, tuple[
     rows, _, _ = _extents(sizes, known["BLOCK_DIM"])
     blocks = (known["BLOCK_ROWS"], known["BLOCK_K"], known["BLOCK_DIM"])
     extents = (rows, chain_numel(sizes), known["DIM"])
-    hops = (sizes, *extents, known["ACC"], known["PRECISION"], *blocks)
+    hops = (sizes, *extents, known["PRECISION"], *blocks)
     return launch.cdiv(sizes[-1], known["BLOCK_DIM"]), hops
 
 
