@@ -30,7 +30,7 @@ from ..ops.layout import Layout
 from . import launch
 from .compose import compose_columns, composition
 
-__all__ = ["Groups", "assertions", "find_rows", "group_by_level"]
+__all__ = ["Groups", "assertions", "find_rows", "group_by_level", "page_levels"]
 
 
 @triton.jit
@@ -39,7 +39,8 @@ def find_rows(ids_ptr, row_start_ptr, offs_row, n_ids, n_rows, MANY: tl.constexp
 
     An id out of range fails a device assertion where the launch says ``debug``; without, it is one
     that has no row. MANY: several ids a thread, whose loads are clamped and not masked: of masks,
-    ptxas holds seven, and waits for a load before the next one. n_ids and n_rows are not 0.
+    ptxas holds seven, and waits for a load before the next one. There are ids, rows and page levels
+    (:func:`page_levels`) to read.
     """
     mask_row = offs_row < n_ids
     if MANY:
@@ -163,6 +164,12 @@ class Groups:
     level_begin: Tensor
 
 
+def page_levels(layout: Layout) -> Tensor:
+    """``layout.page_level``; of a table without pages, bytes that may be read in its place."""
+    level = layout.page_level
+    return level if level.numel() else layout.row_start.view(torch.int8)
+
+
 def assertions(ids: Tensor) -> dict[str, Any]:
     """Launch options under which a kernel refuses ids out of range: on a GPU.
 
@@ -205,7 +212,7 @@ def group_by_level(
         (config.programs + programs,),
         ids,
         layout.row_start,
-        layout.page_level,
+        page_levels(layout),
         found,
         counts,
         chain,
@@ -223,7 +230,7 @@ def group_by_level(
         _group_place_kernel,
         (config.programs,),
         found,
-        layout.page_level,
+        page_levels(layout),
         counts,
         order,
         start,

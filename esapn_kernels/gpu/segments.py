@@ -29,7 +29,7 @@ from torch import Tensor
 from ..ops.backend import launch_kernel, tl, triton
 from ..ops.layout import Layout
 from . import launch
-from .group import find_rows
+from .group import find_rows, page_levels
 
 __all__ = [
     "Runs",
@@ -492,7 +492,7 @@ def find_runs(ids: Tensor, layout: Layout, *, capacity: int, tick: Tick | None =
     run_first = ids.new_empty(runs, dtype=torch.int32)
     level_begin = ids.new_empty(n_levels + 1, dtype=torch.int32)
     found = (run_begin, run_start, run_first, level_begin)
-    where = (ids, layout.row_start, layout.page_level, key)
+    where = (ids, layout.row_start, page_levels(layout), key)
     clock = tick or (layout.row_start, layout.row_start)
     counts = (n_ids, layout.num_rows, layout.page_shift)
     flags = {**constants, "TICK": tick is not None}

@@ -39,7 +39,6 @@ from torch import Tensor
 
 from ..cpu import compose as cpu
 from ..gpu.compose import launch_compose, launch_compose_bwd
-from .backend import is_capturing
 from .chain import compute_dtype, operand_offsets
 
 __all__ = ["ComposedCache", "compose", "compose_bwd"]
@@ -125,38 +124,25 @@ def compose_bwd(
 
 
 class ComposedCache:
-    """:func:`compose` of the chain last seen, kept where a look at the chain is cheap.
+    """:func:`compose` of the chain last seen, kept where a look at the chain is cheap: on a CPU.
 
-    On a CPU the chain's numbers are compared, which takes far less than to compose them (see
+    The chain's numbers are compared, which takes far less than to compose them (see
     ``bench/overhead.py``): its version counter would miss what is written through ``chain.data``.
-    A GPU's numbers are not read. There the hops are kept that do not train, which averages and
-    optimizers leave alone: ``requires_grad`` is off, and the tensor, its version counter and the
-    stream are those of the last call. A CUDA graph composes them itself.
-
     A copy of the cache is empty.
     """
 
     def __init__(self) -> None:
-        self._seen: object = None
+        self._seen: bytes | None = None
         self._composed: Tensor | None = None
-        # No other tensor takes its address meanwhile.
-        self._chain: Tensor | None = None
 
-    def __call__(self, chain: Tensor, sizes: Sequence[int], backend: str) -> Tensor:
-        """``compose(chain, sizes)``, not to be written to; in plain eager code."""
-        seen: object
-        if backend == "torch" and chain.device.type == "cpu":
-            seen = ctypes.string_at(ctypes.c_void_p(chain.data_ptr()), chain.nbytes)
-        elif chain.requires_grad or chain.is_inference() or is_capturing(chain):
-            return compose(chain, sizes, backend=backend)
-        else:
-            stream = torch.cuda.current_stream(chain.device) if chain.is_cuda else None
-            seen = chain.data_ptr(), chain._version, chain.device, chain.dtype, stream, backend
-        if self._composed is None or self._seen != seen:
+    def __call__(self, chain: Tensor, sizes: Sequence[int]) -> Tensor:
+        """``compose(chain, sizes)``, not to be written to; chain on a CPU, in plain eager code."""
+        address, length = ctypes.c_void_p(chain.data_ptr()), chain.nbytes
+        if self._composed is None or self._seen != ctypes.string_at(address, length):
             # What inference mode made could not be saved for a backward outside of it.
             with torch.inference_mode(False):
-                self._composed = compose(chain, sizes, backend=backend)
-            self._seen, self._chain = seen, chain.detach()
+                self._composed = compose(chain, sizes)
+            self._seen = ctypes.string_at(address, length)
         return self._composed
 
     def __reduce__(self) -> tuple[type[ComposedCache], tuple[()]]:

@@ -486,7 +486,7 @@ def lookup(
         out: contiguous memory for the output, where no gradient is recorded.
         begin_step: a fused optimizer's step (see ``optim``). Called in backward, which then steps
             the rows in place; ``storage`` has no gradient.
-        cache: keeps the composed hops between calls, where they can be compared or do not train.
+        cache: keeps the composed hops between calls on a CPU.
 
     Returns:
         ``[*ids.shape, D]`` in ``out_dtype``, accumulated in fp32 (fp64 for fp64 rows).
@@ -529,12 +529,12 @@ def lookup(
     flat = ids if ids.dim() == 1 else ids.reshape(-1)
     eager = is_eager()
     hops = None
-    if eager and backend == "triton" and chain.requires_grad and _groups(flat, storage, layout):
+    if eager and backend == "triton" and _groups(flat, storage, layout):
         # The launch that counts the levels of the ids composes the hops as well.
         hops = chain.detach().contiguous()
         composed = empty_composed(hops, layout.sizes)
-    elif cache is not None and eager and not storage.is_meta:
-        composed = cache(chain, layout.sizes, backend)
+    elif cache is not None and eager and backend == "torch" and device.type == "cpu":
+        composed = cache(chain, layout.sizes)
     else:
         # torch.func hands over tensors that no kernel can read.
         readable = eager or torch.compiler.is_compiling()

@@ -211,19 +211,25 @@ class Arena(Locations):
             if not is_exact and free.owner is None:
                 free.owner = free.new_owner(self.num_rows)
             owner = free.owner
-        self._count_move(by_kernel=not is_exact)
         layout = Layout(self.row_start, self.page_level, self.sizes, self.page)
-        return free.at(layout) if is_exact else free.at(layout, owner, self.moves)
-
-    def _count_move(self, *, by_kernel: bool = False) -> None:
+        if is_exact:
+            self._count_move()
+            return free.at(layout)
+        # The kernels count, and ``_end`` does: should one fail, what they wrote is looked at.
         self._digest = None
-        if not by_kernel:
-            self.moves.add_(1)
+        torch.autograd.graph.increment_version(self.moves)
+        return free.at(layout, owner, self.moves)
+
+    def _count_move(self) -> None:
+        self._digest = None
+        self.moves.add_(1)
         if self._counted is not None:
             self._counted += 1
 
-    def _end(self) -> None:
-        """Request a copy of the counters, where the host does not read them anyway."""
+    def _end(self, places: Places) -> None:
+        """Count what kernels counted; request the counters, where the host does not read them."""
+        if places.moves is not None and self._counted is not None:
+            self._counted += 1
         self._remember()
         free = self._free_lists()
         if not host_reads(free.count) and not is_capturing(self.storage):
@@ -314,7 +320,7 @@ class Arena(Locations):
         operands = ids, mask, self.storage.detach(), chain.detach(), places
         states = self.followers.fresh()
         moved = resize.promote(*operands, *states, backend=backend, movers=movers)
-        self._end()
+        self._end(places)
         if before is not None:
             self.followers.carry(*before, moved, places.row_size)
         return moved
@@ -349,7 +355,7 @@ class Arena(Locations):
         places = self._begin(ids.numel(), exact=exact)
         operands = ids, level, self.storage.detach(), places
         moved = resize.insert(*operands, *self.followers.fresh(), backend=backend)
-        self._end()
+        self._end(places)
         return moved
 
     @unrecorded
@@ -378,7 +384,7 @@ class Arena(Locations):
             exact = [0] * len(given), given
         places = self._begin(ids.numel(), takes=False, exact=exact)
         moved = resize.free(ids, self.storage.detach(), places, backend=backend)
-        self._end()
+        self._end(places)
         return moved
 
     def _grow(self, pages: int, *, at_once: bool = False) -> None:

@@ -458,8 +458,13 @@ class Locations(nn.Module, Rows):
         sizes, pages = saved["row_size"], saved["page_level"].numel() - 1
         readable = not on_meta and sizes.dtype == torch.int64
         numel = saved["storage"].numel()
-        if readable and sizes.tolist() != list(self.sizes) or numel != pages * self.page:
+        if readable and sizes.tolist() != list(self.sizes):
             return [f"{name} was saved with other sizes than {list(self.sizes)}."]
+        if numel != pages * self.page:
+            return [
+                f"{name} was saved with {numel} elements in {pages} pages, which are {self.page} "
+                "elements long here: load it where it was saved, and save to_embedding()."
+            ]
         if self.max_elements is not None and numel > self.max_elements:
             return [
                 f"{name} was saved with {numel} elements, max_elements={self.max_elements} "

@@ -14,15 +14,10 @@ from esapn_kernels.ops.backend import TRITON_ERROR
 from tests.bench.small import BENCH
 
 FORWARD = ["_compose_kernel", "_lookup_fwd_kernel"]
-# 300 ids hold one stretch of 256 positions, which may lie inside a run.
 BACKWARD = [
-    "_key_kernel",
-    "_run_count_kernel",
-    "_run_begin_kernel",
-    "_hot_kernel",
+    "_few_runs_kernel",
     "_sums_kernel",
     "_chain_kernel",
-    "_chain_sum_kernel",
     "_rows_kernel",
     "_compose_bwd_kernel",
 ]

@@ -240,12 +240,12 @@ def test_a_kernel_from_end_to_end(tmp_path):
     assert result["provenance"]["triton"] in done.stdout.splitlines()[0]
     assert result["devices"]["90"]["multiprocessors"] == 132
     assert (row["kernel"], row["sm"]) == ("run_count", 90)
-    # 1,024 positions a block of 128 threads, and one position more than ids.
-    assert row["programs"] == 1025 and row["threads"] == 128
+    # 1,024 positions a block of 256 threads, and one position more than ids.
+    assert row["programs"] == 1025 and row["threads"] == 256
     assert row["spilled_bytes"] == 0 and 8 <= row["registers"] <= 64
-    # Eight positions a thread, each key and the one before it; a count a block.
-    assert row["loads_by_bits"] == {"32": 16} and row["stores_by_bits"] == {"32": 1}
-    assert row["passes"][0]["loaded_bytes"] == 16 * 4 * 128
+    # Four positions a thread, each key and the one before it; a count a block.
+    assert row["loads_by_bits"] == {"32": 8} and row["stores_by_bits"] == {"32": 1}
+    assert row["passes"][0]["loaded_bytes"] == 8 * 4 * 256
     assert done.stdout.endswith("\n".join(static.lines([row])) + "\n")
 
 

@@ -5,6 +5,7 @@ import os
 
 import numpy as np
 import pytest
+import torch
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("compiled kernels need no interpreter", allow_module_level=True)
@@ -94,3 +95,19 @@ def test_shapes_are_still_checked():
 def test_numbers_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="exceeds"):
         interpreter.TensorHandle(np.zeros(1, dtype=np.int64), tl.int32)
+
+
+@triton.jit
+def sort_kernel(x_ptr, quick_ptr, network_ptr, network: tl.constexpr, N: tl.constexpr):
+    offs = tl.arange(0, N)
+    keys = tl.load(x_ptr + offs)
+    tl.store(quick_ptr + offs, tl.sort(keys))
+    tl.store(network_ptr + offs, network(keys))
+
+
+def test_keys_are_sorted_as_by_the_network():
+    keys = torch.randint(-(2**62), 2**62, (64,))
+    quick, network = torch.empty_like(keys), torch.empty_like(keys)
+    sort_kernel[(1,)](keys, quick, network, tl.sort.network, 64)
+    assert tl.sort.network is not tl.sort
+    assert torch.equal(quick, network) and torch.equal(quick, keys.sort()[0])
