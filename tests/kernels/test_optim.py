@@ -11,8 +11,8 @@ import torch
 from esapn_kernels import ResizableEmbedding, optim
 from esapn_kernels.reference import promote_reference, split_chain, update_reference
 from esapn_kernels.testing import row_elements
+from tests.kernels.layouts import ODD as SIZES
 
-SIZES = (2, 3, 5)
 BETAS, EPS = (0.8, 0.95), 1e-3
 KINDS = {
     "sgd": (optim.SGD, {"lr": 0.1}),
