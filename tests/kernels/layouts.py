@@ -14,6 +14,8 @@ ODD = (1, 3, 5, 33)
 """Rows that start anywhere."""
 SMALL = (2, 3, 8)
 """Where sizes do not matter."""
+TINY = (1, 2, 3)
+"""Where they do not and numbers are fp64."""
 
 # One below, at and one above whole blocks of 16, 32, 64 and 128, each between others too: the bias
 # row behind a size that fills its blocks falls into a block of its own.
@@ -25,7 +27,7 @@ LAYOUTS = [
     *((sizes, dtype) for sizes in (PAPER, ODD) for dtype in DTYPES),
     *(((127, 130), dtype) for dtype in (torch.float32, torch.float64)),
     ((2, 512), torch.float32),
-    ((1, 2, 3), torch.float64),
+    (TINY, torch.float64),
 ]
 """Sizes and dtypes. Kernels tile 16-bit rows as fp32, and fp64 otherwise."""
 

@@ -10,7 +10,7 @@ import torch
 from esapn_kernels import ResizableEmbedding
 from esapn_kernels.reference import promote_reference, split_chain
 from esapn_kernels.testing import row_elements
-from tests.kernels.layouts import ODD as SIZES
+from tests.kernels.layouts import TINY as SIZES
 
 N_ROWS = 9000  # several pages of each size: promotions make the arena grow
 CASES = {

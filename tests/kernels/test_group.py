@@ -18,6 +18,7 @@ from esapn_kernels.reference import lookup_reference
 from esapn_kernels.testing import assert_matches, make_case, poison_unused
 from tests.kernels.layouts import FILLED, LAYOUTS, ODD, PAPER, SMALL, name, tiled
 
+OTHERS = [((7,), torch.float32), ((3,), torch.float64), ((9, 24, 40), torch.float32)]
 # Of the paper's sizes: the first and the last, one, the last, all but the last.
 MIXES = [(1, 0, 0, 0, 0, 1), (0, 1, 0, 0, 0, 0), (0, 0, 0, 0, 0, 1), (3, 1, 1, 2, 1, 0)]
 LAUNCHERS = {"small": lookup_file.launch_small, "grouped": lookup_file.launch_grouped}
@@ -141,7 +142,7 @@ def test_groups_stay_inside_their_memory(n_ids, device, monkeypatch):
 
 @pytest.mark.parametrize(
     "sizes, dtype, run",
-    launched([*LAYOUTS, *tiled([(7,)]), ((9, 24, 40), torch.float32)]),
+    launched([*LAYOUTS, *OTHERS]),
     indirect=["run"],
     ids=name,
 )

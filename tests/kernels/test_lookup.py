@@ -16,9 +16,9 @@ from esapn_kernels.testing import (
     poison_unused,
     row_elements,
 )
-from tests.kernels.layouts import FILLED, LAYOUTS, ODD, PAPER, SMALL, compared, name, tiled
+from tests.kernels.layouts import FILLED, LAYOUTS, ODD, PAPER, SMALL, TINY, compared, name, tiled
 
-KERNELS = [*LAYOUTS, ((1,), torch.float32), *tiled([(7,)])]
+KERNELS = [*LAYOUTS, ((1,), torch.float32), ((7,), torch.float32), ((3,), torch.float64)]
 PARTS = ("output", "storage gradient", "chain gradient")
 
 
@@ -229,7 +229,7 @@ def test_outputs_stay_inside_their_memory(device, monkeypatch):
         assert buffer[:64].isnan().all() and buffer[-64:].isnan().all()
 
 
-@pytest.mark.parametrize("sizes", [(1, 2, 3), (2, 5), (7,)], ids=name)
+@pytest.mark.parametrize("sizes", [TINY, (2, 5), (3,)], ids=name)
 def test_gradcheck(sizes, backend, device):
     case = make_case(sizes, 6, 0, torch.float64, device)
     case = with_ids(case, [0, 1, 2, 3, 4, 5, 2, 2])
@@ -272,7 +272,7 @@ def test_compile(backend, device):
 
 def test_second_derivatives(backend, device):
     """A gradient's gradient, by the definition that autograd differentiates itself."""
-    case = make_case((1, 2, 3), 9, 6, torch.float64, device=device)
+    case = make_case(TINY, 9, 6, torch.float64, device=device)
     found = []
     for one in (backend, "reference"):
         storage, chain = case.leaves()

@@ -11,7 +11,7 @@ import torch
 from esapn_kernels import ResizableEmbedding, optim
 from esapn_kernels.reference import promote_reference, split_chain, update_reference
 from esapn_kernels.testing import row_elements
-from tests.kernels.layouts import ODD as SIZES
+from tests.kernels.layouts import TINY as SIZES
 
 BETAS, EPS = (0.8, 0.95), 1e-3
 KINDS = {

@@ -13,7 +13,7 @@ from esapn_kernels.reference import lookup_reference, promote_reference
 from esapn_kernels.storage import locations
 from esapn_kernels.storage.arena import Arena
 from esapn_kernels.testing import assert_matches, make_case, row_elements
-from tests.kernels.layouts import LAYOUTS, ODD, SMALL, compared, name, tiled
+from tests.kernels.layouts import LAYOUTS, ODD, SMALL, TINY, compared, name, tiled
 
 
 def definition(module, ids, dtype):
@@ -418,7 +418,7 @@ def test_ids_behind_the_last_take_no_part(n_ids, small_steps, nan_empty):
 
 @pytest.mark.parametrize("n_rows", [5, 16])
 def test_ids_that_do_not_exist_get_no_row(n_rows):
-    arena = Arena(n_rows, SMALL, level=torch.full((n_rows,), -1))
+    arena = Arena(n_rows, ODD, level=torch.full((n_rows,), -1))
     ids = torch.tensor([-1, n_rows, 0, n_rows - 1, n_rows + 1])
     exists = [False, False, True, True, False]
     assert arena.insert(ids, 0, backend="triton").tolist() == exists
@@ -491,7 +491,7 @@ def test_state_of_moved_rows_is_fresh(optimizers, backend, launches, device):
 
 def test_three_launches_for_ten_thousand_ids(launches, wide_tiles, device):
     """10,240 ids with Adam's moments and a gradient."""
-    module = ResizableEmbedding(10_240, sizes=(2, 4), backend="torch", device=device)
+    module = ResizableEmbedding(10_240, sizes=SMALL, backend="torch", device=device)
     optimizer = torch.optim.Adam(module.parameters())
     every = torch.arange(10_240, device=device)
     module(every).sum().backward()
@@ -511,7 +511,7 @@ def test_three_launches_for_ten_thousand_ids(launches, wide_tiles, device):
 def test_fresh_values_are_exact_in_fp64(backend, device):
     """A fresh value that fp32 does not hold."""
     options = {"dtype": torch.float64, "backend": backend, "device": device}
-    module, ids = ResizableEmbedding(10, sizes=(2, 4), **options), torch.arange(10, device=device)
+    module, ids = ResizableEmbedding(10, sizes=TINY, **options), torch.arange(10, device=device)
     optimizer = torch.optim.Adagrad(module.parameters(), initial_accumulator_value=0.1)
     module(ids).sum().backward()
     optimizer.step()
