@@ -168,7 +168,7 @@ def guarded(tensor, margin=64):
 def test_kernels_ignore_ids_out_of_range(dtype, device, nan_empty, monkeypatch):
     # On a GPU an assertion would end the process first.
     monkeypatch.setattr(lookup_file, "assertions", lambda ids: {})
-    case = make_case(SMALL, 12, 0, dtype, device)
+    case = make_case(ODD, 12, 0, dtype, device)
     ids = torch.tensor([-1, 12, 3, -(2**40), 2**40, 5, 13, 3], device=device)
     valid = (ids >= 0) & (ids < 12)
     case = with_ids(case, ids)
@@ -194,7 +194,7 @@ def test_kernels_give_zero_for_ids_without_a_row(device, nan_empty):
     case = with_ids(case, [2, 3])
     out, grad_storage, _ = case.run("triton")
     assert not out[0].any() and out[1].any()
-    alone = type(case)(case.module, case.ids[1:], case.grad_out[1:])
+    alone = type(case)(case.module, case.ids[1:].clone(), case.grad_out[1:].clone())
     assert torch.equal(grad_storage, alone.run("triton")[1])
 
 

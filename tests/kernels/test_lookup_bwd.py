@@ -332,7 +332,7 @@ def test_strided_ids_and_gradients(device):
 
 
 def test_bf16_output_of_fp32_rows(backend, device):
-    case = make_case(SMALL, 30, 40, device=device)
+    case = make_case(PAPER, 30, 40, device=device)
     storage, chain = case.leaves()
     options = Options(out_dtype=torch.bfloat16)
     out = lookup(case.ids, storage, chain, case.layout, options, backend=backend)

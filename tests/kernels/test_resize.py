@@ -400,11 +400,12 @@ def test_insert_and_free_round_trip(level, small_steps, device, nan_empty):
 
 
 @pytest.mark.parametrize("n_ids", [15, 16, 17, 64, 65, 256, 257])
-def test_ids_behind_the_last_take_no_part(n_ids, small_steps, nan_empty):
+def test_ids_behind_the_last_take_no_part(n_ids, small_steps, device, nan_empty):
     """So many ids of a longer tensor, at whole blocks and one beside them."""
-    module = make_case(ODD, n_ids + 8, 0, backend="triton", mix=(1, 1, 1, 0)).module
+    module = make_case(ODD, n_ids + 8, 0, device=device, backend="triton", mix=(1, 1, 1, 0)).module
     arena, before = module.arena, module.sizes_of()
-    ids, mask = torch.randperm(n_ids + 8), torch.ones(n_ids + 8, dtype=torch.bool)
+    ids = torch.randperm(n_ids + 8, device=device)
+    mask = torch.ones_like(ids, dtype=torch.bool)
     assert module.promote(ids[:n_ids], mask[:n_ids]).all()
     consistent(arena)
     behind = ids[n_ids:]
@@ -417,9 +418,9 @@ def test_ids_behind_the_last_take_no_part(n_ids, small_steps, nan_empty):
 
 
 @pytest.mark.parametrize("n_rows", [5, 16])
-def test_ids_that_do_not_exist_get_no_row(n_rows):
-    arena = Arena(n_rows, ODD, level=torch.full((n_rows,), -1))
-    ids = torch.tensor([-1, n_rows, 0, n_rows - 1, n_rows + 1])
+def test_ids_that_do_not_exist_get_no_row(n_rows, device):
+    arena = Arena(n_rows, ODD, level=torch.full((n_rows,), -1), device=device)
+    ids = torch.tensor([-1, n_rows, 0, n_rows - 1, n_rows + 1], device=device)
     exists = [False, False, True, True, False]
     assert arena.insert(ids, 0, backend="triton").tolist() == exists
     consistent(arena)
@@ -429,12 +430,12 @@ def test_ids_that_do_not_exist_get_no_row(n_rows):
 
 
 @pytest.mark.parametrize("beside", [-1, 0, 1])
-def test_pages_that_are_full(beside, wide_tiles):
+def test_pages_that_are_full(beside, wide_tiles, device):
     """As many rows as a page holds, two pages, and what is left: no row is lost."""
     sizes = (64, 96)
     per = Arena(1, sizes).rows_per_page[1]
-    arena = Arena(4 * per, sizes, level=torch.full((4 * per,), -1))
-    ids, used = torch.arange(4 * per), 0
+    arena = Arena(4 * per, sizes, level=torch.full((4 * per,), -1), device=device)
+    ids, used = torch.arange(4 * per, device=device), 0
     for count in (per + beside, 2 * per, per - beside):
         assert arena.insert(ids[used : used + count], 1, backend="triton").all()
         used += count
