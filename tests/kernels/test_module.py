@@ -321,16 +321,17 @@ def test_loading_keeps_the_parameters_that_an_optimizer_holds():
 
 @pytest.mark.parametrize("n_rows", [0, 1])
 def test_tiny_tables(n_rows, backend, device):
-    module = ResizableEmbedding(n_rows, sizes=(2, 4), backend=backend, device=device)
+    module = ResizableEmbedding(n_rows, sizes=SMALL, backend=backend, device=device)
     ids = torch.arange(n_rows, device=device)
     module(ids).sum().backward()
     module.promote(ids)
+    module.promote(ids)
     module.compact()
-    assert module(ids).shape == (n_rows, 4)
-    assert module.to_embedding().weight.shape == (n_rows, 4)
+    assert module(ids).shape == (n_rows, 8)
+    assert module.to_embedding().weight.shape == (n_rows, 8)
     report = module.memory_report()
-    assert report.rows_per_size == {2: 0, 4: n_rows} and report.payload == 16 * n_rows
-    assert report.ratio == (report.serving / 16 if n_rows else 0.0)
+    assert report.rows_per_size == {2: 0, 3: 0, 8: n_rows} and report.payload == 32 * n_rows
+    assert report.ratio == (report.serving / 32 if n_rows else 0.0)
 
 
 def test_ids_without_a_row_are_reported():
