@@ -20,12 +20,9 @@ from esapn_kernels.storage import arena as arena_file
 from esapn_kernels.storage import locations
 from esapn_kernels.storage.arena import Arena
 from esapn_kernels.storage.ledger import Snapshot
+from tests.kernels.layouts import ODD, PAPER, SMALL, TINY, name
 
-SIZES = [(1, 3, 5, 33), (2, 4, 8), (7,), (5, 6), (2, 64), (1, 2, 3), (2, 4, 8, 16, 64, 128)]
-
-
-def name(sizes):
-    return "-".join(map(str, sizes))
+SIZES = [ODD, (2, 4, 8), (7,), (5, 6), (2, 64), TINY, PAPER]
 
 
 def pages_of(arena):
@@ -455,12 +452,12 @@ def test_growth_without_looking(on_a_device, device):
     """Every row finds room whenever the counters arrive; how much is kept in reserve depends."""
     chance = random.Random(1)
     capacity = {}
-    for name, arrives in (
+    for when, arrives in (
         ("at once", lambda: True),
         ("at times", lambda: chance.random() < 0.2),
         ("never", lambda: False),
     ):
-        capacity[name] = promote_all(arrives, device).storage.numel()
+        capacity[when] = promote_all(arrives, device).storage.numel()
     # Rows of the three sizes before are never reclaimed here; a batch or two lie in reserve.
     assert capacity["at once"] <= 300 * (2 + 3 + 5 + 16) * 1.5 + 32 * (2 * 20 + 12)
     assert max(capacity["at once"], capacity["at times"]) <= capacity["never"]
@@ -478,7 +475,7 @@ def test_rows_do_not_depend_on_when_counters_arrive(on_a_device, device):
 @pytest.mark.parametrize("captured", [True, False], ids=["captured", "before"])
 def test_reserved_room_does(captured, on_a_device, device, monkeypatch):
     """As many rows as were reserved move without growth, in calls of any size."""
-    sizes = (2, 3, 17)
+    sizes = SMALL
     arena = with_page(36, 200, sizes, device=device)
     chain = torch.randn(chain_numel(sizes), device=device)
     arena.reserve(300)
@@ -523,8 +520,8 @@ def test_nothing_grows_while_captured_nor_after(on_a_device, device):
 
 
 def test_free_places_are_found_before_a_capture(device):
-    arena = Arena(10, (2, 4), device=device)
-    chain, ids = torch.zeros(chain_numel((2, 4)), device=device), torch.arange(3, device=device)
+    arena = Arena(10, (2, 8), device=device)
+    chain, ids = torch.zeros(chain_numel((2, 8)), device=device), torch.arange(3, device=device)
     capturing = mock.patch.object(arena_file, "is_capturing", return_value=True)
     with capturing, pytest.raises(RuntimeError, match="call reserve before capturing"):
         arena.promote(ids, chain, backend="triton")
@@ -612,7 +609,7 @@ def test_growth_keeps_what_the_stacks_hold(on_a_device, device):
 
 
 def test_misuse_on_a_device_is_passed_over(device):
-    arena = Arena(6, (2, 4), level=torch.tensor([0, 1, 0, -1, -1, -1]), device=device)
+    arena = Arena(6, (2, 8), level=torch.tensor([0, 1, 0, -1, -1, -1]), device=device)
     ids = torch.tensor([3, 0, 3, 9, -1, 4], device=device)
     given = arena.insert(ids, 1, backend="triton")
     assert given.tolist() == [True, False, True, False, False, True]
@@ -625,8 +622,8 @@ def test_misuse_on_a_device_is_passed_over(device):
 
 
 def test_a_copy_has_its_own_scratch(device):
-    arena = Arena(20, (2, 4), device=device)
-    chain, ids = torch.randn(chain_numel((2, 4)), device=device), torch.arange(8, device=device)
+    arena = Arena(20, (2, 8), device=device)
+    chain, ids = torch.randn(chain_numel((2, 8)), device=device), torch.arange(8, device=device)
     arena.promote(ids[:3], chain, backend="triton")
     assert arena._free.owner.numel() == 20 and arena.bytes().scratch == scratch_bytes(arena)
     for other in (copy.deepcopy(arena), pickle.loads(pickle.dumps(arena))):

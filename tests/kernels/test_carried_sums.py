@@ -10,8 +10,8 @@ import torch
 from esapn_kernels import ResizableEmbedding, optim
 from esapn_kernels.reference import split_chain
 from esapn_kernels.storage import followers as followers_file
+from tests.kernels.layouts import SMALL as SIZES
 
-SIZES = (2, 4, 5)
 LR = 0.1
 
 

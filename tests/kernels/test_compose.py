@@ -11,18 +11,15 @@ from esapn_kernels.ops.chain import chain_numel, compute_dtype, operand_offsets
 from esapn_kernels.ops.compose import compose, compose_bwd
 from esapn_kernels.reference import lookup_reference, split_chain
 from esapn_kernels.testing import assert_matches, make_case
+from tests.kernels.layouts import LAYOUTS, PAPER, SMALL, compared, name, tiled
 
-PAPER = (2, 4, 8, 16, 64, 128)
-SIZES = [PAPER, (1, 3, 5, 33), (127, 130), (511, 512), (7, 128, 512), (1, 2, 3), (1, 1, 1), (4, 5)]
-# Sizes one below, at and one above whole blocks of 16, 32, 64 and 128, and multiples of them: where
-# a size fills its blocks, the bias row behind it falls into a block of its own.
-FILLED = [(15, 16, 17, 33), (16, 32, 64, 128), (31, 32, 33), (32, 64, 96)]
-FILLED += [(63, 64, 65), (64, 65, 66)]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-
-
-def name(value):
-    return "-".join(map(str, value)) if isinstance(value, tuple) else str(value).split(".")[-1]
+KERNELS = [
+    *LAYOUTS,
+    *tiled([(511, 512)]),
+    ((7, 128, 512), torch.float32),
+    ((1, 1, 1), torch.float32),
+    ((4, 5), torch.float64),
+]
 
 
 def random_chain(sizes, dtype, device):
@@ -67,20 +64,12 @@ def check(sizes, dtype, backend, device):
     assert torch.equal(composed[-sizes[-2] - 1 :].reshape(-1), chain[-last:].to(accumulated))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=name)
-@pytest.mark.parametrize("sizes", SIZES, ids=name)
+@pytest.mark.parametrize("sizes, dtype, backend", compared(KERNELS), indirect=["backend"], ids=name)
 def test_against_the_definition(sizes, dtype, backend, device, nan_empty):
     check(sizes, dtype, backend, device)
 
 
-@pytest.mark.parametrize(
-    "sizes, dtype",
-    [
-        *((sizes, dtype) for dtype in (torch.float32, torch.float64) for sizes in FILLED),
-        ((128, 129, 130), torch.float32),
-    ],
-    ids=name,
-)
+@pytest.mark.parametrize("sizes, dtype", tiled(), ids=name)
 def test_sizes_that_fill_a_block(sizes, dtype, backend, device, nan_empty):
     check(sizes, dtype, backend, device)
 
@@ -96,10 +85,10 @@ def test_gradient_is_the_same_every_time(backend, device):
 
 
 def test_no_gradient_is_recorded(backend, device):
-    chain = random_chain((2, 3, 8), torch.float32, device).requires_grad_()
-    composed = compose(chain, (2, 3, 8), backend=backend)
+    chain = random_chain(SMALL, torch.float32, device).requires_grad_()
+    composed = compose(chain, SMALL, backend=backend)
     assert not composed.requires_grad
-    grad = compose_bwd(torch.ones_like(composed), chain, composed, (2, 3, 8), backend=backend)
+    grad = compose_bwd(torch.ones_like(composed), chain, composed, SMALL, backend=backend)
     assert not grad.requires_grad
 
 
@@ -112,11 +101,11 @@ def test_one_size_has_no_hops(backend, device):
 
 
 def test_a_chain_that_is_not_contiguous(backend, device):
-    both = random_chain((2, 3, 8), torch.float32, device).repeat_interleave(2)
+    both = random_chain(SMALL, torch.float32, device).repeat_interleave(2)
     every_second = both[::2]
     assert not every_second.is_contiguous()
-    expected = compose(every_second.clone(), (2, 3, 8), backend=backend)
-    assert torch.equal(compose(every_second, (2, 3, 8), backend=backend), expected)
+    expected = compose(every_second.clone(), SMALL, backend=backend)
+    assert torch.equal(compose(every_second, SMALL, backend=backend), expected)
 
 
 def test_one_launch_each(device, monkeypatch):
@@ -147,7 +136,7 @@ def test_counts_of_the_paper_sizes():
 
 @pytest.mark.skipif(TRITON_ERROR is not None, reason=str(TRITON_ERROR))
 def test_opcheck(device):
-    sizes = (2, 3, 8)
+    sizes = SMALL
     chain = random_chain(sizes, torch.float32, device)
     composed = compose(chain, sizes)
     torch.library.opcheck(torch.ops.esapn_kernels.compose.default, (chain, sizes))
@@ -159,7 +148,7 @@ def test_opcheck(device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name)
 def test_averages_of_hops_that_do_not_train_are_seen(dtype, device):
     """A mean teacher: its copy needs no gradient and is written to behind version counters."""
-    case = make_case((2, 3, 8), 9, 20, dtype, device, backend="triton")
+    case = make_case(SMALL, 9, 20, dtype, device, backend="triton")
     teacher = copy.deepcopy(case.module).requires_grad_(False)
     for _ in range(3):
         with torch.no_grad():

@@ -10,8 +10,8 @@ import torch
 from esapn_kernels import ResizableEmbedding
 from esapn_kernels.reference import promote_reference, split_chain
 from esapn_kernels.testing import row_elements
+from tests.kernels.layouts import TINY as SIZES
 
-SIZES = (2, 3, 5)
 N_ROWS = 9000  # several pages of each size: promotions make the arena grow
 CASES = {
     "adam": (torch.optim.Adam, {"lr": 0.05}),

@@ -20,18 +20,22 @@ from esapn_kernels.ops.compose import compose
 from esapn_kernels.ops.layout import Layout
 from esapn_kernels.reference import lookup_reference
 from esapn_kernels.testing import assert_matches, make_case, poison_unused
+from tests.kernels.layouts import FILLED, LAYOUTS, ODD, PAPER, SMALL, name, tiled
 
-PAPER = (2, 4, 8, 16, 64, 128)
-SIZES = [PAPER, (1, 3, 5, 33), (7,), (127, 130), (2, 512), (1, 2, 3), (9, 24, 40)]
-# One below, at and one above whole blocks, and multiples of them: the bias row behind a size that
-# fills its blocks falls into a block of its own.
-FILLED = [(15, 16, 17, 33), (16, 32, 64, 128), (31, 32, 33), (63, 64, 65), (128, 144), (127, 128)]
-DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+OTHERS = [((7,), torch.float32), ((3,), torch.float64), ((9, 24, 40), torch.float32)]
+# Of the paper's sizes: the first and the last, one, the last, all but the last.
+MIXES = [(1, 0, 0, 0, 0, 1), (0, 1, 0, 0, 0, 0), (0, 0, 0, 0, 0, 1), (3, 1, 1, 2, 1, 0)]
 LAUNCHERS = {"small": lookup_file.launch_small, "grouped": lookup_file.launch_grouped}
 
 
-def name(value):
-    return "-".join(map(str, value)) if isinstance(value, tuple) else str(value).split(".")[-1]
+def launched(layouts):
+    """``(sizes, dtype, launcher)``; what is always grouped needs no other kernel."""
+    return [
+        (sizes, dtype, run)
+        for sizes, dtype in layouts
+        for run in LAUNCHERS
+        if run == "grouped" or not launch.groups_ids(1, sizes, dtype)
+    ]
 
 
 @pytest.fixture(params=LAUNCHERS)
@@ -74,8 +78,14 @@ def with_ids(case, ids):
     return type(case)(case.module, ids, case.grad_out)
 
 
-@pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=name)
-@pytest.mark.parametrize("n_levels", [1, 2, 6, 7, 20])
+@pytest.mark.parametrize(
+    "n_levels, index",
+    [
+        *((n_levels, torch.int32) for n_levels in (2, 6, 20)),
+        *((n_levels, torch.int64) for n_levels in (1, 6, 7)),
+    ],
+    ids=name,
+)
 @pytest.mark.parametrize("n_ids", [1, 511, 512, 1500])
 def test_groups_are_a_stable_sort_by_level(n_ids, n_levels, index, device, unasserted):
     n_rows, page = 200, 8
@@ -123,7 +133,7 @@ def test_groups_stay_inside_their_memory(n_ids, device, monkeypatch):
     def new_empty(tensor, size, **options):
         return allocated(size, **{"dtype": tensor.dtype, "device": tensor.device, **options})
 
-    case = make_case((2, 3, 8), 30, n_ids, device=device)
+    case = make_case(SMALL, 30, n_ids, device=device)
     layout = case.layout
     monkeypatch.setattr(torch, "empty", allocated)
     monkeypatch.setattr(torch, "empty_like", lambda tensor: new_empty(tensor, tensor.numel()))
@@ -134,11 +144,13 @@ def test_groups_stay_inside_their_memory(n_ids, device, monkeypatch):
         assert (buffer[:32] == -7).all() and (buffer[-32:] == -7).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=name)
-@pytest.mark.parametrize("sizes", SIZES, ids=name)
+@pytest.mark.parametrize(
+    "sizes, dtype, run",
+    launched([*LAYOUTS, *OTHERS]),
+    indirect=["run"],
+    ids=name,
+)
 def test_against_the_definition(sizes, dtype, run, device, nan_empty):
-    if device.type == "cuda" and not run.grouped and launch.groups_ids(1, sizes, dtype):
-        pytest.skip("such ids are always grouped: Triton does not compile the other kernel")
     case = make_case(sizes, 40, 100 if sizes[-1] <= 128 else 30, dtype, device)
     out = looked_up(case, run)
     assert_matches(out, reference(case, torch.float64), reference(case, dtype), name="output")
@@ -148,8 +160,7 @@ def test_against_the_definition(sizes, dtype, run, device, nan_empty):
     assert torch.equal(out[largest], torch.stack(rows))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name)
-@pytest.mark.parametrize("sizes", FILLED, ids=name)
+@pytest.mark.parametrize("sizes, dtype, run", launched(tiled()), indirect=["run"], ids=name)
 def test_sizes_that_fill_a_block(sizes, dtype, run, device, nan_empty):
     case = make_case(sizes, 20, 40, dtype, device)
     out = looked_up(case, run)
@@ -159,8 +170,8 @@ def test_sizes_that_fill_a_block(sizes, dtype, run, device, nan_empty):
 @pytest.mark.parametrize("n_ids", [15, 16, 17, 32, 33])
 def test_ids_that_fill_a_block(n_ids, run, device, nan_empty):
     """So many ids altogether, and so many of every level."""
-    for dtype in (torch.float32, torch.float64):
-        case = make_case((2, 3, 16, 17), 4 * n_ids, 0, dtype, device)
+    for dtype in (torch.float32, torch.float64) if run.grouped else (torch.float32,):
+        case = make_case(FILLED[0], 4 * n_ids, 0, dtype, device)
         order = torch.randperm(4 * n_ids, device=device)
         for ids in (order[:n_ids], order):
             part = with_ids(case, ids)
@@ -170,9 +181,9 @@ def test_ids_that_fill_a_block(n_ids, run, device, nan_empty):
 
 
 @pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=name)
-@pytest.mark.parametrize("mix", [(1, 0, 0, 1), (0, 1, 0, 0), (0, 0, 0, 1), (3, 1, 1, 0)], ids=str)
+@pytest.mark.parametrize("mix", MIXES, ids=str)
 def test_unused_levels_and_index_widths(mix, index, run, device, nan_empty):
-    case = make_case((2, 5, 16, 24), 30, 50, device=device, mix=mix)
+    case = make_case(PAPER, 30, 50, device=device, mix=mix)
     storage, chain = (t.detach() for t in case.leaves())
     composed = compose(chain, case.module.sizes)
     layout = replace(case.layout, row_start=case.layout.row_start.to(index))
@@ -184,7 +195,7 @@ def test_unused_levels_and_index_widths(mix, index, run, device, nan_empty):
 
 def test_more_tiles_than_programs(device, monkeypatch, nan_empty):
     """Programs go on across levels and miss no tile, whatever their number."""
-    case = make_case((2, 5, 16, 24), 60, 500, device=device, mix=(5, 1, 0, 3))
+    case = make_case(PAPER, 60, 500, device=device, mix=(5, 1, 0, 1, 0, 3))
     expected = looked_up(case, lookup_file.launch_fwd)
     for programs in (1, 2, 3, 7, 19, 64):
         choice = launch.GroupedConfig(16, 16, 32, 4, programs)
@@ -203,10 +214,10 @@ def test_output_of_another_dtype(out_dtype, run, device, nan_empty):
 
 
 def test_output_into_given_memory(device):
-    case = make_case((2, 5, 16), 20, 30, device=device)
+    case = make_case(SMALL, 20, 30, device=device)
     storage, chain = (t.detach() for t in case.leaves())
-    operands = (case.ids, storage, compose(chain, (2, 5, 16)), case.layout)
-    buffer = torch.full((32, 16), float("nan"), dtype=torch.float16, device=device)
+    operands = (case.ids, storage, compose(chain, SMALL), case.layout)
+    buffer = torch.full((32, 8), float("nan"), dtype=torch.float16, device=device)
     out = lookup_file.launch_fwd(*operands, out=buffer[1:-1])
     assert out.data_ptr() == buffer[1].data_ptr()
     assert buffer[0].isnan().all() and buffer[-1].isnan().all()
@@ -215,7 +226,7 @@ def test_output_into_given_memory(device):
 
 
 def test_ids_that_do_not_exist_give_zeros(run, device, nan_empty, unasserted):
-    case = make_case((2, 3, 8), 12, 0, device=device)
+    case = make_case(SMALL, 12, 0, device=device)
     case.module.arena.free(torch.tensor([4], device=device))
     ids = torch.tensor([-1, 12, 3, 4, -(2**40), 2**40, 5, 13, 3], device=device)
     exists = (ids >= 0) & (ids < 12) & (ids != 4)
@@ -225,7 +236,7 @@ def test_ids_that_do_not_exist_give_zeros(run, device, nan_empty, unasserted):
     assert out[exists].any(dim=1).all()
 
 
-@pytest.mark.parametrize("sizes", [PAPER, (1, 3, 5, 33), (127, 130)], ids=name)
+@pytest.mark.parametrize("sizes", [PAPER, ODD, (127, 130)], ids=name)
 def test_nothing_is_read_beside_the_rows(sizes, run, device, nan_empty):
     case = with_ids(make_case(sizes, 40, 0, device=device), torch.arange(0, 40, 3).repeat(2))
     expected = looked_up(case, run)
@@ -265,7 +276,7 @@ torch.cuda.synchronize()
 
 
 def test_ids_with_a_stride(device):
-    case = make_case((2, 5, 16), 20, 30, device=device)
+    case = make_case(SMALL, 20, 30, device=device)
     strided = case.ids.repeat_interleave(2)[::2]
     assert not strided.is_contiguous()
     expected = looked_up(case, lookup_file.launch_fwd)
@@ -280,7 +291,7 @@ def test_large_batches_group(backend, device, monkeypatch):
         calls.append(args)
         return LAUNCHERS["grouped"](*args)
 
-    case = make_case((2, 5, 16), 20, 50, device=device)
+    case = make_case(SMALL, 20, 50, device=device)
     expected = case.run(backend)
     monkeypatch.setattr(launch, "groups_ids", lambda *_: True)
     monkeypatch.setattr(lookup_file, "launch_grouped", grouped)
@@ -325,14 +336,14 @@ def test_hops_are_composed_by_the_launch_that_counts(sizes, dtype, device, nan_e
     found = group_by_level(case.ids, case.layout, (chain, composed))
     assert torch.equal(composed, launch_compose(chain, sizes))
     plain = group_by_level(case.ids, case.layout)
-    for name in ("order", "start", "level_begin"):
-        assert torch.equal(getattr(found, name), getattr(plain, name))
+    for part in ("order", "start", "level_begin"):
+        assert torch.equal(getattr(found, part), getattr(plain, part))
 
 
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("n_ids", [0, 40])
 def test_a_grouped_lookup_composes_in_no_launch_of_its_own(n_ids, train, device, monkeypatch):
-    case = make_case((2, 3, 8), 9, n_ids, torch.float64, device, backend="triton")
+    case = make_case(SMALL, 9, n_ids, torch.float64, device, backend="triton")
     names, launched = [], backend_file.launch_kernel
 
     def note(kernel, *args, **known):

@@ -16,17 +16,10 @@ from esapn_kernels.testing import (
     poison_unused,
     row_elements,
 )
+from tests.kernels.layouts import FILLED, LAYOUTS, ODD, PAPER, SMALL, TINY, compared, name, tiled
 
-PAPER = (2, 4, 8, 16, 64, 128)
-SIZES = [PAPER, (1, 3, 5, 33), (1,), (7,), (127, 130), (2, 512), (1, 2, 3)]
-# One below, at and one above whole blocks, and multiples of them.
-FILLED = [(15, 16, 17), (16, 32, 33), (31, 32), (32, 64), (63, 64)]
-DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+KERNELS = [*LAYOUTS, ((1,), torch.float32), ((7,), torch.float32), ((3,), torch.float64)]
 PARTS = ("output", "storage gradient", "chain gradient")
-
-
-def name(value):
-    return "-".join(map(str, value)) if isinstance(value, tuple) else str(value).split(".")[-1]
 
 
 def check(case, backend):
@@ -45,8 +38,7 @@ def with_ids(case, ids):
     return type(case)(case.module, ids, grad_out)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=name)
-@pytest.mark.parametrize("sizes", SIZES, ids=name)
+@pytest.mark.parametrize("sizes, dtype, backend", compared(KERNELS), indirect=["backend"], ids=name)
 def test_against_the_definition(sizes, dtype, backend, device, nan_empty):
     case = make_case(sizes, 30, 40 if sizes[-1] <= 128 else 20, dtype, device)
     out, grad_storage, grad_chain = check(case, backend)
@@ -62,11 +54,8 @@ def test_against_the_definition(sizes, dtype, backend, device, nan_empty):
 
 @pytest.mark.parametrize(
     "sizes, dtype",
-    [
-        *((sizes, dtype) for sizes in FILLED for dtype in (torch.float32, torch.float64)),
-        ((65, 128), torch.float32),
-        ((33, 65), torch.float64),
-    ],
+    # The last: one number more than whole blocks of the gradient.
+    [*tiled(FILLED[:3]), ((33, 65), torch.float64)],
     ids=name,
 )
 def test_sizes_that_fill_a_block(sizes, dtype, device, nan_empty):
@@ -86,19 +75,19 @@ ID_CASES = {
 @pytest.mark.parametrize("ids", ID_CASES.values(), ids=ID_CASES.keys())
 @pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=name)
 def test_ids(ids, index, backend, device, nan_empty):
-    case = with_ids(make_case((2, 3, 8), 30, 0, device=device), torch.tensor(ids, dtype=index))
+    case = with_ids(make_case(SMALL, 30, 0, device=device), torch.tensor(ids, dtype=index))
     out, _, _ = check(case, backend)
     assert out.shape == (*case.ids.shape, 8)
 
 
 def test_one_id_a_thousand_times(backend, device, nan_empty):
-    case = with_ids(make_case((2, 3, 8), 30, 0, device=device), [7] * 1000)
+    case = with_ids(make_case(SMALL, 30, 0, device=device), [7] * 1000)
     check(case, backend)
 
 
 @pytest.mark.parametrize("shape", [(0,), (0, 3), (2, 0)], ids=str)
 def test_no_ids(shape, backend, device):
-    case = with_ids(make_case((2, 8), 5, 0, device=device), torch.zeros(shape, dtype=torch.long))
+    case = with_ids(make_case(SMALL, 5, 0, device=device), torch.zeros(shape, dtype=torch.long))
     out, grad_storage, grad_chain = case.run(backend)
     assert out.shape == (*shape, 8)
     assert grad_storage.shape == case.module.arena.storage.shape and not grad_storage.any()
@@ -109,14 +98,14 @@ def test_no_ids(shape, backend, device):
     "mix", [(1, 0, 1), (0, 1, 0), (0, 0, 1), (1, 0, 0)], ids=["unused", "middle", "last", "first"]
 )
 def test_unused_levels(mix, backend, device, nan_empty):
-    case = make_case((3, 5, 8), 20, 33, device=device, mix=mix)
+    case = make_case(SMALL, 20, 33, device=device, mix=mix)
     _, _, grad_chain = check(case, backend)
     if mix == (0, 0, 1):
         assert not grad_chain.any()
 
 
 def test_non_contiguous_ids_and_gradients(backend, device):
-    case = make_case((2, 3, 8), 30, 0, device=device)
+    case = make_case(SMALL, 30, 0, device=device)
     ids = torch.arange(24, device=device).view(4, 6).t()[::2]
     assert not ids.is_contiguous()
     grad_out = torch.randn(8, 4, 3, device=device).permute(2, 1, 0)
@@ -125,7 +114,7 @@ def test_non_contiguous_ids_and_gradients(backend, device):
 
 
 def test_expanded_gradient(backend, device):
-    case = make_case((2, 3, 8), 30, 25, device=device)
+    case = make_case(SMALL, 30, 25, device=device)
     storage, chain = case.leaves()
     lookup(case.ids, storage, chain, case.layout, backend=backend).sum().backward()
     ones = type(case)(case.module, case.ids, torch.ones_like(case.grad_out))
@@ -135,7 +124,7 @@ def test_expanded_gradient(backend, device):
 
 @pytest.mark.parametrize("frozen", ["storage", "chain"])
 def test_frozen_parameters(frozen, backend, device):
-    case = make_case((2, 3, 8), 30, 25, device=device)
+    case = make_case(SMALL, 30, 25, device=device)
     storage, chain = case.leaves()
     (storage if frozen == "storage" else chain).requires_grad_(False)
     out = lookup(case.ids, storage, chain, case.layout, backend=backend)
@@ -148,13 +137,13 @@ def test_frozen_parameters(frozen, backend, device):
 
 
 def test_no_grad(backend, device):
-    case = make_case((2, 3, 8), 30, 25, device=device)
+    case = make_case(SMALL, 30, 25, device=device)
     with torch.no_grad():
         out = lookup(case.ids, *case.leaves(), case.layout, backend=backend)
     assert not out.requires_grad and torch.equal(out, case.run(backend)[0])
 
 
-@pytest.mark.parametrize("sizes", [(2, 4, 8), (1, 3, 5, 33), (127, 130)], ids=name)
+@pytest.mark.parametrize("sizes", [PAPER, ODD, (127, 130)], ids=name)
 def test_nothing_is_read_beside_the_rows(sizes, backend, device, nan_empty):
     case = make_case(sizes, 40, 0, device=device)
     # Every third row: its neighbours in the arena are NaN, and so is the slack.
@@ -179,7 +168,7 @@ def guarded(tensor, margin=64):
 def test_kernels_ignore_ids_out_of_range(dtype, device, nan_empty, monkeypatch):
     # On a GPU an assertion would end the process first.
     monkeypatch.setattr(lookup_file, "assertions", lambda ids: {})
-    case = make_case((2, 3, 8), 12, 0, dtype, device)
+    case = make_case(ODD, 12, 0, dtype, device)
     ids = torch.tensor([-1, 12, 3, -(2**40), 2**40, 5, 13, 3], device=device)
     valid = (ids >= 0) & (ids < 12)
     case = with_ids(case, ids)
@@ -200,12 +189,12 @@ def test_kernels_ignore_ids_out_of_range(dtype, device, nan_empty, monkeypatch):
 
 
 def test_kernels_give_zero_for_ids_without_a_row(device, nan_empty):
-    case = make_case((2, 8), 6, 0, device=device)
+    case = make_case(SMALL, 6, 0, device=device)
     case.module.arena.free(torch.tensor([2], device=device))
     case = with_ids(case, [2, 3])
     out, grad_storage, _ = case.run("triton")
     assert not out[0].any() and out[1].any()
-    alone = type(case)(case.module, case.ids[1:], case.grad_out[1:])
+    alone = type(case)(case.module, case.ids[1:].clone(), case.grad_out[1:].clone())
     assert torch.equal(grad_storage, alone.run("triton")[1])
 
 
@@ -230,7 +219,7 @@ def test_outputs_stay_inside_their_memory(device, monkeypatch):
             return original_like(tensor, **kwargs)
         return allocated(tensor, tensor.shape, tensor.dtype)
 
-    case = make_case((1, 3, 5, 33), 12, 21, device=device)
+    case = make_case(ODD, 12, 21, device=device)
     monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
     monkeypatch.setattr(torch, "empty_like", empty_like)
     check_out = case.run("triton")[0]
@@ -240,7 +229,7 @@ def test_outputs_stay_inside_their_memory(device, monkeypatch):
         assert buffer[:64].isnan().all() and buffer[-64:].isnan().all()
 
 
-@pytest.mark.parametrize("sizes", [(1, 2, 3), (2, 5), (3,)], ids=name)
+@pytest.mark.parametrize("sizes", [TINY, (2, 5), (3,)], ids=name)
 def test_gradcheck(sizes, backend, device):
     case = make_case(sizes, 6, 0, torch.float64, device)
     case = with_ids(case, [0, 1, 2, 3, 4, 5, 2, 2])
@@ -257,7 +246,7 @@ def test_gradcheck(sizes, backend, device):
 
 @pytest.mark.parametrize("n_ids", [0, 9], ids=["empty", "nine"])
 def test_opcheck(n_ids, backend, device):
-    case = make_case((2, 3, 8), 12, n_ids, device=device)
+    case = make_case(SMALL, 12, n_ids, device=device)
     storage, chain = case.leaves()
     composed = compose(chain, case.module.sizes).detach()
     inputs = (case.ids, storage.detach(), composed, *case.layout.flat, backend)
@@ -266,7 +255,7 @@ def test_opcheck(n_ids, backend, device):
 
 
 def test_compile(backend, device):
-    case = make_case((2, 3, 8), 12, 9, device=device, backend=backend)
+    case = make_case(SMALL, 12, 9, device=device, backend=backend)
     module = case.module
     step = torch.compile(module, fullgraph=True, backend="aot_eager")
     expected, grad_storage, grad_chain = case.run(backend)
@@ -283,7 +272,7 @@ def test_compile(backend, device):
 
 def test_second_derivatives(backend, device):
     """A gradient's gradient, by the definition that autograd differentiates itself."""
-    case = make_case((2, 3, 8), 9, 6, torch.float64, device=device)
+    case = make_case(TINY, 9, 6, torch.float64, device=device)
     found = []
     for one in (backend, "reference"):
         storage, chain = case.leaves()
@@ -330,7 +319,7 @@ def test_refusals_use_the_words_of_torch():
 
 
 def test_bytes_counted_by_hand():
-    sizes = (2, 4, 8, 16, 64, 128)
+    sizes = PAPER
     one = [[int(i == k) for i in range(6)] for k in range(6)]
     # 8 B id + 4 B location + 4 d_k + 4 * 128.
     assert [lookup_bytes(sizes, c, 4) for c in one] == [532, 540, 556, 588, 780, 1036]

@@ -12,8 +12,7 @@ from torch import nn
 from esapn_kernels import ResizableEmbedding
 from esapn_kernels.reference import lookup_reference
 from esapn_kernels.testing import assert_matches, make_case
-
-PAPER = (2, 4, 8, 16, 64, 128)
+from tests.kernels.layouts import ODD, PAPER, SMALL
 
 
 def state_of(module):
@@ -27,7 +26,7 @@ def assert_same_state(module, before):
         assert torch.equal(value, before[key]), key
 
 
-def mixed(n_rows=20, sizes=(2, 3, 8), **options):
+def mixed(n_rows=20, sizes=SMALL, **options):
     return make_case(sizes, n_rows, 0, **options).module
 
 
@@ -65,10 +64,10 @@ def test_embedding_dim_gives_the_sizes_below_it():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_to_embedding_gives_the_same_outputs(dtype, backend, device):
-    module = mixed(dtype=dtype, backend=backend, device=device)
+    module = mixed(sizes=ODD, dtype=dtype, backend=backend, device=device)
     plain = module.to_embedding()
     ids = torch.arange(20, device=device).view(4, 5)
-    assert plain.weight.shape == (20, 8) and plain.weight.dtype == dtype
+    assert plain.weight.shape == (20, 33) and plain.weight.dtype == dtype
     assert plain.weight.requires_grad
     assert torch.equal(plain(ids.flatten()), module(ids.flatten()))
     module.requires_grad_(False)
@@ -77,7 +76,7 @@ def test_to_embedding_gives_the_same_outputs(dtype, backend, device):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_to_another_dtype(dtype, backend, device):
-    module = mixed(backend=backend, device=device)
+    module = mixed(sizes=ODD, backend=backend, device=device)
     identity, ids = module.arena.storage, torch.arange(20, device=device)
     before = module(ids).detach()
     module = module.double() if dtype == torch.float64 else module.to(dtype)
@@ -133,7 +132,7 @@ def test_initial_numbers():
 
 
 def test_resize_goes_hop_by_hop(backend, device):
-    module = mixed(sizes=(1, 2, 3, 5), backend=backend, device=device)
+    module = mixed(sizes=ODD, backend=backend, device=device)
     if device.type == "cuda":
         # Else the arena grows by what the host has heard of it, which no two runs hear alike.
         module.reserve(200)
@@ -322,16 +321,17 @@ def test_loading_keeps_the_parameters_that_an_optimizer_holds():
 
 @pytest.mark.parametrize("n_rows", [0, 1])
 def test_tiny_tables(n_rows, backend, device):
-    module = ResizableEmbedding(n_rows, sizes=(2, 4), backend=backend, device=device)
+    module = ResizableEmbedding(n_rows, sizes=SMALL, backend=backend, device=device)
     ids = torch.arange(n_rows, device=device)
     module(ids).sum().backward()
     module.promote(ids)
+    module.promote(ids)
     module.compact()
-    assert module(ids).shape == (n_rows, 4)
-    assert module.to_embedding().weight.shape == (n_rows, 4)
+    assert module(ids).shape == (n_rows, 8)
+    assert module.to_embedding().weight.shape == (n_rows, 8)
     report = module.memory_report()
-    assert report.rows_per_size == {2: 0, 4: n_rows} and report.payload == 16 * n_rows
-    assert report.ratio == (report.serving / 16 if n_rows else 0.0)
+    assert report.rows_per_size == {2: 0, 3: 0, 8: n_rows} and report.payload == 32 * n_rows
+    assert report.ratio == (report.serving / 32 if n_rows else 0.0)
 
 
 def test_ids_without_a_row_are_reported():
@@ -343,7 +343,7 @@ def test_ids_without_a_row_are_reported():
 
 def test_hundred_promotions_in_training_stay_exact(device):
     """A stream in the paper's manner: train a little, promote a little, compact now and then."""
-    module = mixed(200, (2, 3, 8), device=device)
+    module = mixed(200, device=device)
     optimizer = torch.optim.Adam(module.parameters(), lr=0.01)
     every = torch.arange(200, device=device)
     for step in range(40):

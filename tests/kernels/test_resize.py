@@ -13,16 +13,7 @@ from esapn_kernels.reference import lookup_reference, promote_reference
 from esapn_kernels.storage import locations
 from esapn_kernels.storage.arena import Arena
 from esapn_kernels.testing import assert_matches, make_case, row_elements
-
-PAPER = (2, 4, 8, 16, 64, 128)
-SIZES = [PAPER, (1, 3, 5, 33), (127, 130), (2, 512), (1, 2, 3)]
-# One below, at and one above whole blocks, and multiples of them.
-FILLED = [(15, 16, 17, 33), (16, 32, 64, 128), (31, 32, 33), (63, 64, 65), (128, 144), (127, 128)]
-DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
-
-
-def name(value):
-    return "-".join(map(str, value)) if isinstance(value, tuple) else str(value).split(".")[-1]
+from tests.kernels.layouts import LAYOUTS, ODD, SMALL, TINY, compared, name, tiled
 
 
 def definition(module, ids, dtype):
@@ -32,12 +23,7 @@ def definition(module, ids, dtype):
 
 
 @pytest.mark.parametrize(
-    "sizes, dtype",
-    [
-        *((sizes, dtype) for sizes in SIZES for dtype in DTYPES),
-        *((sizes, dtype) for sizes in FILLED for dtype in (torch.float32, torch.float64)),
-    ],
-    ids=name,
+    "sizes, dtype, backend", compared([*LAYOUTS, *tiled()]), indirect=["backend"], ids=name
 )
 def test_the_output_stays(sizes, dtype, backend, device, nan_empty):
     case = make_case(sizes, 25, 18, dtype, device, backend=backend)
@@ -79,7 +65,7 @@ def carry(module, row, level, moved):
 
 
 def test_duplicates_masks_and_full_rows(backend, device):
-    case = make_case((2, 3, 8), 9, 0, device=device, backend=backend)
+    case = make_case(SMALL, 9, 0, device=device, backend=backend)
     module = case.module
     module.arena.promote(torch.arange(9, device=device), module.chain, backend=backend)
     before = module.sizes_of().tolist()
@@ -102,7 +88,7 @@ def test_duplicates_masks_and_full_rows(backend, device):
 
 @pytest.mark.parametrize("mask", [None, False], ids=["empty", "all-false"])
 def test_nothing_to_do(mask, backend, device):
-    case = make_case((2, 3, 8), 9, 0, device=device, backend=backend)
+    case = make_case(SMALL, 9, 0, device=device, backend=backend)
     ids = torch.arange(0 if mask is None else 9, device=device)
     chosen = None if mask is None else torch.zeros(9, dtype=torch.bool, device=device)
     # A device makes room for all ids before it knows how many move.
@@ -119,7 +105,7 @@ def test_the_order_of_ids_does_not_matter(backend, device):
     """The CPU path gives the same bits; the kernels hand rows out in the order of positions."""
     states, rows = [], []
     for order in (ids, ids.flip(0), torch.cat([ids, ids])):
-        module = make_case((2, 3, 8), 9, 0, device=device, backend=backend).module
+        module = make_case(SMALL, 9, 0, device=device, backend=backend).module
         module.promote(order)
         states.append(module.state_dict())
         rows.append([module.arena.read(i) for i in range(9)])
@@ -132,7 +118,7 @@ def test_the_order_of_ids_does_not_matter(backend, device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name)
 def test_the_cpu_path_writes_new_rows_only(dtype, device, nan_empty):
-    case = make_case((2, 3, 8), 12, 0, dtype, device)
+    case = make_case(SMALL, 12, 0, dtype, device)
     arena = case.module.arena
     ids = torch.tensor([0, 1, 2, 3, 4, 5], device=device)
     level = arena.level(ids)
@@ -155,7 +141,7 @@ def test_the_cpu_path_writes_new_rows_only(dtype, device, nan_empty):
     assert torch.equal(storage[~written], before[~written])
 
 
-@pytest.mark.parametrize("sizes", [(2, 4), (1, 3, 5, 33), (127, 130)], ids=name)
+@pytest.mark.parametrize("sizes", [SMALL, ODD, (127, 130)], ids=name)
 def test_fill_rows(sizes, backend, device):
     case = make_case(sizes, 10, 0, device=device)
     arena = case.module.arena
@@ -177,7 +163,7 @@ def test_fill_rows(sizes, backend, device):
 
 
 def test_a_written_storage_is_stale_for_autograd(backend, device):
-    case = make_case((2, 3, 8), 9, 5, device=device, backend=backend)
+    case = make_case(SMALL, 9, 5, device=device, backend=backend)
     out = case.module(case.ids)
     case.module.promote(case.ids)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -238,8 +224,8 @@ def launches(monkeypatch):
             found.append(self.name)
             return self.kernel[grid]
 
-    for name in ("_claim_kernel", "_scan_kernel", "_move_kernel", "_fill_rows_kernel"):
-        monkeypatch.setattr(resize, name, Watched(name, getattr(resize, name)))
+    for kernel in ("_claim_kernel", "_scan_kernel", "_move_kernel", "_fill_rows_kernel"):
+        monkeypatch.setattr(resize, kernel, Watched(kernel, getattr(resize, kernel)))
     return found
 
 
@@ -314,7 +300,7 @@ def consistent(arena):
 def test_rows_that_fit_move_and_the_others_stay(
     spare_pages, room, ids_dtype, small_steps, device, monkeypatch, nan_empty
 ):
-    sizes, n_rows, n_ids = (1, 3, 5, 33), 300, 333
+    sizes, n_rows, n_ids = ODD, 300, 333
     generator = torch.Generator().manual_seed(1)
     level = torch.randint(-1, 4, (n_rows,), generator=generator)
     monkeypatch.setattr(locations, "page_elements", lambda *_: 128)
@@ -361,7 +347,7 @@ def test_rows_that_fit_move_and_the_others_stay(
 
 def test_many_ids_at_once(small_steps, wide_tiles, device):
     """3,000 positions over 47 steps of the scan, every level at once, against the CPU path."""
-    sizes, n_rows = (2, 4, 8, 16), 2000
+    sizes, n_rows = ODD, 2000
     generator = torch.Generator().manual_seed(2)
     level = torch.randint(0, 4, (n_rows,), generator=generator)
     ids = torch.randint(0, n_rows, (3000,), generator=generator).to(device)
@@ -386,7 +372,7 @@ def test_many_ids_at_once(small_steps, wide_tiles, device):
 
 @pytest.mark.parametrize("level", range(4))
 def test_insert_and_free_round_trip(level, small_steps, device, nan_empty):
-    sizes = (1, 3, 5, 33)
+    sizes = ODD
     arena = Arena(200, sizes, level=torch.arange(200) % 5 - 1, device=device)
     fill(arena)
     arena.storage.grad = torch.ones_like(arena.storage)
@@ -414,11 +400,12 @@ def test_insert_and_free_round_trip(level, small_steps, device, nan_empty):
 
 
 @pytest.mark.parametrize("n_ids", [15, 16, 17, 64, 65, 256, 257])
-def test_ids_behind_the_last_take_no_part(n_ids, small_steps, nan_empty):
+def test_ids_behind_the_last_take_no_part(n_ids, small_steps, device, nan_empty):
     """So many ids of a longer tensor, at whole blocks and one beside them."""
-    module = make_case((2, 3, 8), n_ids + 8, 0, backend="triton", mix=(1, 1, 0)).module
+    module = make_case(ODD, n_ids + 8, 0, device=device, backend="triton", mix=(1, 1, 1, 0)).module
     arena, before = module.arena, module.sizes_of()
-    ids, mask = torch.randperm(n_ids + 8), torch.ones(n_ids + 8, dtype=torch.bool)
+    ids = torch.randperm(n_ids + 8, device=device)
+    mask = torch.ones_like(ids, dtype=torch.bool)
     assert module.promote(ids[:n_ids], mask[:n_ids]).all()
     consistent(arena)
     behind = ids[n_ids:]
@@ -431,9 +418,9 @@ def test_ids_behind_the_last_take_no_part(n_ids, small_steps, nan_empty):
 
 
 @pytest.mark.parametrize("n_rows", [5, 16])
-def test_ids_that_do_not_exist_get_no_row(n_rows):
-    arena = Arena(n_rows, (2, 4), level=torch.full((n_rows,), -1))
-    ids = torch.tensor([-1, n_rows, 0, n_rows - 1, n_rows + 1])
+def test_ids_that_do_not_exist_get_no_row(n_rows, device):
+    arena = Arena(n_rows, ODD, level=torch.full((n_rows,), -1), device=device)
+    ids = torch.tensor([-1, n_rows, 0, n_rows - 1, n_rows + 1], device=device)
     exists = [False, False, True, True, False]
     assert arena.insert(ids, 0, backend="triton").tolist() == exists
     consistent(arena)
@@ -443,12 +430,12 @@ def test_ids_that_do_not_exist_get_no_row(n_rows):
 
 
 @pytest.mark.parametrize("beside", [-1, 0, 1])
-def test_pages_that_are_full(beside, wide_tiles):
+def test_pages_that_are_full(beside, wide_tiles, device):
     """As many rows as a page holds, two pages, and what is left: no row is lost."""
     sizes = (64, 96)
     per = Arena(1, sizes).rows_per_page[1]
-    arena = Arena(4 * per, sizes, level=torch.full((4 * per,), -1))
-    ids, used = torch.arange(4 * per), 0
+    arena = Arena(4 * per, sizes, level=torch.full((4 * per,), -1), device=device)
+    ids, used = torch.arange(4 * per, device=device), 0
     for count in (per + beside, 2 * per, per - beside):
         assert arena.insert(ids[used : used + count], 1, backend="triton").all()
         used += count
@@ -467,7 +454,7 @@ class PerId(torch.optim.Adam):
 @pytest.mark.parametrize("optimizers", [1, 2])
 def test_state_of_moved_rows_is_fresh(optimizers, backend, launches, device):
     """One Adam fits in the three launches; of two, what is left over takes its own."""
-    module = ResizableEmbedding(40, sizes=(2, 3, 8), backend=backend, device=device)
+    module = ResizableEmbedding(40, sizes=SMALL, backend=backend, device=device)
     arena, ids = module.arena, torch.tensor([1, 5, 5, 39, 20], device=device)
     every = torch.arange(40, device=device)
     held = [PerId(module.parameters(), amsgrad=k > 0) for k in range(optimizers)]
@@ -505,7 +492,7 @@ def test_state_of_moved_rows_is_fresh(optimizers, backend, launches, device):
 
 def test_three_launches_for_ten_thousand_ids(launches, wide_tiles, device):
     """10,240 ids with Adam's moments and a gradient."""
-    module = ResizableEmbedding(10_240, sizes=(2, 4), backend="torch", device=device)
+    module = ResizableEmbedding(10_240, sizes=SMALL, backend="torch", device=device)
     optimizer = torch.optim.Adam(module.parameters())
     every = torch.arange(10_240, device=device)
     module(every).sum().backward()
@@ -525,7 +512,7 @@ def test_three_launches_for_ten_thousand_ids(launches, wide_tiles, device):
 def test_fresh_values_are_exact_in_fp64(backend, device):
     """A fresh value that fp32 does not hold."""
     options = {"dtype": torch.float64, "backend": backend, "device": device}
-    module, ids = ResizableEmbedding(10, sizes=(2, 4), **options), torch.arange(10, device=device)
+    module, ids = ResizableEmbedding(10, sizes=TINY, **options), torch.arange(10, device=device)
     optimizer = torch.optim.Adagrad(module.parameters(), initial_accumulator_value=0.1)
     module(ids).sum().backward()
     optimizer.step()

@@ -7,9 +7,10 @@ from esapn_kernels.gpu import launch, segments
 from esapn_kernels.gpu.segments import find_runs, pack_keys, sum_hot
 from esapn_kernels.ops.backend import TRITON_ERROR
 from esapn_kernels.testing import make_case
+from tests.kernels.layouts import ODD, PAPER, SMALL
 
 pytestmark = pytest.mark.skipif(TRITON_ERROR is not None, reason=str(TRITON_ERROR))
-SIZES = [(2, 4, 8, 16, 64, 128), (1, 3, 5, 33), (4,), (127, 130)]
+SIZES = [PAPER, ODD, (4,), (127, 130)]
 
 
 def positions(case):
@@ -45,8 +46,11 @@ def check(case):
         assert level_begin[k] == sum(level < k for level, _ in keys)
 
 
-@pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize(
+    "sizes, index",
+    [(PAPER, torch.int32), *((sizes, torch.int64) for sizes in SIZES)],
+    ids=str,
+)
 def test_runs(sizes, index, batches, device):
     case = make_case(sizes, 60, 100, device=device)
     check(type(case)(case.module, case.ids.to(index), case.grad_out))
@@ -54,14 +58,14 @@ def test_runs(sizes, index, batches, device):
 
 @pytest.mark.parametrize("n_ids", [1023, 1024, 4095, 4096])
 def test_the_most_ids_of_a_program(n_ids, device):
-    check(make_case((2, 3, 8), 700, n_ids, device=device, traffic="zipf"))
+    check(make_case(SMALL, 700, n_ids, device=device, traffic="zipf"))
 
 
 def test_few_ids_take_one_launch(device, monkeypatch):
     launched = []
     monkeypatch.setattr(segments, "launch_kernel", lambda kernel, *_, **__: launched.append(kernel))
     for n_ids, launches in ((1023, 1), (4095, 1), (4096, 3)):
-        runs_of(make_case((2, 8), 10, n_ids, device=device))
+        runs_of(make_case(SMALL, 10, n_ids, device=device))
         assert len(launched) == launches
         launched.clear()
 
@@ -71,7 +75,7 @@ def test_few_ids_take_one_launch(device, monkeypatch):
 def test_runs_across_blocks(n_ids, block, device, monkeypatch):
     monkeypatch.setattr(launch, "choose_few_runs", lambda n_ids: None)
     monkeypatch.setitem(launch.SCAN, "BLOCK", block)
-    check(make_case((2, 3, 8), 25, n_ids, device=device, traffic="zipf"))
+    check(make_case(SMALL, 25, n_ids, device=device, traffic="zipf"))
 
 
 @pytest.mark.parametrize(
@@ -80,7 +84,7 @@ def test_runs_across_blocks(n_ids, block, device, monkeypatch):
     ids=["one-missing", "all-missing", "some", "one-hot", "missing-hot"],
 )
 def test_ids_that_do_not_exist_are_in_no_run(ids, batches, device):
-    case = make_case((2, 3, 8), 12, 0, device=device)
+    case = make_case(SMALL, 12, 0, device=device)
     case.module.arena.free(torch.tensor([9], device=device))
     check(type(case)(case.module, torch.tensor([*ids, 9], device=device), case.grad_out))
 
@@ -97,7 +101,7 @@ def test_no_key_is_read_beside_the_sorted_ones(n_ids, device, monkeypatch):
     monkeypatch.setattr(launch, "choose_few_runs", lambda n_ids: None)
     monkeypatch.setattr(torch, "sort", guarded)
     monkeypatch.setitem(launch.SCAN, "BLOCK", 16)
-    check(make_case((2, 3, 8), 25, n_ids, device=device, traffic="zipf"))
+    check(make_case(SMALL, 25, n_ids, device=device, traffic="zipf"))
 
 
 @pytest.mark.parametrize("n_ids", [15, 16, 17])
@@ -109,7 +113,7 @@ def test_runs_stay_inside_their_memory(n_ids, batches, device, monkeypatch):
         buffers.append(new_empty(self, size + 32, **options).fill_(-7))
         return buffers[-1][16:-16]
 
-    case = make_case((2, 3, 8), 25, 0, device=device)
+    case = make_case(SMALL, 25, 0, device=device)
     case = type(case)(case.module, torch.randperm(25, device=device)[:n_ids], case.grad_out)
     monkeypatch.setattr(torch.Tensor, "new_empty", guarded)
     monkeypatch.setitem(launch.SCAN, "BLOCK", 16)
@@ -149,17 +153,17 @@ def test_keys_of_32_and_64_bits(device, monkeypatch):
     ids=str,
 )
 def test_hot_stretches(dtype, dim, device, nan_empty):
-    case = make_case((2, 8), 6, 0, device=device)
+    case = make_case(SMALL, 6, 0, device=device)
     # Positions after sorting: 40 of row 0, 1,000 of one hot row, the rest of another.
     ids = torch.cat([torch.zeros(40), torch.full((1000,), 1), torch.full((60,), 2)]).long()
     ids = ids[torch.randperm(1100)].to(device)
     case = type(case)(case.module, ids, case.grad_out)
     runs = runs_of(case)
-    config = launch.choose_bwd(1100, (2, dim), dtype)
+    config = launch.choose_bwd(1100, (2, 3, dim), dtype)
     hot, rows = config.walk[2], torch.randn(1100, dim, device=device).to(dtype)
-    sums, n_hot = sum_hot(runs, rows, 2, config)
+    sums, n_hot = sum_hot(runs, rows, 3, config)
     assert n_hot == 1100 // hot
-    assert sum_hot(runs, rows[:1000], 2, config)[1] == 0
+    assert sum_hot(runs, rows[:1000], 3, config)[1] == 0
     order, key = runs.order, runs.key
     whole = 0
     for chunk in range(n_hot):
