@@ -466,8 +466,8 @@ def pack_keys(capacity: int, sizes: tuple[int, ...]) -> tuple[int, int, int]:
 
 @lru_cache
 def _pack_few_keys(sizes: tuple[int, ...]) -> tuple[int, int, int]:
-    """:func:`pack_keys` where 12 bits are left for the position in the batch."""
-    return min(launch.alignments(sizes)), _INT64 - 13 - len(sizes).bit_length(), 0
+    """:func:`pack_keys` where 11 bits are left for the position in the batch."""
+    return min(launch.alignments(sizes)), _INT64 - 12 - len(sizes).bit_length(), 0
 
 
 def find_runs(ids: Tensor, layout: Layout, *, capacity: int, tick: Tick | None = None) -> Runs:

@@ -56,7 +56,7 @@ def test_runs(sizes, index, batches, device):
     check(type(case)(case.module, case.ids.to(index), case.grad_out))
 
 
-@pytest.mark.parametrize("n_ids", [1023, 1024, 4095, 4096])
+@pytest.mark.parametrize("n_ids", [1023, 1024, 2047, 2048])
 def test_the_most_ids_of_a_program(n_ids, device):
     check(make_case(SMALL, 700, n_ids, device=device, traffic="zipf"))
 
@@ -64,7 +64,7 @@ def test_the_most_ids_of_a_program(n_ids, device):
 def test_few_ids_take_one_launch(device, monkeypatch):
     launched = []
     monkeypatch.setattr(segments, "launch_kernel", lambda kernel, *_, **__: launched.append(kernel))
-    for n_ids, launches in ((1023, 1), (4095, 1), (4096, 3)):
+    for n_ids, launches in ((1023, 1), (2047, 1), (2048, 3)):
         runs_of(make_case(SMALL, 10, n_ids, device=device))
         assert len(launched) == launches
         launched.clear()
