@@ -223,6 +223,7 @@ def group_by_level(
         config.stretch,
         config.programs,
         HOPS=known,
+        maxnreg=168,  # left to itself the assembler spills 8 bytes to save some
         **constants,
         **assertions(ids),
     )
