@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from typing import Any
 
-# The version whose functions are replaced; others only have the language patched once.
+# The version whose types are replaced; others only have the language patched once, and the sort.
 KNOWN = "3.7."
 
 
@@ -24,11 +24,11 @@ def speed_up() -> None:
     import triton
 
     _patch_once()
+    _quick_sort()
     if triton.__version__.startswith(KNOWN):
         _quick_types()
         _quick_values()
         _quick_semantic()
-        _quick_sort()
 
 
 def _quick_sort() -> None:
