@@ -173,7 +173,11 @@ def accumulator(dtype: torch.dtype) -> Any:
 
 @lru_cache
 def choose_bwd(
-    n_ids: int, sizes: tuple[int, ...], dtype: torch.dtype, rule: str = "gradient"
+    n_ids: int,
+    sizes: tuple[int, ...],
+    dtype: torch.dtype,
+    rule: str = "gradient",
+    far: bool = False,
 ) -> BwdConfig:
     """Tiles of 16 runs for the sums: few lanes wait for the longest.
 
@@ -192,6 +196,8 @@ def choose_bwd(
     ``(d_{n-2} + 1) D`` partial sums each (33 KB in the default sizes): at most 512 of them, and
     eight tiles each where there are enough, keep that under a tenth of the gradient's bytes. Up to
     512 ids a program takes a whole level, 32 tiles at most, and no launch adds partial sums.
+
+    ``far``: row starts take 8 bytes.
     """
     wide = dtype == torch.float64
     block_dim = _block_dim(sizes[-1], 64 if wide else 128)
@@ -203,8 +209,9 @@ def choose_bwd(
     lean = rule in ("gradient", "sgd", "adagrad")
     many = lean or (rule == "adam" and dtype == torch.float32)
     many &= not wide and max(sizes[:-1], default=0) <= block_k
-    # Four masked or unaligned rows a lane would spill.
-    walk = (32, 4 if block_dim == sizes[-1] else 2, 256, 32)
+    # Four masked or unaligned rows a lane would spill, and so would Adam's with far starts.
+    lanes = 2 if block_dim != sizes[-1] or (far and rule == "adam") else 4
+    walk = (32, lanes, 256, 32)
     sums = {"WALK": walk, "BLOCK_ROWS": 16, "BLOCK_DIM": block_dim}
     chain = {"WHOLE": whole, "BLOCK_ROWS": 16, "BLOCK_K": block_k, "BLOCK_DIM": half}
     rows = {

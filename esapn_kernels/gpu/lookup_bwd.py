@@ -320,7 +320,8 @@ def _launch(
     rule, state = "gradient", [storage] * 5
     if update is not None:
         rule, state = update.rule, rule_state(update, storage)
-    config = launch.choose_bwd(n_ids, sizes, storage.dtype, rule)
+    far = layout.row_start.dtype == torch.int64
+    config = launch.choose_bwd(n_ids, sizes, storage.dtype, rule, far)
     tick = None
     if update is not None and update.clock is not None:
         tick = update.clock, update.numbers
