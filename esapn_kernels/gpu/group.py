@@ -165,9 +165,9 @@ class Groups:
 
 
 def page_levels(layout: Layout) -> Tensor:
-    """``layout.page_level``; of a table without pages, bytes that may be read in its place."""
+    """``layout.page_level``; of a table without pages, a byte that may be read in its place."""
     level = layout.page_level
-    return level if level.numel() else layout.row_start.view(torch.int8)
+    return level if level.numel() else level.new_empty(1)
 
 
 def assertions(ids: Tensor) -> dict[str, Any]:
