@@ -251,7 +251,8 @@ def launch_compose(chain: Tensor, sizes: Sequence[int]) -> Tensor:
     composed = empty_composed(chain, sizes)
     if len(sizes) > 1:
         programs, hops = composition(sizes, chain.dtype)
-        options = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
+        known = _constants(sizes, chain.dtype)
+        options = {name: known[name] for name in ("num_warps", "num_stages", "enable_fp_fusion")}
         launch_kernel(_compose_kernel, (programs,), chain, composed, HOPS=hops, **options)
     return composed
 
