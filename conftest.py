@@ -73,7 +73,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.config.getoption("--device"))
 
 
-@pytest.fixture(params=["torch", "triton"])
+@pytest.fixture(params=["torch", "native", "triton"])
 def backend(request: pytest.FixtureRequest) -> str:
     """Every implementation but the reference itself."""
     from esapn_kernels.ops.backend import TRITON_ERROR

@@ -1,9 +1,14 @@
 """Distribution metadata; the tools are configured in pyproject.toml."""
 
+import os
 import re
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
-from setuptools import setup
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 HERE = Path(__file__).resolve().parent
 README = HERE / "README.md"
@@ -17,6 +22,63 @@ def read_version() -> str:
         raise RuntimeError("esapn_kernels/__init__.py holds no __version__ = '...' line")
     return match.group(1)
 
+
+class BuildNative(build_ext):
+    """Compiles the sources side by side, and tells the package why where that fails.
+
+    The extension is optional: without it the package runs on torch. pip hides what a build prints,
+    so the reason is kept in a file that ``python -m esapn_kernels.info`` reads.
+    """
+
+    def build_extension(self, ext: Extension) -> None:
+        reason = Path(self.get_ext_fullpath(ext.name)).with_name("_native_error.txt")
+        reason.parent.mkdir(parents=True, exist_ok=True)
+        reason.unlink(missing_ok=True)
+        compile_all = self.compiler.compile
+
+        def compile_each(sources: list[str], **options: Any) -> list[str]:
+            def compile_one(source: str) -> list[str]:
+                return compile_all([source], **options)
+
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                return [name for names in pool.map(compile_one, sources) for name in names]
+
+        self.compiler.compile = compile_each
+        try:
+            super().build_extension(ext)
+        except Exception as error:
+            reason.write_text(f"{error}\n", encoding="utf-8")
+            raise
+
+
+FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-fvisibility=hidden",
+    "-fno-exceptions",
+    "-fno-rtti",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=fast",
+    "-Wno-psabi",
+]
+SOURCES = ("binding", "available", "group", "parallel", "isa_avx512", "isa_avx2", "isa_baseline")
+CSRC = "esapn_kernels/csrc"
+NATIVE = Extension(
+    "esapn_kernels._native",
+    # The longest first: they are compiled side by side.
+    sources=[
+        f"{CSRC}/{name}.cpp" for name in sorted(SOURCES, key=lambda s: not s.startswith("isa"))
+    ],
+    depends=[str(path.relative_to(HERE)) for path in (HERE / CSRC).glob("*.h")],
+    define_macros=[("Py_LIMITED_API", "0x030A0000")],
+    extra_compile_args=FLAGS,
+    extra_link_args=[]
+    if sys.platform == "darwin"
+    else ["-static-libgcc", "-Wl,--exclude-libs,ALL"],
+    py_limited_api=True,
+    optional=True,
+)
 
 setup(
     name="esapn-kernels",
@@ -46,6 +108,9 @@ setup(
         "esapn",
         *(f"esapn.{folder}" for folder in ("compare", "data", "models", "run")),
     ],
+    ext_modules=[NATIVE],
+    cmdclass={"build_ext": BuildNative},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
     package_data={
         "esapn_kernels": ["py.typed"],
         "esapn": ["py.typed"],

@@ -21,6 +21,7 @@ from .arguments import (
     level_of,
 )
 from .inputs import as_leaf, look_up_nested
+from .ops.backend import BACKENDS
 from .ops.chain import chain_numel, draw_hops
 from .ops.checks import check_ids
 from .ops.compose import ComposedCache
@@ -75,8 +76,8 @@ class ResizableEmbedding(nn.Embedding):
             same with the columns of the identity, so that growing a row appends zeros to it; if
             such hops are not trained (``chain.requires_grad_(False)``), Adagrad's sums of the old
             numbers go along with a grown row.
-        backend: ``auto`` | ``triton`` | ``torch`` | ``reference``; ``auto`` takes Triton on a GPU
-            and torch elsewhere.
+        backend: ``auto`` | ``triton`` | ``native`` | ``torch`` | ``reference``; ``auto`` takes Triton
+            on a GPU, native kernels on a CPU where they are built, and torch elsewhere.
         out_dtype: of the output, rounded once from fp32 sums; default: that of the rows.
         max_elements: the rows never take more than so many numbers (whole pages of them). Then a
             row that cannot grow stays: on a CPU ``promote`` raises before anything moves, on a GPU
@@ -222,10 +223,9 @@ class ResizableEmbedding(nn.Embedding):
 
     def _check_options(self, several: bool) -> None:
         """Refuse options that exclude each other; of one size torch refuses them itself."""
-        if self.backend not in ("auto", "triton", "torch", "reference"):
-            raise ValueError(
-                f"backend must be auto, triton, torch or reference, got {self.backend!r}"
-            )
+        if self.backend not in ("auto", *BACKENDS):
+            names = ", ".join(("auto", *BACKENDS[:-1]))
+            raise ValueError(f"backend must be {names} or {BACKENDS[-1]}, got {self.backend!r}")
         if self.init not in ("linear", "isometric", "padded"):
             raise ValueError(f"init must be linear, isometric or padded, got {self.init!r}")
         if self.max_norm is not None and several:
@@ -470,8 +470,8 @@ class ResizableEmbedding(nn.Embedding):
         if table:
             arena = self.arena
         options = self._options(arena.num_rows)
-        # The torch path finds ids out of range itself, in the same words.
-        read = table or self.backend not in ("auto", "torch")
+        # These paths find ids out of range themselves, in the same words.
+        read = table or self.backend not in ("auto", "native", "torch")
         check_ids(input, arena.num_rows, read=read)
         storage: Any
         chain: Any

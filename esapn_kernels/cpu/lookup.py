@@ -80,12 +80,16 @@ def lookup_fwd(
     storage: Tensor,
     composed: Tensor,
     layout: Layout,
+    out_dtype: torch.dtype | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """``[len(ids), D]``: see :func:`esapn_kernels.ops.lookup.lookup`; ids are in range.
 
     ``out``: contiguous memory of that shape, in the dtype of ``storage``, for the result.
     """
+    if out_dtype not in (None, storage.dtype):
+        wide = lookup_fwd(ids, storage, composed, layout)
+        return wide.to(out_dtype) if out is None else out.copy_(wide)
     few = 0 < ids.numel() <= _FEW and storage.device.type == "cpu" and storage.dtype in _NUMPY
     few = few and composed.dtype == storage.dtype  # hops may be of another dtype than the rows
     if out is None:

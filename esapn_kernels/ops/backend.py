@@ -1,12 +1,14 @@
-"""Which implementation a call runs, and Triton itself where it is installed.
+"""Which implementation a call runs; Triton and the native kernels, where they are installed.
 
-The kernels' files take ``triton`` and ``tl`` from here: where Triton is missing they can still be
-imported, and a call with the Triton backend says why it cannot run.
+The kernels' files take ``triton``, ``tl`` and ``native`` from here: where one is missing they can
+still be imported, and a call with its backend says why it cannot run.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,23 +17,27 @@ from torch import Tensor
 __all__ = [
     "BACKENDS",
     "INTERPRETED",
+    "NATIVE_ERROR",
     "TRITON_ERROR",
     "forget_kernels",
     "host_reads",
     "is_capturing",
     "launch_kernel",
+    "native",
     "own_precision",
     "resolve_backend",
+    "runs_native",
     "tl",
     "triton",
 ]
 
 triton: Any
 tl: Any
+native: Any
 
 
 class _Absent:
-    """Stands for Triton's modules while the kernel sources are read; nothing ever runs it."""
+    """Stands for modules that are missing while kernel sources are read; nothing ever runs it."""
 
     def __getattr__(self, name: str) -> Any:
         return _Absent()
@@ -66,7 +72,36 @@ except AttributeError:
 if TRITON_ERROR is not None:
     triton = tl = _Absent()
 
-BACKENDS = ("triton", "torch", "reference")
+NATIVE_ERROR: str | None = None
+"""Why the native kernels cannot be used, ``None`` where they can."""
+
+
+def _why_not_built() -> str:
+    """What the build left of its failure, in one line, and what to install."""
+    try:
+        text = (Path(__file__).parents[1] / "_native_error.txt").read_text(encoding="utf-8")
+        reason = " ".join(text.split())
+    except OSError:
+        reason = "not built"
+    return f"the native kernels are missing ({reason}); to build them: install g++ or clang, then "
+
+
+try:
+    from .. import _native
+
+    native = _native
+except ImportError as _error:
+    native = _Absent()
+    NATIVE_ERROR = (
+        _why_not_built() + "pip install --force-reinstall --no-deps esapn-kernels, or in a "
+        "checkout make install"
+    )
+
+_CPU = os.environ.get("ESAPN_CPU_BACKEND", "")
+if _CPU not in ("", "native", "torch"):
+    raise ImportError(f"ESAPN_CPU_BACKEND must be native or torch, got {_CPU!r}")
+
+BACKENDS = ("triton", "native", "torch", "reference")
 """Names that ``backend=`` takes besides ``"auto"``."""
 
 
@@ -178,37 +213,56 @@ def own_precision(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
 def resolve_backend(backend: str, device: torch.device) -> str:
     """Returns the implementation that a call with tensors on ``device`` runs.
 
-    ``"auto"`` takes ``"triton"`` for CUDA tensors when Triton can be imported and ``"torch"`` for
-    everything else. It costs well under a microsecond and never touches a device.
+    ``"auto"`` takes ``"triton"`` for CUDA tensors when Triton can be imported, ``"native"`` for CPU
+    tensors when the native kernels are built, and ``"torch"`` for everything else. The environment
+    variable ``ESAPN_CPU_BACKEND``, ``native`` or ``torch``, chooses for CPU tensors; it is read
+    when this package is imported. It costs well under a microsecond and never touches a device.
 
     Args:
-        backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``.
+        backend: ``"auto"``, ``"triton"``, ``"native"``, ``"torch"`` or ``"reference"``.
         device: The device of the tensors.
 
     Returns:
-        ``"triton"``, ``"torch"`` or ``"reference"``.
+        ``"triton"``, ``"native"``, ``"torch"`` or ``"reference"``.
 
     Raises:
         ValueError: ``backend`` is none of these names.
-        RuntimeError: ``"triton"`` cannot run on ``device``.
+        RuntimeError: ``"triton"`` or ``"native"`` cannot run on ``device``.
 
     Example:
-        >>> resolve_backend("auto", torch.device("cpu"))
+        >>> resolve_backend("torch", torch.device("cpu"))
         'torch'
         >>> resolve_backend("reference", torch.device("cuda"))
         'reference'
     """
     kind = device.type
     if backend == "auto":
+        if kind == "cpu":
+            return _CPU or ("native" if NATIVE_ERROR is None else "torch")
         return "triton" if kind == "cuda" and TRITON_ERROR is None else "torch"
     if backend == "triton":
         if TRITON_ERROR is None and (kind == "cuda" or (kind == "cpu" and INTERPRETED)):
             return "triton"
         raise RuntimeError(_refusal(kind))
+    if backend == "native":
+        if NATIVE_ERROR is None and kind in ("cpu", "meta"):
+            return "native"
+        raise RuntimeError(_native_refusal(kind))
     if backend in ("torch", "reference"):
         return backend
     names = ", ".join(repr(name) for name in ("auto", *BACKENDS))
     raise ValueError(f"unknown backend {backend!r}: expected one of {names}")
+
+
+def runs_native(backend: str) -> bool:
+    """Whether ``backend`` is native, and here: a program may be exported where it is not."""
+    return backend == "native" and NATIVE_ERROR is None
+
+
+def _native_refusal(kind: str) -> str:
+    if NATIVE_ERROR is not None:
+        return f"backend 'native' is not available: {NATIVE_ERROR}; or use backend='torch'"
+    return f"backend 'native' needs CPU tensors, but got tensors on {kind}; use backend='torch'"
 
 
 def _refusal(kind: str) -> str:

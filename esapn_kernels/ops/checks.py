@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["check_ids", "check_out", "is_eager"]
+__all__ = ["check_ids", "check_out", "is_eager", "is_opaque"]
 
 
 def is_eager() -> bool:
@@ -18,6 +18,12 @@ def is_eager() -> bool:
         or forward_ad._current_level >= 0
         or torch._C._len_torch_dispatch_stack() > 0
     )
+
+
+def is_opaque(tensor: Tensor) -> bool:
+    """Whether no kernel can read a tensor's numbers, and the operators' fakes stand in."""
+    traced = torch.compiler.is_compiling() or tensor.is_meta
+    return traced or torch._C._len_torch_dispatch_stack() > 0
 
 
 def check_ids(ids: Tensor, num_rows: int, *, read: bool = True) -> None:

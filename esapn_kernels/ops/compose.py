@@ -31,15 +31,18 @@ sizes), against 18,768 FLOP per row of size 2 for the chain itself.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..cpu import compose as cpu
+from ..cpu import native as native_cpu
 from ..gpu.compose import launch_compose, launch_compose_bwd
+from .backend import NATIVE_ERROR, native, runs_native
 from .chain import compute_dtype, operand_offsets
+from .checks import is_opaque
 
 __all__ = ["ComposedCache", "compose", "compose_bwd"]
 
@@ -75,7 +78,8 @@ def compose(chain: Tensor, sizes: Sequence[int], *, backend: str = "torch") -> T
     Args:
         chain: packed hops, ``[sum_k (d_k + 1) d_{k+1}]``, any float dtype.
         sizes: increasing sizes ``d_0 < ... < d_{n-1}``.
-        backend: ``triton`` for one launch, ``torch`` (and ``reference``) for a product per hop.
+        backend: ``triton`` for one launch, ``native`` for one call, ``torch`` (and ``reference``)
+            for a product per hop.
 
     Returns:
         ``[K, D]``, fp32 (fp64 for an fp64 chain), blocks ``[M_k | c_k]^T`` one below the other.
@@ -88,7 +92,7 @@ def compose(chain: Tensor, sizes: Sequence[int], *, backend: str = "torch") -> T
     if backend == "triton":
         run = compose_op if torch.compiler.is_compiling() else launch_compose
         return run(chain.detach().contiguous(), sizes)
-    return cpu.compose(chain, sizes)
+    return _on_cpu(chain, backend).compose(chain, sizes)
 
 
 def compose_bwd(
@@ -120,7 +124,11 @@ def compose_bwd(
     if backend == "triton":
         run = compose_bwd_op if torch.compiler.is_compiling() else launch_compose_bwd
         return run(grad_composed.contiguous(), chain.detach().contiguous(), composed, sizes)
-    return cpu.compose_bwd(grad_composed, chain, composed, sizes)
+    return _on_cpu(chain, backend).compose_bwd(grad_composed, chain, composed, sizes)
+
+
+def _on_cpu(chain: Tensor, backend: str) -> Any:
+    return native_cpu if runs_native(backend) and not is_opaque(chain) else cpu
 
 
 class ComposedCache:
@@ -132,18 +140,33 @@ class ComposedCache:
     """
 
     def __init__(self) -> None:
-        self._seen: bytes | None = None
+        self._seen: Tensor | None = None
         self._composed: Tensor | None = None
+        self._backend = ""
 
-    def __call__(self, chain: Tensor, sizes: Sequence[int]) -> Tensor:
+    def __call__(self, chain: Tensor, sizes: Sequence[int], backend: str = "torch") -> Tensor:
         """``compose(chain, sizes)``, not to be written to; chain on a CPU, in plain eager code."""
-        address, length = ctypes.c_void_p(chain.data_ptr()), chain.nbytes
-        if self._composed is None or self._seen != ctypes.string_at(address, length):
+        if (
+            self._composed is None
+            or self._seen is None
+            or self._backend != backend
+            or not _same_bytes(self._seen, chain)
+        ):
             # What inference mode made could not be saved for a backward outside of it.
             with torch.inference_mode(False):
-                self._composed = compose(chain, sizes)
-            self._seen = ctypes.string_at(address, length)
+                self._composed = compose(chain, sizes, backend=backend)
+                self._seen = chain.detach().clone(memory_format=torch.contiguous_format)
+                self._backend = backend
         return self._composed
 
     def __reduce__(self) -> tuple[type[ComposedCache], tuple[()]]:
         return ComposedCache, ()
+
+
+def _same_bytes(seen: Tensor, chain: Tensor) -> bool:
+    if seen.dtype != chain.dtype or seen.shape != chain.shape:
+        return False
+    if NATIVE_ERROR is None and chain.is_contiguous():
+        return native.equal_bytes(seen.data_ptr(), chain.data_ptr(), seen.nbytes)
+    # As integers: a number that is none differs from itself.
+    return torch.equal(seen.view(torch.uint8), chain.detach().contiguous().view(torch.uint8))

@@ -3,8 +3,9 @@
     y(x) = M_k e + c_k        e in R^{d_k} the row of x, k its level, y in R^D, D = d_{n-1}
 
 with ``(M_k, c_k)`` from :mod:`esapn_kernels.ops.compose`. The kernels are in ``gpu/lookup_fwd`` and
-``gpu/lookup_bwd``, the same for CPUs in ``cpu/lookup``; here they become operators with gradients,
-and :func:`lookup` chooses which of them runs. Source of the operator: Liu et al., "Automated
+``gpu/lookup_bwd``, for CPUs in ``csrc/`` behind ``cpu/native``, and as torch calls in
+``cpu/lookup``; here they become operators with gradients, and :func:`lookup` chooses which of them
+runs. Source of the operator: Liu et al., "Automated
 Embedding Size Search in Deep Recommender Systems", SIGIR 2020.
 """
 
@@ -18,14 +19,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..cpu import lookup as cpu
+from ..cpu import native
 from ..gpu.compose import empty_composed
 from ..gpu.launch import groups_ids
 from ..gpu.lookup_bwd import launch_bwd, launch_bwd_update
 from ..gpu.lookup_fwd import launch_fwd
 from ..reference import lookup_reference
-from .backend import own_precision, resolve_backend
+from .backend import own_precision, resolve_backend, runs_native
 from .chain import compute_dtype, split_chain
-from .checks import check_out, is_eager
+from .checks import check_out, is_eager, is_opaque
 from .compose import ComposedCache, compose, compose_bwd
 from .layout import Layout
 from .update import Update
@@ -51,12 +53,6 @@ class Options(NamedTuple):
     out_dtype: torch.dtype | None = None
 
 
-def _is_opaque(storage: Tensor) -> bool:
-    """Whether no kernel can read the tensors, and the operators' fakes stand in."""
-    traced = torch.compiler.is_compiling() or storage.is_meta
-    return traced or torch._C._len_torch_dispatch_stack() > 0
-
-
 def _lookup_fwd(
     ids: Tensor,
     storage: Tensor,
@@ -70,10 +66,8 @@ def _lookup_fwd(
     """With ``hops`` ``composed`` is written as well: see :func:`lookup`."""
     if backend == "triton":
         return launch_fwd(ids, storage, composed, layout, out_dtype, out, hops)
-    if out_dtype is None or out_dtype == storage.dtype:
-        return cpu.lookup_fwd(ids, storage, composed, layout, out)
-    wide = cpu.lookup_fwd(ids, storage, composed, layout)
-    return wide.to(out_dtype) if out is None else out.copy_(wide)
+    run = native.lookup_fwd if runs_native(backend) else cpu.lookup_fwd
+    return run(ids, storage, composed, layout, out_dtype, out)
 
 
 def _lookup_bwd(
@@ -84,7 +78,12 @@ def _lookup_bwd(
     layout: Layout,
     backend: str,
     want_composed: bool = True,
+    padding_idx: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
+    """``padding_idx``: native kernels leave it out themselves, others get weighed gradients."""
+    if runs_native(backend):
+        operands = (grad_out, ids, storage, composed, layout, want_composed)
+        return native.lookup_bwd(*operands, padding_idx)
     run = launch_bwd if backend == "triton" else cpu.lookup_bwd
     with own_precision(storage):
         return run(grad_out, ids, storage, composed, layout, want_composed)
@@ -273,7 +272,7 @@ class _Lookup(torch.autograd.Function):
         scale_grad_by_freq: bool,
     ) -> Tensor:
         # The operator's boundary costs as much as a small lookup: only where code is traced.
-        if _is_opaque(storage):
+        if is_opaque(storage):
             flat = (row_start, page_level, sizes, page)
             return lookup_fwd_op(ids, storage, composed, *flat, backend, out_dtype)
         layout = Layout(row_start, page_level, sizes, page)
@@ -290,7 +289,7 @@ class _Lookup(torch.autograd.Function):
         ids, storage, chain, composed, row_start, page_level = ctx.saved_tensors
         grad_out = _weigh(grad_out, ids, row_start.numel(), *ctx.weights)
         flat = (row_start, page_level, *ctx.flat)
-        if _is_opaque(storage):
+        if is_opaque(storage):
             grad_storage, grad_composed = lookup_bwd_op(grad_out, ids, storage, composed, *flat)
             sizes, _, backend = ctx.flat
             grad_chain = compose_bwd(grad_composed, chain, composed, sizes, backend=backend)
@@ -337,7 +336,9 @@ class _EagerLookup(torch.autograd.Function):
         ids, storage, chain = ctx.saved_tensors
         composed, layout, backend = ctx.composed, ctx.layout, ctx.backend
         padding_idx, scale_grad_by_freq, sparse, _ = ctx.options
-        grad_out = _weigh(grad_out, ids, layout.num_rows, padding_idx, scale_grad_by_freq)
+        passes = runs_native(backend) and not torch.is_grad_enabled()
+        weights = None if passes else padding_idx, scale_grad_by_freq
+        grad_out = _weigh(grad_out, ids, layout.num_rows, *weights)
         if torch.is_grad_enabled():
             if sparse:
                 raise RuntimeError("a sparse gradient has no derivative: use sparse=False")
@@ -347,11 +348,12 @@ class _EagerLookup(torch.autograd.Function):
         needs_chain = ctx.needs_input_grad[2]
         operands = (grad_out, ids, storage, composed, layout)
         if sparse:
+            run = native.lookup_bwd_sparse if passes else cpu.lookup_bwd_sparse
             with own_precision(storage):
-                sparsely = (*operands, padding_idx, needs_chain)
-                grad_storage, grad_composed = cpu.lookup_bwd_sparse(*sparsely)
+                grad_storage, grad_composed = run(*operands, padding_idx, needs_chain)
         else:
-            grad_storage, grad_composed = _lookup_bwd(*operands, backend, needs_chain)
+            how = (backend, needs_chain, padding_idx)
+            grad_storage, grad_composed = _lookup_bwd(*operands, *how)
         grad_chain = None
         if grad_composed is not None:
             grad_chain = compose_bwd(grad_composed, chain, composed, layout.sizes, backend=backend)
@@ -388,10 +390,14 @@ class _FusedLookup(torch.autograd.Function):
         ids, storage, chain, composed, _, _ = ctx.saved_tensors
         layout, backend = ctx.layout, ctx.backend
         padding_idx, scale_grad_by_freq, _, _ = ctx.options
-        grad_out = _weigh(grad_out, ids, layout.num_rows, padding_idx, scale_grad_by_freq)
-        run = launch_bwd_update if backend == "triton" else cpu.lookup_bwd_update
-        operands = (grad_out, ids, storage, composed, layout)
-        grad_composed = run(*operands, ctx.begin_step(), ctx.needs_input_grad[2])
+        operands = (ids, storage, composed, layout, ctx.begin_step(), ctx.needs_input_grad[2])
+        if runs_native(backend):
+            grad_out = _weigh(grad_out, ids, layout.num_rows, None, scale_grad_by_freq)
+            grad_composed = native.lookup_bwd_update(grad_out, *operands, padding_idx)
+        else:
+            grad_out = _weigh(grad_out, ids, layout.num_rows, padding_idx, scale_grad_by_freq)
+            run = launch_bwd_update if backend == "triton" else cpu.lookup_bwd_update
+            grad_composed = run(grad_out, *operands)
         grad_chain = None
         if grad_composed is not None:
             grad_chain = compose_bwd(grad_composed, chain, composed, layout.sizes, backend=backend)
@@ -477,12 +483,13 @@ def lookup(
     Args:
         ids: any shape, int32 or int64, in ``[0, N)``; duplicates allowed. Not checked here: see
             ``checks.check_ids``, which the modules call. Ids out of range raise ``IndexError`` on
-            the torch backend; they fail an assertion on a GPU, and interpreted kernels give zeros.
+            the native and the torch backend; they fail an assertion on a GPU, and interpreted kernels give zeros.
         storage: all rows, flat ``[capacity]``, fp32 / bf16 / fp16 / fp64; gradient flows (dense).
         chain: packed hops (see ``chain``), same dtype; gradient flows.
         layout: where the rows lie.
         options: see :class:`Options`.
-        backend: ``auto`` (Triton on a GPU, torch elsewhere), ``triton``, ``torch``, ``reference``.
+        backend: ``auto`` (Triton on a GPU, native kernels on a CPU, torch elsewhere), ``triton``,
+            ``native``, ``torch``, ``reference``.
         out: contiguous memory for the output, where no gradient is recorded.
         begin_step: a fused optimizer's step (see ``optim``). Called in backward, which then steps
             the rows in place; ``storage`` has no gradient.
@@ -533,8 +540,8 @@ def lookup(
         # The launch that counts the levels of the ids composes the hops as well.
         hops = chain.detach().contiguous()
         composed = empty_composed(hops, layout.sizes)
-    elif cache is not None and eager and backend == "torch" and device.type == "cpu":
-        composed = cache(chain, layout.sizes)
+    elif cache is not None and eager and backend != "triton" and device.type == "cpu":
+        composed = cache(chain, layout.sizes, backend)
     else:
         # torch.func hands over tensors that no kernel can read.
         readable = eager or torch.compiler.is_compiling()

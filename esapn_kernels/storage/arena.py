@@ -304,7 +304,7 @@ class Arena(Locations):
         backend = resolve_backend(backend, ids.device)
         self._check_accepted()
         exact = movers = None
-        if backend == "torch":
+        if backend != "triton":
             layout = Layout(self.row_start, self.page_level, self.sizes, self.page)
             movers = resize.find_movers(ids, mask, layout)
             if not movers[0].numel():
@@ -346,7 +346,7 @@ class Arena(Locations):
         backend = resolve_backend(backend, ids.device)
         self._check_accepted()
         exact = None
-        if backend == "torch":
+        if backend != "triton":
             _refuse_repeated(ids, "insert")
             if bool((self.row_start[ids] >= 0).any()):
                 raise ValueError("insert takes ids that have no row")
@@ -376,7 +376,7 @@ class Arena(Locations):
         backend = resolve_backend(backend, ids.device)
         self._check_accepted()
         exact = None
-        if backend == "torch":
+        if backend != "triton":
             _refuse_repeated(ids, "free")
             if bool((self.row_start[ids] < 0).any()):
                 raise ValueError("free takes ids that have a row")

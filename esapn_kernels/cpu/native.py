@@ -1,0 +1,224 @@
+"""The operators for CPUs in C++: calls of ``csrc/`` with the signatures of the torch path.
+
+Every function mirrors a Triton kernel of ``gpu/``; the C++ says which. Tensors go there as
+addresses: here they are made contiguous, and results are allocated.
+"""
+
+from __future__ import annotations
+
+import functools
+import struct
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..ops.backend import native
+from ..ops.chain import compute_dtype
+from ..ops.layout import Layout
+from ..ops.update import Update
+
+__all__ = [
+    "compose",
+    "compose_bwd",
+    "lookup_bwd",
+    "lookup_bwd_sparse",
+    "lookup_bwd_update",
+    "lookup_fwd",
+]
+
+_DTYPE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_RULE = {"gradient": 0, "sparse": 1, "sgd": 2, "adagrad": 3, "rowwise_adagrad": 4, "adam": 5}
+
+_PARALLEL = 1 << 17
+"""Numbers of output from which a second thread is worth its start."""
+
+
+@functools.cache
+def _packed(sizes: tuple[int, ...]) -> bytes:
+    return struct.pack(f"{len(sizes)}q", *sizes)
+
+
+def _table(layout: Layout, ids: Tensor) -> tuple[int | bytes, ...]:
+    """Where the rows lie, and the ids, as every kernel takes them."""
+    row_start = layout.row_start
+    return (
+        row_start.data_ptr(),
+        row_start.element_size(),
+        row_start.numel(),
+        layout.page_level.data_ptr(),
+        layout.page,
+        _packed(layout.sizes),
+        ids.data_ptr(),
+        ids.element_size(),
+        ids.numel(),
+    )
+
+
+def _threads(ids: Tensor, layout: Layout) -> int:
+    return torch.get_num_threads() if ids.numel() * layout.dim >= _PARALLEL else 1
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def lookup_fwd(
+    ids: Tensor,
+    storage: Tensor,
+    composed: Tensor,
+    layout: Layout,
+    out_dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """``[len(ids), D]``: see :func:`esapn_kernels.ops.lookup.lookup`.
+
+    ``out``: contiguous memory of that shape, in ``out_dtype``, for the result.
+
+    Raises:
+        IndexError: an id out of range, or without a row; ``out`` is as it was in the first case.
+    """
+    ids = ids.contiguous()
+    composed = composed.to(compute_dtype(storage.dtype))
+    if out is None:
+        out = storage.new_empty(ids.numel(), layout.dim, dtype=out_dtype)
+    native.lookup_fwd(
+        *_table(layout, ids),
+        storage.data_ptr(),
+        _DTYPE[storage.dtype],
+        composed.data_ptr(),
+        out.data_ptr(),
+        _DTYPE[out.dtype],
+        _threads(ids, layout),
+    )
+    return out
+
+
+def _backward(
+    grad_out: Tensor,
+    ids: Tensor,
+    storage: Tensor,
+    composed: Tensor,
+    layout: Layout,
+    want_composed: bool,
+    padding_idx: int | None,
+    rule: str,
+    target: Tensor | None = None,
+    elements: Tensor | None = None,
+    update: Update | None = None,
+) -> Tensor | None:
+    """What becomes of the rows is in ``rule``; returns the gradient of ``composed``."""
+    ids, grad_out = ids.contiguous(), grad_out.contiguous()
+    if grad_out.dtype not in _DTYPE:
+        grad_out = grad_out.to(composed.dtype)
+    operand = composed.to(compute_dtype(storage.dtype))
+    grad_composed = torch.empty_like(operand) if want_composed else None
+    moment = square = per_id = clock = numbers = None
+    if update is not None:
+        numbers, per_id, clock = update.numbers, update.per_id, update.clock
+        if update.state:
+            moment, square = update.state[0], update.state[-1]
+    native.lookup_bwd(
+        *_table(layout, ids),
+        storage.data_ptr(),
+        _DTYPE[storage.dtype],
+        operand.data_ptr(),
+        grad_out.data_ptr(),
+        _DTYPE[grad_out.dtype],
+        _address(grad_composed),
+        -1 if padding_idx is None else padding_idx,
+        _threads(ids, layout),
+        _RULE[rule],
+        _address(target),
+        _address(elements),
+        _address(numbers),
+        _address(moment),
+        _address(square),
+        _address(per_id),
+        _address(clock),
+    )
+    return None if grad_composed is None else grad_composed.to(composed.dtype)
+
+
+def lookup_bwd(
+    grad_out: Tensor,
+    ids: Tensor,
+    storage: Tensor,
+    composed: Tensor,
+    layout: Layout,
+    want_composed: bool = True,
+    padding_idx: int | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of the storage (dense, same shape) and, if wanted, of ``composed``.
+
+    ``padding_idx``: this id has no gradient, neither for its row nor for ``composed``.
+    """
+    grad_storage = torch.zeros_like(storage, requires_grad=False)
+    operands = (grad_out, ids, storage, composed, layout, want_composed, padding_idx)
+    return grad_storage, _backward(*operands, "gradient", grad_storage)
+
+
+def lookup_bwd_sparse(
+    grad_out: Tensor,
+    ids: Tensor,
+    storage: Tensor,
+    composed: Tensor,
+    layout: Layout,
+    padding_idx: int | None = None,
+    want_composed: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """:func:`lookup_bwd` whose gradient of the storage is COO, the elements of the rows looked up.
+
+    The row of ``padding_idx`` has no entries. Rows in the order in which ids name them first.
+    """
+    ids = ids.contiguous()
+    padding = -1 if padding_idx is None else padding_idx
+    count = native.count_elements(*_table(layout, ids), padding)
+    elements = torch.empty(count, dtype=torch.int64)
+    values = storage.new_empty(count)
+    operands = (grad_out, ids, storage, composed, layout, want_composed, padding_idx)
+    grad_composed = _backward(*operands, "sparse", values, elements)
+    grad_storage = torch.sparse_coo_tensor(
+        elements[None], values, storage.shape, check_invariants=False, is_coalesced=False
+    )
+    return grad_storage, grad_composed
+
+
+def lookup_bwd_update(
+    grad_out: Tensor,
+    ids: Tensor,
+    storage: Tensor,
+    composed: Tensor,
+    layout: Layout,
+    update: Update,
+    want_composed: bool = True,
+    padding_idx: int | None = None,
+) -> Tensor | None:
+    """Step every row looked up once, by its summed gradient; there is no dense gradient.
+
+    Moves ``update``'s clock on. Returns the gradient of ``composed`` from the rows as they were
+    (``None`` if not wanted).
+    """
+    operands = (grad_out, ids, storage, composed, layout, want_composed, padding_idx)
+    return _backward(*operands, update.rule, update=update)
+
+
+def compose(chain: Tensor, sizes: Sequence[int]) -> Tensor:
+    """``[K, D]``: see :func:`esapn_kernels.ops.compose.compose`."""
+    chain = chain.detach().to(compute_dtype(chain.dtype)).contiguous()
+    composed = chain.new_empty(sum(sizes[:-1]) + len(sizes) - 1, sizes[-1])
+    operands = (_DTYPE[chain.dtype], chain.data_ptr(), composed.data_ptr())
+    native.compose(_packed(tuple(sizes)), *operands)
+    return composed
+
+
+def compose_bwd(
+    grad_composed: Tensor, chain: Tensor, composed: Tensor, sizes: Sequence[int]
+) -> Tensor:
+    """Shape and dtype of ``chain``: see :func:`esapn_kernels.ops.compose.compose_bwd`."""
+    hops = chain.detach().to(composed.dtype).contiguous()
+    grad_composed, grad_chain = grad_composed.contiguous(), torch.empty_like(hops)
+    tensors = (grad_composed, hops, composed, grad_chain)
+    addresses = [tensor.data_ptr() for tensor in tensors]
+    native.compose_bwd(_packed(tuple(sizes)), _DTYPE[hops.dtype], *addresses)
+    return grad_chain.to(chain.dtype)

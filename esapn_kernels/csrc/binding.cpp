@@ -1,0 +1,252 @@
+// What Python calls. Tensors come as addresses, so that this file needs nothing of torch's, and of
+// CPython's stable interface only; cpu/native.py has checked them.
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <string.h>
+
+#include "kernels.h"
+
+namespace {
+
+using namespace esapn;
+
+const Kernels* chosen = nullptr;
+
+// The arguments of a call, one after the other. After a failure they are zeros; `failed` tells.
+class Arguments {
+ public:
+  Arguments(PyObject* const* values, Py_ssize_t count) : next_(values), left_(count) {}
+
+  int64_t integer() {
+    PyObject* value = take();
+    return value ? PyLong_AsLongLong(value) : 0;
+  }
+  int small() { return int(integer()); }
+  void* address() { return reinterpret_cast<void*>(uintptr_t(integer())); }
+  const char* bytes(Py_ssize_t& length) {
+    PyObject* value = take();
+    char* data = nullptr;
+    length = 0;
+    if (value) PyBytes_AsStringAndSize(value, &data, &length);
+    return data;
+  }
+  Table table() {
+    Table table{};
+    table.row_start = address();
+    table.wide_start = small() == 8;
+    table.rows = integer();
+    table.page_level = static_cast<const int8_t*>(address());
+    table.page = integer();
+    sizes(table.sizes, table.n);
+    return table;
+  }
+  Ids ids() {
+    Ids ids{};
+    ids.data = address();
+    ids.wide = small() == 8;
+    ids.count = integer();
+    return ids;
+  }
+  void sizes(const int64_t*& sizes, int& n) {
+    Py_ssize_t length;
+    sizes = reinterpret_cast<const int64_t*>(bytes(length));
+    n = int(length / Py_ssize_t(sizeof(int64_t)));
+    if (!PyErr_Occurred() && (n < 1 || n > 127)) PyErr_SetString(PyExc_ValueError, "between 1 and 127 sizes");
+  }
+  bool failed() const {
+    if (!PyErr_Occurred() && left_) PyErr_SetString(PyExc_TypeError, "another number of arguments");
+    return PyErr_Occurred() != nullptr;
+  }
+
+ private:
+  PyObject* take() {
+    if (left_ <= 0 || PyErr_Occurred()) {
+      if (!PyErr_Occurred()) PyErr_SetString(PyExc_TypeError, "another number of arguments");
+      return nullptr;
+    }
+    left_--;
+    return *next_++;
+  }
+
+  PyObject* const* next_;
+  Py_ssize_t left_;
+};
+
+PyObject* answer(int status) {
+  if (status == OK) Py_RETURN_NONE;
+  if (status == OUT_OF_RANGE)
+    PyErr_SetString(PyExc_IndexError, "index out of range in self");
+  else
+    PyErr_NoMemory();
+  return nullptr;
+}
+
+PyObject* lookup_fwd(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  Arguments arguments(values, count);
+  const Table table = arguments.table();
+  const Ids ids = arguments.ids();
+  const void* storage = arguments.address();
+  const int dtype = arguments.small();
+  const void* composed = arguments.address();
+  void* out = arguments.address();
+  const int out_dtype = arguments.small();
+  const int threads = arguments.small();
+  if (arguments.failed()) return nullptr;
+  int status;
+  Py_BEGIN_ALLOW_THREADS
+  status = check_ids(ids, table.rows);
+  if (status == OK)
+    status = chosen->lookup_fwd[dtype == F64](table, ids, storage, dtype, composed, out, out_dtype, threads);
+  Py_END_ALLOW_THREADS
+  return answer(status);
+}
+
+PyObject* lookup_bwd(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  Arguments arguments(values, count);
+  const Table table = arguments.table();
+  const Ids ids = arguments.ids();
+  void* storage = arguments.address();
+  const int dtype = arguments.small();
+  const void* composed = arguments.address();
+  const void* grad = arguments.address();
+  const int grad_dtype = arguments.small();
+  void* grad_composed = arguments.address();
+  const int64_t padding = arguments.integer();
+  const int threads = arguments.small();
+  Update update{};
+  update.rule = arguments.small();
+  update.target = arguments.address();
+  update.elements = static_cast<int64_t*>(arguments.address());
+  update.numbers = static_cast<const double*>(arguments.address());
+  update.moment = arguments.address();
+  update.square = arguments.address();
+  update.per_id = arguments.address();
+  update.clock = static_cast<double*>(arguments.address());
+  if (arguments.failed()) return nullptr;
+  int status;
+  Py_BEGIN_ALLOW_THREADS
+  status = chosen->lookup_bwd[dtype == F64](table, ids, grad, grad_dtype, storage, dtype, composed,
+                                            grad_composed, update, padding, threads);
+  Py_END_ALLOW_THREADS
+  return answer(status);
+}
+
+PyObject* count_elements(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  Arguments arguments(values, count);
+  const Table table = arguments.table();
+  const Ids ids = arguments.ids();
+  const int64_t padding = arguments.integer();
+  if (arguments.failed()) return nullptr;
+  int status = NO_MEMORY;
+  int64_t elements = 0;
+  Py_BEGIN_ALLOW_THREADS
+  Buffer memory(group_bytes(ids.count));
+  if (memory.ok()) {
+    Groups groups;
+    status = group(groups, memory, table, ids, padding);
+    elements = groups.elements;
+  }
+  Py_END_ALLOW_THREADS
+  return status == OK ? PyLong_FromLongLong(elements) : answer(status);
+}
+
+PyObject* compose(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  Arguments arguments(values, count);
+  const int64_t* sizes;
+  int n;
+  arguments.sizes(sizes, n);
+  const int dtype = arguments.small();
+  const void* chain = arguments.address();
+  void* composed = arguments.address();
+  if (arguments.failed()) return nullptr;
+  int status;
+  Py_BEGIN_ALLOW_THREADS
+  status = chosen->compose[dtype == F64](sizes, n, chain, composed);
+  Py_END_ALLOW_THREADS
+  return answer(status);
+}
+
+PyObject* compose_bwd(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  Arguments arguments(values, count);
+  const int64_t* sizes;
+  int n;
+  arguments.sizes(sizes, n);
+  const int dtype = arguments.small();
+  const void* grad_composed = arguments.address();
+  const void* chain = arguments.address();
+  const void* composed = arguments.address();
+  void* grad_chain = arguments.address();
+  if (arguments.failed()) return nullptr;
+  int status;
+  Py_BEGIN_ALLOW_THREADS
+  status = chosen->compose_bwd[dtype == F64](sizes, n, grad_composed, chain, composed, grad_chain);
+  Py_END_ALLOW_THREADS
+  return answer(status);
+}
+
+PyObject* equal_bytes(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  Arguments arguments(values, count);
+  const void* one = arguments.address();
+  const void* other = arguments.address();
+  const int64_t length = arguments.integer();
+  if (arguments.failed()) return nullptr;
+  return PyBool_FromLong(memcmp(one, other, size_t(length)) == 0);
+}
+
+PyObject* instruction_sets(PyObject*, PyObject*) {
+  PyObject* names = PyList_New(0);
+  for (const Kernels* const* kernels = available(); names && *kernels; kernels++) {
+    PyObject* name = PyUnicode_FromString((*kernels)->name);
+    if (!name || PyList_Append(names, name) < 0) Py_CLEAR(names);
+    Py_XDECREF(name);
+  }
+  return names;
+}
+
+PyObject* use(PyObject*, PyObject* name) {
+  PyObject* before = PyUnicode_FromString(chosen->name);
+  PyObject* encoded = before ? PyUnicode_AsUTF8String(name) : nullptr;
+  const char* text = encoded ? PyBytes_AsString(encoded) : nullptr;
+  const Kernels* found = nullptr;
+  for (const Kernels* const* kernels = available(); text && *kernels; kernels++)
+    if (!strcmp((*kernels)->name, text)) found = *kernels;
+  Py_XDECREF(encoded);
+  if (found) {
+    chosen = found;
+    return before;
+  }
+  Py_XDECREF(before);
+  if (!PyErr_Occurred()) PyErr_SetString(PyExc_ValueError, "no such instruction set on this machine");
+  return nullptr;
+}
+
+template <class F>
+PyCFunction fast(F function) {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
+}
+
+PyMethodDef methods[] = {
+    {"lookup_fwd", fast(lookup_fwd), METH_FASTCALL, "(table, ids, storage, composed, out, threads)"},
+    {"lookup_bwd", fast(lookup_bwd), METH_FASTCALL,
+     "(table, ids, storage, composed, grad, grad_composed, padding, threads, update)"},
+    {"count_elements", fast(count_elements), METH_FASTCALL, "(table, ids, padding): of the distinct rows"},
+    {"compose", fast(compose), METH_FASTCALL, "(sizes, dtype, chain, composed)"},
+    {"compose_bwd", fast(compose_bwd), METH_FASTCALL,
+     "(sizes, dtype, grad_composed, chain, composed, grad_chain)"},
+    {"equal_bytes", fast(equal_bytes), METH_FASTCALL, "(one, other, length)"},
+    {"instruction_sets", instruction_sets, METH_NOARGS, "Those that this machine runs, the widest first."},
+    {"use", use, METH_O, "Take the kernels of an instruction set; returns the one before."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT, "esapn_kernels._native", "The operators for CPUs; see cpu/native.py.", 0, methods,
+    nullptr, nullptr, nullptr, nullptr,
+};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__native() {
+  chosen = *available();
+  return PyModule_Create(&definition);
+}

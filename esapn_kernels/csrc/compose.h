@@ -1,0 +1,120 @@
+// The chain and its reverse (ops/compose.py holds the recursions). Mirrors gpu/compose.py. Inside the
+// namespace of an instruction set.
+
+// [K, D] from the packed hops: A_k = T_k A'_{k+1} + [0; c_{k+1}], k = n - 2 ... 0.
+template <class A>
+static int compose(const int64_t* sizes, int n, const void* chain_memory, void* composed_memory) {
+  const A* chain = static_cast<const A*>(chain_memory);
+  A* composed = static_cast<A*>(composed_memory);
+  const int64_t D = sizes[n - 1], stride = padded_width<A>(D);
+  int64_t rows = 0, hop = 0;
+  for (int k = 0; k + 1 < n; k++) {
+    rows += sizes[k] + 1;
+    hop += (sizes[k] + 1) * sizes[k + 1];
+  }
+  const bool padded = stride != D;
+  Buffer memory(Buffer::padded<A>(stride) + (padded ? Buffer::padded<A>(rows * stride) : 0));
+  if (!memory.ok()) return NO_MEMORY;
+  A* zero = memory.take<A>(stride);
+  for (int64_t c = 0; c < stride; c++) zero[c] = 0;
+  A* work = padded ? memory.take<A>(rows * stride) : composed;
+  int64_t block = rows;
+  for (int k = n - 2; k >= 0; k--) {
+    const int64_t d = sizes[k], next = sizes[k + 1];
+    hop -= (d + 1) * next;
+    block -= d + 1;
+    const A* t = chain + hop;
+    A* y = work + block * stride;
+    if (k == n - 2) {
+      for (int64_t r = 0; r <= d; r++)
+        for (int64_t c = 0; c < stride; c++) y[r * stride + c] = c < D ? t[r * D + c] : A(0);
+      continue;
+    }
+    const A* m = y + (d + 1) * stride;
+    for (int64_t r = 0; r < d; r += TILE_ROWS) {
+      const int count = int(d - r < TILE_ROWS ? d - r : TILE_ROWS);
+      const A* e[TILE_ROWS];
+      A* z[TILE_ROWS];
+      for (int i = 0; i < count; i++) {
+        e[i] = t + (r + i) * next;
+        z[i] = y + (r + i) * stride;
+      }
+      affine<A, false>(count, e, m, stride, zero, z, stride, next);
+    }
+    const A* bias = t + d * next;
+    A* last = y + d * stride;
+    affine<A, false>(1, &bias, m, stride, m + next * stride, &last, stride, next);
+  }
+  if (padded)
+    for (int64_t r = 0; r < rows; r++)
+      for (int64_t c = 0; c < D; c++) composed[r * D + c] = work[r * stride + c];
+  return OK;
+}
+
+// The gradient of the packed hops from that of `composed`, G_0 = dA_0:
+//   dT_k = G_k A'_{k+1}^T,   G_{k+1} = dA_{k+1} + T_k^{+T} G_k
+// Rows of zeros take part in no product: zero times what is not finite is not a number.
+template <class A>
+static int compose_bwd(const int64_t* sizes, int n, const void* grad_memory, const void* chain_memory,
+                       const void* composed_memory, void* grad_chain_memory) {
+  const A* chain = static_cast<const A*>(chain_memory);
+  A* grad_chain = static_cast<A*>(grad_chain_memory);
+  const int64_t D = sizes[n - 1], stride = padded_width<A>(D);
+  int64_t rows = 0, largest = 0;
+  for (int k = 0; k + 1 < n; k++) {
+    rows += sizes[k] + 1;
+    if (sizes[k] > largest) largest = sizes[k];
+  }
+  const int64_t columns = (largest + LANES<A>) / LANES<A> * LANES<A>;
+  Buffer memory(2 * Buffer::padded<A>(rows * stride) + Buffer::padded<A>(columns * stride) +
+                Buffer::padded<A>(TILE_ROWS * columns) + 2 * Buffer::padded<const A*>(largest + 1));
+  if (!memory.ok()) return NO_MEMORY;
+  A* grad = memory.take<A>(rows * stride);
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t c = 0; c < stride; c++)
+      grad[r * stride + c] = c < D ? static_cast<const A*>(grad_memory)[r * D + c] : A(0);
+  const A* composed = pad_rows(static_cast<const A*>(composed_memory), rows, D, memory.take<A>(rows * stride));
+  A* turned = memory.take<A>(columns * stride);
+  A* found = memory.take<A>(TILE_ROWS * columns);
+  const A** e = memory.take<const A*>(largest + 1);
+  const A** g = memory.take<const A*>(largest + 1);
+  int64_t block = 0, hop = 0;
+  for (int k = 0; k + 1 < n; k++) {
+    const int64_t d = sizes[k], next = sizes[k + 1];
+    const A* G = grad + block * stride;
+    const A* T = chain + hop;
+    A* dT = grad_chain + hop;
+    block += d + 1;
+    hop += (d + 1) * next;
+    if (k == n - 2) {
+      for (int64_t r = 0; r <= d; r++)
+        for (int64_t c = 0; c < D; c++) dT[r * D + c] = G[r * stride + c];
+      break;
+    }
+    int used = 0;
+    for (int64_t r = 0; r <= d; r++) {
+      bool zero = true;
+      for (int64_t c = 0; c < D; c++) zero = zero && G[r * stride + c] == 0;
+      if (zero) {
+        for (int64_t j = 0; j < next; j++) dT[r * next + j] = 0;
+        continue;
+      }
+      e[used] = T + r * next;
+      g[used++] = G + r * stride;
+    }
+    Projection<A> down{composed + block * stride, stride, stride, next};
+    down.turn(turned);
+    const int64_t width = down.columns();
+    for (int r = 0; r < used; r += TILE_ROWS) {
+      const int count = used - r < TILE_ROWS ? used - r : TILE_ROWS;
+      project(down, g + r, count, found, width);
+      for (int i = 0; i < count; i++)
+        for (int64_t j = 0; j < next; j++) dT[(e[r + i] - T) + j] = found[i * width + j];
+    }
+    A* H = grad + block * stride;
+    outer(H, stride, e, g, used, stride, next);
+    const A* last = G + d * stride;
+    add_rows(H + next * stride, &last, 1, stride);
+  }
+  return OK;
+}

@@ -1,0 +1,207 @@
+// The lookup: y(x) = M_k e + c_k. Mirrors gpu/lookup_fwd.py. Inside the namespace of an instruction
+// set.
+//
+// A tile of ids at a time: located, put in order by level, and multiplied six rows at a time. While
+// a tile is multiplied the rows of the next one are fetched, in step with the work.
+
+constexpr int FORWARD_TILE = 256;
+constexpr int64_t FORWARD_TASK = 2048;  // ids, a multiple of the tile
+
+// The ids of a tile: where their rows begin, and their positions by level.
+struct Located {
+  int64_t start[FORWARD_TILE];
+  uint8_t level[FORWARD_TILE];
+  uint16_t order[FORWARD_TILE];
+  int32_t count[128];
+  int size;
+};
+
+// False: an id without a row.
+static bool locate(Located& tile, const Table& table, const Pages& pages, const Ids& ids, int64_t first,
+                   int64_t end) {
+  tile.size = int(end - first < FORWARD_TILE ? (first < end ? end - first : 0) : FORWARD_TILE);
+  for (int k = 0; k < table.n; k++) tile.count[k] = 0;
+  for (int i = 0; i < tile.size; i++) {
+    if (first + i + 32 < end) __builtin_prefetch(table.start_address(ids[first + i + 32]));
+    const int64_t start = table.start(ids[first + i]);
+    if (start < 0) return false;
+    const int level = table.page_level[pages.of(start)];
+    if (level < 0 || level >= table.n) return false;
+    tile.start[i] = start;
+    tile.level[i] = uint8_t(level);
+    tile.count[level]++;
+  }
+  int32_t at[128], sum = 0;
+  for (int k = 0; k < table.n; k++) {
+    at[k] = sum;
+    sum += tile.count[k];
+  }
+  for (int i = 0; i < tile.size; i++) tile.order[at[tile.level[i]]++] = uint16_t(i);
+  return true;
+}
+
+// Fetches the rows of the next tile in step with the work on this one.
+struct Ahead {
+  const char* storage;
+  int64_t item;
+  const int64_t* sizes;
+  const Located* next;
+  int64_t rate, credit = 0;
+  int at = 0;
+
+  // `total`: the work on the present tile, in the unit of `step`.
+  Ahead(const void* storage, int64_t item, const int64_t* sizes, const Located* next, int64_t total)
+      : storage(static_cast<const char*>(storage)), item(item), sizes(sizes), next(next),
+        rate(total ? (int64_t(next->size) << 16) / total + 1 : 0) {}
+
+  ESAPN_INLINE void row() {
+    prefetch(storage + next->start[at] * item, sizes[next->level[at]] * item);
+    at++;
+  }
+  ESAPN_INLINE void step(int64_t work) {
+    for (credit += work * rate; credit >= 65536; credit -= 65536)
+      if (at < next->size) row();
+  }
+};
+
+template <class A>
+struct Forward {
+  const Table& table;
+  const Pages pages;
+  const Ids& ids;
+  const char* storage;
+  int dtype;
+  const A* composed;  // width `stride`, a multiple of the lanes
+  int64_t stride;
+  const int64_t* offset;  // first row of every level's block
+  char* out;
+  int out_dtype;
+  bool streams;
+
+  // ids [first, end); scratch: TILE_ROWS rows of the largest size and of `stride`.
+  template <bool STREAM>
+  bool run(int64_t first, int64_t end, A* scratch) const {
+    const int64_t D = table.dim(), item = itemsize(dtype), out_item = itemsize(out_dtype);
+    const bool plain = dtype == DTYPE_OF<A>, direct = out_dtype == DTYPE_OF<A> && D == stride;
+    A* wide = scratch;
+    A* result = scratch + TILE_ROWS * padded_width<A>(D);
+    Located two[2];
+    if (!locate(two[0], table, pages, ids, first, end)) return false;
+    {
+      Ahead begin(storage, item, table.sizes, &two[0], 1);
+      while (begin.at < two[0].size) begin.row();
+    }
+    int which = 0;
+    for (int64_t t = first; t < end; t += FORWARD_TILE, which ^= 1) {
+      const Located& tile = two[which];
+      if (!locate(two[which ^ 1], table, pages, ids, t + FORWARD_TILE, end)) return false;
+      int64_t total = 0;
+      for (int k = 0; k < table.n; k++) total += tile.count[k] * work(k);
+      Ahead ahead(storage, item, table.sizes, &two[which ^ 1], total);
+      char* y = out + t * D * out_item;
+      int at = 0;
+      for (int k = 0; k < table.n; k++) {
+        const int behind = at + tile.count[k];
+        const int64_t d = table.sizes[k];
+        if (k == table.n - 1) {
+          for (; at < behind; at++) {
+            const int i = tile.order[at];
+            ahead.step(work(k));
+            copy<STREAM>(y + i * D * out_item, storage + tile.start[i] * item, wide, direct && plain);
+          }
+          break;
+        }
+        const A* m = composed + offset[k] * stride;
+        while (at < behind) {
+          const int rows = behind - at < TILE_ROWS ? behind - at : TILE_ROWS;
+          const A* e[TILE_ROWS];
+          A* z[TILE_ROWS];
+          for (int r = 0; r < rows; r++) {
+            const int i = tile.order[at + r];
+            const char* row = storage + tile.start[i] * item;
+            if (plain) {
+              e[r] = reinterpret_cast<const A*>(row);
+            } else {
+              widen(wide + r * D, row, dtype, d);
+              e[r] = wide + r * D;
+            }
+            z[r] = direct ? reinterpret_cast<A*>(y + i * D * out_item) : result + r * stride;
+          }
+          ahead.step(rows * work(k));
+          if (direct)
+            affine<A, STREAM>(rows, e, m, stride, m + d * stride, z, stride, d);
+          else {
+            affine<A, false>(rows, e, m, stride, m + d * stride, z, stride, d);
+            for (int r = 0; r < rows; r++)
+              narrow(y + tile.order[at + r] * D * out_item, z[r], out_dtype, D);
+          }
+          at += rows;
+        }
+      }
+    }
+    return true;
+  }
+
+  // What a row of level k costs, about, in half vectors.
+  ESAPN_INLINE int64_t work(int k) const {
+    return k == table.n - 1 ? 16 : 10 + 5 * table.sizes[k] / 2;
+  }
+
+  template <bool STREAM>
+  ESAPN_INLINE void copy(char* y, const char* row, A* wide, bool direct) const {
+    constexpr int W = LANES<A>;
+    const int64_t D = table.dim();
+    if (direct) {
+      const A* from = reinterpret_cast<const A*>(row);
+      A* to = reinterpret_cast<A*>(y);
+      for (int64_t at = 0; at < D; at += W) {
+        if (STREAM)
+          stream(to + at, load<Vec<A, W>>(from + at));
+        else
+          store(to + at, load<Vec<A, W>>(from + at));
+      }
+    } else if (dtype == out_dtype) {
+      __builtin_memcpy(y, row, size_t(D * itemsize(dtype)));
+    } else {
+      widen(wide, row, dtype, D);
+      narrow(y, wide, out_dtype, D);
+    }
+  }
+};
+
+template <class A>
+static int lookup_fwd(const Table& table, const Ids& ids, const void* storage, int dtype,
+                      const void* composed, void* out, int out_dtype, int threads) {
+  const int64_t D = table.dim(), stride = padded_width<A>(D);
+  int64_t offset[128];
+  operand_offsets(table, offset);
+  const int64_t blocks = offset[table.n - 1];
+  const int64_t bytes = ids.count * D * itemsize(out_dtype);
+  // Streamed, an output is in memory when it is read next: only where no cache would hold it.
+  const bool streams = bytes >= last_cache() / 2 && D == stride &&
+                       reinterpret_cast<uintptr_t>(out) % ESAPN_BYTES == 0;
+  if (bytes >= last_cache() / 2) advise_large_pages(out, bytes);
+  Buffer pads(stride == D ? 0 : Buffer::padded<A>(blocks * stride));
+  if (!pads.ok()) return NO_MEMORY;
+  const A* operand =
+      pad_rows(static_cast<const A*>(composed), blocks, D, stride == D ? nullptr : pads.take<A>(blocks * stride));
+  const Forward<A> forward{table, Pages(table.page), ids, static_cast<const char*>(storage), dtype,
+                           operand, stride, offset, static_cast<char*>(out), out_dtype, streams};
+  int status = OK;
+  const int64_t tasks = (ids.count + FORWARD_TASK - 1) / FORWARD_TASK;
+  parallel(tasks, threads, [&](int64_t task) {
+    const int64_t first = task * FORWARD_TASK;
+    const int64_t end = first + FORWARD_TASK < ids.count ? first + FORWARD_TASK : ids.count;
+    Buffer scratch(Buffer::padded<A>(TILE_ROWS * 2 * stride));
+    int found = NO_MEMORY;
+    if (scratch.ok()) {
+      A* memory = scratch.take<A>(TILE_ROWS * 2 * stride);
+      const bool good = streams ? forward.template run<true>(first, end, memory)
+                                : forward.template run<false>(first, end, memory);
+      found = good ? OK : OUT_OF_RANGE;
+    }
+    if (streams) stream_fence();
+    if (found != OK) __atomic_store_n(&status, found, __ATOMIC_RELAXED);
+  });
+  return status;
+}

@@ -1,0 +1,91 @@
+#include "parallel.h"
+
+#include <dlfcn.h>
+#include <pthread.h>
+#include <stdlib.h>
+#include <unistd.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include <atomic>
+#include <initializer_list>
+
+namespace esapn {
+namespace {
+
+using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+
+std::atomic<bool> forked{false};
+
+// torch loads its OpenMP library for all to see. Linking one would bring a second pool into the
+// process where torch's has another name. LLVM's and Intel's libraries have GNU's entry as well.
+Parallel find_pool() {
+  pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
+  void* found = dlsym(RTLD_DEFAULT, "GOMP_parallel");
+#if defined(RTLD_NOLOAD)
+  for (const char* name : {"libgomp.so.1", "libomp.so", "libiomp5.so"})
+    if (!found)
+      if (void* library = dlopen(name, RTLD_LAZY | RTLD_NOLOAD)) found = dlsym(library, "GOMP_parallel");
+#endif
+  return reinterpret_cast<Parallel>(found);
+}
+
+struct Work {
+  void (*task)(void*, int64_t);
+  void* context;
+  int64_t tasks;
+  std::atomic<int64_t> next{0};
+
+  void run() {
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) task(context, i);
+  }
+};
+
+}  // namespace
+
+void run_tasks(void (*task)(void*, int64_t), void* context, int64_t tasks, int threads) {
+  static const Parallel pool = find_pool();
+  Work work{task, context, tasks};
+  if (threads > tasks) threads = int(tasks);
+  // The pool's threads do not live on in a forked process: waiting for them would never end.
+  if (threads > 1 && pool && !forked.load())
+    pool([](void* shared) { static_cast<Work*>(shared)->run(); }, &work, unsigned(threads), 0);
+  else
+    work.run();
+}
+
+int64_t last_cache() {
+  static const int64_t bytes = [] {
+    int64_t found = 0;
+#if defined(_SC_LEVEL3_CACHE_SIZE)
+    found = sysconf(_SC_LEVEL3_CACHE_SIZE);
+#endif
+    return found > 0 ? found : int64_t(32) << 20;
+  }();
+  return bytes;
+}
+
+void advise_large_pages(void* memory, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  static const uintptr_t page = uintptr_t(sysconf(_SC_PAGESIZE));
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + page - 1) / page * page;
+  const uintptr_t end = reinterpret_cast<uintptr_t>(memory) + uintptr_t(bytes);
+  // Advice only: where it is not taken, nothing changes.
+  if (begin < end) (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)memory;
+  (void)bytes;
+#endif
+}
+
+Buffer::Buffer(int64_t bytes) : memory_(nullptr) {
+  void* memory = nullptr;
+  if (posix_memalign(&memory, 64, size_t(bytes > 0 ? (bytes + 63) / 64 * 64 : 64)) == 0)
+    memory_ = static_cast<char*>(memory);
+  next_ = memory_;
+}
+
+Buffer::~Buffer() { free(memory_); }
+
+}  // namespace esapn

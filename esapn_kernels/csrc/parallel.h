@@ -1,0 +1,48 @@
+// Tasks on the OpenMP pool that torch runs already, and memory that lasts for one call.
+#pragma once
+#include "table.h"
+
+namespace esapn {
+
+// Runs task(context, i) for i in [0, tasks), on up to `threads` threads. Which thread takes which
+// task is left open: tasks must not depend on it.
+void run_tasks(void (*task)(void*, int64_t), void* context, int64_t tasks, int threads);
+
+template <class F>
+ESAPN_INLINE void parallel(int64_t tasks, int threads, const F& body) {
+  run_tasks([](void* context, int64_t i) { (*static_cast<const F*>(context))(i); },
+            const_cast<F*>(&body), tasks, threads);
+}
+
+// Bytes of the last cache before the memory.
+int64_t last_cache();
+
+// Asks the system for large pages where fresh memory of that size is still to be touched.
+void advise_large_pages(void* memory, int64_t bytes);
+
+// Memory aligned to 64 bytes, not initialised; freed when it goes out of scope.
+class Buffer {
+ public:
+  explicit Buffer(int64_t bytes);
+  ~Buffer();
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  // The next `count` elements; null where the buffer had no memory.
+  template <class T>
+  ESAPN_INLINE T* take(int64_t count) {
+    char* here = next_;
+    if (here) next_ += padded<T>(count);
+    return reinterpret_cast<T*>(here);
+  }
+  template <class T>
+  static ESAPN_INLINE int64_t padded(int64_t count) {
+    return (count * int64_t(sizeof(T)) + 63) / 64 * 64;
+  }
+  ESAPN_INLINE bool ok() const { return memory_ != nullptr; }
+
+ private:
+  char* memory_;
+  char* next_;
+};
+
+}  // namespace esapn

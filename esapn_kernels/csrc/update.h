@@ -1,0 +1,164 @@
+// What a row's gradient is for: it is written, or a rule steps the row by it. Mirrors gpu/update.py;
+// cpu/update.py writes the rules out. Inside the namespace of an instruction set.
+
+// beta^age in fp64 for any age: the error of a power grows with it.
+class Powers {
+ public:
+  explicit Powers(double beta) : beta_(beta) {
+    low_[0] = 1;
+    for (int i = 1; i < SIZE; i++) low_[i] = low_[i - 1] * beta;
+    const double step = low_[SIZE - 1] * beta;
+    high_[0] = 1;
+    for (int i = 1; i < SIZE; i++) high_[i] = high_[i - 1] * step;
+  }
+  ESAPN_INLINE double operator()(int64_t age) const {
+    if (age < SIZE) return low_[age < 0 ? 0 : age];
+    if (age < SIZE * SIZE) return high_[age / SIZE] * low_[age % SIZE];
+    return __builtin_pow(beta_, double(age));
+  }
+
+ private:
+  static constexpr int SIZE = 128;
+  double beta_, low_[SIZE], high_[SIZE];
+};
+
+template <class A>
+struct Sgd {
+  A* e;
+  const A* g;
+  A lr;
+  template <class V>
+  ESAPN_INLINE void at(int64_t j) const {
+    store(e + j, load<V>(e + j) - lr * load<V>(g + j));
+  }
+};
+
+template <class A>
+struct Adagrad {
+  A *e, *sum;
+  const A* g;
+  A lr, eps;
+  template <class V>
+  ESAPN_INLINE void at(int64_t j) const {
+    const V x = load<V>(g + j), total = load<V>(sum + j) + x * x;
+    store(sum + j, total);
+    store(e + j, load<V>(e + j) - lr * x / (root(total) + eps));
+  }
+};
+
+template <class A>
+struct Adam {
+  A *e, *moment, *square;
+  const A* g;
+  A decay, keep, take1, take2, lr1, correct2, eps;  // lr1 = lr / (1 - beta1^t)
+  template <class V>
+  ESAPN_INLINE void at(int64_t j) const {
+    const V x = load<V>(g + j);
+    const V m = load<V>(moment + j) * decay + take1 * x, v = load<V>(square + j) * keep + take2 * (x * x);
+    store(moment + j, m);
+    store(square + j, v);
+    store(e + j, load<V>(e + j) - lr1 * m / (root(v * correct2) + eps));
+  }
+};
+
+// All of d elements, in vectors as wide as there are elements for.
+template <class A, class Rule>
+ESAPN_INLINE void for_each(const Rule& rule, int64_t d) {
+  constexpr int W = LANES<A>;
+  int64_t j = 0;
+  for (; j + W <= d; j += W) rule.template at<Vec<A, W>>(j);
+  if constexpr (ESAPN_BYTES >= 32)
+    if (j + W / 2 <= d) {
+      rule.template at<Vec<A, W / 2>>(j);
+      j += W / 2;
+    }
+  if constexpr (ESAPN_BYTES >= 64)
+    if (j + W / 4 <= d) {
+      rule.template at<Vec<A, W / 4>>(j);
+      j += W / 4;
+    }
+  for (; j < d; j++) rule.template at<A>(j);
+}
+
+template <class A>
+class Step {
+ public:
+  // `target`: for WRITE the gradient of the storage, for SPARSE the values.
+  Step(const Update& update, void* storage, int dtype)
+      : rule_(update.rule), dtype_(dtype), item_(itemsize(dtype)), plain_(dtype == DTYPE_OF<A>),
+        storage_(static_cast<char*>(storage)), target_(static_cast<char*>(update.target)),
+        elements_(update.elements), moment_(static_cast<A*>(update.moment)),
+        square_(static_cast<A*>(update.square)), per_id_(update.per_id),
+        decay_(update.rule == ADAM ? update.numbers[1] : 0), keep_(update.rule == ADAM ? update.numbers[2] : 0) {
+    if (!update.numbers) return;
+    lr_ = A(update.numbers[5]);
+    eps_ = A(update.numbers[6]);
+    if (rule_ != ADAM) return;
+    step_ = int64_t(update.clock[0]);
+    take1_ = A(1 - update.numbers[1]);
+    take2_ = A(1 - update.numbers[2]);
+    lr1_ = A(update.numbers[5] / (1 - update.clock[1]));
+    correct2_ = A(1 / (1 - update.clock[2]));
+  }
+
+  // What a row's step reads besides the row and its gradient.
+  ESAPN_INLINE void fetch(int64_t start, int64_t id, int64_t d) const {
+    if (rule_ == ADAM) prefetch(moment_ + start, d * int64_t(sizeof(A)));
+    if (rule_ == ADAM || rule_ == ADAGRAD) prefetch(square_ + start, d * int64_t(sizeof(A)));
+    if (rule_ == ADAM) __builtin_prefetch(static_cast<const int32_t*>(per_id_) + id);
+    if (rule_ == ROWWISE_ADAGRAD) __builtin_prefetch(static_cast<const A*>(per_id_) + id);
+  }
+
+  // The row of `id`, at `start`, whose gradient is g; `wide`: memory for d numbers. `place`: where a
+  // sparse gradient has its entries.
+  ESAPN_INLINE void operator()(int64_t start, int64_t id, const A* g, int64_t d, int64_t place, A* wide) const {
+    if (rule_ == WRITE) return write(target_ + start * item_, g, d);
+    if (rule_ == SPARSE) {
+      for (int64_t j = 0; j < d; j++) elements_[place + j] = start + j;
+      return write(target_ + place * item_, g, d);
+    }
+    char* row = storage_ + start * item_;
+    A* e = plain_ ? reinterpret_cast<A*>(row) : wide;
+    if (!plain_) widen(wide, row, dtype_, d);
+    switch (rule_) {
+      case SGD: for_each<A>(Sgd<A>{e, g, lr_}, d); break;
+      case ADAGRAD: for_each<A>(Adagrad<A>{e, square_ + start, g, lr_, eps_}, d); break;
+      case ROWWISE_ADAGRAD: {
+        A square = 0;
+        for (int64_t j = 0; j < d; j++) square += g[j] * g[j];
+        A* sum = static_cast<A*>(per_id_) + id;
+        *sum += square / A(d);
+        for_each<A>(Sgd<A>{e, g, lr_ / (root(*sum) + eps_)}, d);
+        break;
+      }
+      default: {
+        int32_t* last = static_cast<int32_t*>(per_id_) + id;
+        const int64_t age = step_ - *last;
+        *last = int32_t(step_);
+        for_each<A>(Adam<A>{e, moment_ + start, square_ + start, g, A(decay_(age)), A(keep_(age)), take1_,
+                            take2_, lr1_, correct2_, eps_},
+                    d);
+      }
+    }
+    if (!plain_) narrow(row, e, dtype_, d);
+  }
+
+ private:
+  ESAPN_INLINE void write(char* to, const A* g, int64_t d) const {
+    if (plain_)
+      __builtin_memcpy(to, g, size_t(d) * sizeof(A));
+    else
+      narrow(to, g, dtype_, d);
+  }
+
+  int rule_, dtype_;
+  int64_t item_;
+  bool plain_;
+  char *storage_, *target_;
+  int64_t* elements_;
+  A *moment_, *square_;
+  void* per_id_;
+  Powers decay_, keep_;
+  A lr_ = 0, eps_ = 0, take1_ = 0, take2_ = 0, lr1_ = 0, correct2_ = 0;
+  int64_t step_ = 0;
+};
