@@ -70,10 +70,7 @@ def _lookup_fwd(
     """With ``hops`` ``composed`` is written as well: see :func:`lookup`."""
     if backend == "triton":
         return launch_fwd(ids, storage, composed, layout, out_dtype, out, hops)
-    if out_dtype is None or out_dtype == storage.dtype:
-        return cpu.lookup_fwd(ids, storage, composed, layout, out)
-    wide = cpu.lookup_fwd(ids, storage, composed, layout)
-    return wide.to(out_dtype) if out is None else out.copy_(wide)
+    return cpu.lookup_fwd(ids, storage, composed, layout, out_dtype, out)
 
 
 def _lookup_bwd(
