@@ -1,7 +1,7 @@
 """The lookup in torch calls: the rows of one size after the other, on any device.
 
-It runs where no kernel does, and the kernels are tested against it. On a GPU it waits for the
-device: the rows of every size are counted.
+The fallback where no kernel runs: short rather than fast. On a GPU it waits for the device, which
+finds the rows of every size.
 """
 
 from __future__ import annotations
