@@ -108,7 +108,7 @@ def _take(places: Places, level: Tensor) -> Tensor:
         start[at], rest = rows[:need], rows[need:].flip(0)
         stack[heights[k] :][: rest.numel()] = rest
         heights[k] += rest.numel()
-    places.free_count.copy_(torch.tensor([*heights, n_pages]))
+    places.free_count.copy_(torch.tensor([*heights, n_pages], device=level.device))
     return start
 
 
