@@ -1,78 +1,47 @@
-"""The CPU path: the operators grouped by level and composed, a handful of large torch calls.
+"""The lookup in torch calls: the rows of one size after the other, on any device.
 
-Forward, a tile of ids at a time: per level a gather and an ``addmm``, then one gather back to the
-order of the ids. Backward: occurrences sorted by level and id, so that one ``embedding_bag`` per
-level sums them per distinct row and the products are taken once per row.
-
-What lies between the calls is scratch that later calls reuse (``cpu/scratch.py``). Works on any
-device; on a GPU the group sizes cost a synchronisation, so ``auto`` takes the Triton kernels there.
+The fallback where no kernel runs: short rather than fast. On a GPU it waits for the device, which
+finds the rows of every size.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..ops.backend import own_precision
-from ..ops.chain import operand_offsets
-from ..ops.layout import Layout, row_table
+from ..ops.layout import Layout, gather_rows, row_table
 from ..ops.update import Update
-from .scratch import TILE, Scratch, borrow_scratch, with_huge_pages
 from .update import update_rows
 
-__all__ = [
-    "group_levels",
-    "lookup_bwd",
-    "lookup_bwd_sparse",
-    "lookup_bwd_update",
-    "lookup_fwd",
-    "spans",
-]
-
-_FEW = 1 << 10
-"""Up to so many ids, NumPy takes less time than torch."""
-
-_NUMPY = (torch.float32, torch.float64)
+__all__ = ["by_level", "lookup_bwd", "lookup_bwd_sparse", "lookup_bwd_update", "lookup_fwd"]
 
 
-def group_levels(level: Tensor, n_levels: int) -> tuple[Tensor | None, list[int]]:
-    """Positions by level (int8), in order within one, and their number in each.
+def by_level(level: Tensor, n_levels: int) -> Iterator[tuple[int, Tensor]]:
+    """Every level that occurs, and the positions that hold it, ascending; -1 is no level.
 
-    ``None`` for the positions if there is one level only.
+    >>> [(k, at.tolist()) for k, at in by_level(torch.tensor([2, 0, -1, 2]), 3)]
+    [(0, [1]), (2, [0, 3])]
     """
-    counts = torch.bincount(level, minlength=n_levels).tolist()
-    if max(counts) == level.numel():
-        return None, counts
-    # Stable, and on bytes: a counting sort, cheaper than looking for every level in turn.
-    return torch.sort(level, stable=True).indices, counts
+    for k in range(n_levels):
+        at = (level == k).nonzero()[:, 0]
+        if at.numel():
+            yield k, at
 
 
-def spans(counts: Sequence[int], limit: int) -> Iterator[tuple[int, slice]]:
-    """Level and place of every group, in parts of at most ``limit``."""
-    end, limit = 0, max(limit, 1)
-    for k, count in enumerate(counts):
-        begin, end = end, end + count
-        for first in range(begin, end, limit):
-            yield k, slice(first, min(first + limit, end))
+def _locate(ids: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    """Where the rows begin, and their levels."""
+    # index_select refuses negative indices: ids below 0, and the start -1 of an id without a row.
+    start = layout.row_start.index_select(0, ids)
+    return start, layout.page_level.index_select(0, start // layout.page)
 
 
-def _block(k: int, sizes: Sequence[int]) -> tuple[slice, int]:
-    """Rows of ``composed`` that hold ``M_k^T``, and the row ``c_k`` behind them."""
-    first = operand_offsets(sizes)[k]
-    return slice(first, first + sizes[k]), first + sizes[k]
-
-
-def _select(scratch: Scratch, table: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
-    """``table[index]`` in ``dtype``, in scratch."""
-    shape = index.numel(), table.shape[1]
-    rows = scratch("rows", *shape, table.dtype, table.device)
-    torch.index_select(table, 0, index, out=rows)
-    return rows if rows.dtype == dtype else scratch("rows", *shape, dtype, rows.device).copy_(rows)
+def _maps(composed: Tensor, layout: Layout) -> Sequence[Tensor]:
+    """Views ``[M_k | c_k]^T``, one for every level below the last."""
+    return composed.split([d + 1 for d in layout.sizes[:-1]])
 
 
 def lookup_fwd(
@@ -83,108 +52,22 @@ def lookup_fwd(
     out_dtype: torch.dtype | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """``[len(ids), D]``: see :func:`esapn_kernels.ops.lookup.lookup`; ids are in range.
+    """``[len(ids), D]`` in ``out_dtype``: see :func:`esapn_kernels.ops.lookup.lookup`.
 
-    ``out``: contiguous memory of that shape, in the dtype of ``storage``, for the result.
+    ``out``: contiguous memory of that shape and dtype for the result. Ids that are out of range or
+    have no row raise ``IndexError`` before anything is written.
     """
-    if out_dtype not in (None, storage.dtype):
-        wide = lookup_fwd(ids, storage, composed, layout)
-        return wide.to(out_dtype) if out is None else out.copy_(wide)
-    few = 0 < ids.numel() <= _FEW and storage.device.type == "cpu" and storage.dtype in _NUMPY
-    few = few and composed.dtype == storage.dtype  # hops may be of another dtype than the rows
+    storage, maps = storage.detach(), _maps(composed, layout)
     if out is None:
-        out = storage.new_empty(ids.numel(), layout.dim)
-        if not few:
-            with_huge_pages(out)
-    if few:
-        with np.errstate(all="ignore"):  # torch does not warn of an overflow either
-            _lookup_few(ids, storage.detach(), composed, layout, out)
-        return out
-    with own_precision(storage), borrow_scratch() as scratch:
-        for _, span in spans([ids.numel()], TILE // layout.dim):
-            start = layout.row_start.index_select(0, ids[span])
-            level = layout.page_level.index_select(0, start // layout.page)
-            tile = start, level, storage.detach(), composed, layout.sizes
-            _lookup_tile(*tile, out[span], scratch)
+        out = storage.new_empty(ids.numel(), layout.dim, dtype=out_dtype or storage.dtype)
+    start, level = _locate(ids, layout)
+    with own_precision(storage):
+        for k, at in by_level(level, len(layout.sizes)):
+            rows = gather_rows(storage, start[at], layout.sizes[k])
+            if k < len(maps):
+                rows = torch.addmm(maps[k][-1], rows.to(composed.dtype), maps[k][:-1])
+            out.index_copy_(0, at, rows.to(out.dtype))
     return out
-
-
-def _lookup_few(
-    ids: Tensor,
-    storage: Tensor,
-    composed: Tensor,
-    layout: Layout,
-    out: Tensor,
-) -> None:
-    """:func:`lookup_fwd` of few ids, where calls cost more than work: NumPy's are the shortest."""
-    sizes = layout.sizes
-    start = layout.row_start.index_select(0, ids).numpy()
-    if np.minimum.reduce(start) < 0:
-        raise IndexError("index out of range in self")
-    level = layout.page_level.numpy().take(start // layout.page)
-    order = level.argsort(kind="stable")
-    counts = np.bincount(level, minlength=len(sizes)).tolist()
-    # All rows with their 1, one behind the other by level, in one gather. What lies behind the
-    # storage's last row is never used.
-    widths, steps = _widths(sizes)
-    width = widths.take(level[order])
-    end = width.cumsum()
-    elements = (start[order] - end + width).repeat(width)
-    elements += steps[: elements.size]
-    entries = storage.numpy().take(elements, mode="clip")
-    entries[end - 1] = 1
-    maps, grouped = composed.numpy(), np.empty(out.shape, entries.dtype)
-    row = entry = base = 0
-    for count, dim in zip(counts, sizes, strict=True):
-        if count:
-            x = entries[entry : entry + count * (dim + 1)].reshape(count, dim + 1)
-            if dim < sizes[-1]:
-                np.dot(x, maps[base : base + dim + 1], out=grouped[row : row + count])
-            else:
-                grouped[row:] = x[:, :-1]
-            row += count
-            entry += count * (dim + 1)
-        base += dim + 1
-    out.numpy()[order] = grouped
-
-
-@functools.cache
-def _widths(sizes: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Columns of the operand that a row of every level takes, its 1 included; and 0, 1, 2, ..."""
-    return np.array(sizes) + 1, np.arange(_FEW * (sizes[-1] + 1))
-
-
-def _lookup_tile(
-    start: Tensor,
-    level: Tensor,
-    storage: Tensor,
-    composed: Tensor,
-    sizes: Sequence[int],
-    out: Tensor,
-    scratch: Scratch,
-) -> None:
-    order, counts = group_levels(level, len(sizes))
-    grouped = out
-    if order is not None:
-        start = start.index_select(0, order)
-        grouped = scratch("grouped", out.shape[0], out.shape[1], out.dtype, out.device)
-    for k, span in spans(counts, out.shape[0]):
-        table, y = row_table(storage, sizes[k]), grouped[span]
-        if k == len(sizes) - 1:
-            torch.index_select(table, 0, start[span], out=y)
-            continue
-        x = _select(scratch, table, start[span], composed.dtype)
-        matrix, bias = _block(k, sizes)
-        if y.dtype == composed.dtype:
-            torch.addmm(composed[bias], x, composed[matrix], out=y)
-        else:
-            product = scratch("product", y.shape[0], y.shape[1], composed.dtype, y.device)
-            y.copy_(torch.addmm(composed[bias], x, composed[matrix], out=product))
-    if order is not None:
-        # Reading at random and writing in order is faster than the reverse.
-        place = torch.empty_like(order, dtype=torch.int32)
-        place.scatter_(0, order, torch.arange(place.numel(), dtype=torch.int32, device=out.device))
-        torch.index_select(grouped, 0, place, out=out)
 
 
 def _row_grads(
@@ -193,43 +76,30 @@ def _row_grads(
     storage: Tensor,
     composed: Tensor,
     layout: Layout,
-    grad_composed: Tensor | None,
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Gradients of the distinct rows, summed over their occurrences, in blocks of one size.
+    want_composed: bool,
+) -> tuple[list[tuple[Tensor, Tensor, Tensor]], Tensor | None]:
+    """Gradients of the distinct rows, summed over their occurrences, and of ``composed``.
 
-    Yields where in ``ids`` each row first stands and where it begins (int64 ``[U]``), and its
-    gradient ``[U, d_k]``, in scratch. What is due to ``grad_composed`` of a block is added before.
+    The former by level: ids ``[U]`` and starts ``[U]``, int64, and gradients ``[U, d_k]``.
     """
-    dtype, sizes = composed.dtype, layout.sizes
-    grad_out = grad_out.detach().to(dtype).contiguous()
-    # By level, then by id, then as they came: sums do not depend on where rows lie. An id is less
-    # than the number of elements, so it fits into what a start fits into.
-    key, order = torch.sort(ids.to(layout.row_start.dtype), stable=True)
-    page = layout.row_start.index_select(0, key) // layout.page
-    by_level, _ = group_levels(layout.page_level.index_select(0, page), len(sizes))
-    if by_level is not None:
-        key, order = key.index_select(0, by_level), order.index_select(0, by_level)
-    is_first = torch.ones_like(key, dtype=torch.bool)
-    torch.ne(key[1:], key[:-1], out=is_first[1:])
-    first = is_first.nonzero()[:, 0]
-    start = layout.row_start.index_select(0, key.index_select(0, first)).long()
-    level = layout.page_level.index_select(0, start // layout.page)
-    counts = torch.bincount(level, minlength=len(sizes)).tolist()
-    with borrow_scratch() as scratch:
-        for k, span in spans(counts, TILE // layout.dim):
-            bags = first[span]
-            last = int(first[span.stop]) if span.stop < first.numel() else order.numel()
-            begin = int(bags[0])
-            grad = F.embedding_bag(order[begin:last], grad_out, bags - begin, mode="sum")
-            if k < len(sizes) - 1:
-                matrix, bias = _block(k, sizes)
-                if grad_composed is not None:
-                    x = _select(scratch, row_table(storage, sizes[k]), start[span], dtype)
-                    grad_composed[matrix].addmm_(x.t(), grad)
-                    grad_composed[bias].add_(grad.sum(0))
-                x = scratch("rows", grad.shape[0], sizes[k], dtype, grad.device)
-                grad = torch.mm(grad, composed[matrix].t(), out=x)
-            yield order.index_select(0, bags), start[span], grad
+    grad_out = grad_out.detach().to(composed.dtype).contiguous()
+    grad_composed, found = torch.zeros_like(composed), []
+    maps, grad_maps = _maps(composed, layout), _maps(grad_composed, layout)
+    with own_precision(storage):
+        for k, at in by_level(_locate(ids, layout)[1], len(layout.sizes)):
+            # By id, then as they came: sums do not depend on where rows lie.
+            key, order = ids[at].long().sort(stable=True)
+            distinct, counts = key.unique_consecutive(return_counts=True)
+            grad = F.embedding_bag(at[order], grad_out, counts.cumsum(0) - counts, mode="sum")
+            start = layout.row_start[distinct].long()
+            if k < len(maps):
+                if want_composed:
+                    rows = gather_rows(storage, start, layout.sizes[k]).to(grad.dtype)
+                    torch.mm(rows.t(), grad, out=grad_maps[k][:-1])
+                    torch.sum(grad, 0, out=grad_maps[k][-1])
+                grad = grad @ maps[k][:-1].t()
+            found.append((distinct, start, grad))
+    return found, grad_composed if want_composed else None
 
 
 def lookup_bwd(
@@ -242,11 +112,10 @@ def lookup_bwd(
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of the storage (dense, same shape) and, if wanted, of ``composed``."""
     storage = storage.detach()
-    grad_storage = with_huge_pages(torch.empty_like(storage)).zero_()
-    grad_composed = torch.zeros_like(composed) if want_composed else None
-    for _, start, grad in _row_grads(grad_out, ids, storage, composed, layout, grad_composed):
-        table = row_table(grad_storage, grad.shape[1])
-        table.index_copy_(0, start, grad.to(storage.dtype))
+    found, grad_composed = _row_grads(grad_out, ids, storage, composed, layout, want_composed)
+    grad_storage = torch.zeros_like(storage)
+    for _, start, grad in found:
+        row_table(grad_storage, grad.shape[1]).index_copy_(0, start, grad.to(storage.dtype))
     return grad_storage, grad_composed
 
 
@@ -264,28 +133,19 @@ def lookup_bwd_sparse(
     The row of ``padding_idx`` has no entries. Not coalesced: levels come one after the other.
     """
     storage = storage.detach()
-    grad_composed = torch.zeros_like(composed) if want_composed else None
-    elements = [ids.new_empty(0, dtype=torch.int64)]
-    values = [storage.new_empty(0)]
-    for at, start, grad in _row_grads(grad_out, ids, storage, composed, layout, grad_composed):
+    found, grad_composed = _row_grads(grad_out, ids, storage, composed, layout, want_composed)
+    elements, values = [ids.new_empty(0, dtype=torch.int64)], [storage.new_empty(0)]
+    for distinct, start, grad in found:
         if padding_idx is not None:
-            kept = ids.index_select(0, at) != padding_idx
-            start, grad = start[kept], grad[kept]
-        elements.append(_elements(start, grad.shape[1]))
-        values.append(grad.to(storage.dtype, copy=True).reshape(-1))
+            start, grad = start[distinct != padding_idx], grad[distinct != padding_idx]
+        entries = start[:, None] + torch.arange(grad.shape[1], device=start.device)
+        elements.append(entries.reshape(-1))
+        values.append(grad.to(storage.dtype).reshape(-1))
+    indices = torch.cat(elements)[None]
     grad_storage = torch.sparse_coo_tensor(
-        torch.cat(elements)[None],
-        torch.cat(values),
-        storage.shape,
-        check_invariants=False,
-        is_coalesced=False,
+        indices, torch.cat(values), storage.shape, check_invariants=False, is_coalesced=False
     )
     return grad_storage, grad_composed
-
-
-def _elements(start: Tensor, dim: int) -> Tensor:
-    """Elements of the rows of one size that begin at ``start``, int64 ``[len(start) * dim]``."""
-    return (start[:, None] + torch.arange(dim, device=start.device)).reshape(-1)
 
 
 def lookup_bwd_update(
@@ -302,8 +162,8 @@ def lookup_bwd_update(
     Returns the gradient of ``composed`` from the rows as they were (``None`` if not wanted).
     """
     storage = storage.detach()
-    grad_composed = torch.zeros_like(composed) if want_composed else None
+    found, grad_composed = _row_grads(grad_out, ids, storage, composed, layout, want_composed)
     update.tick()
-    for at, start, grad in _row_grads(grad_out, ids, storage, composed, layout, grad_composed):
-        update_rows(update, storage, start, ids.index_select(0, at).long(), grad)
+    for distinct, start, grad in found:
+        update_rows(update, storage, start, distinct, grad)
     return grad_composed

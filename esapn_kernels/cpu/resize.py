@@ -1,4 +1,7 @@
-"""Rows that move, for CPUs: torch calls that rank the rows and take and give their places."""
+"""Rows that move, in torch calls: the rows of one level after the other, in the order of their ids.
+
+Where rows go follows from the order in which they are given, as in ``gpu/resize``.
+"""
 
 from __future__ import annotations
 
@@ -7,23 +10,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..ops.backend import own_precision
 from ..ops.chain import compute_dtype, hop_blocks
 from ..ops.layout import Filled, Layout, Places, gather_rows, row_table
-from .lookup import group_levels, spans
+from .lookup import by_level
 
 __all__ = ["fill_rows", "find_movers", "free", "insert", "promote", "promote_rows"]
 
 
 def find_movers(ids: Tensor, mask: Tensor | None, layout: Layout) -> tuple[Tensor, Tensor]:
     """The distinct ids that a promotion moves, ascending, and the levels that their rows leave."""
-    ids = ids if mask is None else ids[mask]
-    level = _level(ids, layout)
+    distinct = (ids if mask is None else ids[mask]).long().unique()
+    level = _level(distinct, layout)
     moves = _can_grow(level, layout)
-    # One decision per id, and an order that does not depend on that of ids.
-    key, order = ids[moves].long().sort()
-    first = torch.ones_like(key, dtype=torch.bool)
-    first[1:] = key[1:] != key[:-1]
-    return key[first], level[moves][order[first]]
+    return distinct[moves], level[moves]
 
 
 def promote(
@@ -42,13 +42,12 @@ def promote(
     if mask is not None:
         moved &= mask
     distinct, source = movers
-    if distinct.numel():
-        old_start = layout.row_start[distinct].long()
-        new_start = _take(places, source + 1)
-        promote_rows(storage, chain, old_start, new_start, source, layout.sizes)
-        fill_rows(states, new_start, source + 1, layout.sizes)
-        _place(distinct, new_start, layout, per_id)
-        _give(places, old_start, source)
+    old_start = layout.row_start[distinct].long()
+    new_start = _take(places, source + 1)
+    promote_rows(storage, chain, old_start, new_start, source, layout.sizes)
+    fill_rows(states, new_start, source + 1, layout.sizes)
+    _place(distinct, new_start, layout, per_id)
+    _give(places, old_start, source)
     return moved
 
 
@@ -87,65 +86,38 @@ def _place(ids: Tensor, start: Tensor, layout: Layout, per_id: Filled) -> None:
         tensor.index_fill_(0, ids.long(), fresh)
 
 
-def _rank(level: Tensor, n_levels: int) -> tuple[Tensor, Tensor]:
-    """Position of every entry among those of its level, and their number per level."""
-    levels = torch.arange(n_levels, device=level.device)
-    chosen = (level[:, None] == levels).long()
-    rank = (chosen.cumsum(0) - 1).gather(1, level[:, None])[:, 0]
-    return rank, chosen.sum(0)
-
-
 def _take(places: Places, level: Tensor) -> Tensor:
     """Take one free row of every level; returns their starts, int64.
 
-    Rows on the level's stack first, then rows of fresh pages, whose rest goes on the stack.
+    Rows on the level's stack first, from its top, then rows of fresh pages.
     """
-    layout = places.layout
-    n, device, page_elements = len(layout.sizes), level.device, layout.page
-    free_rows, free_pages, free_base = places.free_rows, places.free_pages, places.free_base
-    rank, need = _rank(level, n)
-    sizes, per = places.row_size, places.rows_per_page
-    free, n_pages = places.free_count[:n], places.free_count[n]
-    short = (need - free).clamp(min=0)
-    pages = (short + per - 1) // per
-    first = pages.cumsum(0) - pages
-
-    on_stack = rank < free[level]
-    sink = free_rows.numel() - 1
-    stacked = free_rows[
-        torch.where(on_stack, free_base[level] + free[level] - 1 - rank, sink)
-    ].long()
-    beyond = rank - free[level]
-    entry = n_pages - 1 - first[level] - beyond.div(per[level], rounding_mode="floor")
-    page = free_pages[torch.where(on_stack, free_pages.numel() - 1, entry)].long()
-    fresh = page * page_elements + beyond.remainder(per[level]) * sizes[level]
-    start = torch.where(on_stack, stacked, fresh)
-    layout.page_level[start.div(page_elements, rounding_mode="floor")] = level.to(torch.int8)
-
-    if bool(pages.any()):
-        leftover = pages * per - short
-        last = free_pages[
-            torch.where(pages > 0, n_pages - first - pages, free_pages.numel() - 1)
-        ].long()
-        slot = torch.arange(page_elements // layout.sizes[0], device=device)
-        valid = slot < leftover[:, None]
-        value = (last * page_elements)[:, None] + (per[:, None] - 1 - slot) * sizes[:, None]
-        place = torch.where(valid, free_base[:n, None] + slot, sink)
-        free_rows[place] = value.to(free_rows.dtype)
-        places.free_count[:n] = torch.where(pages > 0, leftover, free - need)
-        places.free_count[n] -= pages.sum()
-    else:
-        places.free_count[:n] -= need
+    layout, start = places.layout, torch.empty_like(level)
+    bases, [*heights, n_pages] = places.free_base.tolist(), places.free_count.tolist()
+    for k, at in by_level(level, len(heights)):
+        stack, dim, need = places.free_rows[bases[k] :], layout.sizes[k], at.numel()
+        per = layout.page // dim
+        popped = min(need, heights[k])
+        opened = -(-(need - popped) // per)
+        heights[k] -= popped
+        n_pages -= opened
+        pages = places.free_pages[n_pages : n_pages + opened].flip(0).long()
+        layout.page_level[pages] = k
+        fresh = pages[:, None] * layout.page + dim * torch.arange(per, device=level.device)
+        # In the order in which they are taken; what is left goes on the stack, the next on top.
+        rows = torch.cat([stack[heights[k] :][:popped].flip(0), fresh.reshape(-1)])
+        start[at], rest = rows[:need], rows[need:].flip(0)
+        stack[heights[k] :][: rest.numel()] = rest
+        heights[k] += rest.numel()
+    places.free_count.copy_(torch.tensor([*heights, n_pages], device=level.device))
     return start
 
 
 def _give(places: Places, start: Tensor, level: Tensor) -> None:
     """Put the rows ``(start, level)`` back on their level's stack."""
-    n = len(places.layout.sizes)
-    rank, count = _rank(level, n)
-    place = places.free_base[level] + places.free_count[level] + rank
-    places.free_rows[place] = start.to(places.free_rows.dtype)
-    places.free_count[:n] += count
+    tops = (places.free_base + places.free_count).tolist()
+    for k, at in by_level(level, len(places.layout.sizes)):
+        places.free_rows[tops[k] :][: at.numel()] = start[at].to(places.free_rows.dtype)
+        places.free_count[k] += at.numel()
 
 
 def promote_rows(
@@ -157,27 +129,18 @@ def promote_rows(
     sizes: Sequence[int],
 ) -> None:
     """``storage[new] = W_k storage[old] + b_k`` for every entry with ``new_start >= 0``."""
-    # Entries that stay count as rows of the last level, which no row leaves.
-    level = torch.where(new_start >= 0, level, len(sizes) - 1).to(torch.int8)
     dtype = compute_dtype(storage.dtype)
     hops = hop_blocks(chain, sizes)
-    order, counts = group_levels(level, len(sizes))
-    if order is not None:
-        old_start, new_start = old_start.index_select(0, order), new_start.index_select(0, order)
-    for k, span in spans(counts[:-1], len(level)):
-        hop = hops[k].to(dtype)
-        rows = gather_rows(storage, old_start[span], sizes[k]).to(dtype)
-        rows = torch.addmm(hop[-1], rows, hop[:-1]).to(storage.dtype)
-        row_table(storage, sizes[k + 1]).index_copy_(0, new_start[span].long(), rows)
+    with own_precision(storage):
+        for k, at in by_level(level.where(new_start >= 0, -1), len(hops)):
+            hop = hops[k].to(dtype)
+            rows = gather_rows(storage, old_start[at], sizes[k]).to(dtype)
+            rows = torch.addmm(hop[-1], rows, hop[:-1]).to(storage.dtype)
+            row_table(storage, sizes[k + 1]).index_copy_(0, new_start[at].long(), rows)
 
 
 def fill_rows(targets: Filled, start: Tensor, level: Tensor, sizes: Sequence[int]) -> None:
     """Set the rows ``(start, level)`` with ``start >= 0`` of every tensor to its value."""
-    if not targets:
-        return
-    dim = torch.tensor([*sizes, 0], device=start.device)[torch.where(start >= 0, level, -1)]
-    before = dim.cumsum(0) - dim
-    elements = torch.repeat_interleave(start - before, dim)
-    elements += torch.arange(elements.numel(), device=start.device)
-    for tensor, value in targets:
-        tensor[elements] = value
+    for k, at in by_level(level.where(start >= 0, -1), len(sizes)):
+        for tensor, value in targets:
+            row_table(tensor, sizes[k]).index_fill_(0, start[at].long(), value)

@@ -521,7 +521,7 @@ def lookup(
     fuses = begin_step is not None and storage.requires_grad
     device = storage.device
     backend = resolve_backend(backend, device)
-    # Kernels and NumPy would read what lies at such addresses.
+    # Kernels would read what lies at such addresses.
     if not ids.device == chain.device == device and not storage.is_meta:
         raise RuntimeError(
             "Expected all tensors to be on the same device, but got "

@@ -1,35 +1,18 @@
-"""cpu/lookup.py: blocks, scratch, given outputs and the fused update, against the definition."""
-
-import threading
+"""cpu/lookup.py: outputs, dtypes, the order of sums and fused updates, against the definition."""
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from esapn_kernels.cpu import lookup as cpu
-from esapn_kernels.cpu import resize, scratch
+from esapn_kernels.cpu import resize
 from esapn_kernels.ops.compose import compose, compose_bwd
+from esapn_kernels.ops.layout import Layout
+from esapn_kernels.ops.lookup import Options, lookup
 from esapn_kernels.ops.update import Update, rule_numbers
-from esapn_kernels.reference import lookup_reference
 from esapn_kernels.testing import assert_matches, make_case, row_elements
+from tests.kernels.layouts import DTYPES, ODD, PAPER, SMALL, name
 
-PAPER = (2, 4, 8, 16, 64, 128)
-SIZES = [PAPER, (1, 3, 5, 33), (7,), (2, 512)]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-
-
-def name(value):
-    return "-".join(map(str, value)) if isinstance(value, tuple) else str(value).split(".")[-1]
-
-
-@pytest.fixture
-def small_blocks(monkeypatch):
-    """Several blocks per level, and everything in scratch that nobody has used before."""
-    monkeypatch.setattr(cpu, "TILE", 300)
-    monkeypatch.setattr(scratch, "TILE", 300)
-    monkeypatch.setattr(scratch, "_SMALL", 0)
-    monkeypatch.setattr(cpu, "_FEW", 0)
-    monkeypatch.setattr(scratch, "_idle", [])
+HALVES = [torch.bfloat16, torch.float16]
 
 
 def arguments(case):
@@ -39,139 +22,122 @@ def arguments(case):
     return (case.ids, storage.detach(), composed, case.layout)
 
 
-def assert_right(case, out):
-    assert_matches(out, case.expected()[0], case.expected(case.hops.dtype)[0], name="output")
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=name)
-@pytest.mark.parametrize("sizes", SIZES, ids=name)
-def test_many_blocks(sizes, dtype, small_blocks, nan_empty):
-    case = make_case(sizes, 30, 70, dtype)
-    parts = zip(case.run("torch"), case.expected(), case.expected(case.hops.dtype), strict=True)
-    for part, (actual, exact, eager) in enumerate(parts):
-        assert_matches(actual, exact, eager, name=f"part {part}")
-
-
-@pytest.mark.parametrize("level", [0, 1, 2], ids=["first", "middle", "last"])
-def test_blocks_of_one_level(level, small_blocks, nan_empty):
-    mix = [0, 0, 0]
-    mix[level] = 1
-    case = make_case((3, 5, 8), 20, 90, mix=mix)
-    for actual, exact, eager in zip(
-        case.run("torch"), case.expected(), case.expected(torch.float32), strict=True
-    ):
-        assert_matches(actual, exact, eager, name=f"level {level}")
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name)
-@pytest.mark.parametrize("sizes", [PAPER, (1, 3, 5, 33), (7,)], ids=name)
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16], ids=name)
+@pytest.mark.parametrize("sizes", [PAPER, ODD, (7,)], ids=name)
 @pytest.mark.parametrize("offset", [64, 65], ids=["aligned", "unaligned"])
 @pytest.mark.parametrize("n_ids", [0, 70])
-def test_output_given(sizes, dtype, offset, n_ids, small_blocks):
-    case = make_case(sizes, 30, n_ids, dtype)
-    buffer = torch.full((n_ids * sizes[-1] + 2 * offset,), float("nan"), dtype=dtype)
+def test_output_given(sizes, out_dtype, offset, n_ids):
+    case = make_case(sizes, 30, n_ids)
+    buffer = torch.full((n_ids * sizes[-1] + 2 * offset,), float("nan"), dtype=out_dtype)
     given = buffer[offset:-offset].view(n_ids, sizes[-1])
     out = cpu.lookup_fwd(*arguments(case), out=given)
     assert out is given
-    assert_right(case, out)
+    eager = case.expected(torch.float32)[0].to(out_dtype)
+    assert_matches(out, case.expected()[0], eager, name="output")
     assert buffer[:offset].isnan().all() and buffer[-offset:].isnan().all()
 
 
-def test_results_are_not_scratch(small_blocks):
-    case, other = (make_case(PAPER, 40, 60, seed=seed) for seed in range(2))
-    results = [cpu.lookup_fwd(*arguments(case))]
-    results += cpu.lookup_bwd(case.grad_out, *arguments(case))
-    before = [x.clone() for x in results]
-    cpu.lookup_fwd(*arguments(other))
-    cpu.lookup_bwd(other.grad_out, *arguments(other))
-    assert all(torch.equal(x, y) for x, y in zip(results, before, strict=True))
-    (kept,) = scratch._idle
-    kept = {buffer.data_ptr() for buffer in kept._buffers.values()}
-    assert len(kept) >= 2 and not kept & {x.data_ptr() for x in results}
+@pytest.mark.parametrize("given", [False, True], ids=["new", "given"])
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.float64], ids=name)
+@pytest.mark.parametrize("dtype", HALVES, ids=name)
+def test_the_output_of_16_bit_rows_is_rounded_once(dtype, out_dtype, given, backend, device):
+    case = make_case(PAPER, 30, 40, dtype, device)
+    storage, chain = (t.detach() for t in case.leaves())
+    out = case.grad_out.new_full((40, 128), float("nan"), dtype=out_dtype) if given else None
+    options = Options(out_dtype=out_dtype)
+    y = lookup(case.ids, storage, chain, case.layout, options, backend=backend, out=out)
+    assert y.dtype == out_dtype and (y is out) == given
+    # The sums are of fp32: a rounding to 16 bits would show a thousand times over.
+    torch.testing.assert_close(y.double(), case.expected()[0], rtol=1e-5, atol=1e-5)
 
 
-def test_scratch_is_used_again_and_bounded(small_blocks):
-    for n_ids in (200, 20, 400):
-        cpu.lookup_fwd(*arguments(make_case(PAPER, 40, n_ids)))
-    (kept,) = scratch._idle
-    assert set(kept._buffers) == {("rows", torch.float32), ("grouped", torch.float32)}
-    assert all(buffer.numel() == scratch.TILE for buffer in kept._buffers.values())
+@pytest.mark.parametrize("bad", [30, -1, 12], ids=["beyond", "negative", "no-row"])
+def test_ids_that_do_not_exist_change_nothing(bad):
+    case = make_case(SMALL, 30, 40)
+    case.module.arena.free(torch.tensor([12]))
+    ids, storage, composed, layout = arguments(case)
+    ids = torch.where(ids == 12, 0, ids).index_fill(0, torch.tensor([39]), bad)
+    operands = ids, storage, composed, layout
+    before, out = storage.clone(), torch.full((40, 8), 7.0)
+    clock = torch.tensor([4.0, 0.5, 0.5], dtype=torch.float64)
+    step = Update("sgd", torch.tensor(rule_numbers(0.1), dtype=torch.float64), clock=clock)
+    for call in (
+        lambda: cpu.lookup_fwd(*operands, out=out),
+        lambda: cpu.lookup_bwd(case.grad_out, *operands),
+        lambda: cpu.lookup_bwd_sparse(case.grad_out, *operands),
+        lambda: cpu.lookup_bwd_update(case.grad_out, *operands, step),
+    ):
+        with pytest.raises(IndexError, match="^index out of range in self$"):
+            call()
+    assert torch.equal(storage, before) and (out == 7).all() and clock.tolist() == [4.0, 0.5, 0.5]
 
 
-def test_scratch_from_inference_mode(small_blocks):
+def test_in_inference_mode():
     case = make_case(PAPER, 40, 60)
     with torch.inference_mode():
         out = cpu.lookup_fwd(*arguments(case))
         assert out.is_inference()
-    assert scratch._idle
-    # The same scratch: its tensors must not be inference tensors.
     assert torch.equal(cpu.lookup_fwd(*arguments(case)), out)
 
 
-def test_threads_do_not_share_scratch(small_blocks):
-    cases = [make_case(PAPER, 40, 90, seed=seed) for seed in range(6)]
-    expected = [cpu.lookup_fwd(*arguments(case)) for case in cases]
-    for case, out in zip(cases, expected, strict=True):
-        assert_right(case, out)
-    wrong = []
-    barrier = threading.Barrier(len(cases))
-
-    def work(args, out):
-        barrier.wait()
-        wrong.extend(1 for _ in range(30) if not torch.equal(cpu.lookup_fwd(*args), out))
-
-    threads = [
-        threading.Thread(target=work, args=(arguments(case), out))
-        for case, out in zip(cases, expected, strict=True)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
-    assert len(scratch._idle) <= scratch._IDLE
+def elsewhere(case):
+    """The same rows with their pages in another order: storage, layout, and elements of rows."""
+    old, storage = case.layout, case.module.arena.storage.detach()
+    pages = old.page_level.numel()
+    order = torch.randperm(pages)
+    assert not torch.equal(order, torch.arange(pages))
+    place = order.argsort()
+    start = old.row_start.long()
+    moved = place[start // old.page] * old.page + start % old.page
+    layout = Layout(moved.to(old.row_start.dtype), old.page_level[order], old.sizes, old.page)
+    return storage.view(pages, old.page)[order].view(-1), layout, order
 
 
-def test_a_call_within_a_call(small_blocks):
-    case, inner = (make_case(PAPER, 40, 90, seed=seed) for seed in range(2))
-    outputs = []
-
-    class Interrupt(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            result = func(*args, **(kwargs or {}))
-            # Between a block's product and its copy to the output.
-            if func.overloadpacket is torch.ops.aten.addmm:
-                outputs.append(cpu.lookup_fwd(*arguments(inner)))
-            return result
-
-    args = arguments(case)
-    with Interrupt():
-        out = cpu.lookup_fwd(*args)
-    assert_right(case, out)
-    assert outputs
-    for output in outputs:
-        assert_right(inner, output)
+def test_sums_do_not_depend_on_where_rows_lie():
+    case = make_case(PAPER, 300, 3000, traffic="zipf")
+    ids, storage, composed, layout = arguments(case)
+    moved, other, order = elsewhere(case)
+    out = cpu.lookup_fwd(ids, storage, composed, layout)
+    assert torch.equal(cpu.lookup_fwd(ids, moved, composed, other), out)
+    rows, hops = cpu.lookup_bwd(case.grad_out, ids, storage, composed, layout)
+    moved_rows, moved_hops = cpu.lookup_bwd(case.grad_out, ids, moved, composed, other)
+    assert torch.equal(moved_hops, hops)
+    assert rows.any() and torch.equal(moved_rows, rows.view(-1, layout.page)[order].view(-1))
 
 
-def test_an_error_leaves_no_scratch_behind(small_blocks):
-    case = make_case(PAPER, 40, 90)
-    with pytest.raises(IndexError):
-        cpu.lookup_fwd(*arguments(case), out=torch.empty(1, 128))
-    assert not scratch._idle
-    assert_right(case, cpu.lookup_fwd(*arguments(case)))
+def test_autocast_changes_nothing():
+    case = make_case(PAPER, 40, 60)
+
+    def everything():
+        ids, storage, composed, layout = arguments(case)
+        operands = case.grad_out, ids, storage, composed, layout
+        rows, hops = cpu.lookup_bwd_sparse(*operands)
+        results = [cpu.lookup_fwd(*operands[1:]), rows.coalesce().values(), hops]
+        results += cpu.lookup_bwd(*operands)
+        results += [cpu.lookup_bwd_update(*operands, sgd(0.5)), storage]
+        module = make_case(PAPER, 40, 0).module
+        module.promote(torch.arange(40))
+        return [*results, compose(case.hops, PAPER), module.arena.storage.detach()]
+
+    plain = everything()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = everything()
+    for i, (x, y) in enumerate(zip(plain, cast, strict=True)):
+        assert torch.equal(x, y), i
 
 
-def test_huge_pages_change_nothing(monkeypatch, nan_empty):
-    monkeypatch.setattr(scratch, "_HUGE", 1 << 14)
-    case = make_case(PAPER, 300, 1200)
-    asked = []
-    original = cpu.with_huge_pages
-    monkeypatch.setattr(cpu, "with_huge_pages", lambda x: asked.append(x.nbytes) or original(x))
-    for actual, exact, eager in zip(
-        case.run("torch"), case.expected(), case.expected(torch.float32), strict=True
-    ):
-        assert_matches(actual, exact, eager, name="huge")
-    assert len(asked) == 2 and min(asked) >= 1 << 14
+def test_sparse_gradients_are_the_dense_ones():
+    case = make_case(SMALL, 30, 90)
+    operands = (case.grad_out, *arguments(case))
+    dense, hops = cpu.lookup_bwd(*operands)
+    sparse, sparse_hops = cpu.lookup_bwd_sparse(*operands)
+    assert torch.equal(sparse.to_dense(), dense) and torch.equal(sparse_hops, hops)
+    assert sparse._nnz() == int(row_elements(case.module, case.ids).sum())
+    padding = int(case.ids[0])
+    padded, _ = cpu.lookup_bwd_sparse(*operands, padding_idx=padding)
+    its = row_elements(case.module, case.ids[:1])
+    assert torch.equal(padded.to_dense(), dense.masked_fill(its, 0))
+    assert padded._nnz() == sparse._nnz() - int(its.sum())
 
 
 def sgd(lr):
@@ -180,8 +146,8 @@ def sgd(lr):
 
 @pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=name)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
-@pytest.mark.parametrize("sizes", SIZES, ids=name)
-def test_update_against_the_definition(sizes, dtype, index, small_blocks, nan_empty):
+@pytest.mark.parametrize("sizes", [PAPER, ODD, (7,), (2, 512)], ids=name)
+def test_update_against_the_definition(sizes, dtype, index, nan_empty):
     case = make_case(sizes, 30, 70, dtype)  # ids occur several times
     ids, storage, composed, layout = arguments(case)
     before = storage.clone()
@@ -201,8 +167,8 @@ def test_update_against_the_definition(sizes, dtype, index, small_blocks, nan_em
     assert_matches(grad_chain, exact[2], eager[2], name="gradient of the chain")
 
 
-def test_update_steps_every_row_once(small_blocks, monkeypatch):
-    case = make_case((2, 3, 8), 30, 0)
+def test_update_steps_every_row_once(monkeypatch):
+    case = make_case(SMALL, 30, 0)
     ids = torch.tensor([7, 3, 7, 29, 0, 7, 3])
     grad_out = torch.randn(7, 8)
     case = type(case)(case.module, ids, grad_out)
@@ -229,9 +195,9 @@ def test_update_steps_every_row_once(small_blocks, monkeypatch):
     assert len(dims) == 4
 
 
-def test_update_takes_the_rows_before_it(small_blocks):
+def test_update_takes_the_rows_before_it():
     """A large step: the gradient of ``composed`` would show if it came from the rows after it."""
-    case = make_case((2, 3, 8), 30, 90)
+    case = make_case(SMALL, 30, 90)
     ids, storage, composed, layout = arguments(case)
     _, expected = cpu.lookup_bwd(case.grad_out, ids, storage, composed, layout)
     given = case.grad_out.clone(), composed.clone()
@@ -240,8 +206,8 @@ def test_update_takes_the_rows_before_it(small_blocks):
     assert torch.equal(case.grad_out, given[0]) and torch.equal(composed, given[1])
 
 
-def test_update_without_the_gradient_of_composed(small_blocks):
-    case = make_case((2, 3, 8), 30, 90)
+def test_update_without_the_gradient_of_composed():
+    case = make_case(SMALL, 30, 90)
     stepped = []
     for want in (True, False):
         ids, storage, composed, layout = arguments(case)
@@ -274,7 +240,7 @@ def test_update_is_deterministic():
 
 
 def test_update_takes_expanded_gradients():
-    case = make_case((2, 3, 8), 30, 25)
+    case = make_case(SMALL, 30, 25)
     case = type(case)(case.module, case.ids, torch.ones(1, 1).expand(25, 8))
     ids, storage, composed, layout = arguments(case)
     expected = storage.double() - case.expected()[1]
@@ -297,20 +263,11 @@ def test_rows_promoted_in_any_alignment():
     assert torch.equal(storage[untouched], before[untouched])
 
 
-def test_output_equals_the_definition_at_once():
-    """Large enough for scratch as it is shipped."""
-    case = make_case(PAPER, 400, 3000)
-    args = arguments(case)
-    out = cpu.lookup_fwd(*args)
-    storage, chain = case.leaves(torch.float64)
-    expected = lookup_reference(case.ids, storage, chain, *case.layout.flat)
-    torch.testing.assert_close(out.double(), expected.detach(), rtol=1e-5, atol=1e-5)
-
-
 def test_hops_of_another_dtype():
-    """Few ids as many: what a checkpoint assigns may be of two dtypes."""
-    case = make_case((2, 4, 8), 30, 70, torch.float32)
+    """What a checkpoint assigns may be of two dtypes."""
+    case = make_case((2, 4, 8), 30, 70)
+    expected, eager = case.expected()[0], case.expected(torch.float32)[0]
     case.module.chain.data = case.module.chain.data.double()
-    few, many = case.module(case.ids), case.module(case.ids.repeat(20))
-    assert few.dtype == many.dtype == torch.float32
-    assert torch.equal(few.repeat(20, 1), many)
+    out = case.module(case.ids)
+    assert out.dtype == torch.float32
+    assert_matches(out.detach(), expected, eager, name="output")

@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 
-from esapn_kernels.cpu import lookup as cpu
 from esapn_kernels.gpu import launch
 from esapn_kernels.ops.chain import chain_numel
 from esapn_kernels.ops.compose import compose
@@ -18,18 +17,17 @@ from tests.kernels.layouts import PAPER as SIZES
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
 
 
-@pytest.fixture(params=["numpy", "torch", "small", "grouped"])
+@pytest.fixture(params=["torch", "small", "grouped"])
 def path(request, monkeypatch) -> str:
     """Every way through a lookup of a few ids: the backend to ask for."""
     monkeypatch.setattr(launch, "groups_ids", lambda *_: request.param == "grouped")
-    monkeypatch.setattr(cpu, "_FEW", 1024 if request.param == "numpy" else 0)
-    return "torch" if request.param in ("numpy", "torch") else "triton"
+    return "torch" if request.param == "torch" else "triton"
 
 
 @pytest.fixture(autouse=True)
 def fitting(path, device):
     if path == "torch" and device.type != "cpu":
-        pytest.skip("NumPy and the CPU's path are tested on a CPU")
+        pytest.skip("the torch path is tested on a CPU")
 
 
 def with_levels(levels, device):
