@@ -200,7 +200,10 @@ def lookup_bwd_update(
     (``None`` if not wanted).
     """
     operands = (grad_out, ids, storage, composed, layout, want_composed, padding_idx)
-    return _backward(*operands, update.rule, update=update)
+    grad_composed = _backward(*operands, update.rule, update=update)
+    # Kernels write through addresses; autograd must know that saved rows are stale.
+    torch.autograd.graph.increment_version(storage)
+    return grad_composed
 
 
 def compose(chain: Tensor, sizes: Sequence[int]) -> Tensor:

@@ -32,7 +32,6 @@ sizes), against 18,768 FLOP per row of size 2 for the chain itself.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,28 +47,50 @@ __all__ = ["ComposedCache", "compose", "compose_bwd"]
 
 
 @torch.library.custom_op("esapn_kernels::compose", mutates_args=())
-def compose_op(chain: Tensor, sizes: Sequence[int]) -> Tensor:
-    """The kernel as an opaque operator, for ``torch.compile``."""
-    return launch_compose(chain, sizes)
+def compose_op(chain: Tensor, sizes: Sequence[int], backend: str) -> Tensor:
+    """Composition by a kernel as an opaque operator, for ``torch.compile``."""
+    return _compose(chain, sizes, backend)
 
 
 @compose_op.register_fake
-def _(chain, sizes):
+def _(chain, sizes, backend):
     dtype = compute_dtype(chain.dtype)
     return chain.new_empty(operand_offsets(sizes)[-1], sizes[-1], dtype=dtype)
 
 
 @torch.library.custom_op("esapn_kernels::compose_bwd", mutates_args=())
 def compose_bwd_op(
-    grad_composed: Tensor, chain: Tensor, composed: Tensor, sizes: Sequence[int]
+    grad_composed: Tensor, chain: Tensor, composed: Tensor, sizes: Sequence[int], backend: str
 ) -> Tensor:
     """Its reverse, likewise."""
-    return launch_compose_bwd(grad_composed, chain, composed, sizes)
+    return _compose_bwd(grad_composed, chain, composed, sizes, backend)
 
 
 @compose_bwd_op.register_fake
-def _(grad_composed, chain, composed, sizes):
+def _(grad_composed, chain, composed, sizes, backend):
     return torch.empty_like(chain)
+
+
+def _compose(chain: Tensor, sizes: Sequence[int], backend: str) -> Tensor:
+    if backend == "triton":
+        return launch_compose(chain.detach().contiguous(), sizes)
+    run = native_cpu.compose if runs_native(backend) else cpu.compose
+    return run(chain, sizes)
+
+
+def _compose_bwd(
+    grad_composed: Tensor, chain: Tensor, composed: Tensor, sizes: Sequence[int], backend: str
+) -> Tensor:
+    if backend == "triton":
+        grad_composed, chain = grad_composed.contiguous(), chain.detach().contiguous()
+        return launch_compose_bwd(grad_composed, chain, composed, sizes)
+    run = native_cpu.compose_bwd if runs_native(backend) else cpu.compose_bwd
+    return run(grad_composed, chain, composed, sizes)
+
+
+def _is_traced(chain: Tensor, backend: str) -> bool:
+    """Whether an operator stands for a kernel; torch calls are traced as they are."""
+    return backend in ("triton", "native") and (is_opaque(chain) or torch.jit.is_tracing())
 
 
 def compose(chain: Tensor, sizes: Sequence[int], *, backend: str = "torch") -> Tensor:
@@ -89,10 +110,9 @@ def compose(chain: Tensor, sizes: Sequence[int], *, backend: str = "torch") -> T
         tensor([[1., 2.],
                 [3., 4.]])
     """
-    if backend == "triton":
-        run = compose_op if torch.compiler.is_compiling() else launch_compose
-        return run(chain.detach().contiguous(), sizes)
-    return _on_cpu(chain, backend).compose(chain, sizes)
+    if _is_traced(chain, backend):
+        return compose_op(chain.detach().contiguous(), sizes, backend)
+    return _compose(chain, sizes, backend)
 
 
 def compose_bwd(
@@ -121,14 +141,10 @@ def compose_bwd(
         ...             compose(chain, (1, 1, 1)), (1, 1, 1))
         tensor([3., 0., 2., 0.])
     """
-    if backend == "triton":
-        run = compose_bwd_op if torch.compiler.is_compiling() else launch_compose_bwd
-        return run(grad_composed.contiguous(), chain.detach().contiguous(), composed, sizes)
-    return _on_cpu(chain, backend).compose_bwd(grad_composed, chain, composed, sizes)
-
-
-def _on_cpu(chain: Tensor, backend: str) -> Any:
-    return native_cpu if runs_native(backend) and not is_opaque(chain) else cpu
+    if _is_traced(chain, backend):
+        operands = (grad_composed.contiguous(), chain.detach().contiguous(), composed, sizes)
+        return compose_bwd_op(*operands, backend)
+    return _compose_bwd(grad_composed, chain, composed, sizes, backend)
 
 
 class ComposedCache:

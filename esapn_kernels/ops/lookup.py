@@ -543,8 +543,8 @@ def lookup(
     elif cache is not None and eager and backend != "triton" and device.type == "cpu":
         composed = cache(chain, layout.sizes, backend)
     else:
-        # torch.func hands over tensors that no kernel can read.
-        readable = eager or torch.compiler.is_compiling()
+        # torch.func hands over tensors that no kernel can read, nor an operator.
+        readable = eager or torch.compiler.is_compiling() or torch.jit.is_tracing()
         composed = compose(chain, layout.sizes, backend=backend if readable else "torch")
     if out is not None:
         where = (out.view(-1, layout.dim), hops)
