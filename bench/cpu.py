@@ -45,7 +45,8 @@ from esapn_kernels.ops.backend import resolve_backend
 
 _TURNS, _QUICK_TURNS = 40, 3
 _PRODUCT, _QUICK_PRODUCT = 2048, 256
-_WARM_BYTES = 1 << 30  # more than a step's tensors together
+# More than a step's tensors together.
+_WARM_BYTES, _QUICK_WARM_BYTES = 1 << 30, 1 << 27
 
 
 def _pattern(text: str) -> str:
@@ -87,7 +88,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"argument --peers: fbgemm_gpu cannot be imported ({why})")
     args.cases, args.notes = choose(args)
     if not args.cases:
-        parser.error(f"nothing to measure: {'; '.join(args.notes) or "no such row is measured with this allocator"}")
+        why_none = "; ".join(args.notes) or "no such row is measured with this allocator"
+        parser.error(f"nothing to measure: {why_none}")
     args.package = None
     if args.before is not None:
         try:
@@ -194,7 +196,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     info = collect()
     said = conditions(args, info, bench)
     if args.allocator == "warm":
-        allocator.touch(_WARM_BYTES)
+        allocator.touch(_QUICK_WARM_BYTES if args.quick else _WARM_BYTES)
     allocators = [allocator.describe(args.allocator)]
     notes = list(args.notes)
     if args.quick:

@@ -90,7 +90,7 @@ def lines(found: Sequence[Line]) -> list[str]:
     for kind in dict.fromkeys(line.allocator for line in found):
         text += [
             "",
-            f"{kind + ' memory':<42}{'ours us':>9}{'other us':>9}{'ratio':>6} {'[p20, p80]':<14}"
+            f"{kind + ' memory':<42}{'ours us':>10}{'other us':>10}{'ratio':>6} {'[p20, p80]':<14}"
             f"{'goal':>4}{'stretch':>8} {'met?':<8}{'floor ms: bytes, products':>26}",
         ]
         text += [_text(line) for line in found if line.allocator == kind]
@@ -99,10 +99,10 @@ def lines(found: Sequence[Line]) -> list[str]:
 
 def _text(line: Line) -> str:
     if line.ratio is None:
-        measured = f"{f'{line.equal} of {line.runs} equal':>24}{'':<15}"
+        measured = f"{f'{line.equal} of {line.runs} equal':>26}{'':<15}"
     else:
         spread = f"[{line.p20:.2f}, {line.p80:.2f}]"
-        measured = f"{line.ours_us:>9.1f}{line.other_us:>9.1f}{line.ratio:>6.2f} {spread:<14}"
+        measured = f"{line.ours_us:>10.1f}{line.other_us:>10.1f}{line.ratio:>6.2f} {spread:<14}"
     goals = f"{_number(line.goal):>4}{_number(line.stretch):>8} {line.status:<8}"
     floors = ""
     if line.floor_bytes_ms is not None and line.floor_products_ms is not None:
