@@ -32,7 +32,9 @@ EPS = 1e-3
 """Large, so that the gate compares steps and not the signs of gradients near zero."""
 
 ROW_LR = 0.1
-_HOP_LR = {"sgd": 1e-4}  # their gradients are sums over the batch
+# Their gradients are sums over the batch, and so are the errors of these.
+_HOP_LR = {"sgd": 1e-4}
+_HOP_EPS = 1.0
 TIMED_LR = 1e-6  # values hardly move however many steps are timed
 
 
@@ -47,17 +49,25 @@ def fused_optimizer(rule: str, module: Any, optimizers: Any = optim) -> Any:
 
 def torch_optimizer(rule: str, rows: Sequence[Tensor], hops: Sequence[Tensor]) -> Any:
     """The fastest of ``torch.optim``; row-wise Adagrad, which it lacks, for hops only."""
-    groups = [
-        {"params": list(params), "lr": lr}
-        for params, lr in ((rows, ROW_LR), (hops, _HOP_LR.get(rule, 1e-2)))
-        if params
-    ]
+    groups = _groups(rule, rows, hops)
     if rule == "sgd":
         return torch.optim.SGD(groups, fused=True)
     if rule == "adam":
-        return torch.optim.Adam(groups, eps=EPS, fused=True)
-    fused = not groups[0]["params"][0].is_cuda  # type: ignore[index]
-    return torch.optim.Adagrad(groups, eps=EPS, fused=fused, foreach=not fused)
+        return torch.optim.Adam(groups, fused=True)
+    fused = not groups[0]["params"][0].is_cuda
+    return torch.optim.Adagrad(groups, fused=fused, foreach=not fused)
+
+
+def _groups(rule: str, rows: Sequence[Tensor], hops: Sequence[Tensor]) -> list[dict[str, Any]]:
+    """Parameter groups with what rows and hops are stepped by."""
+    groups: list[dict[str, Any]] = [
+        {"params": list(rows), "lr": ROW_LR, "eps": EPS},
+        {"params": list(hops), "lr": _HOP_LR.get(rule, 1e-2), "eps": _HOP_EPS},
+    ]
+    if rule == "sgd":
+        for group in groups:
+            del group["eps"]
+    return [group for group in groups if group["params"]]
 
 
 class Step:
@@ -154,14 +164,9 @@ def advance(
     hop_leaves = [leaf for hop in rows.hops for leaf in hop]
     before = [leaf.detach().clone() for leaf in rows.leaves]
     rowwise = rule == "rowwise_adagrad"
-    groups = [(hop_leaves, _HOP_LR.get(rule, 1e-2))]
-    groups += [] if rowwise else [(row_leaves, ROW_LR)]
-    params: list[dict[str, Any]] = [{"params": p, "lr": lr} for p, lr in groups if p]
-    kinds: dict[str, Callable[..., Any]] = {
-        "sgd": torch.optim.SGD,
-        "adam": partial(torch.optim.Adam, eps=EPS),
-    }
-    kind = kinds.get(rule, partial(torch.optim.Adagrad, eps=EPS))
+    params = _groups(rule, [] if rowwise else row_leaves, hop_leaves)
+    kinds: dict[str, Any] = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
+    kind = kinds.get(rule, torch.optim.Adagrad)
     optimizer = kind(params) if params else None  # of row-wise Adagrad without hops nothing is left
     sums = [leaf.new_zeros(len(leaf), 1) for leaf in row_leaves]
     for t, grad in enumerate(grads, 1):
