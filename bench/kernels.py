@@ -100,7 +100,7 @@ class Bench:
     @cached_property
     def adam(self) -> Step:
         """Rows stepped inside backward; its steps are small."""
-        step = fused_step(self.spec, self.device, "adam")
+        step = fused_step(Ours(self.spec, self.device), "adam")
         self.module(step).backend = "triton"
         step.settle()
         return step

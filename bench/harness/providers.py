@@ -115,10 +115,15 @@ class Workload:
 
 
 def make_workload(
-    table: TableSpec, traffic: str, count: int, device: torch.device, generator: torch.Generator
+    table: TableSpec,
+    traffic: str,
+    count: int,
+    device: torch.device,
+    generator: torch.Generator,
+    number: int | None = None,
 ) -> Workload:
-    """Draws the batches of one workload and a gradient."""
-    number = 4 if count >= 1 << 20 else 8
+    """Draws the batches of one workload, 4 or 8 or ``number`` of them, and a gradient."""
+    number = number or (4 if count >= 1 << 20 else 8)
     batches = [make_ids(table, traffic, count, generator).to(device) for _ in range(number)]
     grad = torch.randn(count, DIM, generator=generator).to(device)
     return Workload(table, traffic, batches, grad)
@@ -169,7 +174,7 @@ def interpreted(device: torch.device) -> bool:
 
 
 class Ours(Provider):
-    """``ResizableEmbedding`` with the backend that ``auto`` takes.
+    """``ResizableEmbedding``, as a rule with the backend that ``auto`` takes.
 
     The benchmarks take what is not a method of the module, rows in place and the operator, from
     here.
@@ -178,10 +183,20 @@ class Ours(Provider):
     name = "ours"
 
     def __init__(
-        self, table: TableSpec, device: torch.device, dtype: torch.dtype = torch.float32
+        self,
+        table: TableSpec,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        backend: str = "auto",
+        make: Callable[..., Any] = ResizableEmbedding,
     ) -> None:
-        self.module = ResizableEmbedding(
-            len(table), sizes=SIZES, initial_size=table.sizes, device=device, dtype=dtype
+        self.module = make(
+            len(table),
+            sizes=SIZES,
+            initial_size=table.sizes,
+            device=device,
+            dtype=dtype,
+            backend=backend,
         )
         self.parameters = [self.storage, self.module.chain]
         self.table_bytes = self.module.memory_report().serving
@@ -197,9 +212,15 @@ class Ours(Provider):
         storage: Tensor = self.module.arena.storage
         return storage
 
+    @property
+    def row_start(self) -> Tensor:
+        """Where every row begins in the storage, ``[N]``."""
+        starts: Tensor = self.module.arena.layout.row_start
+        return starts
+
     def places(self, ids: Tensor, dim: int) -> Tensor:
         """Where the rows of ``ids``, all of size ``dim``, lie in the storage, ``[n, dim]``."""
-        start = self.module.arena.layout.row_start[ids].long()
+        start = self.row_start[ids].long()
         return start[:, None] + torch.arange(dim, device=start.device)
 
     def rows_of(self, flat: Tensor, ids: Tensor, dim: int) -> Tensor:
@@ -208,7 +229,7 @@ class Ours(Provider):
         They begin at multiples of their size: an index of single elements would be larger than
         the rows.
         """
-        return flat.view(-1, dim)[self.module.arena.layout.row_start[ids].long() // dim]
+        return flat.view(-1, dim)[self.row_start[ids].long() // dim]
 
     def hops(self) -> Hops:
         """``(W_j, b_j)`` of every hop, views without gradient."""

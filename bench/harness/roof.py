@@ -76,6 +76,11 @@ def forward_bytes(looked: Looked, itemsize: int = 4, out_itemsize: int = 4) -> i
     return moved if looked.ragged else moved - 4 * looked.ids
 
 
+def forward_flop(looked: Looked) -> int:
+    """Multiplications and additions, a product of a row below the largest size per lookup."""
+    return sum(2 * d * DIM * n for d, n in zip(SIZES[:-1], looked.counts[:-1], strict=True))
+
+
 def dense_backward_bytes(looked: Looked, grad_elements: int) -> int:
     """8 B of index and the output's gradient per lookup; a whole table's gradient written.
 

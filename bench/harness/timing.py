@@ -28,22 +28,29 @@ class Entry:
 
     Attributes:
         row: where the times go.
-        region: what is timed, of the number of the turn and what ``prepare`` gave.
+        region: what is timed, of the number of the call and what ``prepare`` gave.
         prepare: what comes before it and is not timed, of the number of the turn.
         around: a context that the region runs in, entered outside the timing.
+        calls: of the region in a turn; a sample is the time of one.
     """
 
     row: Row
     region: Callable[[int, Any], Any]
     prepare: Callable[[int], Any] = _nothing
     around: Callable[[], AbstractContextManager[Any]] = nullcontext
+    calls: int = 1
 
 
 class Timer:
-    """Times regions on one device."""
+    """Times regions on one device.
+
+    Attributes:
+        clock: what a CPU is timed by, in seconds.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.clock: Callable[[], float] = time.perf_counter
         self.cuda = device.type == "cuda"
         self.flush_bytes = 0
         self._source = torch.arange(COPIED[device.type], dtype=torch.float32, device=device)
@@ -57,9 +64,9 @@ class Timer:
     def time(self, region: Callable[[], Any]) -> tuple[float, Any]:
         """Milliseconds that ``region`` takes, and its result."""
         if not self.cuda:
-            begin = time.perf_counter()
+            begin = self.clock()
             result = region()
-            return 1e3 * (time.perf_counter() - begin), result
+            return 1e3 * (self.clock() - begin), result
         self._flush.fill_(1.0)
         start, end = self._events
         start.record()
@@ -69,10 +76,18 @@ class Timer:
         return start.elapsed_time(end), result
 
     def sample(self, entry: Entry, turn: int) -> float:
-        """Milliseconds of one turn of ``entry``."""
+        """Milliseconds of a call of ``entry`` in one turn."""
         prepared = entry.prepare(turn)
+        first, last = turn * entry.calls, (turn + 1) * entry.calls - 1
+
+        def calls() -> Any:
+            for call in range(first, last):
+                entry.region(call, prepared)
+            # Given back, so that its memory is freed outside the timing.
+            return entry.region(last, prepared)
+
         with entry.around():
-            return self.time(lambda: entry.region(turn, prepared))[0]
+            return self.time(calls)[0] / entry.calls
 
     def copy_rates(self) -> list[float]:
         """GB/s of some copies larger than the caches, bytes read plus bytes written."""

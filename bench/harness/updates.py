@@ -31,33 +31,43 @@ RULES = ("sgd", "adagrad", "rowwise_adagrad", "adam")
 EPS = 1e-3
 """Large, so that the gate compares steps and not the signs of gradients near zero."""
 
-_ROW_LR = 0.1
-_HOP_LR = {"sgd": 1e-4}  # their gradients are sums over the batch
-_TIMED_LR = 1e-6  # values hardly move however many steps are timed
+ROW_LR = 0.1
+# Their gradients are sums over the batch, and so are the errors of these.
+_HOP_LR = {"sgd": 1e-4}
+_HOP_EPS = 1.0
+TIMED_LR = 1e-6  # values hardly move however many steps are timed
 
 
-def fused_optimizer(rule: str, module: Any) -> optim.FusedOptimizer:
-    """Ours, attached to ``module``."""
+def fused_optimizer(rule: str, module: Any, optimizers: Any = optim) -> Any:
+    """Of ``esapn_kernels.optim``, or of what stands in for it, attached to ``module``."""
     if rule == "sgd":
-        return optim.SGD(module, lr=_ROW_LR)
+        return optimizers.SGD(module, lr=ROW_LR)
     if rule == "adam":
-        return optim.Adam(module, lr=_ROW_LR, eps=EPS)
-    return optim.Adagrad(module, lr=_ROW_LR, eps=EPS, rowwise=rule == "rowwise_adagrad")
+        return optimizers.Adam(module, lr=ROW_LR, eps=EPS)
+    return optimizers.Adagrad(module, lr=ROW_LR, eps=EPS, rowwise=rule == "rowwise_adagrad")
 
 
 def torch_optimizer(rule: str, rows: Sequence[Tensor], hops: Sequence[Tensor]) -> Any:
     """The fastest of ``torch.optim``; row-wise Adagrad, which it lacks, for hops only."""
-    groups = [
-        {"params": list(params), "lr": lr}
-        for params, lr in ((rows, _ROW_LR), (hops, _HOP_LR.get(rule, 1e-2)))
-        if params
-    ]
+    groups = _groups(rule, rows, hops)
     if rule == "sgd":
         return torch.optim.SGD(groups, fused=True)
     if rule == "adam":
-        return torch.optim.Adam(groups, eps=EPS, fused=True)
-    fused = not groups[0]["params"][0].is_cuda  # type: ignore[index]
-    return torch.optim.Adagrad(groups, eps=EPS, fused=fused, foreach=not fused)
+        return torch.optim.Adam(groups, fused=True)
+    fused = not groups[0]["params"][0].is_cuda
+    return torch.optim.Adagrad(groups, fused=fused, foreach=not fused)
+
+
+def _groups(rule: str, rows: Sequence[Tensor], hops: Sequence[Tensor]) -> list[dict[str, Any]]:
+    """Parameter groups with what rows and hops are stepped by."""
+    groups: list[dict[str, Any]] = [
+        {"params": list(rows), "lr": ROW_LR, "eps": EPS},
+        {"params": list(hops), "lr": _HOP_LR.get(rule, 1e-2), "eps": _HOP_EPS},
+    ]
+    if rule == "sgd":
+        for group in groups:
+            del group["eps"]
+    return [group for group in groups if group["params"]]
 
 
 class Step:
@@ -76,7 +86,7 @@ class Step:
         holder: Ours | Fixed,
         optimizers: Sequence[Any],
         moved: Callable[[Looked], int],
-        rows: optim.FusedOptimizer | None = None,
+        rows: Any = None,
     ) -> None:
         self.name, self.holder, self.optimizers = name, holder, list(optimizers)
         self.moved, self.rows = moved, rows
@@ -97,7 +107,7 @@ class Step:
         """From now on steps are too small to change anything that is timed."""
         for optimizer in [*self.optimizers, *([self.rows] if self.rows is not None else [])]:
             for group in optimizer.param_groups:
-                group["lr"] = _TIMED_LR
+                group["lr"] = TIMED_LR
 
     @property
     def bytes(self) -> int:
@@ -108,12 +118,18 @@ class Step:
         return self.holder.table_bytes + sum(t.nbytes for t in tensors)
 
 
-def fused_step(table: TableSpec, device: torch.device, rule: str, name: str = "ours") -> Step:
-    """Ours, rows stepped inside backward."""
-    ours = Ours(table, device)
-    rows = fused_optimizer(rule, ours.module)
+def fused_step(ours: Ours, rule: str, name: str = "ours", optimizers: Any = optim) -> Step:
+    """Rows of ``ours`` stepped inside backward."""
+    rows = fused_optimizer(rule, ours.module, optimizers)
     hops = torch_optimizer(rule, [], [ours.module.chain])
     return Step(name, ours, [hops], partial(sparse_step_bytes, rule=rule), rows)
+
+
+def dense_step(holder: Ours | Fixed, rule: str, name: str) -> Step:
+    """A dense gradient, and ``torch.optim`` on all rows."""
+    optimizer = torch_optimizer(rule, holder.parameters[:1], holder.parameters[1:])
+    moved = partial(dense_step_bytes, rule=rule, grad_elements=holder.grad_elements)
+    return Step(name, holder, [optimizer], moved)
 
 
 def all_largest(table: TableSpec) -> TableSpec:
@@ -123,17 +139,15 @@ def all_largest(table: TableSpec) -> TableSpec:
 
 def make_steps(table: TableSpec, device: torch.device, rule: str) -> Iterator[Step]:
     """Every provider that has ``rule``."""
-    yield fused_step(table, device, rule)
-    yield fused_step(all_largest(table), device, rule, "ours 128")
+    yield fused_step(Ours(table, device), rule)
+    yield fused_step(Ours(all_largest(table), device), rule, "ours 128")
     if rule == "rowwise_adagrad":
         return
-    for name, holder in (("ours dense", Ours(table, device)), ("fixed", Fixed(table, device))):
-        optimizer = torch_optimizer(rule, holder.parameters[:1], holder.parameters[1:])
-        moved = partial(dense_step_bytes, rule=rule, grad_elements=holder.grad_elements)
-        yield Step(name, holder, [optimizer], moved)
+    yield dense_step(Ours(table, device), rule, "ours dense")
+    yield dense_step(Fixed(table, device), rule, "fixed")
     if rule == "adam":
         holder = Fixed(table, device, sparse=True)
-        optimizer = torch.optim.SparseAdam(holder.parameters, lr=_ROW_LR, eps=EPS)
+        optimizer = torch.optim.SparseAdam(holder.parameters, lr=ROW_LR, eps=EPS)
         yield Step("sparse", holder, [optimizer], partial(sparse_step_bytes, rule=rule))
 
 
@@ -150,28 +164,25 @@ def advance(
     hop_leaves = [leaf for hop in rows.hops for leaf in hop]
     before = [leaf.detach().clone() for leaf in rows.leaves]
     rowwise = rule == "rowwise_adagrad"
-    groups = [(hop_leaves, _HOP_LR.get(rule, 1e-2))]
-    groups += [] if rowwise else [(row_leaves, _ROW_LR)]
-    params: list[dict[str, Any]] = [{"params": p, "lr": lr} for p, lr in groups if p]
-    kinds: dict[str, Callable[..., Any]] = {
-        "sgd": torch.optim.SGD,
-        "adam": partial(torch.optim.Adam, eps=EPS),
-    }
-    optimizer = kinds.get(rule, partial(torch.optim.Adagrad, eps=EPS))(params)
+    params = _groups(rule, [] if rowwise else row_leaves, hop_leaves)
+    kinds: dict[str, Any] = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
+    kind = kinds.get(rule, torch.optim.Adagrad)
+    optimizer = kind(params) if params else None  # of row-wise Adagrad without hops nothing is left
     sums = [leaf.new_zeros(len(leaf), 1) for leaf in row_leaves]
     for t, grad in enumerate(grads, 1):
         for leaf in rows.leaves:
             leaf.grad = None
-        if late_eps:
+        if late_eps and optimizer is not None:
             for group in optimizer.param_groups:
                 group["eps"] = EPS / math.sqrt(1 - group["betas"][1] ** t)
         rows.look_up()[inverse].backward(grad.double())
-        optimizer.step()
+        if optimizer is not None:
+            optimizer.step()
         if rowwise:
             for leaf, total in zip(row_leaves, sums, strict=True):
                 assert leaf.grad is not None
                 total += leaf.grad.square().mean(1, keepdim=True)
-                leaf.data -= _ROW_LR * leaf.grad / (total.sqrt() + EPS)
+                leaf.data -= ROW_LR * leaf.grad / (total.sqrt() + EPS)
     names = [f"rows of level {k}" for k, _, _ in rows.groups]
     names += [f"{n} of hop {j}" for j in range(len(rows.hops)) for n in ("weight", "bias")]
     return [
@@ -230,7 +241,7 @@ def measure_steps(
     for rule in rules:
         entries = []
         for step in make_steps(workload.table, timer.device, rule):
-            entries += _entries(workload, step, rule)
+            entries += step_entries(workload, step, rule)
         rows += timer.measure(entries, repeats)
         # Rows of one mode stand together.
         rows.sort(key=lambda row: row.mode.startswith("backward"))
@@ -239,11 +250,17 @@ def measure_steps(
 
 def measure_cold_backward(workload: Workload, timer: Timer, repeats: int | None) -> list[Row]:
     """Backward with SGD alone: on a large table no dense gradient hides it."""
-    entries = _entries(workload, fused_step(workload.table, timer.device, "sgd"), "sgd")
+    step = fused_step(Ours(workload.table, timer.device), "sgd")
+    entries = step_entries(workload, step, "sgd")
     return timer.measure([e for e in entries if e.row.mode == "backward sgd"], repeats)
 
 
-def _entries(workload: Workload, step: Step, rule: str) -> list[Entry]:
+def step_entries(workload: Workload, step: Step, rule: str) -> list[Entry]:
+    """Check ``step``; what to time of it: all of it, and with SGD ours in backward alone.
+
+    Raises:
+        GateError: as :func:`check_step`.
+    """
     error = check_step(step, workload.batches[0], rule)
     step.settle()
     ragged = step.holder.ragged

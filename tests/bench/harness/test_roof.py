@@ -61,3 +61,8 @@ def test_state_and_promotion_bytes_by_hand() -> None:
     assert roof.promotion_bytes([1, 0, 0, 0, 0, 0]) == 77
     # twice from 64 to 128: 21 + 256 + 512 + 1,024; rows of 128 do not move
     assert roof.promotion_bytes([0, 0, 0, 0, 2, 9]) == 2 * 1_813
+
+
+def test_products_by_hand() -> None:
+    looked = roof.Looked([2, 0, 0, 0, 3, 5], [1, 0, 0, 0, 1, 1])
+    assert roof.forward_flop(looked) == 2 * 128 * (2 * 2 + 3 * 64)

@@ -23,3 +23,15 @@ def test_entries_are_prepared_and_timed_in_turns() -> None:
     warm = [("a0", 0), ("b0", 0)]
     assert seen == [*warm, ("b0", 0), ("a0", 0), ("a1", 1), ("b1", 1)]
     assert [row.repeats for row in rows] == [2, 2]
+
+
+def test_a_sample_is_the_time_of_one_call() -> None:
+    calls: list[int] = []
+    timer = Timer(CPU)
+    timer.clock = lambda: float(len(calls))
+    made = Row("t", 1, "uniform", 1, 1, "forward", "a", 1, bytes=1)
+    prepared: list[int] = []
+    entry = Entry(made, lambda call, _: calls.append(call), prepared.append, calls=3)
+    # A second a call by this clock, in milliseconds.
+    assert timer.sample(entry, 2) == 1000.0
+    assert calls == [6, 7, 8] and prepared == [2]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from harness import updates
 from harness.gate import GateError
+from harness.providers import Ours
 
 from tests.bench.small import CPU
 
@@ -20,7 +21,7 @@ def one_step(spec: Any, rule: str, name: str) -> Any:
 def test_gate_of_steps(spec: Any, ids: torch.Tensor, rule: str) -> None:
     for step in updates.make_steps(spec, CPU, rule):
         assert updates.check_step(step, ids, rule) < 5e-5, step.name
-    wrong = updates.fused_step(spec, CPU, rule)
+    wrong = updates.fused_step(Ours(spec, CPU), rule)
     assert wrong.rows is not None
     wrong.rows.param_groups[0]["lr"] *= 1.01
     with pytest.raises(GateError, match="rows of level .* off by"):
@@ -37,7 +38,7 @@ def test_every_rule_has_its_providers(spec: Any) -> None:
 
 def test_gate_refuses_another_optimizer(spec: Any, ids: torch.Tensor) -> None:
     for rule, other in [("sgd", "adam"), ("adagrad", "rowwise_adagrad"), ("adam", "adagrad")]:
-        step = updates.fused_step(spec, CPU, rule)
+        step = updates.fused_step(Ours(spec, CPU), rule)
         with pytest.raises(GateError, match=f"ours, {other}: .* off by"):
             updates.check_step(step, ids, other)
 
