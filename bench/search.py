@@ -9,8 +9,8 @@ events, with the same settings, policy network, optimizer (Adam, fused) and init
 The baseline is the search as it is usually written: a full table for every candidate size, every
 size looked up and carried to the largest for every row, and a second prediction for the policies
 (harness/all_sizes.py). --baseline lean grants it what ours does beyond storage: one prediction for
-both steps, and selection before BatchNorm and tanh. The figure is the ratio of CPU seconds, turn by
-turn.
+both steps, selection before BatchNorm and tanh, and the faster tanh. The figure is the ratio of CPU
+seconds, turn by turn.
 
 --long EVENTS has no baseline: one whole search on a synthetic stream of so many events. The figures
 are the time per event of the last million over that of the first (medians over the log's windows,

@@ -173,10 +173,13 @@ class SizeSearch(nn.Module):
         self.step += 1
         if self.optimizer is None:
             return
-        # Zeros, not None: where no ID decides Adam steps all the same, as it does with a mask.
-        self.optimizer.zero_grad(set_to_none=False)
+        self.optimizer.zero_grad()
         if total.requires_grad:
             total.backward()
+        for parameter in self.optimizer.state:
+            if parameter.grad is None:
+                # Where no ID decides Adam steps all the same, as it does with a mask.
+                parameter.grad = torch.zeros_like(parameter)
         self.optimizer.step()
 
     def _policy_loss(self, field: Field, loss: Tensor) -> Tensor:

@@ -117,7 +117,8 @@ class Field(nn.Module):
             embedding.register_forward_hook(self._catch)
         # Of the batch in hand.
         self.examples = 0
-        self.ids = self.event = torch.empty(0, dtype=torch.int64, device=device)
+        self.ids = torch.empty(0, dtype=torch.int64, device=device)
+        self.event: Tensor | slice = slice(None)
         self.counters = Counters(self.ids, self.ids, self.ids)
         self.choice: Choice | None = None
         self.caught: list[Tensor] = []
@@ -130,7 +131,9 @@ class Field(nn.Module):
     def begin(self, ids: Tensor, counters: Counters | None, history: int) -> None:
         """Take the batch in hand: its ids, the example of each, and their counters."""
         self.examples, each = len(ids), ids[:1].numel()
-        self.event = torch.arange(len(ids), device=ids.device).repeat_interleave(each)
+        self.event = slice(None)
+        if each != 1:
+            self.event = torch.arange(len(ids), device=ids.device).repeat_interleave(each)
         self.ids = ids = ids.reshape(-1).long()
         if counters is None:
             counters = count_ids(ids, self.seen, history)

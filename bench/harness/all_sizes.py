@@ -3,9 +3,9 @@
 A full table for every candidate size; every size looked up and carried to the largest for every
 row, BatchNorm and tanh of all of them, a one-hot sum that selects; a prediction under sampled sizes
 for the policies, which see every event, and a second one for the recommender; dense Adam on all
-tables. Source: Liu et al., "Automated Embedding Size Search in Deep Recommender Systems", SIGIR
-2020. ``lean`` grants it what the ragged search does beyond storage: one prediction for both steps,
-and selection before BatchNorm and tanh.
+tables; torch's own tanh. Source: Liu et al., "Automated Embedding Size Search in Deep Recommender
+Systems", SIGIR 2020. ``lean`` grants it what the ragged search does beyond storage: one prediction
+for both steps, selection before BatchNorm and tanh, and the faster tanh.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from esapn.config import SearchConfig
 from esapn.data.stream import NUM_CLASSES, Batch, Stream
+from esapn.models.tanh import Tanh, tanh
 from esapn.models.two_tower import event_losses
 from esapn.policy import LossHistory, Policy, policy_loss, reward, sample_actions
 from esapn.run.metrics import Prequential
@@ -53,7 +54,7 @@ class AllSizesSide(nn.Module):
                 h = hop(h)
             h = h if self.lean else torch.tanh(self.norm(h))
             total = total + chosen[:, k : k + 1] * h
-        return torch.tanh(self.norm(total)) if self.lean else total
+        return tanh(self.norm(total)) if self.lean else total
 
     @torch.no_grad()
     def write_promoted(self, ids: Tensor) -> None:
@@ -76,7 +77,7 @@ class AllSizesModel(nn.Module):
             nn.BatchNorm1d(2 * dim),
             nn.Linear(2 * dim, config.hidden),
             nn.BatchNorm1d(config.hidden),
-            nn.Tanh(),
+            Tanh() if lean else nn.Tanh(),
             nn.Linear(config.hidden, 1 if config.task == "binary" else NUM_CLASSES),
         )
 

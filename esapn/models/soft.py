@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from .recommender import TableBytes
+from .tanh import Tanh, tanh
 
 __all__ = ["SoftEmbedding"]
 
@@ -79,7 +80,7 @@ class SoftEmbedding(nn.Module):
         self.controller = nn.Sequential(
             nn.Linear(frequency_dim + n, hidden),
             nn.BatchNorm1d(hidden),
-            nn.Tanh(),
+            Tanh(),
             nn.Linear(hidden, n),
         )
         # One more row takes the writes of events that are not an ID's last in the batch.
@@ -119,7 +120,7 @@ class SoftEmbedding(nn.Module):
         slices = self.rows(ids).split(self.sizes, dim=1)
         for k, (part, lift) in enumerate(zip(slices, self.lifts, strict=True)):
             h = lift(part)
-            h = h if self.norm is None else torch.tanh(self.norm(h))
+            h = h if self.norm is None else tanh(self.norm(h))
             total = total + weights[:, k : k + 1] * h
         return total
 

@@ -13,6 +13,7 @@ from esapn_kernels import ResizableEmbedding, optim
 
 from .recommender import Events, Recommender, TableBytes
 from .soft import SoftEmbedding
+from .tanh import Tanh
 
 __all__ = ["SoftTwoTower", "TwoTower", "event_losses", "inference_layer", "predictions"]
 
@@ -158,13 +159,13 @@ def inference_layer(dim: int, hidden: int, n_outputs: int, plain: bool) -> nn.Se
         nn.BatchNorm1d(2 * dim),
         nn.Linear(2 * dim, hidden),
         nn.BatchNorm1d(hidden),
-        nn.Tanh(),
+        Tanh(),
         nn.Linear(hidden, n_outputs),
     )
 
 
 def _tower(dim: int, plain: bool) -> nn.Module:
-    return nn.Identity() if plain else nn.Sequential(nn.BatchNorm1d(dim), nn.Tanh())
+    return nn.Identity() if plain else nn.Sequential(nn.BatchNorm1d(dim), Tanh())
 
 
 def event_losses(logits: Tensor, target: Tensor) -> Tensor:

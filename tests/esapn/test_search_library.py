@@ -154,6 +154,34 @@ def test_an_empty_batch_changes_nothing_of_the_tables():
         assert field.seen.eq(0).all() and field.embedding.arena.level().eq(0).all()
 
 
+def test_adam_waits_for_a_first_decision_and_then_steps_every_batch():
+    """Where no ID decides gradients are zeros: moments decay, and policies follow them."""
+    torch.manual_seed(0)
+    sizes = (1, 2, 4, 8)
+    table = ResizableEmbedding(10, sizes=sizes)
+    grown, fresh = torch.arange(5), torch.arange(5, 10)
+    for _ in sizes[1:]:
+        table.promote(grown)
+    search = SizeSearch({"id": table}, SearchConfig(sizes=sizes))
+    bias = search.fields[0].policy.linear1.bias
+
+    def learn(ids: torch.Tensor) -> torch.Tensor:
+        search.grow({"id": ids})
+        search.learn(torch.rand(5))
+        return bias.detach().clone()
+
+    before = bias.detach().clone()
+    assert torch.equal(learn(grown), before) and not search.optimizer.state
+    learn(fresh)
+    moved = learn(fresh)  # with histories, so with rewards
+    state = search.optimizer.state[bias]
+    moment = state["exp_avg"].clone()
+    assert moment.abs().max() > 0 and state["step"] == 2
+    assert not torch.equal(learn(grown), moved)
+    torch.testing.assert_close(state["exp_avg"], 0.9 * moment)
+    assert state["step"] == 3
+
+
 def test_what_the_package_exports():
     assert sorted(esapn.__all__) == ["SearchConfig", "SizeSearch"]
     with pytest.raises(AttributeError, match="no attribute 'Search'"):
