@@ -5,7 +5,7 @@
 // a tile is multiplied the rows of the next one are fetched, in step with the work.
 
 constexpr int FORWARD_TILE = 256;
-constexpr int64_t FORWARD_TASK = 2048;  // ids, a multiple of the tile
+constexpr int64_t FORWARD_TASK = 2048;  // ids where several threads share them, a multiple of the tile
 
 // The ids of a tile: where their rows begin, and their positions by level.
 struct Located {
@@ -16,7 +16,7 @@ struct Located {
   int size;
 };
 
-// False: an id without a row.
+// Ids [first, end), a tile of them. False: an id without a row.
 static bool locate(Located& tile, const Table& table, const Pages& pages, const Ids& ids, int64_t first,
                    int64_t end) {
   tile.size = int(end - first < FORWARD_TILE ? (first < end ? end - first : 0) : FORWARD_TILE);
@@ -40,20 +40,18 @@ static bool locate(Located& tile, const Table& table, const Pages& pages, const 
   return true;
 }
 
-// Fetches the rows of the next tile in step with the work on this one.
+// Fetches what the next tile reads in step with the work on this one: rows at a time, for the
+// addresses of many pages are looked up side by side.
 struct Ahead {
   const char* storage;
   int64_t item;
   const int64_t* sizes;
   const Located* next;
-  int64_t rate, credit = 0;
+  int64_t rate = 0, credit = 0;
   int at = 0;
 
   // `total`: the work on the present tile, in the unit of `step`.
-  Ahead(const void* storage, int64_t item, const int64_t* sizes, const Located* next, int64_t total)
-      : storage(static_cast<const char*>(storage)), item(item), sizes(sizes), next(next),
-        rate(total ? (int64_t(next->size) << 16) / total + 1 : 0) {}
-
+  ESAPN_INLINE void over(int64_t total) { rate = total ? (int64_t(next->size) << 16) / total + 1 : 0; }
   ESAPN_INLINE void row() {
     prefetch(storage + next->start[at] * item, sizes[next->level[at]] * item);
     at++;
@@ -78,27 +76,26 @@ struct Forward {
   int out_dtype;
   bool streams;
 
-  // ids [first, end); scratch: TILE_ROWS rows of the largest size and of `stride`.
+  // ids [first, end). scratch: 2 TILE_ROWS rows of `stride`.
   template <bool STREAM>
   bool run(int64_t first, int64_t end, A* scratch) const {
-    const int64_t D = table.dim(), item = itemsize(dtype), out_item = itemsize(out_dtype);
+    const int64_t D = table.dim(), item = itemsize(dtype), out_row = D * itemsize(out_dtype);
     const bool plain = dtype == DTYPE_OF<A>, direct = out_dtype == DTYPE_OF<A> && D == stride;
     A* wide = scratch;
-    A* result = scratch + TILE_ROWS * padded_width<A>(D);
+    A* result = scratch + TILE_ROWS * stride;
     Located two[2];
     if (!locate(two[0], table, pages, ids, first, end)) return false;
-    {
-      Ahead begin(storage, item, table.sizes, &two[0], 1);
-      while (begin.at < two[0].size) begin.row();
-    }
+    Ahead begin{storage, item, table.sizes, &two[0]};
+    while (begin.at < two[0].size) begin.row();
     int which = 0;
     for (int64_t t = first; t < end; t += FORWARD_TILE, which ^= 1) {
       const Located& tile = two[which];
       if (!locate(two[which ^ 1], table, pages, ids, t + FORWARD_TILE, end)) return false;
       int64_t total = 0;
       for (int k = 0; k < table.n; k++) total += tile.count[k] * work(k);
-      Ahead ahead(storage, item, table.sizes, &two[which ^ 1], total);
-      char* y = out + t * D * out_item;
+      Ahead ahead{storage, item, table.sizes, &two[which ^ 1]};
+      ahead.over(total);
+      char* y = out + t * out_row;
       int at = 0;
       for (int k = 0; k < table.n; k++) {
         const int behind = at + tile.count[k];
@@ -107,7 +104,7 @@ struct Forward {
           for (; at < behind; at++) {
             const int i = tile.order[at];
             ahead.step(work(k));
-            copy<STREAM>(y + i * D * out_item, storage + tile.start[i] * item, wide, direct && plain);
+            copy<STREAM>(y + i * out_row, storage + tile.start[i] * item, wide, direct && plain);
           }
           break;
         }
@@ -122,19 +119,18 @@ struct Forward {
             if (plain) {
               e[r] = reinterpret_cast<const A*>(row);
             } else {
-              widen(wide + r * D, row, dtype, d);
-              e[r] = wide + r * D;
+              widen(wide + r * stride, row, dtype, d);
+              e[r] = wide + r * stride;
             }
-            z[r] = direct ? reinterpret_cast<A*>(y + i * D * out_item) : result + r * stride;
+            z[r] = direct ? reinterpret_cast<A*>(y + i * out_row) : result + r * stride;
           }
           ahead.step(rows * work(k));
           if (direct)
             affine<A, STREAM>(rows, e, m, stride, m + d * stride, z, stride, d);
-          else {
+          else
             affine<A, false>(rows, e, m, stride, m + d * stride, z, stride, d);
-            for (int r = 0; r < rows; r++)
-              narrow(y + tile.order[at + r] * D * out_item, z[r], out_dtype, D);
-          }
+          if (!direct)
+            for (int r = 0; r < rows; r++) narrow(y + tile.order[at + r] * out_row, z[r], out_dtype, D);
           at += rows;
         }
       }
@@ -148,18 +144,22 @@ struct Forward {
   }
 
   template <bool STREAM>
-  ESAPN_INLINE void copy(char* y, const char* row, A* wide, bool direct) const {
+  ESAPN_INLINE void copy_row(A* to, const A* from) const {
     constexpr int W = LANES<A>;
+    for (int64_t at = 0; at < stride; at += W) {
+      if (STREAM)
+        stream(to + at, load<Vec<A, W>>(from + at));
+      else
+        store(to + at, load<Vec<A, W>>(from + at));
+    }
+  }
+
+  // A row of the last level, which is its output.
+  template <bool STREAM>
+  ESAPN_INLINE void copy(char* y, const char* row, A* wide, bool direct) const {
     const int64_t D = table.dim();
     if (direct) {
-      const A* from = reinterpret_cast<const A*>(row);
-      A* to = reinterpret_cast<A*>(y);
-      for (int64_t at = 0; at < D; at += W) {
-        if (STREAM)
-          stream(to + at, load<Vec<A, W>>(from + at));
-        else
-          store(to + at, load<Vec<A, W>>(from + at));
-      }
+      copy_row<STREAM>(reinterpret_cast<A*>(y), reinterpret_cast<const A*>(row));
     } else if (dtype == out_dtype) {
       __builtin_memcpy(y, row, size_t(D * itemsize(dtype)));
     } else {
@@ -178,9 +178,9 @@ static int lookup_fwd(const Table& table, const Ids& ids, const void* storage, i
   const int64_t blocks = offset[table.n - 1];
   const int64_t bytes = ids.count * D * itemsize(out_dtype);
   // Streamed, an output is in memory when it is read next: only where no cache would hold it.
-  const bool streams = bytes >= last_cache() / 2 && D == stride &&
+  const bool streams = bytes >= LARGE && D == stride &&
                        reinterpret_cast<uintptr_t>(out) % ESAPN_BYTES == 0;
-  if (bytes >= last_cache() / 2) advise_large_pages(out, bytes);
+  if (bytes >= LARGE) advise_large_pages(out, bytes);
   Buffer pads(stride == D ? 0 : Buffer::padded<A>(blocks * stride));
   if (!pads.ok()) return NO_MEMORY;
   const A* operand =
@@ -188,10 +188,11 @@ static int lookup_fwd(const Table& table, const Ids& ids, const void* storage, i
   const Forward<A> forward{table, Pages(table.page), ids, static_cast<const char*>(storage), dtype,
                            operand, stride, offset, static_cast<char*>(out), out_dtype, streams};
   int status = OK;
-  const int64_t tasks = (ids.count + FORWARD_TASK - 1) / FORWARD_TASK;
+  const int64_t task_ids = threads > 1 || ids.count < FORWARD_TASK ? FORWARD_TASK : ids.count;
+  const int64_t tasks = (ids.count + task_ids - 1) / task_ids;
   parallel(tasks, threads, [&](int64_t task) {
-    const int64_t first = task * FORWARD_TASK;
-    const int64_t end = first + FORWARD_TASK < ids.count ? first + FORWARD_TASK : ids.count;
+    const int64_t first = task * task_ids;
+    const int64_t end = first + task_ids < ids.count ? first + task_ids : ids.count;
     Buffer scratch(Buffer::padded<A>(TILE_ROWS * 2 * stride));
     int found = NO_MEMORY;
     if (scratch.ok()) {

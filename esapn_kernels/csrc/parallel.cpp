@@ -55,17 +55,6 @@ void run_tasks(void (*task)(void*, int64_t), void* context, int64_t tasks, int t
     work.run();
 }
 
-int64_t last_cache() {
-  static const int64_t bytes = [] {
-    int64_t found = 0;
-#if defined(_SC_LEVEL3_CACHE_SIZE)
-    found = sysconf(_SC_LEVEL3_CACHE_SIZE);
-#endif
-    return found > 0 ? found : int64_t(32) << 20;
-  }();
-  return bytes;
-}
-
 void advise_large_pages(void* memory, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   static const uintptr_t page = uintptr_t(sysconf(_SC_PAGESIZE));

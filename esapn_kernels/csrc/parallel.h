@@ -14,8 +14,9 @@ ESAPN_INLINE void parallel(int64_t tasks, int threads, const F& body) {
             const_cast<F*>(&body), tasks, threads);
 }
 
-// Bytes of the last cache before the memory.
-int64_t last_cache();
+// Results from so many bytes on are taken to pass through every cache (what systems say of their
+// caches' sizes is not to be relied on).
+constexpr int64_t LARGE = int64_t(16) << 20;
 
 // Asks the system for large pages where fresh memory of that size is still to be touched.
 void advise_large_pages(void* memory, int64_t bytes);

@@ -78,6 +78,6 @@ ESAPN_INLINE Vec<double, 8> root(Vec<double, 8> v) { return (Vec<double, 8>)_mm5
 #endif
 
 ESAPN_INLINE void prefetch(const void* from, int64_t bytes) {
-  for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(static_cast<const char*>(from) + b, 0, 2);
-  if (bytes) __builtin_prefetch(static_cast<const char*>(from) + bytes - 1, 0, 2);
+  const char* line = reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(from) & ~uintptr_t(63));
+  for (; line < static_cast<const char*>(from) + bytes; line += 64) __builtin_prefetch(line, 0, 2);
 }
