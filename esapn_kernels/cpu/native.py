@@ -78,20 +78,29 @@ def lookup_fwd(
     Raises:
         IndexError: an id out of range, or without a row; ``out`` is as it was in the first case.
     """
-    ids = ids.contiguous()
-    composed = composed.to(compute_dtype(storage.dtype))
+    ids, composed = ids.contiguous(), _in_dtype_of_sums(composed, storage)
+    dtype, count, dim = storage.dtype, ids.numel(), layout.sizes[-1]
     if out is None:
-        out = storage.new_empty(ids.numel(), layout.dim, dtype=out_dtype)
+        shape = (count, dim)
+        same = out_dtype is None or out_dtype is dtype
+        out = storage.new_empty(shape) if same else storage.new_empty(shape, dtype=out_dtype)
     native.lookup_fwd(
         *_table(layout, ids),
         storage.data_ptr(),
-        _DTYPE[storage.dtype],
+        _DTYPE[dtype],
         composed.data_ptr(),
         out.data_ptr(),
         _DTYPE[out.dtype],
-        _threads(ids, layout),
+        1 if count * dim < _PARALLEL else torch.get_num_threads(),
     )
     return out
+
+
+def _in_dtype_of_sums(composed: Tensor, storage: Tensor) -> Tensor:
+    """Hops may be of another dtype than the rows."""
+    if composed.dtype is storage.dtype is torch.float32:
+        return composed
+    return composed.to(compute_dtype(storage.dtype))
 
 
 def _backward(
@@ -111,7 +120,7 @@ def _backward(
     ids, grad_out = ids.contiguous(), grad_out.contiguous()
     if grad_out.dtype not in _DTYPE:
         grad_out = grad_out.to(composed.dtype)
-    operand = composed.to(compute_dtype(storage.dtype))
+    operand = _in_dtype_of_sums(composed, storage)
     grad_composed = torch.empty_like(operand) if want_composed else None
     moment = square = per_id = clock = numbers = None
     if update is not None:
@@ -137,7 +146,9 @@ def _backward(
         _address(per_id),
         _address(clock),
     )
-    return None if grad_composed is None else grad_composed.to(composed.dtype)
+    if grad_composed is None or grad_composed.dtype == composed.dtype:
+        return grad_composed
+    return grad_composed.to(composed.dtype)
 
 
 def lookup_bwd(
@@ -208,8 +219,8 @@ def lookup_bwd_update(
 
 def compose(chain: Tensor, sizes: Sequence[int]) -> Tensor:
     """``[K, D]``: see :func:`esapn_kernels.ops.compose.compose`."""
-    chain = chain.detach().to(compute_dtype(chain.dtype)).contiguous()
-    composed = chain.new_empty(sum(sizes[:-1]) + len(sizes) - 1, sizes[-1])
+    chain = _in_dtype_of_sums(chain.detach(), chain).contiguous()
+    composed = chain.new_empty((sum(sizes[:-1]) + len(sizes) - 1, sizes[-1]))
     operands = (_DTYPE[chain.dtype], chain.data_ptr(), composed.data_ptr())
     native.compose(_packed(tuple(sizes)), *operands)
     return composed

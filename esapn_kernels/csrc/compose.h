@@ -26,8 +26,7 @@ static int compose(const int64_t* sizes, int n, const void* chain_memory, void* 
     const A* t = chain + hop;
     A* y = work + block * stride;
     if (k == n - 2) {
-      for (int64_t r = 0; r <= d; r++)
-        for (int64_t c = 0; c < stride; c++) y[r * stride + c] = c < D ? t[r * D + c] : A(0);
+      copy_rows(y, stride, t, D, d + 1);
       continue;
     }
     const A* m = y + (d + 1) * stride;
@@ -45,9 +44,7 @@ static int compose(const int64_t* sizes, int n, const void* chain_memory, void* 
     A* last = y + d * stride;
     affine<A, false>(1, &bias, m, stride, m + next * stride, &last, stride, next);
   }
-  if (padded)
-    for (int64_t r = 0; r < rows; r++)
-      for (int64_t c = 0; c < D; c++) composed[r * D + c] = work[r * stride + c];
+  if (padded) copy_rows(composed, D, work, stride, rows);
   return OK;
 }
 
@@ -70,9 +67,7 @@ static int compose_bwd(const int64_t* sizes, int n, const void* grad_memory, con
                 Buffer::padded<A>(TILE_ROWS * columns) + 2 * Buffer::padded<const A*>(largest + 1));
   if (!memory.ok()) return NO_MEMORY;
   A* grad = memory.take<A>(rows * stride);
-  for (int64_t r = 0; r < rows; r++)
-    for (int64_t c = 0; c < stride; c++)
-      grad[r * stride + c] = c < D ? static_cast<const A*>(grad_memory)[r * D + c] : A(0);
+  copy_rows(grad, stride, static_cast<const A*>(grad_memory), D, rows);
   const A* composed = pad_rows(static_cast<const A*>(composed_memory), rows, D, memory.take<A>(rows * stride));
   A* turned = memory.take<A>(columns * stride);
   A* found = memory.take<A>(TILE_ROWS * columns);
@@ -87,15 +82,14 @@ static int compose_bwd(const int64_t* sizes, int n, const void* grad_memory, con
     block += d + 1;
     hop += (d + 1) * next;
     if (k == n - 2) {
-      for (int64_t r = 0; r <= d; r++)
-        for (int64_t c = 0; c < D; c++) dT[r * D + c] = G[r * stride + c];
+      copy_rows(dT, D, G, stride, d + 1);
       break;
     }
     int used = 0;
     for (int64_t r = 0; r <= d; r++) {
-      bool zero = true;
-      for (int64_t c = 0; c < D; c++) zero = zero && G[r * stride + c] == 0;
-      if (zero) {
+      int different = 0;
+      for (int64_t c = 0; c < stride; c++) different |= G[r * stride + c] != 0;
+      if (!different) {
         for (int64_t j = 0; j < next; j++) dT[r * next + j] = 0;
         continue;
       }

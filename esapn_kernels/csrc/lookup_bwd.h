@@ -236,8 +236,10 @@ static int lookup_bwd(const Table& table, const Ids& ids, const void* grad, int 
   });
   if (grad_composed) {
     A* total = static_cast<A*>(grad_composed);
-    for (int64_t r = 0; r < rows; r++)
-      for (int64_t c = 0; c < D; c++) total[r * D + c] = parts ? part[r * stride + c] : A(0);
+    if (parts)
+      copy_rows(total, D, part, stride, rows);
+    else
+      for (int64_t i = 0; i < rows * D; i++) total[i] = 0;
     for (int64_t p = 1; p < parts; p++)
       for (int64_t r = 0; r < rows; r++)
         for (int64_t c = 0; c < D; c++) total[r * D + c] += part[p * part_stride + r * stride + c];

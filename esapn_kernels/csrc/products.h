@@ -17,13 +17,22 @@ ESAPN_INLINE int64_t padded_width(int64_t width) {
   return (width + LANES<A> - 1) / LANES<A> * LANES<A>;
 }
 
+// Rows of `width` numbers into rows of `to_width`: cut off, or with zeros behind.
+template <class A>
+static void copy_rows(A* to, int64_t to_width, const A* from, int64_t width, int64_t count) {
+  const int64_t common = width < to_width ? width : to_width;
+  for (int64_t r = 0; r < count; r++) {
+    __builtin_memcpy(to + r * to_width, from + r * width, size_t(common) * sizeof(A));
+    for (int64_t c = common; c < to_width; c++) to[r * to_width + c] = 0;
+  }
+}
+
 // Rows of a multiple of the lanes; `memory` takes them where they have to be copied.
 template <class A>
 static const A* pad_rows(const A* rows, int64_t count, int64_t width, A* memory) {
   const int64_t stride = padded_width<A>(width);
   if (stride == width) return rows;
-  for (int64_t r = 0; r < count; r++)
-    for (int64_t c = 0; c < stride; c++) memory[r * stride + c] = c < width ? rows[r * width + c] : A(0);
+  copy_rows(memory, stride, rows, width, count);
   return memory;
 }
 
@@ -191,9 +200,22 @@ struct Projection {
   void turn(A* memory) {
     turned = memory;
     if (!lanes()) return;
+    constexpr int W = LANES<A>;
+    typedef Vec<A, W> V;
     const int64_t n = columns();
-    for (int64_t c = 0; c < width; c++)
-      for (int64_t j = 0; j < n; j++) turned[c * n + j] = j < d ? m[j * stride + c] : A(0);
+    for (int64_t j = 0; j < n; j += W)
+      for (int64_t c = 0; c < width; c += W) {
+        V block[W];
+        for (int i = 0; i < W; i++) block[i] = j + i < d ? load<V>(m + (j + i) * stride + c) : V{};
+        Transpose<V, W>::run(block);
+        // The last block may be half as wide.
+        for (int i = 0; i < W; i++) {
+          if (j + W <= n)
+            store(turned + (c + i) * n + j, block[i]);
+          else
+            __builtin_memcpy(turned + (c + i) * n + j, &block[i], size_t(n - j) * sizeof(A));
+        }
+      }
   }
 };
 

@@ -77,6 +77,27 @@ ESAPN_INLINE Vec<float, 16> root(Vec<float, 16> v) { return (Vec<float, 16>)_mm5
 ESAPN_INLINE Vec<double, 8> root(Vec<double, 8> v) { return (Vec<double, 8>)_mm512_sqrt_pd((__m512d)v); }
 #endif
 
+// W vectors of W lanes as a matrix, transposed: ever smaller blocks off the diagonal change places.
+template <class V, int W, int BLOCK = W / 2>
+struct Transpose {
+  template <int... LANE>
+  static ESAPN_INLINE void pair(V& a, V& b, std::integer_sequence<int, LANE...>) {
+    const V low = __builtin_shufflevector(a, b, ((LANE & BLOCK) ? W + LANE - BLOCK : LANE)...);
+    b = __builtin_shufflevector(a, b, ((LANE & BLOCK) ? W + LANE : LANE + BLOCK)...);
+    a = low;
+  }
+  static ESAPN_INLINE void run(V* v) {
+    ESAPN_UNROLL
+    for (int i = 0; i < W; i++)
+      if (!(i & BLOCK)) pair(v[i], v[i + BLOCK], std::make_integer_sequence<int, W>{});
+    Transpose<V, W, BLOCK / 2>::run(v);
+  }
+};
+template <class V, int W>
+struct Transpose<V, W, 0> {
+  static ESAPN_INLINE void run(V*) {}
+};
+
 ESAPN_INLINE void prefetch(const void* from, int64_t bytes) {
   const char* line = reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(from) & ~uintptr_t(63));
   for (; line < static_cast<const char*>(from) + bytes; line += 64) __builtin_prefetch(line, 0, 2);

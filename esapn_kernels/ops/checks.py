@@ -13,7 +13,7 @@ def is_eager() -> bool:
     """Whether plain eager code runs: neither compiled, nor traced, nor transformed."""
     return not (
         torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
+        or torch._C._is_tracing()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
         or torch._C._len_torch_dispatch_stack() > 0

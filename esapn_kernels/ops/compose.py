@@ -156,32 +156,32 @@ class ComposedCache:
     """
 
     def __init__(self) -> None:
-        self._seen: Tensor | None = None
-        self._composed: Tensor | None = None
-        self._backend = ""
+        self._kept: tuple[str, Tensor, Tensor] | None = None
 
     def __call__(self, chain: Tensor, sizes: Sequence[int], backend: str = "torch") -> Tensor:
         """``compose(chain, sizes)``, not to be written to; chain on a CPU, in plain eager code."""
-        if (
-            self._composed is None
-            or self._seen is None
-            or self._backend != backend
-            or not _same_bytes(self._seen, chain)
-        ):
-            # What inference mode made could not be saved for a backward outside of it.
+        if self._kept is not None:
+            kept_backend, seen, composed = self._kept
+            if kept_backend == backend and seen.dtype == chain.dtype and _same_bytes(seen, chain):
+                return composed
+        if torch.is_inference_mode_enabled():
+            # What it made could not be saved for a backward outside of it.
             with torch.inference_mode(False):
-                self._composed = compose(chain, sizes, backend=backend)
-                self._seen = chain.detach().clone(memory_format=torch.contiguous_format)
-                self._backend = backend
-        return self._composed
+                return self._renew(chain, sizes, backend)
+        return self._renew(chain, sizes, backend)
+
+    def _renew(self, chain: Tensor, sizes: Sequence[int], backend: str) -> Tensor:
+        # What is composed is what is compared, should another thread write to the chain.
+        seen = chain.detach().clone(memory_format=torch.contiguous_format)
+        composed = compose(seen, sizes, backend=backend)
+        self._kept = backend, seen, composed
+        return composed
 
     def __reduce__(self) -> tuple[type[ComposedCache], tuple[()]]:
         return ComposedCache, ()
 
 
 def _same_bytes(seen: Tensor, chain: Tensor) -> bool:
-    if seen.dtype != chain.dtype or seen.shape != chain.shape:
-        return False
     if NATIVE_ERROR is None and chain.is_contiguous():
         return native.equal_bytes(seen.data_ptr(), chain.data_ptr(), seen.nbytes)
     # As integers: a number that is none differs from itself.

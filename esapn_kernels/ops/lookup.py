@@ -320,22 +320,19 @@ class _EagerLookup(torch.autograd.Function):
         ids: Tensor,
         storage: Tensor,
         chain: Tensor,
-        composed: Tensor,
-        layout: Layout,
-        options: Options,
-        backend: str,
-        hops: Tensor | None,
+        how: tuple[Tensor, Layout, Options, str, Tensor | None],
     ) -> Tensor:
         # Locations need no guard against writing: rows that move write to the storage too.
         ctx.save_for_backward(ids, storage, chain)
-        ctx.composed, ctx.layout, ctx.options, ctx.backend = composed, layout, options, backend
+        ctx.how = how
+        composed, layout, options, backend, hops = how
         return _lookup_fwd(ids, storage, composed, layout, backend, options.out_dtype, None, hops)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         ids, storage, chain = ctx.saved_tensors
-        composed, layout, backend = ctx.composed, ctx.layout, ctx.backend
-        padding_idx, scale_grad_by_freq, sparse, _ = ctx.options
+        composed, layout, options, backend, _ = ctx.how
+        padding_idx, scale_grad_by_freq, sparse, _ = options
         passes = runs_native(backend) and not torch.is_grad_enabled()
         weights = None if passes else padding_idx, scale_grad_by_freq
         grad_out = _weigh(grad_out, ids, layout.num_rows, *weights)
@@ -344,7 +341,7 @@ class _EagerLookup(torch.autograd.Function):
                 raise RuntimeError("a sparse gradient has no derivative: use sparse=False")
             operands = (grad_out, ids, storage, chain, composed)
             grads = _LookupBwd.apply(*operands, *layout.flat, backend)
-            return None, *grads, *[None] * 5
+            return None, *grads, None
         needs_chain = ctx.needs_input_grad[2]
         operands = (grad_out, ids, storage, composed, layout)
         if sparse:
@@ -357,7 +354,7 @@ class _EagerLookup(torch.autograd.Function):
         grad_chain = None
         if grad_composed is not None:
             grad_chain = compose_bwd(grad_composed, chain, composed, layout.sizes, backend=backend)
-        return None, grad_storage, grad_chain, *[None] * 5
+        return None, grad_storage, grad_chain, None
 
 
 class _FusedLookup(torch.autograd.Function):
@@ -439,8 +436,10 @@ def _eager(
     hops: Tensor | None = None,
 ) -> Tensor:
     if torch.is_grad_enabled() and (storage.requires_grad or chain.requires_grad):
-        operands = (ids, storage, chain, composed)
-        y: Tensor = _EagerLookup.apply(*operands, layout, options, backend, hops)
+        # Past what Function.apply does for torch.func, which costs as much as the rest of a small
+        # lookup: plain eager code has no use for it.
+        how = (composed, layout, options, backend, hops)
+        y: Tensor = super(torch.autograd.Function, _EagerLookup).apply(ids, storage, chain, how)
         return y
     return _lookup_fwd(ids, storage, composed, layout, backend, options.out_dtype, None, hops)
 
@@ -522,14 +521,14 @@ def lookup(
     device = storage.device
     backend = resolve_backend(backend, device)
     # Kernels would read what lies at such addresses.
-    if not ids.device == chain.device == device and not storage.is_meta:
+    together = storage.is_cpu and ids.is_cpu and chain.is_cpu
+    if not together and not ids.device == chain.device == device and not storage.is_meta:
         raise RuntimeError(
             "Expected all tensors to be on the same device, but got "
             f"ids on {ids.device}, rows on {device} and chain on {chain.device}"
         )
-    shape = (*ids.shape, layout.dim)
     if out is not None:
-        check_out(out, shape, options.out_dtype or storage.dtype, storage)
+        check_out(out, (*ids.shape, layout.dim), options.out_dtype or storage.dtype, storage)
     if backend == "reference":
         y = _look_up_reference(ids, storage, chain, layout, options)
         return y if out is None else out.copy_(y)
@@ -565,4 +564,4 @@ def lookup(
             *(*layout.flat, backend),
             *(options.out_dtype, options.padding_idx, options.scale_grad_by_freq),
         )
-    return y if flat is ids else y.view(shape)
+    return y if flat is ids else y.view(*ids.shape, layout.dim)

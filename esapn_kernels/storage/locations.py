@@ -201,18 +201,18 @@ class Locations(nn.Module, Rows):
         # Past nn.Module's own lookup of attributes, for the sake of small batches.
         buffers: Any = self._buffers
         row_start, page_level = buffers["row_start"], buffers["page_level"]
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if torch.compiler.is_compiling() or torch._C._is_tracing():
             return self._sliced(row_start, page_level)
         if self._held is not None:
             storage, start, level, moves, starts_written, moves_written, layout = self._held
             try:
                 if (
-                    start is row_start
+                    starts_written == start._version
+                    and moves_written == moves._version
+                    and start is row_start
                     and level is page_level
                     and storage is self._parameters.get("storage")
                     and moves is buffers["moves"]
-                    and starts_written == row_start._version
-                    and moves_written == moves._version
                 ):
                     return layout
             except RuntimeError:
