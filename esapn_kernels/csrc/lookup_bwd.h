@@ -10,6 +10,7 @@
 // number of rows, each with its own part of dA, added in order: threads do not change a bit.
 
 constexpr int BACKWARD_TILE = 256;
+constexpr int FETCHED = 4;              // occurrences of an id
 constexpr int BLOCK_BYTES = 24 << 10;  // of summed gradients: most of the first cache
 
 template <class A>
@@ -119,7 +120,9 @@ struct Backward {
     const int64_t D = table.dim(), item = itemsize(dtype), grad_item = itemsize(grad_dtype);
     for (int64_t u = first; u < end; u++) {
       const int64_t d = table.sizes[groups.level[u]];
-      prefetch(grad + groups.head[u] * D * grad_item, D * grad_item);
+      int32_t o = groups.head[u];
+      for (int i = 0; i < FETCHED && o >= 0; i++, o = groups.next[o])
+        prefetch(grad + o * D * grad_item, D * grad_item);
       prefetch(storage + groups.start[u] * item, d * item);
       step.fetch(groups.start[u], groups.id[u], d);
     }
@@ -141,12 +144,12 @@ struct Backward {
         V sum[8];
         ESAPN_UNROLL
         for (int v = 0; v < 8; v++) sum[v] = load<V>(from + i * D + c + v * W);
-        int32_t fetched = groups.next[i];
+        // The first ones were fetched with the tile; the walk stays so far ahead.
+        int32_t fetched = i;
+        for (int f = 1; f < FETCHED && fetched >= 0; f++) fetched = groups.next[fetched];
         for (int32_t o = groups.next[i]; o >= 0; o = groups.next[o]) {
-          if (fetched >= 0) {
-            fetched = groups.next[fetched];
-            if (fetched >= 0) prefetch(from + fetched * D + c, 8 * W * int64_t(sizeof(A)));
-          }
+          if (fetched >= 0 && (fetched = groups.next[fetched]) >= 0)
+            prefetch(from + fetched * D + c, 8 * W * int64_t(sizeof(A)));
           ESAPN_UNROLL
           for (int v = 0; v < 8; v++) sum[v] += load<V>(from + o * D + c + v * W);
         }
