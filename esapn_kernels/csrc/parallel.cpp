@@ -31,6 +31,19 @@ Parallel find_pool() {
   return reinterpret_cast<Parallel>(found);
 }
 
+int64_t find_last_cache() {
+  int64_t found = 0;
+#if defined(_SC_LEVEL3_CACHE_SIZE)
+  found = sysconf(_SC_LEVEL3_CACHE_SIZE);
+#endif
+  return found > 0 ? found : int64_t(32) << 20;
+}
+
+// All found when the module is loaded, after torch: statics of functions have guards, which are
+// libstdc++'s, and a fork before the first call counts as well.
+const Parallel pool = find_pool();
+const int64_t last_cache_bytes = find_last_cache();
+
 struct Work {
   void (*task)(void*, int64_t);
   void* context;
@@ -45,7 +58,6 @@ struct Work {
 }  // namespace
 
 void run_tasks(void (*task)(void*, int64_t), void* context, int64_t tasks, int threads) {
-  static const Parallel pool = find_pool();
   Work work{task, context, tasks};
   if (threads > tasks) threads = int(tasks);
   // The pool's threads do not live on in a forked process: waiting for them would never end.
@@ -55,20 +67,11 @@ void run_tasks(void (*task)(void*, int64_t), void* context, int64_t tasks, int t
     work.run();
 }
 
-int64_t last_cache() {
-  static const int64_t bytes = [] {
-    int64_t found = 0;
-#if defined(_SC_LEVEL3_CACHE_SIZE)
-    found = sysconf(_SC_LEVEL3_CACHE_SIZE);
-#endif
-    return found > 0 ? found : int64_t(32) << 20;
-  }();
-  return bytes;
-}
+int64_t last_cache() { return last_cache_bytes; }
 
 void advise_large_pages(void* memory, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  static const uintptr_t page = uintptr_t(sysconf(_SC_PAGESIZE));
+  const uintptr_t page = uintptr_t(sysconf(_SC_PAGESIZE));
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + page - 1) / page * page;
   const uintptr_t end = reinterpret_cast<uintptr_t>(memory) + uintptr_t(bytes);
   // Advice only: where it is not taken, nothing changes.
