@@ -68,11 +68,12 @@ class BuildNative(build_ext):
             raise CompileError("there are none for Windows")
         if FREE_THREADED:
             raise CompileError("there are none for a Python without the GIL")
-        named = self.compiler.compiler_so_cxx[0]
-        others = [] if "CXX" in os.environ else ["c++", "g++", "clang++"]
-        found = [compiler for compiler in (named, *others) if shutil.which(compiler)]
+        named = [self.compiler.compiler_so_cxx[0]]
+        if "CXX" not in os.environ:
+            named += ["c++", "g++", "clang++"]
+        found = [compiler for compiler in named if shutil.which(compiler)]
         if not found:
-            raise CompileError(f"{named} was not found; install g++ or clang, {AGAIN}")
+            raise CompileError(f"no C++ compiler was found; install g++ or clang, {AGAIN}")
         for command in ("compiler_so_cxx", "compiler_cxx", "linker_so_cxx", "linker_exe_cxx"):
             getattr(self.compiler, command)[0] = found[0]
 
@@ -85,7 +86,9 @@ class BuildNative(build_ext):
                     header = "Python.h was not found; install Python's headers (python3-dev)"
                     raise CompileError(f"{header}, {AGAIN}") from error
                 compiler = self.compiler.compiler_so_cxx[0]
-                raise CompileError(f"{compiler} failed on {source}; pip install -v shows why") from error
+                raise CompileError(
+                    f"{compiler} failed on {source}; pip install -v shows why"
+                ) from error
 
         def compile_each(sources: list[str], **options: Any) -> list[str]:
             with ThreadPoolExecutor(os.cpu_count()) as pool:
