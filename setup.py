@@ -14,7 +14,7 @@ from typing import Any
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
-from setuptools.errors import CompileError
+from setuptools.errors import CompileError, LinkError
 
 HERE = Path(__file__).resolve().parent
 README = HERE / "README.md"
@@ -34,6 +34,7 @@ AGAIN = (
     "then this package again (make install, or pip install --force-reinstall --no-deps "
     "--no-cache-dir)"
 )
+VERBOSE = "pip install -v shows why"
 FREE_THREADED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
 
 
@@ -59,7 +60,10 @@ class BuildNative(build_ext):
             self.failed = True
             module.unlink(missing_ok=True)
             module.parent.mkdir(parents=True, exist_ok=True)
-            reason.write_text(f"{error}\n", encoding="utf-8")
+            why: object = error
+            if isinstance(error, LinkError):
+                why = f"{self.compiler.compiler_so_cxx[0]} failed to link; {VERBOSE}"
+            reason.write_text(f"{why}\n", encoding="utf-8")
             raise
 
     def choose_compiler(self) -> None:
@@ -86,9 +90,7 @@ class BuildNative(build_ext):
                     header = "Python.h was not found; install Python's headers (python3-dev)"
                     raise CompileError(f"{header}, {AGAIN}") from error
                 compiler = self.compiler.compiler_so_cxx[0]
-                raise CompileError(
-                    f"{compiler} failed on {source}; pip install -v shows why"
-                ) from error
+                raise CompileError(f"{compiler} failed on {source}; {VERBOSE}") from error
 
         def compile_each(sources: list[str], **options: Any) -> list[str]:
             with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -134,7 +136,7 @@ FLAGS = [
     "-Wno-psabi",
 ]
 # Nothing of libstdc++ is called, but g++ names it.
-LINK_FLAGS = ["-static-libgcc", "-Wl,--as-needed,--exclude-libs,ALL"]
+LINK_FLAGS = ["-Wl,--as-needed"]
 
 setup(
     name="esapn-kernels",

@@ -196,7 +196,9 @@ def wheel(checkout, **env) -> tuple[str, set[str]]:
     (path,) = (checkout / "dist").iterdir()
     with zipfile.ZipFile(path) as file:
         names = {Path(name).name for name in file.namelist()}
-    return path.name, {name for name in names if name.startswith("_native") or name.endswith(".cpp")}
+    return path.name, {
+        name for name in names if name.startswith("_native") or name.endswith(".cpp")
+    }
 
 
 def reason(checkout) -> str:
@@ -228,7 +230,10 @@ def test_no_build_leaves_what_the_one_before_made(checkout):
 
 
 @needs_compiler
-def test_a_source_that_does_not_compile_is_named(checkout):
+def test_what_fails_is_named(checkout):
+    failing = {"LDFLAGS": "-lno_such_library"}
+    assert build(checkout, "build_ext", "--inplace", **failing) == {"_native_error.txt"}
+    assert " failed to link; " in reason(checkout)
     source = checkout / "esapn_kernels/csrc/binding.cpp"
     source.write_text(source.read_text().replace("return", "retrun"))
     assert build(checkout, "build_ext", "--inplace") == {"_native_error.txt"}
