@@ -43,7 +43,7 @@ asan: $(STAMP) $(patsubst esapn_kernels/csrc/%.cpp,$(ASAN)/%.o,$(filter %.cpp,$(
 	$(ASAN_CXX) $(ASAN_FLAGS) -shared $(filter %.o,$^) -o $(ASAN)/tree/esapn_kernels/_native.abi3.so
 	@cd $(ASAN)/tree && ESAPN_CPU_BACKEND=native ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  LD_PRELOAD="$$($(ASAN_CXX) -print-file-name=libasan.so) $$($(ASAN_CXX) -print-file-name=libstdc++.so)" \
-	  $(abspath $(BIN))/python -m pytest -k "native" -p no:cacheprovider \
+	  $(abspath $(BIN))/python -m pytest --capture=sys -k native -p no:cacheprovider $(WORKERS) \
 	  $(wildcard $(ASAN_TESTS:%=tests/kernels/test_%.py)) $(PYTEST_ARGS)
 
 $(ASAN)/%.o: esapn_kernels/csrc/%.cpp $(CSRC) | $(STAMP)
