@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test sanitize test-newest test-clients gpu gpu-bench docs lint format clean
+.PHONY: help install again demo test sanitize asan test-newest test-clients gpu gpu-bench docs lint format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 14
@@ -27,6 +27,28 @@ test: $(STAMP) ## run the tests and doctests; PYTEST_ARGS="-k lookup" narrows th
 
 sanitize: $(STAMP) ## the kernels' tests with every launch checked for races and bounds, in three orders
 	@$(BIN)/python -m pytest tests/kernels $(WORKERS) --sanitize=1 $(PYTEST_ARGS)
+
+# Compiled into a copy of the package: the module in place stays the fast one.
+ASAN := build/asan
+ASAN_CXX ?= g++
+ASAN_FLAGS := -std=c++17 -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all \
+  -fvisibility=hidden -fno-exceptions -fno-rtti -fPIC -Wno-psabi -DPy_LIMITED_API=0x030A0000
+ASAN_TESTS := compose lookup lookup_bwd resize arena update native_*
+CSRC := $(wildcard esapn_kernels/csrc/*)
+
+asan: $(STAMP) $(patsubst esapn_kernels/csrc/%.cpp,$(ASAN)/%.o,$(filter %.cpp,$(CSRC))) ## the native kernels' tests under address and undefined-behaviour sanitizers
+	@rm -rf $(ASAN)/tree && mkdir -p $(ASAN)/tree
+	@cp -r conftest.py pyproject.toml README.md esapn_kernels tests $(ASAN)/tree
+	@rm -f $(ASAN)/tree/esapn_kernels/_native*
+	$(ASAN_CXX) $(ASAN_FLAGS) -shared $(filter %.o,$^) -o $(ASAN)/tree/esapn_kernels/_native.abi3.so
+	@cd $(ASAN)/tree && ESAPN_CPU_BACKEND=native ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  LD_PRELOAD="$$($(ASAN_CXX) -print-file-name=libasan.so) $$($(ASAN_CXX) -print-file-name=libstdc++.so)" \
+	  $(abspath $(BIN))/python -m pytest --capture=sys -k native -p no:cacheprovider $(WORKERS) \
+	  $(wildcard $(ASAN_TESTS:%=tests/kernels/test_%.py)) $(PYTEST_ARGS)
+
+$(ASAN)/%.o: esapn_kernels/csrc/%.cpp $(CSRC) | $(STAMP)
+	@mkdir -p $(ASAN)
+	$(ASAN_CXX) $(ASAN_FLAGS) -I"$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("include"))')" -c $< -o $@
 
 # Beside torch's own Triton, not in its place; TRITON=3.8.0 takes another.
 TRITON = $(shell $(BIN)/python -c 'from esapn_kernels.info import TESTED_TRITON as t; print(t[-1])')
@@ -73,6 +95,7 @@ format: $(STAMP) ## apply what ruff can fix
 
 clean: ## remove caches, builds and runs, but not .venv and .venv-clients
 	rm -rf build dist runs *.egg-info .benchmarks .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -f esapn_kernels/_native*.so
 	find . \( -path ./$(VENV) -o -path ./$(CLIENTS) \) -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 $(BIN)/python:
@@ -82,7 +105,14 @@ $(BIN)/python:
 	  || { echo "$(PYTHON) has no venv module (on Debian: apt install python3-venv)" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-$(STAMP): setup.py constraints.txt | $(BIN)/python
+# What failed for want of a compiler is tried again where there is one.
+ifeq ($(wildcard esapn_kernels/_native*.so),)
+ifneq ($(shell command -v c++ || command -v g++ || command -v clang++),)
+$(STAMP): again
+endif
+endif
+
+$(STAMP): setup.py constraints.txt $(wildcard esapn_kernels/csrc/*) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,bench,serving,docs,dev]'
 	@touch $@
 

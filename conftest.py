@@ -76,10 +76,11 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 @pytest.fixture(params=["torch", "native", "triton"])
 def backend(request: pytest.FixtureRequest) -> str:
     """Every implementation but the reference itself."""
-    from esapn_kernels.ops.backend import TRITON_ERROR
+    from esapn_kernels.ops.backend import NATIVE_ERROR, TRITON_ERROR
 
-    if request.param == "triton" and TRITON_ERROR is not None:
-        pytest.skip(TRITON_ERROR)
+    reason = {"native": NATIVE_ERROR, "triton": TRITON_ERROR}.get(request.param)
+    if reason is not None:
+        pytest.skip(reason)
     return str(request.param)
 
 

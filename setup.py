@@ -2,13 +2,19 @@
 
 import os
 import re
+import shutil
 import sys
+import sysconfig
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from glob import glob
 from pathlib import Path
 from typing import Any
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError, LinkError
 
 HERE = Path(__file__).resolve().parent
 README = HERE / "README.md"
@@ -23,37 +29,104 @@ def read_version() -> str:
     return match.group(1)
 
 
+CSRC = "esapn_kernels/csrc"
+AGAIN = (
+    "then this package again (make install, or pip install --force-reinstall --no-deps "
+    "--no-cache-dir)"
+)
+VERBOSE = "pip install -v shows why"
+FREE_THREADED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
+
+
 class BuildNative(build_ext):
     """Compiles the sources side by side, and tells the package why where that fails.
 
     The extension is optional: without it the package runs on torch. pip hides what a build prints,
-    so the reason is kept in a file that ``python -m esapn_kernels.info`` reads.
+    so the reason is installed in the module's place; ``python -m esapn_kernels.info`` reads it.
     """
 
+    failed = False
+
     def build_extension(self, ext: Extension) -> None:
-        reason = Path(self.get_ext_fullpath(ext.name)).with_name("_native_error.txt")
-        reason.parent.mkdir(parents=True, exist_ok=True)
+        module = Path(self.get_ext_fullpath(ext.name))
+        reason = module.with_name("_native_error.txt")
+        # The folder may hold what an earlier build left.
         reason.unlink(missing_ok=True)
-        compile_all = self.compiler.compile
-
-        def compile_each(sources: list[str], **options: Any) -> list[str]:
-            def compile_one(source: str) -> list[str]:
-                return compile_all([source], **options)
-
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                return [name for names in pool.map(compile_one, sources) for name in names]
-
-        self.compiler.compile = compile_each
         try:
+            self.choose_compiler()
+            self.compiler.compile = self.side_by_side(self.compiler.compile)
             super().build_extension(ext)
         except Exception as error:
-            reason.write_text(f"{error}\n", encoding="utf-8")
+            self.failed = True
+            module.unlink(missing_ok=True)
+            module.parent.mkdir(parents=True, exist_ok=True)
+            why: object = error
+            if isinstance(error, LinkError):
+                why = f"{self.compiler.compiler_so_cxx[0]} failed to link; {VERBOSE}"
+            reason.write_text(f"{why}\n", encoding="utf-8")
             raise
+
+    def choose_compiler(self) -> None:
+        """The one that Python was built with, which the machine may lack, or another."""
+        if os.name == "nt":
+            raise CompileError("there are none for Windows")
+        if FREE_THREADED:
+            raise CompileError("there are none for a Python without the GIL")
+        named = [self.compiler.compiler_so_cxx[0]]
+        if "CXX" not in os.environ:
+            named += ["c++", "g++", "clang++"]
+        found = [compiler for compiler in named if shutil.which(compiler)]
+        if not found:
+            raise CompileError(f"no C++ compiler was found; install g++ or clang, {AGAIN}")
+        for command in ("compiler_so_cxx", "compiler_cxx", "linker_so_cxx", "linker_exe_cxx"):
+            getattr(self.compiler, command)[0] = found[0]
+
+    def side_by_side(self, compile_all: Callable[..., list[str]]) -> Callable[..., list[str]]:
+        def compile_one(source: str, options: dict[str, Any]) -> list[str]:
+            try:
+                return compile_all([source], **options)
+            except CompileError as error:
+                if not any(Path(path, "Python.h").exists() for path in self.compiler.include_dirs):
+                    header = "Python.h was not found; install Python's headers (python3-dev)"
+                    raise CompileError(f"{header}, {AGAIN}") from error
+                compiler = self.compiler.compiler_so_cxx[0]
+                raise CompileError(f"{compiler} failed on {source}; {VERBOSE}") from error
+
+        def compile_each(sources: list[str], **options: Any) -> list[str]:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                # The longest first; objects are linked in the order of `sources`.
+                longest = sorted(sources, key=lambda source: "/isa_" not in source)
+                jobs = {source: pool.submit(compile_one, source, options) for source in longest}
+                return [name for source in sources for name in jobs[source].result()]
+
+        return compile_each
+
+    def copy_extensions_to_source(self) -> None:
+        """Beside the sources, too, there is either the module or the reason."""
+        super().copy_extensions_to_source()
+        for ext in self.extensions:
+            built = Path(self.build_lib, self.get_ext_filename(ext.name))
+            here = HERE / self.get_ext_filename(ext.name)
+            reason = here.with_name("_native_error.txt")
+            reason.unlink(missing_ok=True)
+            if self.failed:
+                here.unlink(missing_ok=True)
+                shutil.copy(built.with_name(reason.name), reason)
+
+
+class TagOfWhatWasBuilt(bdist_wheel):
+    """Without the module a wheel holds nothing of one platform."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        if self.get_finalized_command("build_ext").failed:
+            return "py3", "none", "any"
+        return super().get_tag()
 
 
 FLAGS = [
     "-std=c++17",
     "-O3",
+    "-g0",
     "-fvisibility=hidden",
     "-fno-exceptions",
     "-fno-rtti",
@@ -62,23 +135,8 @@ FLAGS = [
     "-ffp-contract=fast",
     "-Wno-psabi",
 ]
-SOURCES = ("binding", "available", "group", "parallel", "isa_avx512", "isa_avx2", "isa_baseline")
-CSRC = "esapn_kernels/csrc"
-NATIVE = Extension(
-    "esapn_kernels._native",
-    # The longest first: they are compiled side by side.
-    sources=[
-        f"{CSRC}/{name}.cpp" for name in sorted(SOURCES, key=lambda s: not s.startswith("isa"))
-    ],
-    depends=[str(path.relative_to(HERE)) for path in (HERE / CSRC).glob("*.h")],
-    define_macros=[("Py_LIMITED_API", "0x030A0000")],
-    extra_compile_args=FLAGS,
-    extra_link_args=[]
-    if sys.platform == "darwin"
-    else ["-static-libgcc", "-Wl,--exclude-libs,ALL"],
-    py_limited_api=True,
-    optional=True,
-)
+# Nothing of libstdc++ is called, but g++ names it.
+LINK_FLAGS = ["-Wl,--as-needed"]
 
 setup(
     name="esapn-kernels",
@@ -108,9 +166,20 @@ setup(
         "esapn",
         *(f"esapn.{folder}" for folder in ("compare", "data", "models", "run")),
     ],
-    ext_modules=[NATIVE],
-    cmdclass={"build_ext": BuildNative},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    ext_modules=[
+        Extension(
+            "esapn_kernels._native",
+            sources=sorted(glob(f"{CSRC}/*.cpp", root_dir=HERE)),
+            depends=["setup.py", *sorted(glob(f"{CSRC}/*.h", root_dir=HERE))],
+            define_macros=[("Py_LIMITED_API", "0x030A0000")],
+            extra_compile_args=FLAGS,
+            extra_link_args=[] if sys.platform == "darwin" else LINK_FLAGS,
+            py_limited_api=True,
+            optional=True,
+        )
+    ],
+    cmdclass={"build_ext": BuildNative, "bdist_wheel": TagOfWhatWasBuilt},
+    options={} if FREE_THREADED else {"bdist_wheel": {"py_limited_api": "cp310"}},
     package_data={
         "esapn_kernels": ["py.typed"],
         "esapn": ["py.typed"],

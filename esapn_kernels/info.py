@@ -33,18 +33,20 @@ def backend_status() -> dict[str, str | None]:
         >>> backend_status()["torch"] is None
         True
     """
-    reason = _backend.TRITON_ERROR
-    if reason is None and not _backend.INTERPRETED and not _cuda_available():
-        reason = "no CUDA device; runs interpreted with TRITON_INTERPRET=1"
-    return {name: reason if name == "triton" else None for name in BACKENDS}
+    triton = _backend.TRITON_ERROR
+    if triton is None and not _backend.INTERPRETED and not _cuda_available():
+        triton = "no CUDA device; runs interpreted with TRITON_INTERPRET=1"
+    reasons = {"triton": triton, "native": _backend.NATIVE_ERROR}
+    return {name: reasons.get(name) for name in BACKENDS}
 
 
 def collect() -> dict[str, Any]:
     """Returns versions, devices, backends and the commit as values that JSON can hold.
 
     Whatever cannot be found out is None; nothing is raised. A key ``"auto"`` maps a device type to
-    the backend that ``"auto"`` takes there, and ``"commit"`` is set only where these very files
-    are tracked by git.
+    the backend that ``"auto"`` takes there. ``"instruction_sets"`` are those of the machine that
+    native kernels are built for, the widest first, and ``"instruction_set"`` is the one in use.
+    ``"commit"`` is set only where these very files are tracked by git.
 
     Example:
         >>> sorted(collect()["auto"])
@@ -66,7 +68,9 @@ def collect() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "platform": f"{platform.system()} {platform.machine()}",
         "interpreted": _backend.INTERPRETED,
-        "auto": {kind: resolve_backend("auto", torch.device(kind)) for kind in ("cpu", "cuda")},
+        "instruction_set": _instruction_set(),
+        "instruction_sets": _instruction_sets(),
+        "auto": {kind: _auto(kind) for kind in ("cpu", "cuda")},
         "backends": backend_status(),
         "commit": commit,
         "dirty": dirty,
@@ -80,6 +84,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args(argv)
+    try:
+        resolve_backend("auto", torch.device("cpu"))
+    except (ValueError, RuntimeError) as error:
+        parser.error(str(error))
     info = collect()
     print(json.dumps(info, indent=2) if args.json else _text(info))
     return 0
@@ -112,9 +120,27 @@ def _text(info: dict[str, Any]) -> str:
         available = "available"
         if backend == "triton" and info["interpreted"]:
             available = "available, interpreted (TRITON_INTERPRET=1)"
+        if backend == "native" and reason is None:
+            sets = ", ".join(info["instruction_sets"])
+            available = f"available, {info['instruction_set']} (of {sets})"
         rows.append((backend + " backend", available if reason is None else reason))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _auto(kind: str) -> str | None:
+    try:
+        return resolve_backend("auto", torch.device(kind))
+    except (ValueError, RuntimeError):
+        return None
+
+
+def _instruction_sets() -> list[str]:
+    return [] if _backend.NATIVE_ERROR is not None else _backend.native.instruction_sets()
+
+
+def _instruction_set() -> str | None:
+    return None if _backend.NATIVE_ERROR is not None else _backend.native.instruction_set()
 
 
 def _cuda_available() -> bool:

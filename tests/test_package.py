@@ -4,12 +4,14 @@ import ast
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
+import setuptools
 
 import esapn_kernels
 
@@ -50,10 +52,10 @@ def project_files() -> list[Path]:
 
 @pytest.fixture(scope="module")
 def setup_arguments() -> dict:
-    """What setup.py passes to setuptools, without setuptools."""
+    """What setup.py passes to setuptools."""
     arguments: dict = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "setuptools", SimpleNamespace(setup=arguments.update))
+        patch.setattr(setuptools, "setup", arguments.update)
         runpy.run_path(str(ROOT / "setup.py"))
     return arguments
 
@@ -138,6 +140,104 @@ def test_every_package_is_listed_and_typed(setup_arguments):
     for package in PACKAGES:
         assert (ROOT / package / "py.typed").is_file()
         assert "py.typed" in setup_arguments["package_data"][package]
+
+
+def test_the_extension_is_optional_and_names_every_source(setup_arguments):
+    (native,) = setup_arguments["ext_modules"]
+    csrc = {path.relative_to(ROOT).as_posix() for path in (ROOT / "esapn_kernels/csrc").iterdir()}
+    assert csrc and native.optional
+    assert {*native.sources, *native.depends} == {*csrc, "setup.py"}
+    assert not any(option.startswith("-march") for option in native.extra_compile_args)
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """The packages, with another extension: it has one source, which compiles in no time."""
+    without = shutil.ignore_patterns("csrc", "_native*", "__pycache__")
+    for package in PACKAGES:
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=without)
+    for name in ("setup.py", "LICENSE", "README.md"):
+        shutil.copy(ROOT / name, tmp_path)
+    csrc = tmp_path / "esapn_kernels" / "csrc"
+    csrc.mkdir()
+    (csrc / "binding.cpp").write_text(
+        "#include <Python.h>\n"
+        'static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_native", 0, 0, 0, 0, 0, 0, 0};\n'
+        "PyMODINIT_FUNC PyInit__native() { return PyModule_Create(&module); }\n"
+    )
+    return tmp_path
+
+
+def build(checkout, *arguments, **env) -> set[str]:
+    """Runs a command of setup.py; returns what it left of the module, there and in wheels."""
+    done = subprocess.run(
+        [sys.executable, "setup.py", *arguments],
+        cwd=checkout,
+        env={**{k: v for k, v in os.environ.items() if k not in ("CC", "CXX")}, **env},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return {path.name for path in (checkout / "esapn_kernels").glob("_native*")}
+
+
+def without_compiler(checkout) -> dict[str, str]:
+    (checkout / "empty").mkdir(exist_ok=True)
+    return {"PATH": str(checkout / "empty")}
+
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+
+
+def wheel(checkout, **env) -> tuple[str, set[str]]:
+    """Builds a wheel; returns its name, and those of its native files."""
+    shutil.rmtree(checkout / "dist", ignore_errors=True)
+    build(checkout, "bdist_wheel", **env)
+    (path,) = (checkout / "dist").iterdir()
+    with zipfile.ZipFile(path) as file:
+        names = {Path(name).name for name in file.namelist()}
+    return path.name, {
+        name for name in names if name.startswith("_native") or name.endswith(".cpp")
+    }
+
+
+def reason(checkout) -> str:
+    text = (checkout / "esapn_kernels/_native_error.txt").read_text(encoding="utf-8")
+    assert len(text.splitlines()) == 1
+    return text
+
+
+def test_without_a_compiler_the_reason_takes_the_modules_place(checkout):
+    absent = without_compiler(checkout)
+    assert build(checkout, "build_ext", "--inplace", **absent) == {"_native_error.txt"}
+    assert reason(checkout).startswith("no C++ compiler was found; install g++ or clang")
+    name, files = wheel(checkout, **absent)
+    assert name.endswith("-py3-none-any.whl") and files == {"_native_error.txt"}
+
+
+@needs_compiler
+def test_no_build_leaves_what_the_one_before_made(checkout):
+    absent, in_place = without_compiler(checkout), ("build_ext", "--inplace")
+    for _ in range(2):
+        assert build(checkout, *in_place, **absent) == {"_native_error.txt"}
+        (built,) = build(checkout, *in_place)
+        assert built.endswith(".so")
+    for _ in range(2):
+        name, (built,) = wheel(checkout)
+        assert "-cp310-abi3-" in name and built.endswith(".so")
+        name, files = wheel(checkout, **absent)
+        assert name.endswith("-py3-none-any.whl") and files == {"_native_error.txt"}
+
+
+@needs_compiler
+def test_what_fails_is_named(checkout):
+    failing = {"LDFLAGS": "-lno_such_library"}
+    assert build(checkout, "build_ext", "--inplace", **failing) == {"_native_error.txt"}
+    assert " failed to link; " in reason(checkout)
+    source = checkout / "esapn_kernels/csrc/binding.cpp"
+    source.write_text(source.read_text().replace("return", "retrun"))
+    assert build(checkout, "build_ext", "--inplace") == {"_native_error.txt"}
+    assert " failed on esapn_kernels/csrc/binding.cpp; " in reason(checkout)
 
 
 def test_constraints_cover_what_the_extras_name(setup_arguments):

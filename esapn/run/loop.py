@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from esapn_kernels.ops.backend import resolve_backend
 from esapn_kernels.storage.arena import Arena
 
 from ..config import ConfigError, SearchConfig
@@ -41,12 +42,16 @@ def device_of(name: str) -> str:
     """``auto`` is a GPU where there is one.
 
     Raises:
-        ConfigError: ``cuda``, and there is none.
+        ConfigError: ``cuda``, and there is none; or the kernels named for it cannot run.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: no CUDA device was found")
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        resolve_backend("auto", torch.device(name))
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(str(error)) from None
     return name
 
 

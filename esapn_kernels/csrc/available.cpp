@@ -1,10 +1,12 @@
 #include "kernels.h"
 
 namespace esapn {
+namespace {
 
-const Kernels* const* available() {
-  static const Kernels* found[4] = {};
-  static const bool filled = [] {
+struct Sets {
+  const Kernels* found[4] = {};
+
+  Sets() {
     int n = 0;
 #if defined(__x86_64__)
     __builtin_cpu_init();
@@ -15,10 +17,14 @@ const Kernels* const* available() {
     if (has_avx2) found[n++] = &avx2::kernels;
 #endif
     found[n] = &baseline::kernels;
-    return true;
-  }();
-  (void)filled;
-  return found;
-}
+  }
+};
+
+// When the module is loaded: a static of a function has a guard, which is libstdc++'s.
+const Sets sets;
+
+}  // namespace
+
+const Kernels* const* available() { return sets.found; }
 
 }  // namespace esapn

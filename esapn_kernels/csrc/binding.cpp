@@ -203,6 +203,8 @@ PyObject* instruction_sets(PyObject*, PyObject*) {
   return names;
 }
 
+PyObject* instruction_set(PyObject*, PyObject*) { return PyUnicode_FromString(chosen->name); }
+
 PyObject* use(PyObject*, PyObject* name) {
   PyObject* before = PyUnicode_FromString(chosen->name);
   PyObject* encoded = before ? PyUnicode_AsUTF8String(name) : nullptr;
@@ -235,6 +237,7 @@ PyMethodDef methods[] = {
      "(sizes, dtype, grad_composed, chain, composed, grad_chain)"},
     {"equal_bytes", fast(equal_bytes), METH_FASTCALL, "(one, other, length)"},
     {"instruction_sets", instruction_sets, METH_NOARGS, "Those that this machine runs, the widest first."},
+    {"instruction_set", instruction_set, METH_NOARGS, "The one whose kernels run."},
     {"use", use, METH_O, "Take the kernels of an instruction set; returns the one before."},
     {nullptr, nullptr, 0, nullptr},
 };

@@ -31,6 +31,10 @@ Parallel find_pool() {
   return reinterpret_cast<Parallel>(found);
 }
 
+// Found when the module is loaded, after torch: a static of a function has a guard, which is
+// libstdc++'s, and a fork before the first call counts as well.
+const Parallel pool = find_pool();
+
 struct Work {
   void (*task)(void*, int64_t);
   void* context;
@@ -45,7 +49,6 @@ struct Work {
 }  // namespace
 
 void run_tasks(void (*task)(void*, int64_t), void* context, int64_t tasks, int threads) {
-  static const Parallel pool = find_pool();
   Work work{task, context, tasks};
   if (threads > tasks) threads = int(tasks);
   // The pool's threads do not live on in a forked process: waiting for them would never end.
@@ -57,7 +60,7 @@ void run_tasks(void (*task)(void*, int64_t), void* context, int64_t tasks, int t
 
 void advise_large_pages(void* memory, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  static const uintptr_t page = uintptr_t(sysconf(_SC_PAGESIZE));
+  const uintptr_t page = uintptr_t(sysconf(_SC_PAGESIZE));
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + page - 1) / page * page;
   const uintptr_t end = reinterpret_cast<uintptr_t>(memory) + uintptr_t(bytes);
   // Advice only: where it is not taken, nothing changes.

@@ -7,6 +7,7 @@ still be imported, and a call with its backend says why it cannot run.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 from pathlib import Path
 from typing import Any
@@ -77,29 +78,24 @@ NATIVE_ERROR: str | None = None
 
 
 def _why_not_built() -> str:
-    """What the build left of its failure, in one line, and what to install."""
+    """What setup.py left of its failure: what is missing, and what to install."""
     try:
-        text = (Path(__file__).parents[1] / "_native_error.txt").read_text(encoding="utf-8")
-        reason = " ".join(text.split())
+        return (Path(__file__).parents[1] / "_native_error.txt").read_text(encoding="utf-8").strip()
     except OSError:
-        reason = "not built"
-    return f"the native kernels are missing ({reason}); to build them: install g++ or clang, then "
+        return "make install builds them in a checkout, and pip install wherever g++ or clang is"
 
 
 try:
-    from .. import _native
-
-    native = _native
-except ImportError as _error:
+    # By name: to what reads import statements it would be an import of the whole package.
+    native = importlib.import_module("esapn_kernels._native")
+except ModuleNotFoundError:
+    NATIVE_ERROR = f"the native kernels are not built: {_why_not_built()}"
+except ImportError as error:
+    NATIVE_ERROR = f"the native kernels cannot be loaded ({error})"
+if NATIVE_ERROR is not None:
     native = _Absent()
-    NATIVE_ERROR = (
-        _why_not_built() + "pip install --force-reinstall --no-deps esapn-kernels, or in a "
-        "checkout make install"
-    )
 
-_CPU = os.environ.get("ESAPN_CPU_BACKEND", "")
-if _CPU not in ("", "native", "torch"):
-    raise ImportError(f"ESAPN_CPU_BACKEND must be native or torch, got {_CPU!r}")
+_FORCED = os.environ.get("ESAPN_CPU_BACKEND", "")
 
 BACKENDS = ("triton", "native", "torch", "reference")
 """Names that ``backend=`` takes besides ``"auto"``."""
@@ -216,7 +212,7 @@ def resolve_backend(backend: str, device: torch.device) -> str:
     ``"auto"`` takes ``"triton"`` for CUDA tensors when Triton can be imported, ``"native"`` for CPU
     tensors when the native kernels are built, and ``"torch"`` for everything else. The environment
     variable ``ESAPN_CPU_BACKEND``, ``native`` or ``torch``, chooses for CPU tensors; it is read
-    when this package is imported. It costs well under a microsecond and never touches a device.
+    when this package is imported. This costs well under a microsecond and touches no device.
 
     Args:
         backend: ``"auto"``, ``"triton"``, ``"native"``, ``"torch"`` or ``"reference"``.
@@ -226,7 +222,7 @@ def resolve_backend(backend: str, device: torch.device) -> str:
         ``"triton"``, ``"native"``, ``"torch"`` or ``"reference"``.
 
     Raises:
-        ValueError: ``backend`` is none of these names.
+        ValueError: ``backend`` is none of these names, or the environment variable neither of its.
         RuntimeError: ``"triton"`` or ``"native"`` cannot run on ``device``.
 
     Example:
@@ -238,7 +234,7 @@ def resolve_backend(backend: str, device: torch.device) -> str:
     kind = device.type
     if backend == "auto":
         if kind == "cpu":
-            return _CPU or ("native" if NATIVE_ERROR is None else "torch")
+            return _forced() if _FORCED else "native" if NATIVE_ERROR is None else "torch"
         return "triton" if kind == "cuda" and TRITON_ERROR is None else "torch"
     if backend == "triton":
         if TRITON_ERROR is None and (kind == "cuda" or (kind == "cpu" and INTERPRETED)):
@@ -257,6 +253,14 @@ def resolve_backend(backend: str, device: torch.device) -> str:
 def runs_native(backend: str) -> bool:
     """Whether ``backend`` is native, and here: a program may be exported where it is not."""
     return backend == "native" and NATIVE_ERROR is None
+
+
+def _forced() -> str:
+    if _FORCED not in ("native", "torch"):
+        raise ValueError(f"ESAPN_CPU_BACKEND must be native or torch, got {_FORCED!r}")
+    if _FORCED == "native" and NATIVE_ERROR is not None:
+        raise RuntimeError(f"ESAPN_CPU_BACKEND is native, but {NATIVE_ERROR}")
+    return _FORCED
 
 
 def _native_refusal(kind: str) -> str:

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,11 +16,20 @@ from esapn_kernels.ops import backend
 
 ROOT = Path(__file__).resolve().parents[2]
 NO_TRITON = "triton cannot be imported (No module named 'triton')"
+NO_NATIVE = "the native kernels are not built: no C++ compiler was found; install g++ or clang"
+SETS = SimpleNamespace(
+    instruction_sets=lambda: ["avx512", "avx2", "baseline"], instruction_set=lambda: "avx2"
+)
 
 
-def set_state(monkeypatch, *, triton_error=None, interpreted=False, cuda=False):
+def set_state(
+    monkeypatch, *, triton_error=None, interpreted=False, cuda=False, native_error=None, forced=""
+):
     monkeypatch.setattr(backend, "TRITON_ERROR", triton_error)
     monkeypatch.setattr(backend, "INTERPRETED", interpreted)
+    monkeypatch.setattr(backend, "NATIVE_ERROR", native_error)
+    monkeypatch.setattr(backend, "native", SETS)
+    monkeypatch.setattr(backend, "_FORCED", forced)
     monkeypatch.setattr(info, "_cuda_available", lambda: cuda)
     if not cuda:
         monkeypatch.setattr(info, "_devices", lambda: [])
@@ -45,9 +55,12 @@ def test_backend_status(monkeypatch):
     set_state(monkeypatch)
     assert info.backend_status() == {
         "triton": "no CUDA device; runs interpreted with TRITON_INTERPRET=1",
+        "native": None,
         "torch": None,
         "reference": None,
     }
+    set_state(monkeypatch, native_error=NO_NATIVE)
+    assert info.backend_status()["native"] == NO_NATIVE
     set_state(monkeypatch, interpreted=True)
     assert info.backend_status()["triton"] is None
     set_state(monkeypatch, cuda=True)
@@ -134,6 +147,55 @@ def test_text_names_every_backend_and_device(monkeypatch, capsys):
     assert info.main([]) == 0
     out = capsys.readouterr().out
     assert out.count(NO_TRITON) == 2  # as a version and as a backend
+
+
+def test_the_instruction_set_of_the_native_backend(monkeypatch, capsys):
+    set_state(monkeypatch)
+    collected = info.collect()
+    assert collected["instruction_set"] == "avx2"
+    assert collected["instruction_sets"] == ["avx512", "avx2", "baseline"]
+    assert collected["auto"]["cpu"] == "native"
+    assert info.main([]) == 0
+    out = capsys.readouterr().out
+    assert re.search("^native backend +available, avx2 \\(of avx512, avx2, baseline\\)$", out, re.M)
+    assert re.search("^auto on cpu +native$", out, re.M)
+
+    set_state(monkeypatch, native_error=NO_NATIVE)
+    collected = info.collect()
+    assert (collected["instruction_set"], collected["instruction_sets"]) == (None, [])
+    assert collected["auto"]["cpu"] == "torch"
+    assert info.main([]) == 0
+    assert re.search(f"^native backend +{re.escape(NO_NATIVE)}$", capsys.readouterr().out, re.M)
+
+
+def test_the_built_module_names_the_sets_of_this_machine():
+    if backend.NATIVE_ERROR is not None:
+        pytest.skip(backend.NATIVE_ERROR)
+    collected = info.collect()
+    assert collected["instruction_sets"][-1] == "baseline"
+    assert collected["instruction_set"] == backend.native.instruction_set()
+    before = backend.native.use("baseline")
+    try:
+        assert info.collect()["instruction_set"] == "baseline"
+    finally:
+        assert backend.native.use(before) == "baseline"
+
+
+@pytest.mark.parametrize(
+    ("state", "says"),
+    [
+        ({"forced": "nativ"}, "ESAPN_CPU_BACKEND must be native or torch, got 'nativ'"),
+        ({"forced": "native", "native_error": NO_NATIVE}, f"but {NO_NATIVE}"),
+    ],
+)
+def test_a_forced_backend_that_cannot_run_is_one_line(monkeypatch, capsys, state, says):
+    set_state(monkeypatch, **state)
+    assert info.collect()["auto"]["cpu"] is None
+    with pytest.raises(SystemExit) as ended:
+        info.main([])
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert error.endswith(f"{says}\n") and error.count("error: ") == 1
 
 
 def test_command_prints_json():

@@ -310,3 +310,11 @@ def test_no_cuda_device(tmp_path, capsys, monkeypatch):
     line = refused(capsys, *SMALL, "--device", "cuda", "--out", out)
     assert "--device cuda: no CUDA device was found" in line
     assert not out.exists()
+
+
+def test_a_backend_that_the_environment_misspells(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("esapn_kernels.ops.backend._FORCED", "nativ")
+    out = tmp_path / "out"
+    line = refused(capsys, *SMALL, "--device", "cpu", "--out", out)
+    assert "ESAPN_CPU_BACKEND must be native or torch, got 'nativ'" in line
+    assert not out.exists()
