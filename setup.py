@@ -62,7 +62,10 @@ FLAGS = [
     "-ffp-contract=fast",
     "-Wno-psabi",
 ]
-SOURCES = ("binding", "available", "group", "parallel", "isa_avx512", "isa_avx2", "isa_baseline")
+SOURCES = (
+    *("binding", "available", "group", "parallel", "resize"),
+    *("isa_avx512", "isa_avx2", "isa_baseline"),
+)
 CSRC = "esapn_kernels/csrc"
 NATIVE = Extension(
     "esapn_kernels._native",

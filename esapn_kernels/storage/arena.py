@@ -305,12 +305,10 @@ class Arena(Locations):
         self._check_accepted()
         exact = movers = None
         if backend != "triton":
-            layout = Layout(self.row_start, self.page_level, self.sizes, self.page)
-            movers = resize.find_movers(ids, mask, layout)
-            if not movers[0].numel():
-                return torch.zeros_like(ids, dtype=torch.bool)
-            given = torch.bincount(movers[1], minlength=len(self.sizes)).tolist()
-            exact = [0, *given[:-1]], given
+            movers = self._find_movers(ids, mask, "promote", backend)
+            if not any(movers.count):
+                return movers.moved
+            exact = [0, *movers.count[:-1]], movers.count
         before = None
         if carries:
             in_range = (ids >= 0) & (ids < self.num_rows)
@@ -319,7 +317,7 @@ class Arena(Locations):
         places = self._begin(ids.numel(), exact=exact)
         operands = ids, mask, self.storage.detach(), chain.detach(), places
         states = self.followers.fresh()
-        moved = resize.promote(*operands, *states, backend=backend, movers=movers)
+        moved = resize.promote(*operands, *states, movers)
         self._end(places)
         if before is not None:
             self.followers.carry(*before, moved, places.row_size)
@@ -345,16 +343,14 @@ class Arena(Locations):
         """
         backend = resolve_backend(backend, ids.device)
         self._check_accepted()
-        exact = None
+        exact = movers = None
         if backend != "triton":
-            _refuse_repeated(ids, "insert")
-            if bool((self.row_start[ids] >= 0).any()):
-                raise ValueError("insert takes ids that have no row")
+            movers = self._find_movers(ids, None, "insert", backend)
             taken = [ids.numel() if k == level else 0 for k in range(len(self.sizes))]
             exact = taken, [0] * len(taken)
         places = self._begin(ids.numel(), exact=exact)
         operands = ids, level, self.storage.detach(), places
-        moved = resize.insert(*operands, *self.followers.fresh(), backend=backend)
+        moved = resize.insert(*operands, *self.followers.fresh(), movers)
         self._end(places)
         return moved
 
@@ -375,17 +371,30 @@ class Arena(Locations):
         """
         backend = resolve_backend(backend, ids.device)
         self._check_accepted()
-        exact = None
+        exact = movers = None
         if backend != "triton":
-            _refuse_repeated(ids, "free")
-            if bool((self.row_start[ids] < 0).any()):
-                raise ValueError("free takes ids that have a row")
-            given = torch.bincount(self.level(ids), minlength=len(self.sizes)).tolist()
-            exact = [0] * len(given), given
+            movers = self._find_movers(ids, None, "free", backend)
+            exact = [0] * len(self.sizes), movers.count
         places = self._begin(ids.numel(), takes=False, exact=exact)
-        moved = resize.free(ids, self.storage.detach(), places, backend=backend)
+        moved = resize.free(ids, self.storage.detach(), places, movers)
         self._end(places)
         return moved
+
+    def _find_movers(
+        self, ids: Tensor, mask: Tensor | None, call: str, backend: str
+    ) -> resize.Movers:
+        """The rows that ``call`` moves on a backend other than Triton.
+
+        Raises:
+            ValueError: ids that ``insert`` or ``free`` does not take.
+        """
+        layout = Layout(self.row_start, self.page_level, self.sizes, self.page)
+        movers = resize.find_movers(ids, mask, layout, call, backend=backend)
+        if call != "promote" and sum(movers.count) != ids.numel():
+            if ids.numel() != ids.unique().numel():
+                raise ValueError(f"{call} takes distinct ids")
+            raise ValueError(f"{call} takes ids that have {'no' if call == 'insert' else 'a'} row")
+        return movers
 
     def _grow(self, pages: int, *, at_once: bool = False) -> None:
         """Add pages; an eighth at least unless ``at_once``, at most what is allowed."""
@@ -451,8 +460,3 @@ class Arena(Locations):
         self._count_move()
         self._replace(storage, starts, page_level, grown)
         self._free = None
-
-
-def _refuse_repeated(ids: Tensor, call: str) -> None:
-    if ids.numel() != ids.unique().numel():
-        raise ValueError(f"{call} takes distinct ids")
