@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import struct
 import sys
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -32,21 +31,21 @@ def find_movers(ids: Tensor, mask: Tensor | None, layout: Layout, call: str) -> 
     """
     ids = ids.contiguous()
     if mask is not None:
-        mask = mask.bool().expand_as(ids).contiguous()
-    moved = torch.empty(ids.shape, dtype=torch.bool)
-    # Rows by level, then ids, then where their rows lie.
-    found = torch.empty(len(layout.sizes) + 2 * ids.numel(), dtype=torch.int64)
-    count = native.find_movers(
+        mask = mask.to(ids.device, torch.bool).expand_as(ids).contiguous()
+    moved = torch.empty(ids.shape, dtype=torch.bool, device="cpu")
+    # Their number by level, then ids, then where their rows lie.
+    found = torch.empty(len(layout.sizes) + 2 * ids.numel(), dtype=torch.int64, device="cpu")
+    per_level = native.find_movers(
         *_table(layout),
         ids.data_ptr(),
         ids.element_size(),
         ids.numel(),
-        0 if mask is None else mask.data_ptr(),
+        _address(mask),
         _CALL[call],
         moved.data_ptr(),
         found.data_ptr(),
     )
-    return Movers(moved, count, "native", (found,))
+    return Movers(moved, per_level, "native", (found,))
 
 
 def promote(
@@ -89,8 +88,8 @@ def _move(
     level: int = 0,
 ) -> None:
     layout, (found,) = places.layout, movers.found
-    plain, other = _split(states)
-    plain_ids, other_ids = _split(per_id)
+    fills, written, other = _fills(states)
+    id_fills, ids_written, other_ids = _fills(per_id)
     native.move_rows(
         *_table(layout),
         _CALL[call],
@@ -102,20 +101,24 @@ def _move(
         places.free_base.data_ptr(),
         storage.data_ptr(),
         _DTYPE[storage.dtype],
-        0 if chain is None else chain.data_ptr(),
-        _fills(plain),
-        _fills(plain_ids),
+        _address(chain),
+        fills,
+        id_fills,
     )
     # Written through addresses: autograd must know that saved rows are stale.
-    written = [layout.row_start, storage, *(t for t, _ in plain), *(t for t, _ in plain_ids)]
-    torch.autograd.graph.increment_version([t for t in written if not t.is_inference()])
+    tensors = layout.row_start, storage, *written, *ids_written
+    torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
     if other or other_ids:
         n = len(layout.sizes)
-        ids = found[n : n + sum(movers.count)]
+        ids = found[n : n + sum(movers.per_level)]
         start = layout.row_start[ids]
         fill_rows(other, start, layout.page_level[start // layout.page].long(), layout.sizes)
         for tensor, fresh in other_ids:
             tensor.index_fill_(0, ids, fresh)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _table(layout: Layout) -> tuple[int | bytes, ...]:
@@ -136,28 +139,24 @@ def _packed(sizes: tuple[int, ...]) -> bytes:
     return struct.pack(f"{len(sizes)}q", *sizes)
 
 
-def _split(targets: Filled) -> tuple[Filled, Filled]:
-    """Those whose memory a kernel can write, and the others."""
-    plain = [
-        type(tensor) in (Tensor, nn.Parameter) and tensor.is_contiguous() for tensor, _ in targets
-    ]
-    if all(plain):
-        return targets, ()
-    return (
-        [target for target, is_plain in zip(targets, plain, strict=True) if is_plain],
-        [target for target, is_plain in zip(targets, plain, strict=True) if not is_plain],
-    )
-
-
-def _fills(targets: Filled) -> bytes:
+def _fills(targets: Filled) -> tuple[bytes, list[Tensor], Filled]:
+    """What the kernels are told of ``targets``, whose tensors they write, and the other targets."""
     words: list[int] = []
+    written: list[Tensor] = []
+    other = []
     for tensor, fresh in targets:
-        words += (tensor.data_ptr(), tensor.element_size(), _pattern(tensor.dtype, fresh))
-    return struct.pack(f"{len(words)}Q", *words)
+        item = tensor.element_size()
+        # Not where numbers are a subclass's own affair, or lie apart.
+        if type(tensor) in (Tensor, nn.Parameter) and tensor.is_contiguous() and item <= 8:
+            words += (tensor.data_ptr(), item, _pattern(tensor.dtype, fresh))
+            written.append(tensor)
+        else:
+            other.append((tensor, fresh))
+    return struct.pack(f"{len(words)}Q", *words), written, other
 
 
-@functools.cache
+@functools.lru_cache(64)
 def _pattern(dtype: torch.dtype, value: float) -> int:
     """Eight bytes of numbers of ``dtype``, each ``value``."""
-    numbers = torch.full((8 // dtype.itemsize,), value, dtype=dtype)
+    numbers = torch.full((8 // dtype.itemsize,), value, dtype=dtype, device="cpu")
     return int.from_bytes(bytes(numbers.view(torch.uint8).tolist()), sys.byteorder)

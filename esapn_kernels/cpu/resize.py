@@ -20,13 +20,13 @@ class Movers(NamedTuple):
 
     Attributes:
         moved: bool ``[R]``: True where the position names one of them.
-        count: their number by the level that they leave; rows that are inserted count as of level 0.
+        per_level: their number by the level that they leave; inserted rows count as of level 0.
         backend: ``native`` or ``torch``: which one found them.
         found: what it notes of them.
     """
 
     moved: Tensor
-    count: list[int]
+    per_level: list[int]
     backend: str
     found: tuple[Tensor, ...]
 
@@ -45,8 +45,8 @@ def find_movers(ids: Tensor, mask: Tensor | None, layout: Layout, call: str) -> 
     first = torch.ones_like(key, dtype=torch.bool)
     first[1:] = key[1:] != key[:-1]
     distinct, source = key[first], level[moved][order[first]]
-    count = torch.bincount(source.clamp(min=0), minlength=len(layout.sizes)).tolist()
-    return Movers(moved, count, "torch", (distinct, source))
+    per_level = torch.bincount(source.clamp(min=0), minlength=len(layout.sizes)).tolist()
+    return Movers(moved, per_level, "torch", (distinct, source))
 
 
 def promote(

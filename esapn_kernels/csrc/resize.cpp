@@ -5,34 +5,38 @@
 namespace esapn {
 namespace {
 
-// Ids in the caches, by open addressing: an array over the table's rows would be larger than they are.
+// The positions of distinct ids in the caches, by open addressing: an array over the table's rows would
+// be larger than they are.
 class Seen {
  public:
   static int64_t slots(int64_t ids) { return int64_t(1) << bits(ids); }
-  Seen(int64_t* memory, int64_t ids) : slots_(memory), mask_(uint64_t(slots(ids)) - 1), shift_(64 - bits(ids)) {
-    for (int64_t i = 0; i < slots(ids); i++) slots_[i] = -1;
+  Seen(int32_t* memory, const Ids& ids, int64_t admitted)
+      : slots_(memory), ids_(ids), mask_(uint64_t(slots(admitted)) - 1), shift_(64 - bits(admitted)) {
+    for (int64_t i = 0; i < slots(admitted); i++) slots_[i] = -1;
   }
   void fetch(int64_t id) const { __builtin_prefetch(slots_ + at(id), 1); }
-  // Whether the id is a new one.
-  bool add(int64_t id) {
+  // Whether the id at this position is a new one.
+  bool add(int64_t position) {
+    const int64_t id = ids_[position];
     for (uint64_t i = at(id);; i = (i + 1) & mask_) {
-      if (slots_[i] == id) return false;
       if (slots_[i] < 0) {
-        slots_[i] = id;
+        slots_[i] = int32_t(position);
         return true;
       }
+      if (ids_[slots_[i]] == id) return false;
     }
   }
 
  private:
   static int bits(int64_t ids) {
     int bits = 4;
-    while ((int64_t(1) << bits) < 2 * ids) bits++;
+    while ((int64_t(2) << bits) < 3 * ids) bits++;
     return bits;
   }
   uint64_t at(int64_t id) const { return (uint64_t(id) * 0x9e3779b97f4a7c15u) >> shift_; }
 
-  int64_t* slots_;
+  int32_t* slots_;
+  const Ids& ids_;
   uint64_t mask_;
   int shift_;
 };
@@ -102,16 +106,12 @@ Status find_movers(Movers& movers, uint8_t* moved, const Table& table, const Ids
     if (uint64_t(ids[i]) >= uint64_t(table.rows)) return OUT_OF_RANGE;
     admitted += !mask || mask[i];
   }
-  Buffer memory(Buffer::padded<int64_t>(Seen::slots(admitted)) + 2 * Buffer::padded<int64_t>(admitted) +
-                Buffer::padded<uint8_t>(admitted));
+  Buffer memory(Buffer::padded<int32_t>(Seen::slots(admitted)));
   if (!memory.ok()) return NO_MEMORY;
-  Seen seen(memory.take<int64_t>(Seen::slots(admitted)), admitted);
-  int64_t* id = memory.take<int64_t>(admitted);
-  int64_t* start = memory.take<int64_t>(admitted);
-  uint8_t* level = memory.take<uint8_t>(admitted);
+  Seen seen(memory.take<int32_t>(Seen::slots(admitted)), ids, admitted);
   const Pages pages(table.page);
   for (int k = 0; k < table.n; k++) movers.count[k] = 0;
-  int64_t distinct = 0;
+  // At first `moved` holds 2 + the level for the first position of an id that moves, 1 for the others.
   for (int64_t i = 0; i < ids.count; i++) {
     if (i + 16 < ids.count && (!mask || mask[i + 16])) {
       __builtin_prefetch(table.start_address(ids[i + 16]));
@@ -119,26 +119,26 @@ Status find_movers(Movers& movers, uint8_t* moved, const Table& table, const Ids
     }
     moved[i] = 0;
     if (mask && !mask[i]) continue;
-    const int64_t from = table.start(ids[i]);
-    const int k = from < 0 ? -1 : table.page_level[pages.of(from)];
-    if (!moves(call, k, table.n)) continue;
-    moved[i] = 1;
-    if (!seen.add(ids[i])) continue;
-    id[distinct] = ids[i];
-    start[distinct] = from;
-    level[distinct] = uint8_t(k < 0 ? 0 : k);
-    movers.count[level[distinct++]]++;
+    const int64_t start = table.start(ids[i]);
+    const int level = start < 0 ? -1 : table.page_level[pages.of(start)];
+    if (!moves(call, level, table.n)) continue;
+    const int k = level < 0 ? 0 : level;
+    const bool first = seen.add(i);
+    moved[i] = uint8_t(first ? 2 + k : 1);
+    movers.count[k] += first;
   }
-  movers.start = movers.id + distinct;
+  movers.start = movers.id + movers.total(table.n);
   int64_t at[128], sum = 0;
   for (int k = 0; k < table.n; k++) {
     at[k] = sum;
     sum += movers.count[k];
   }
-  for (int64_t u = 0; u < distinct; u++) {
-    const int64_t place = at[level[u]]++;
-    movers.id[place] = id[u];
-    movers.start[place] = start[u];
+  for (int64_t i = 0; i < ids.count; i++) {
+    if (moved[i] < 2) continue;
+    const int64_t place = at[moved[i] - 2]++;
+    movers.id[place] = ids[i];
+    movers.start[place] = table.start(ids[i]);
+    moved[i] = 1;
   }
   return OK;
 }

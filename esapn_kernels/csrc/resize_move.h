@@ -7,7 +7,7 @@
 constexpr int RESIZE_AHEAD = 2 * TILE_ROWS;  // rows that are fetched before their turn
 
 ESAPN_INLINE void fetch_to_write(const char* to, int64_t bytes) {
-  for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(to + b, 1);
+  for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(to + b, 1, 2);
 }
 
 // `bytes` of the pattern: whole numbers of at most 8 bytes.
@@ -46,10 +46,10 @@ struct Moving {
     for (int64_t i = first; i < end && i < first + RESIZE_AHEAD; i++) fetch(i, d, next);
     for (int64_t at = first; at < end; at += TILE_ROWS) {
       const int rows = int(end - at < TILE_ROWS ? end - at : TILE_ROWS);
-      for (int64_t i = at + RESIZE_AHEAD; i < end && i < at + RESIZE_AHEAD + TILE_ROWS; i++) fetch(i, d, next);
       const A* e[TILE_ROWS];
       A* y[TILE_ROWS];
       for (int r = 0; r < rows; r++) {
+        if (at + r + RESIZE_AHEAD < end) fetch(at + r + RESIZE_AHEAD, d, next);
         char* to = resize.storage + new_start[at + r] * item;
         for (int s = 0; s < resize.n_states; s++) {
           const Fill& fill = resize.states[s];

@@ -41,7 +41,8 @@ def find_movers(
         call: ``promote``: rows below the last level; ``insert``: ids without a row; ``free``: rows.
         backend: ``native`` | ``torch``.
     """
-    if runs_native(backend) and not is_opaque(layout.row_start):
+    places = layout.row_start
+    if runs_native(backend) and places.is_cpu and not is_opaque(places):
         check_ids(ids, layout.num_rows, read=False)
         return native.find_movers(ids, mask, layout, call)
     return cpu.find_movers(ids, mask, layout, call)

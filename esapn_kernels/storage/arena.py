@@ -306,9 +306,9 @@ class Arena(Locations):
         exact = movers = None
         if backend != "triton":
             movers = self._find_movers(ids, mask, "promote", backend)
-            if not any(movers.count):
+            if not any(movers.per_level):
                 return movers.moved
-            exact = [0, *movers.count[:-1]], movers.count
+            exact = [0, *movers.per_level[:-1]], movers.per_level
         before = None
         if carries:
             in_range = (ids >= 0) & (ids < self.num_rows)
@@ -374,7 +374,7 @@ class Arena(Locations):
         exact = movers = None
         if backend != "triton":
             movers = self._find_movers(ids, None, "free", backend)
-            exact = [0] * len(self.sizes), movers.count
+            exact = [0] * len(self.sizes), movers.per_level
         places = self._begin(ids.numel(), takes=False, exact=exact)
         moved = resize.free(ids, self.storage.detach(), places, movers)
         self._end(places)
@@ -390,7 +390,7 @@ class Arena(Locations):
         """
         layout = Layout(self.row_start, self.page_level, self.sizes, self.page)
         movers = resize.find_movers(ids, mask, layout, call, backend=backend)
-        if call != "promote" and sum(movers.count) != ids.numel():
+        if call != "promote" and sum(movers.per_level) != ids.numel():
             if ids.numel() != ids.unique().numel():
                 raise ValueError(f"{call} takes distinct ids")
             raise ValueError(f"{call} takes ids that have {'no' if call == 'insert' else 'a'} row")
