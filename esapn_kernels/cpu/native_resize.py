@@ -99,6 +99,7 @@ def _move(
         places.free_pages.data_ptr(),
         places.free_count.data_ptr(),
         places.free_base.data_ptr(),
+        places.moves.data_ptr(),
         storage.data_ptr(),
         _DTYPE[storage.dtype],
         _address(chain),
@@ -106,7 +107,7 @@ def _move(
         id_fills,
     )
     # Written through addresses: autograd must know that saved rows are stale.
-    tensors = layout.row_start, storage, *written, *ids_written
+    tensors = layout.row_start, places.moves, storage, *written, *ids_written
     torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
     if other or other_ids:
         n = len(layout.sizes)

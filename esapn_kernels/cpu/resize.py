@@ -65,6 +65,7 @@ def promote(
     fill_rows(states, new_start, source + 1, layout.sizes)
     _place(ids, new_start, layout, per_id)
     _give(places, old_start, source)
+    places.moves.add_(1)
 
 
 def insert(
@@ -76,6 +77,7 @@ def insert(
     start = _take(places, target)
     _place(ids, start, places.layout, per_id)
     fill_rows([(storage, 0.0), *states], start, target, places.layout.sizes)
+    places.moves.add_(1)
 
 
 def free(movers: Movers, storage: Tensor, places: Places) -> None:
@@ -83,6 +85,7 @@ def free(movers: Movers, storage: Tensor, places: Places) -> None:
     layout, (ids, source) = places.layout, movers.found
     _give(places, layout.row_start[ids].long(), source)
     layout.row_start[ids] = -1
+    places.moves.add_(1)
 
 
 def _level(ids: Tensor, layout: Layout) -> Tensor:

@@ -232,6 +232,7 @@ PyObject* move_rows(PyObject*, PyObject* const* values, Py_ssize_t count) {
   resize.places.free_pages = static_cast<int32_t*>(arguments.address());
   resize.places.free_count = static_cast<int64_t*>(arguments.address());
   resize.places.free_base = static_cast<const int64_t*>(arguments.address());
+  resize.places.moves = static_cast<int64_t*>(arguments.address());
   resize.storage = static_cast<char*>(arguments.address());
   resize.dtype = arguments.small();
   resize.chain = arguments.address();

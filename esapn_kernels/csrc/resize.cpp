@@ -76,6 +76,7 @@ void settle(const Resize& resize, const int64_t* start) {
   const Movers& movers = resize.movers;
   I* row_start = static_cast<I*>(const_cast<void*>(resize.table.row_start));
   const int64_t total = movers.total(resize.table.n);
+  ++*resize.places.moves;
   for (int64_t i = 0; i < total; i++) {
     if (i + 16 < total) {
       const int64_t ahead = movers.id[i + 16];

@@ -27,6 +27,7 @@ struct Places {
   int32_t* free_pages;
   int64_t* free_count;
   const int64_t* free_base;
+  int64_t* moves;
 };
 
 // A tensor whose rows (or the number of an id) start afresh: `bits` again and again, `item` bytes a number.
@@ -67,7 +68,7 @@ Status check_room(const Resize& resize);
 void take_rows(const Resize& resize, int64_t* start);
 
 // The movers' rows begin at `start` from now on (null: they have none), their numbers per id are fresh,
-// and the places that they left are free.
+// the places that they left are free, and the call is counted.
 void settle_rows(const Resize& resize, const int64_t* start);
 
 }  // namespace esapn

@@ -188,8 +188,8 @@ class Arena(Locations):
     ) -> Places:
         """What a call that moves up to ``rows`` rows works on; see :meth:`_make_room`.
 
-        The torch backend, which says its ``exact`` needs, has no use for ``owner``. It needs room
-        for all rows, so it grows the arena after a capture too; during one it cannot run.
+        The backends that say their ``exact`` needs have no use for ``owner``. They need room for
+        all rows, so they grow the arena after a capture too; during one they cannot run.
         """
         self._check_movable()
         self.followers.remember_layout()
@@ -211,13 +211,11 @@ class Arena(Locations):
             if not is_exact and free.owner is None:
                 free.owner = free.new_owner(self.num_rows)
             owner = free.owner
-        layout = Layout(self.row_start, self.page_level, self.sizes, self.page)
-        if is_exact:
-            self._count_move()
-            return free.at(layout)
-        # The kernels count, and ``_end`` does: should one fail, what they wrote is looked at.
+        # The operators count, and ``_end`` does: should a kernel fail, what it wrote is looked at.
         self._digest = None
-        torch.autograd.graph.increment_version(self.moves)
+        if not is_exact:
+            torch.autograd.graph.increment_version(self.moves)
+        layout = Layout(self.row_start, self.page_level, self.sizes, self.page)
         return free.at(layout, owner, self.moves)
 
     def _count_move(self) -> None:
@@ -226,9 +224,9 @@ class Arena(Locations):
         if self._counted is not None:
             self._counted += 1
 
-    def _end(self, places: Places) -> None:
-        """Count what kernels counted; request the counters, where the host does not read them."""
-        if places.moves is not None and self._counted is not None:
+    def _end(self) -> None:
+        """Count what was counted; request the counters, where the host does not read them."""
+        if self._counted is not None:
             self._counted += 1
         self._remember()
         free = self._free_lists()
@@ -318,7 +316,7 @@ class Arena(Locations):
         operands = ids, mask, self.storage.detach(), chain.detach(), places
         states = self.followers.fresh()
         moved = resize.promote(*operands, *states, movers)
-        self._end(places)
+        self._end()
         if before is not None:
             self.followers.carry(*before, moved, places.row_size)
         return moved
@@ -351,7 +349,7 @@ class Arena(Locations):
         places = self._begin(ids.numel(), exact=exact)
         operands = ids, level, self.storage.detach(), places
         moved = resize.insert(*operands, *self.followers.fresh(), movers)
-        self._end(places)
+        self._end()
         return moved
 
     @unrecorded
@@ -377,7 +375,7 @@ class Arena(Locations):
             exact = [0] * len(self.sizes), movers.per_level
         places = self._begin(ids.numel(), takes=False, exact=exact)
         moved = resize.free(ids, self.storage.detach(), places, movers)
-        self._end(places)
+        self._end()
         return moved
 
     def _find_movers(

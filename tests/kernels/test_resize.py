@@ -685,7 +685,7 @@ def test_every_instruction_set(sizes, dtype, instructions):
 
 def everything(arena):
     free = arena._free_lists()
-    tensors = [arena.storage, arena.row_start, arena.page_level, free.rows, free.pages, free.count]
+    tensors = [*arena.parameters(), *arena.buffers(), free.rows, free.pages, free.count]
     return [tensor.detach().clone() for tensor in tensors]
 
 
