@@ -1,8 +1,8 @@
 // Rows that move: e' = W_k e + b_k, or zeros, at their new places, and fresh state. Mirrors _move_kernel and
 // _fill_rows_kernel of gpu/resize.py. Inside the namespace of an instruction set.
 //
-// On one thread: a call is bound by the memory that it writes, which a second core shares, and rows that
-// move are a small part of a batch.
+// On one thread: rows that move are a small part of a batch, places are handed out one after the other,
+// and half of the rest is memory, which threads share.
 
 constexpr int RESIZE_AHEAD = 2 * TILE_ROWS;  // rows that are fetched before their turn
 
