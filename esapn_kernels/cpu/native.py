@@ -19,15 +19,20 @@ from ..ops.layout import Layout
 from ..ops.update import Update
 
 __all__ = [
+    "DTYPE",
+    "address",
     "compose",
     "compose_bwd",
     "lookup_bwd",
     "lookup_bwd_sparse",
     "lookup_bwd_update",
     "lookup_fwd",
+    "packed",
 ]
 
-_DTYPE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+DTYPE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+"""Numbers of the dtypes of rows, as ``csrc/table.h`` has them."""
+
 _RULE = {"gradient": 0, "sparse": 1, "sgd": 2, "adagrad": 3, "rowwise_adagrad": 4, "adam": 5}
 
 _PARALLEL = 1 << 17
@@ -35,7 +40,8 @@ _PARALLEL = 1 << 17
 
 
 @functools.cache
-def _packed(sizes: tuple[int, ...]) -> bytes:
+def packed(sizes: tuple[int, ...]) -> bytes:
+    """Sizes as the kernels take them."""
     return struct.pack(f"{len(sizes)}q", *sizes)
 
 
@@ -48,7 +54,7 @@ def _table(layout: Layout, ids: Tensor) -> tuple[int | bytes, ...]:
         row_start.numel(),
         layout.page_level.data_ptr(),
         layout.page,
-        _packed(layout.sizes),
+        packed(layout.sizes),
         ids.data_ptr(),
         ids.element_size(),
         ids.numel(),
@@ -59,7 +65,8 @@ def _threads(ids: Tensor, layout: Layout) -> int:
     return torch.get_num_threads() if ids.numel() * layout.dim >= _PARALLEL else 1
 
 
-def _address(tensor: Tensor | None) -> int:
+def address(tensor: Tensor | None) -> int:
+    """Where a tensor's numbers lie; 0 for none."""
     return 0 if tensor is None else tensor.data_ptr()
 
 
@@ -87,10 +94,10 @@ def lookup_fwd(
     native.lookup_fwd(
         *_table(layout, ids),
         storage.data_ptr(),
-        _DTYPE[dtype],
+        DTYPE[dtype],
         composed.data_ptr(),
         out.data_ptr(),
-        _DTYPE[out.dtype],
+        DTYPE[out.dtype],
         1 if count * dim < _PARALLEL else torch.get_num_threads(),
     )
     return out
@@ -118,7 +125,7 @@ def _backward(
 ) -> Tensor | None:
     """What becomes of the rows is in ``rule``; returns the gradient of ``composed``."""
     ids, grad_out = ids.contiguous(), grad_out.contiguous()
-    if grad_out.dtype not in _DTYPE:
+    if grad_out.dtype not in DTYPE:
         grad_out = grad_out.to(composed.dtype)
     operand = _in_dtype_of_sums(composed, storage)
     grad_composed = torch.empty_like(operand) if want_composed else None
@@ -130,21 +137,21 @@ def _backward(
     native.lookup_bwd(
         *_table(layout, ids),
         storage.data_ptr(),
-        _DTYPE[storage.dtype],
+        DTYPE[storage.dtype],
         operand.data_ptr(),
         grad_out.data_ptr(),
-        _DTYPE[grad_out.dtype],
-        _address(grad_composed),
+        DTYPE[grad_out.dtype],
+        address(grad_composed),
         -1 if padding_idx is None else padding_idx,
         _threads(ids, layout),
         _RULE[rule],
-        _address(target),
-        _address(elements),
-        _address(numbers),
-        _address(moment),
-        _address(square),
-        _address(per_id),
-        _address(clock),
+        address(target),
+        address(elements),
+        address(numbers),
+        address(moment),
+        address(square),
+        address(per_id),
+        address(clock),
     )
     if grad_composed is None or grad_composed.dtype == composed.dtype:
         return grad_composed
@@ -221,8 +228,8 @@ def compose(chain: Tensor, sizes: Sequence[int]) -> Tensor:
     """``[K, D]``: see :func:`esapn_kernels.ops.compose.compose`."""
     chain = _in_dtype_of_sums(chain.detach(), chain).contiguous()
     composed = chain.new_empty((sum(sizes[:-1]) + len(sizes) - 1, sizes[-1]))
-    operands = (_DTYPE[chain.dtype], chain.data_ptr(), composed.data_ptr())
-    native.compose(_packed(tuple(sizes)), *operands)
+    operands = (DTYPE[chain.dtype], chain.data_ptr(), composed.data_ptr())
+    native.compose(packed(tuple(sizes)), *operands)
     return composed
 
 
@@ -234,5 +241,5 @@ def compose_bwd(
     grad_composed, grad_chain = grad_composed.contiguous(), torch.empty_like(hops)
     tensors = (grad_composed, hops, composed, grad_chain)
     addresses = [tensor.data_ptr() for tensor in tensors]
-    native.compose_bwd(_packed(tuple(sizes)), _DTYPE[hops.dtype], *addresses)
+    native.compose_bwd(packed(tuple(sizes)), DTYPE[hops.dtype], *addresses)
     return grad_chain.to(chain.dtype)
