@@ -22,6 +22,7 @@ block of columns:
 
 R_j is ``G_j A'_{k+1}^T`` with G_j the gradient of A_j from all hops before it, r_j its last row;
 carrying the product in place of G_j leaves no sum across programs. Nothing is summed by atomics.
+On a CPU a loop over the hops carries G_j itself.
 A bias is added, never multiplied by a 1 among zeros, and rows of zeros take part in no product: a
 hop that is not finite spreads no further than through the rows that pass it.
 
