@@ -3,9 +3,9 @@
     python bench/overhead.py [--ids 64] [--turns 40] [--out FILE]
 
 Module against module, on a CPU, eager, one thread. Every turn times a run of calls of each, in
-alternating order; ratios are taken turn by turn. In most modes the composed hops of the last call are used
-again, as in evaluation, or when a table is looked up several times between two steps; "hops
-changed": the hops are written before every call, as after every step of training.
+alternating order; ratios are taken turn by turn. In most modes the composed hops of the last call
+are used again, as in evaluation, or when a table is looked up several times between two steps;
+"hops changed": the hops are written before every call, as after every step of training.
 """
 
 from __future__ import annotations
