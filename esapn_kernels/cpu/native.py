@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ..ops.backend import native
-from ..ops.chain import compute_dtype
+from ..ops.chain import chain_numel, compute_dtype
+from ..ops.checks import check_ids
 from ..ops.layout import Layout
 from ..ops.update import Update
 
@@ -39,9 +40,19 @@ def _packed(sizes: tuple[int, ...]) -> bytes:
     return struct.pack(f"{len(sizes)}q", *sizes)
 
 
+def _packed_hops(chain: Tensor, sizes: Sequence[int]) -> bytes:
+    """The sizes, as the kernels of the chain take them."""
+    if chain.numel() != chain_numel(sizes):
+        expected = f"{chain_numel(sizes)} numbers for sizes {tuple(sizes)}"
+        raise RuntimeError(f"the packed hops must be {expected}, got {chain.numel()}")
+    return _packed(tuple(sizes))
+
+
 def _table(layout: Layout, ids: Tensor) -> tuple[int | bytes, ...]:
     """Where the rows lie, and the ids, as every kernel takes them."""
     row_start = layout.row_start
+    if ids.dtype is not torch.int64 and ids.dtype is not torch.int32:
+        check_ids(ids, row_start.numel(), read=False)
     return (
         row_start.data_ptr(),
         row_start.element_size(),
@@ -103,6 +114,12 @@ def _in_dtype_of_sums(composed: Tensor, storage: Tensor) -> Tensor:
     return composed.to(compute_dtype(storage.dtype))
 
 
+def _in_memory(grad_out: Tensor) -> Tensor:
+    """The numbers themselves: of a gradient torch may still have to turn the sign, or write zeros."""
+    grad_out = grad_out.contiguous().resolve_neg()
+    return grad_out if grad_out.data_ptr() else torch.zeros_like(grad_out)
+
+
 def _backward(
     grad_out: Tensor,
     ids: Tensor,
@@ -117,7 +134,7 @@ def _backward(
     update: Update | None = None,
 ) -> Tensor | None:
     """What becomes of the rows is in ``rule``; returns the gradient of ``composed``."""
-    ids, grad_out = ids.contiguous(), grad_out.contiguous()
+    ids, grad_out = ids.contiguous(), _in_memory(grad_out)
     if grad_out.dtype not in _DTYPE:
         grad_out = grad_out.to(composed.dtype)
     operand = _in_dtype_of_sums(composed, storage)
@@ -185,7 +202,7 @@ def lookup_bwd_sparse(
     ids = ids.contiguous()
     padding = -1 if padding_idx is None else padding_idx
     count = native.count_elements(*_table(layout, ids), padding)
-    elements = torch.empty(count, dtype=torch.int64)
+    elements = torch.empty(count, dtype=torch.int64, device=storage.device)
     values = storage.new_empty(count)
     operands = (grad_out, ids, storage, composed, layout, want_composed, padding_idx)
     grad_composed = _backward(*operands, "sparse", values, elements)
@@ -220,9 +237,10 @@ def lookup_bwd_update(
 def compose(chain: Tensor, sizes: Sequence[int]) -> Tensor:
     """``[K, D]``: see :func:`esapn_kernels.ops.compose.compose`."""
     chain = _in_dtype_of_sums(chain.detach(), chain).contiguous()
+    packed = _packed_hops(chain, sizes)
     composed = chain.new_empty((sum(sizes[:-1]) + len(sizes) - 1, sizes[-1]))
     operands = (_DTYPE[chain.dtype], chain.data_ptr(), composed.data_ptr())
-    native.compose(_packed(tuple(sizes)), *operands)
+    native.compose(packed, *operands)
     return composed
 
 
@@ -234,5 +252,5 @@ def compose_bwd(
     grad_composed, grad_chain = grad_composed.contiguous(), torch.empty_like(hops)
     tensors = (grad_composed, hops, composed, grad_chain)
     addresses = [tensor.data_ptr() for tensor in tensors]
-    native.compose_bwd(_packed(tuple(sizes)), _DTYPE[hops.dtype], *addresses)
+    native.compose_bwd(_packed_hops(hops, sizes), _DTYPE[hops.dtype], *addresses)
     return grad_chain.to(chain.dtype)
