@@ -26,6 +26,7 @@ __all__ = [
     "lookup_bwd_sparse",
     "lookup_bwd_update",
     "lookup_fwd",
+    "takes_state",
 ]
 
 _DTYPE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -115,7 +116,7 @@ def _in_dtype_of_sums(composed: Tensor, storage: Tensor) -> Tensor:
 
 
 def _in_memory(grad_out: Tensor) -> Tensor:
-    """The numbers themselves: of a gradient torch may still have to turn the sign, or write zeros."""
+    """The numbers themselves: torch may still have to turn their sign, or to write them as zeros."""
     grad_out = grad_out.contiguous().resolve_neg()
     return grad_out if grad_out.data_ptr() else torch.zeros_like(grad_out)
 
@@ -210,6 +211,18 @@ def lookup_bwd_sparse(
         elements[None], values, storage.shape, check_invariants=False, is_coalesced=False
     )
     return grad_storage, grad_composed
+
+
+def takes_state(update: Update, storage: Tensor) -> bool:
+    """Whether the state is what :func:`lookup_bwd_update` reads: rows may have changed their dtype.
+
+    Where it is not, the torch path steps the rows.
+    """
+    sums = compute_dtype(storage.dtype)
+    per_id, numbers = update.per_id, torch.int32 if update.rule == "adam" else sums
+    return all(held.dtype is sums and held.is_contiguous() for held in update.state) and (
+        per_id is None or (per_id.dtype is numbers and per_id.is_contiguous())
+    )
 
 
 def lookup_bwd_update(
