@@ -403,8 +403,8 @@ def test_any_steps(drawn, rule, isa, steps):
     finally:
         native.use(before)
     exact, eager = definitions
-    parameter = module.arena.storage
-    assert_matches(parameter.detach(), exact.storage, eager.storage, name="rows")
+    (parameter,) = rows.param_groups[0]["params"]
+    assert_matches(parameter.detach().flatten(), exact.storage, eager.storage, name="rows")
     state = dict(rows.state[parameter])
     if rule == "adam":
         last = [exact.last.get(i, 0) for i in range(module.num_embeddings)]
@@ -413,7 +413,7 @@ def test_any_steps(drawn, rule, isa, steps):
     used = row_elements(case.module, case.ids)
     for own, x, e in zip(state.values(), exact.state, eager.state, strict=True):
         where = slice(None) if rule == "rowwise_adagrad" else used
-        assert_matches(own[where], x[where], e[where], name="state")
+        assert_matches(own.flatten()[where], x[where], e[where], name="state")
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -709,7 +709,9 @@ def test_a_chain_written_behind_its_version(threads):
             yours()
             mine()
             out.backward(grad_out)
-            seen.append((out.detach(), module.chain.grad.clone(), module.arena.storage.grad.clone()))
+            seen.append(
+                (out.detach(), module.chain.grad.clone(), module.arena.storage.grad.clone())
+            )
             module.zero_grad()
             module.chain.data.neg_()
             yours()
@@ -805,12 +807,11 @@ def test_what_is_not_finite_spreads_to_its_own_row(sizes, dtype, value, isa):
         assert torch.equal(out, finite[0]) and not rows[its].isfinite().all()
         assert torch.equal(rows[~its], finite[1][~its])
         # A row that is not finite: its own output, and hops that it passes.
-        with torch.no_grad():
-            storage = case.module.arena.storage
-            kept = storage[starts[bad]].item()
-            storage[starts[bad]] = value
-            out, rows, chain = case.run("native")
-            storage[starts[bad]] = kept
+        storage = case.module.arena.storage.detach()
+        kept = storage[starts[bad]].item()
+        storage[starts[bad]] = value
+        out, rows, chain = case.run("native")
+        storage[starts[bad]] = kept
         others = torch.arange(60) != bad
         assert torch.equal(out[others], finite[0][others]) and not out[bad].isfinite().all()
         assert torch.equal(rows, finite[1])
@@ -936,9 +937,7 @@ def test_with_another_default_device():
     with torch.device("meta"):
         out = lookup(case.ids, storage, chain, case.layout, Options(sparse=True), backend="native")
         out.backward(case.grad_out)
-        values = cpu.lookup_bwd_sparse(case.grad_out, *operands(case))[0]
     same_bits((out, storage.grad.to_dense(), chain.grad), expected)
-    assert torch.equal(values.to_dense(), expected[1])
 
 
 @pytest.mark.parametrize("grows", [False, True])
