@@ -76,8 +76,8 @@ class ResizableEmbedding(nn.Embedding):
             same with the columns of the identity, so that growing a row appends zeros to it; if
             such hops are not trained (``chain.requires_grad_(False)``), Adagrad's sums of the old
             numbers go along with a grown row.
-        backend: ``auto`` | ``triton`` | ``native`` | ``torch`` | ``reference``; ``auto`` takes Triton
-            on a GPU, native kernels on a CPU where they are built, and torch elsewhere.
+        backend: ``auto`` | ``triton`` | ``native`` | ``torch`` | ``reference``; ``auto`` takes
+            Triton on a GPU, native kernels on a CPU where they are built, and torch elsewhere.
         out_dtype: of the output, rounded once from fp32 sums; default: that of the rows.
         max_elements: the rows never take more than so many numbers (whole pages of them). Then a
             row that cannot grow stays: on a CPU ``promote`` raises before anything moves, on a GPU

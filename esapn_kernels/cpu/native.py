@@ -20,16 +20,21 @@ from ..ops.layout import Layout
 from ..ops.update import Update
 
 __all__ = [
+    "DTYPE",
+    "address",
     "compose",
     "compose_bwd",
     "lookup_bwd",
     "lookup_bwd_sparse",
     "lookup_bwd_update",
     "lookup_fwd",
+    "packed",
     "takes_state",
 ]
 
-_DTYPE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+DTYPE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+"""Numbers of the dtypes of rows, as ``csrc/table.h`` has them."""
+
 _RULE = {"gradient": 0, "sparse": 1, "sgd": 2, "adagrad": 3, "rowwise_adagrad": 4, "adam": 5}
 
 _PARALLEL = 1 << 17
@@ -37,7 +42,8 @@ _PARALLEL = 1 << 17
 
 
 @functools.cache
-def _packed(sizes: tuple[int, ...]) -> bytes:
+def packed(sizes: tuple[int, ...]) -> bytes:
+    """Sizes as the kernels take them."""
     return struct.pack(f"{len(sizes)}q", *sizes)
 
 
@@ -46,7 +52,7 @@ def _packed_hops(chain: Tensor, sizes: Sequence[int]) -> bytes:
     if chain.numel() != chain_numel(sizes):
         expected = f"{chain_numel(sizes)} numbers for sizes {tuple(sizes)}"
         raise RuntimeError(f"the packed hops must be {expected}, got {chain.numel()}")
-    return _packed(tuple(sizes))
+    return packed(tuple(sizes))
 
 
 def _table(layout: Layout, ids: Tensor) -> tuple[int | bytes, ...]:
@@ -60,7 +66,7 @@ def _table(layout: Layout, ids: Tensor) -> tuple[int | bytes, ...]:
         row_start.numel(),
         layout.page_level.data_ptr(),
         layout.page,
-        _packed(layout.sizes),
+        packed(layout.sizes),
         ids.data_ptr(),
         ids.element_size(),
         ids.numel(),
@@ -71,7 +77,8 @@ def _threads(ids: Tensor, layout: Layout) -> int:
     return torch.get_num_threads() if ids.numel() * layout.dim >= _PARALLEL else 1
 
 
-def _address(tensor: Tensor | None) -> int:
+def address(tensor: Tensor | None) -> int:
+    """Where a tensor's numbers lie; 0 for none."""
     return 0 if tensor is None else tensor.data_ptr()
 
 
@@ -99,10 +106,10 @@ def lookup_fwd(
     native.lookup_fwd(
         *_table(layout, ids),
         storage.data_ptr(),
-        _DTYPE[dtype],
+        DTYPE[dtype],
         composed.data_ptr(),
         out.data_ptr(),
-        _DTYPE[out.dtype],
+        DTYPE[out.dtype],
         1 if count * dim < _PARALLEL else torch.get_num_threads(),
     )
     return out
@@ -116,7 +123,7 @@ def _in_dtype_of_sums(composed: Tensor, storage: Tensor) -> Tensor:
 
 
 def _in_memory(grad_out: Tensor) -> Tensor:
-    """The numbers themselves: torch may still have to turn their sign, or to write them as zeros."""
+    """The numbers themselves, where torch has yet to turn their sign, or to write zeros."""
     grad_out = grad_out.contiguous().resolve_neg()
     return grad_out if grad_out.data_ptr() else torch.zeros_like(grad_out)
 
@@ -136,7 +143,7 @@ def _backward(
 ) -> Tensor | None:
     """What becomes of the rows is in ``rule``; returns the gradient of ``composed``."""
     ids, grad_out = ids.contiguous(), _in_memory(grad_out)
-    if grad_out.dtype not in _DTYPE:
+    if grad_out.dtype not in DTYPE:
         grad_out = grad_out.to(composed.dtype)
     operand = _in_dtype_of_sums(composed, storage)
     grad_composed = torch.empty_like(operand) if want_composed else None
@@ -148,21 +155,21 @@ def _backward(
     native.lookup_bwd(
         *_table(layout, ids),
         storage.data_ptr(),
-        _DTYPE[storage.dtype],
+        DTYPE[storage.dtype],
         operand.data_ptr(),
         grad_out.data_ptr(),
-        _DTYPE[grad_out.dtype],
-        _address(grad_composed),
+        DTYPE[grad_out.dtype],
+        address(grad_composed),
         -1 if padding_idx is None else padding_idx,
         _threads(ids, layout),
         _RULE[rule],
-        _address(target),
-        _address(elements),
-        _address(numbers),
-        _address(moment),
-        _address(square),
-        _address(per_id),
-        _address(clock),
+        address(target),
+        address(elements),
+        address(numbers),
+        address(moment),
+        address(square),
+        address(per_id),
+        address(clock),
     )
     if grad_composed is None or grad_composed.dtype == composed.dtype:
         return grad_composed
@@ -250,10 +257,10 @@ def lookup_bwd_update(
 def compose(chain: Tensor, sizes: Sequence[int]) -> Tensor:
     """``[K, D]``: see :func:`esapn_kernels.ops.compose.compose`."""
     chain = _in_dtype_of_sums(chain.detach(), chain).contiguous()
-    packed = _packed_hops(chain, sizes)
+    sizes_of_hops = _packed_hops(chain, sizes)
     composed = chain.new_empty((sum(sizes[:-1]) + len(sizes) - 1, sizes[-1]))
-    operands = (_DTYPE[chain.dtype], chain.data_ptr(), composed.data_ptr())
-    native.compose(packed, *operands)
+    operands = (DTYPE[chain.dtype], chain.data_ptr(), composed.data_ptr())
+    native.compose(sizes_of_hops, *operands)
     return composed
 
 
@@ -265,5 +272,5 @@ def compose_bwd(
     grad_composed, grad_chain = grad_composed.contiguous(), torch.empty_like(hops)
     tensors = (grad_composed, hops, composed, grad_chain)
     addresses = [tensor.data_ptr() for tensor in tensors]
-    native.compose_bwd(_packed_hops(hops, sizes), _DTYPE[hops.dtype], *addresses)
+    native.compose_bwd(_packed_hops(hops, sizes), DTYPE[hops.dtype], *addresses)
     return grad_chain.to(chain.dtype)

@@ -6,6 +6,7 @@ Where rows go follows from the order in which they are given, as in ``gpu/resize
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,59 +16,80 @@ from ..ops.chain import compute_dtype, hop_blocks
 from ..ops.layout import Filled, Layout, Places, gather_rows, row_table
 from .lookup import by_level
 
-__all__ = ["fill_rows", "find_movers", "free", "insert", "promote", "promote_rows"]
+__all__ = ["Movers", "fill_rows", "find_movers", "free", "insert", "promote", "promote_rows"]
 
 
-def find_movers(ids: Tensor, mask: Tensor | None, layout: Layout) -> tuple[Tensor, Tensor]:
-    """The distinct ids that a promotion moves, ascending, and the levels that their rows leave."""
-    distinct = (ids if mask is None else ids[mask]).long().unique()
-    level = _level(distinct, layout)
-    moves = _can_grow(level, layout)
-    return distinct[moves], level[moves]
+class Movers(NamedTuple):
+    """Distinct rows that a call moves, found before room is made for them.
+
+    Attributes:
+        moved: bool ``[R]``: True where the position names one of them.
+        per_level: their number by the level that they leave; inserted rows count as of level 0.
+        backend: ``native`` or ``torch``: which one found them.
+        found: what it notes of them.
+    """
+
+    moved: Tensor
+    per_level: list[int]
+    backend: str
+    found: tuple[Tensor, ...]
+
+
+def find_movers(ids: Tensor, mask: Tensor | None, layout: Layout, call: str) -> Movers:
+    """See :func:`esapn_kernels.ops.resize.find_movers`; found are ids, ascending, and levels."""
+    level = _level(ids, layout)
+    if call == "insert":
+        moved = level < 0
+    else:
+        moved = (level >= 0) & (level < len(layout.sizes) - (call == "promote"))
+    if mask is not None:
+        moved &= mask
+    # One decision per id, and an order that does not depend on that of ids.
+    key, order = ids[moved].long().sort()
+    first = torch.ones_like(key, dtype=torch.bool)
+    first[1:] = key[1:] != key[:-1]
+    distinct, source = key[first], level[moved][order[first]]
+    per_level = torch.bincount(source.clamp(min=0), minlength=len(layout.sizes)).tolist()
+    return Movers(moved, per_level, "torch", (distinct, source))
 
 
 def promote(
-    ids: Tensor,
-    mask: Tensor | None,
+    movers: Movers,
     storage: Tensor,
     chain: Tensor,
     places: Places,
     states: Filled,
     per_id: Filled,
-    movers: tuple[Tensor, Tensor],
-) -> Tensor:
+) -> None:
     """See :func:`esapn_kernels.ops.resize.promote`; there is room for all of them."""
-    layout = places.layout
-    moved = _can_grow(_level(ids, layout), layout)
-    if mask is not None:
-        moved &= mask
-    distinct, source = movers
-    old_start = layout.row_start[distinct].long()
+    layout, (ids, source) = places.layout, movers.found
+    old_start = layout.row_start[ids].long()
     new_start = _take(places, source + 1)
     promote_rows(storage, chain, old_start, new_start, source, layout.sizes)
     fill_rows(states, new_start, source + 1, layout.sizes)
-    _place(distinct, new_start, layout, per_id)
+    _place(ids, new_start, layout, per_id)
     _give(places, old_start, source)
-    return moved
+    places.moves.add_(1)
 
 
 def insert(
-    ids: Tensor, level: int, storage: Tensor, places: Places, states: Filled, per_id: Filled
-) -> Tensor:
-    """See :func:`esapn_kernels.ops.resize.insert`; ids are distinct and have no row."""
-    target = torch.full((ids.numel(),), level, device=ids.device)
+    movers: Movers, level: int, storage: Tensor, places: Places, states: Filled, per_id: Filled
+) -> None:
+    """See :func:`esapn_kernels.ops.resize.insert`; there is room for all of them."""
+    ids = movers.found[0]
+    target = torch.full_like(ids, level)
     start = _take(places, target)
     _place(ids, start, places.layout, per_id)
     fill_rows([(storage, 0.0), *states], start, target, places.layout.sizes)
-    return torch.ones_like(ids, dtype=torch.bool)
+    places.moves.add_(1)
 
 
-def free(ids: Tensor, places: Places) -> Tensor:
-    """See :func:`esapn_kernels.ops.resize.free`; ids are distinct and have a row."""
-    layout = places.layout
-    _give(places, layout.row_start[ids].long(), _level(ids, layout))
+def free(movers: Movers, storage: Tensor, places: Places) -> None:
+    """See :func:`esapn_kernels.ops.resize.free`."""
+    layout, (ids, source) = places.layout, movers.found
+    _give(places, layout.row_start[ids].long(), source)
     layout.row_start[ids] = -1
-    return torch.ones_like(ids, dtype=torch.bool)
+    places.moves.add_(1)
 
 
 def _level(ids: Tensor, layout: Layout) -> Tensor:
@@ -75,15 +97,11 @@ def _level(ids: Tensor, layout: Layout) -> Tensor:
     return layout.page_level[layout.row_start[ids] // layout.page].long()
 
 
-def _can_grow(level: Tensor, layout: Layout) -> Tensor:
-    return (level >= 0) & (level < len(layout.sizes) - 1)
-
-
 def _place(ids: Tensor, start: Tensor, layout: Layout, per_id: Filled) -> None:
     """The rows of ``ids`` begin at ``start``; state per id starts afresh."""
     layout.row_start[ids] = start.to(layout.row_start.dtype)
     for tensor, fresh in per_id:
-        tensor.index_fill_(0, ids.long(), fresh)
+        tensor.index_fill_(0, ids, fresh)
 
 
 def _take(places: Places, level: Tensor) -> Tensor:
@@ -142,5 +160,6 @@ def promote_rows(
 def fill_rows(targets: Filled, start: Tensor, level: Tensor, sizes: Sequence[int]) -> None:
     """Set the rows ``(start, level)`` with ``start >= 0`` of every tensor to its value."""
     for k, at in by_level(level.where(start >= 0, -1), len(sizes)):
+        elements = start[at].long()[:, None] + torch.arange(sizes[k], device=start.device)
         for tensor, value in targets:
-            row_table(tensor, sizes[k]).index_fill_(0, start[at].long(), value)
+            tensor[elements] = value

@@ -47,6 +47,19 @@ class Arguments {
     ids.count = integer();
     return ids;
   }
+  // As find_movers left them in one tensor.
+  Movers movers(int n) {
+    Movers movers{};
+    movers.count = static_cast<int64_t*>(address());
+    movers.id = movers.count + n;
+    return movers;
+  }
+  const Fill* fills(int& count) {
+    Py_ssize_t length;
+    const char* data = bytes(length);
+    count = int(length / Py_ssize_t(sizeof(Fill)));
+    return reinterpret_cast<const Fill*>(data);
+  }
   void sizes(const int64_t*& sizes, int& n) {
     Py_ssize_t length;
     sizes = reinterpret_cast<const int64_t*>(bytes(length));
@@ -76,6 +89,8 @@ PyObject* answer(int status) {
   if (status == OK) Py_RETURN_NONE;
   if (status == OUT_OF_RANGE)
     PyErr_SetString(PyExc_IndexError, "index out of range in self");
+  else if (status == NO_ROOM)
+    PyErr_SetString(PyExc_RuntimeError, "the arena has no room for the rows that move");
   else
     PyErr_NoMemory();
   return nullptr;
@@ -184,6 +199,55 @@ PyObject* compose_bwd(PyObject*, PyObject* const* values, Py_ssize_t count) {
   return answer(status);
 }
 
+PyObject* find_movers(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  Arguments arguments(values, count);
+  const Table table = arguments.table();
+  const Ids ids = arguments.ids();
+  const uint8_t* mask = static_cast<const uint8_t*>(arguments.address());
+  const Call call = Call(arguments.small());
+  uint8_t* moved = static_cast<uint8_t*>(arguments.address());
+  Movers movers = arguments.movers(table.n);
+  if (arguments.failed()) return nullptr;
+  int status;
+  Py_BEGIN_ALLOW_THREADS
+  status = esapn::find_movers(movers, moved, table, ids, mask, call);
+  Py_END_ALLOW_THREADS
+  if (status != OK) return answer(status);
+  PyObject* counts = PyList_New(table.n);
+  for (int k = 0; counts && k < table.n; k++) {
+    PyObject* rows = PyLong_FromLongLong(movers.count[k]);
+    if (!rows || PyList_SetItem(counts, k, rows) < 0) Py_CLEAR(counts);
+  }
+  return counts;
+}
+
+PyObject* move_rows(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  Arguments arguments(values, count);
+  Resize resize{};
+  resize.table = arguments.table();
+  resize.call = Call(arguments.small());
+  resize.target = arguments.small();
+  resize.movers = arguments.movers(resize.table.n);
+  resize.places.free_rows = arguments.address();
+  resize.places.free_pages = static_cast<int32_t*>(arguments.address());
+  resize.places.free_count = static_cast<int64_t*>(arguments.address());
+  resize.places.free_base = static_cast<const int64_t*>(arguments.address());
+  resize.places.moves = static_cast<int64_t*>(arguments.address());
+  resize.storage = static_cast<char*>(arguments.address());
+  resize.dtype = arguments.small();
+  resize.chain = arguments.address();
+  resize.states = arguments.fills(resize.n_states);
+  resize.per_id = arguments.fills(resize.n_per_id);
+  if (arguments.failed()) return nullptr;
+  int status = OUT_OF_RANGE;
+  Py_BEGIN_ALLOW_THREADS
+  resize.movers.start = resize.movers.id + resize.movers.total(resize.table.n);
+  if (resize.target >= 0 && resize.target < resize.table.n)
+    status = chosen->move_rows[resize.dtype == F64](resize);
+  Py_END_ALLOW_THREADS
+  return answer(status);
+}
+
 PyObject* equal_bytes(PyObject*, PyObject* const* values, Py_ssize_t count) {
   Arguments arguments(values, count);
   const void* one = arguments.address();
@@ -235,6 +299,10 @@ PyMethodDef methods[] = {
     {"compose", fast(compose), METH_FASTCALL, "(sizes, dtype, chain, composed)"},
     {"compose_bwd", fast(compose_bwd), METH_FASTCALL,
      "(sizes, dtype, grad_composed, chain, composed, grad_chain)"},
+    {"find_movers", fast(find_movers), METH_FASTCALL,
+     "(table, ids, mask, call, moved, movers): the rows that move, by the level that they leave"},
+    {"move_rows", fast(move_rows), METH_FASTCALL,
+     "(table, call, target, movers, places, storage, dtype, chain, states, per_id)"},
     {"equal_bytes", fast(equal_bytes), METH_FASTCALL, "(one, other, length)"},
     {"instruction_sets", instruction_sets, METH_NOARGS, "Those that this machine runs, the widest first."},
     {"instruction_set", instruction_set, METH_NOARGS, "The one whose kernels run."},

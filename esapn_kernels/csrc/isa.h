@@ -11,6 +11,7 @@ namespace {
 #include "lookup_fwd.h"
 #include "update.h"
 #include "lookup_bwd.h"
+#include "resize_move.h"
 
 }  // namespace
 
@@ -23,6 +24,7 @@ const Kernels kernels = {
     {lookup_bwd<float>, lookup_bwd<double>},
     {compose<float>, compose<double>},
     {compose_bwd<float>, compose_bwd<double>},
+    {move_rows<float>, move_rows<double>},
 };
 
 }  // namespace ESAPN_ISA

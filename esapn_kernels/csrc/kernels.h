@@ -2,6 +2,7 @@
 #pragma once
 #include "group.h"
 #include "parallel.h"
+#include "resize.h"
 #include "table.h"
 
 namespace esapn {
@@ -16,6 +17,7 @@ struct Kernels {
   int (*compose[2])(const int64_t* sizes, int n, const void* chain, void* composed);
   int (*compose_bwd[2])(const int64_t* sizes, int n, const void* grad_composed, const void* chain,
                         const void* composed, void* grad_chain);
+  int (*move_rows[2])(const Resize&);
 };
 
 namespace baseline {

@@ -425,7 +425,7 @@ def _launch(
     target: int = 0,
 ) -> Tensor:
     layout, owner, moves = places.layout, places.owner, places.moves
-    assert owner is not None and moves is not None
+    assert owner is not None
     sizes, n_ids, n_rows = layout.sizes, ids.numel(), owner.numel()
     take, give = action
     hop = int(take and give)

@@ -96,7 +96,7 @@ class Places:
         row_size, rows_per_page: int64 ``[n]``, the sizes, and how many rows of each a page holds.
         owner: int32 ``[N]``, ``UNCLAIMED`` everywhere before a call and after it; only the Triton
             backend has one.
-        moves: int64, the calls by which rows may have moved; the Triton backend counts on.
+        moves: int64, the calls by which rows may have moved; every operator counts on.
     """
 
     layout: Layout
@@ -106,8 +106,8 @@ class Places:
     free_base: Tensor
     row_size: Tensor
     rows_per_page: Tensor
-    owner: Tensor | None = None
-    moves: Tensor | None = None
+    owner: Tensor | None
+    moves: Tensor
 
 
 def page_elements(sizes: Sequence[int], num_rows: int = 1 << 30) -> int:

@@ -483,7 +483,8 @@ def lookup(
     Args:
         ids: any shape, int32 or int64, in ``[0, N)``; duplicates allowed. Not checked here: see
             ``checks.check_ids``, which the modules call. Ids out of range raise ``IndexError`` on
-            the native and the torch backend; they fail an assertion on a GPU, and interpreted kernels give zeros.
+            the native and the torch backend; they fail an assertion on a GPU, and interpreted
+            kernels give zeros.
         storage: all rows, flat ``[capacity]``, fp32 / bf16 / fp16 / fp64; gradient flows (dense).
         chain: packed hops (see ``chain``), same dtype; gradient flows.
         layout: where the rows lie.

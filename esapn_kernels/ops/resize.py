@@ -1,4 +1,4 @@
-"""Rows that change their size: the operators that move them, on either backend.
+"""Rows that change their size: the operators that move them, on any backend.
 
     promote   e' = W_k e + b_k      the row leaves level k for level k + 1
     insert    e' = 0                an id without a row gets one
@@ -6,21 +6,46 @@
 
 A promotion changes no output: ``M_k e + c_k = M_{k+1} (W_k e + b_k) + c_{k+1}``. All of them take
 rows from the free lists of :class:`~esapn_kernels.ops.layout.Places` and give rows back to them;
-the caller has made room (``storage.Arena``). Source: Liu et al., SIGIR 2020.
+the caller has made room (``storage.Arena``). Where the host can read which rows move, it finds them
+before, and makes room for just these. Source: Liu et al., SIGIR 2020.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
+from ..cpu import native_resize as native
 from ..cpu import resize as cpu
+from ..cpu.resize import Movers
 from ..gpu.resize import launch_free, launch_insert, launch_promote
+from .backend import runs_native
+from .checks import check_ids, is_opaque
 from .layout import Filled, Layout, Places
 
 __all__ = ["Movers", "find_movers", "free", "insert", "promote"]
 
-Movers = tuple[Tensor, Tensor]
-"""Distinct ids, ascending, and the levels that their rows leave, int64 ``[U]`` both."""
+_KERNELS: Any = {"native": native, "torch": cpu}
+
+
+def find_movers(
+    ids: Tensor, mask: Tensor | None, layout: Layout, call: str, *, backend: str
+) -> Movers:
+    """The rows that a call moves on a backend other than Triton. Reads the device.
+
+    Args:
+        ids: int ``[R]``, in range.
+        mask: bool ``[R]`` or ``None``.
+        layout: with the sinks of :class:`~esapn_kernels.ops.layout.Places`.
+        call: ``promote``: rows below the last level; ``insert``: ids without a row; ``free``: rows.
+        backend: ``native`` | ``torch``.
+    """
+    places = layout.row_start
+    if runs_native(backend) and places.is_cpu and not is_opaque(places):
+        check_ids(ids, layout.num_rows, read=False)
+        return native.find_movers(ids, mask, layout, call)
+    return cpu.find_movers(ids, mask, layout, call)
 
 
 def promote(
@@ -31,8 +56,6 @@ def promote(
     places: Places,
     states: Filled,
     per_id: Filled,
-    *,
-    backend: str,
     movers: Movers | None = None,
 ) -> Tensor:
     """Move the rows of ``ids`` (where ``mask``) one level up.
@@ -44,18 +67,17 @@ def promote(
         storage: flat ``[capacity]``; the new rows are written.
         chain: packed hops, dtype of ``storage``.
         places: locations and free lists; brought up to date. The Triton backend moves the rows that
-            fit, by level and then in the order of ``ids``; the torch backend needs room for all.
+            fit, by level and then in the order of ``ids``; the others need room for all.
         states, per_id: in the layout of ``storage``, and ``[N]``: fresh where rows moved.
-        backend: ``triton`` | ``torch``.
-        movers: what :func:`find_movers` gave, for the torch backend.
+        movers: what :func:`find_movers` gave; ``None``: the Triton backend.
 
     Returns:
         Bool ``[R]``: True where the position named a row that moved.
     """
-    if backend == "triton":
+    if movers is None:
         return launch_promote(ids, mask, storage, chain, places, states, per_id)
-    assert movers is not None
-    return cpu.promote(ids, mask, storage, chain, places, states, per_id, movers)
+    _KERNELS[movers.backend].promote(movers, storage, chain, places, states, per_id)
+    return movers.moved
 
 
 def insert(
@@ -65,25 +87,18 @@ def insert(
     places: Places,
     states: Filled,
     per_id: Filled,
-    *,
-    backend: str,
+    movers: Movers | None = None,
 ) -> Tensor:
     """Give ``ids`` without a row a zero row of ``level``; else as :func:`promote`."""
-    if backend == "triton":
+    if movers is None:
         return launch_insert(ids, level, storage, places, states, per_id)
-    return cpu.insert(ids, level, storage, places, states, per_id)
+    _KERNELS[movers.backend].insert(movers, level, storage, places, states, per_id)
+    return movers.moved
 
 
-def free(ids: Tensor, storage: Tensor, places: Places, *, backend: str) -> Tensor:
+def free(ids: Tensor, storage: Tensor, places: Places, movers: Movers | None = None) -> Tensor:
     """Give the rows of ``ids`` back; their ids have none afterwards. Else as :func:`promote`."""
-    if backend == "triton":
+    if movers is None:
         return launch_free(ids, storage, places)
-    return cpu.free(ids, places)
-
-
-def find_movers(ids: Tensor, mask: Tensor | None, layout: Layout) -> Movers:
-    """The rows that :func:`promote` moves on the torch backend, whose room is made beforehand.
-
-    Reads the device. ``layout`` ends with the sinks of :class:`~esapn_kernels.ops.layout.Places`.
-    """
-    return cpu.find_movers(ids, mask, layout)
+    _KERNELS[movers.backend].free(movers, storage, places)
+    return movers.moved

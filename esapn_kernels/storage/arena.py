@@ -188,8 +188,8 @@ class Arena(Locations):
     ) -> Places:
         """What a call that moves up to ``rows`` rows works on; see :meth:`_make_room`.
 
-        The torch backend, which says its ``exact`` needs, has no use for ``owner``. It needs room
-        for all rows, so it grows the arena after a capture too; during one it cannot run.
+        The backends that say their ``exact`` needs have no use for ``owner``. They need room for
+        all rows, so they grow the arena after a capture too; during one they cannot run.
         """
         self._check_movable()
         self.followers.remember_layout()
@@ -211,13 +211,11 @@ class Arena(Locations):
             if not is_exact and free.owner is None:
                 free.owner = free.new_owner(self.num_rows)
             owner = free.owner
-        layout = Layout(self.row_start, self.page_level, self.sizes, self.page)
-        if is_exact:
-            self._count_move()
-            return free.at(layout)
-        # The kernels count, and ``_end`` does: should one fail, what they wrote is looked at.
+        # The operators count, and ``_end`` does: should a kernel fail, what it wrote is looked at.
         self._digest = None
-        torch.autograd.graph.increment_version(self.moves)
+        if not is_exact:
+            torch.autograd.graph.increment_version(self.moves)
+        layout = Layout(self.row_start, self.page_level, self.sizes, self.page)
         return free.at(layout, owner, self.moves)
 
     def _count_move(self) -> None:
@@ -226,9 +224,9 @@ class Arena(Locations):
         if self._counted is not None:
             self._counted += 1
 
-    def _end(self, places: Places) -> None:
-        """Count what kernels counted; request the counters, where the host does not read them."""
-        if places.moves is not None and self._counted is not None:
+    def _end(self) -> None:
+        """Count what was counted; request the counters, where the host does not read them."""
+        if self._counted is not None:
             self._counted += 1
         self._remember()
         free = self._free_lists()
@@ -290,7 +288,7 @@ class Arena(Locations):
             mask: bool ``[R]``.
             carries: the hops pad with zeros and are not trained: Adagrad's sums go along, see
                 ``followers``.
-            backend: ``auto`` | ``triton`` | ``torch``.
+            backend: ``auto`` | ``triton`` | ``native`` | ``torch``.
 
         Returns:
             Bool ``[R]``: True where the position named a row that this call moved; every
@@ -305,12 +303,10 @@ class Arena(Locations):
         self._check_accepted()
         exact = movers = None
         if backend != "triton":
-            layout = Layout(self.row_start, self.page_level, self.sizes, self.page)
-            movers = resize.find_movers(ids, mask, layout)
-            if not movers[0].numel():
-                return torch.zeros_like(ids, dtype=torch.bool)
-            given = torch.bincount(movers[1], minlength=len(self.sizes)).tolist()
-            exact = [0, *given[:-1]], given
+            movers = self._find_movers(ids, mask, "promote", backend)
+            if not any(movers.per_level):
+                return movers.moved
+            exact = [0, *movers.per_level[:-1]], movers.per_level
         before = None
         if carries:
             in_range = (ids >= 0) & (ids < self.num_rows)
@@ -319,8 +315,8 @@ class Arena(Locations):
         places = self._begin(ids.numel(), exact=exact)
         operands = ids, mask, self.storage.detach(), chain.detach(), places
         states = self.followers.fresh()
-        moved = resize.promote(*operands, *states, backend=backend, movers=movers)
-        self._end(places)
+        moved = resize.promote(*operands, *states, movers)
+        self._end()
         if before is not None:
             self.followers.carry(*before, moved, places.row_size)
         return moved
@@ -345,17 +341,15 @@ class Arena(Locations):
         """
         backend = resolve_backend(backend, ids.device)
         self._check_accepted()
-        exact = None
+        exact = movers = None
         if backend != "triton":
-            _refuse_repeated(ids, "insert")
-            if bool((self.row_start[ids] >= 0).any()):
-                raise ValueError("insert takes ids that have no row")
+            movers = self._find_movers(ids, None, "insert", backend)
             taken = [ids.numel() if k == level else 0 for k in range(len(self.sizes))]
             exact = taken, [0] * len(taken)
         places = self._begin(ids.numel(), exact=exact)
         operands = ids, level, self.storage.detach(), places
-        moved = resize.insert(*operands, *self.followers.fresh(), backend=backend)
-        self._end(places)
+        moved = resize.insert(*operands, *self.followers.fresh(), movers)
+        self._end()
         return moved
 
     @unrecorded
@@ -375,17 +369,30 @@ class Arena(Locations):
         """
         backend = resolve_backend(backend, ids.device)
         self._check_accepted()
-        exact = None
+        exact = movers = None
         if backend != "triton":
-            _refuse_repeated(ids, "free")
-            if bool((self.row_start[ids] < 0).any()):
-                raise ValueError("free takes ids that have a row")
-            given = torch.bincount(self.level(ids), minlength=len(self.sizes)).tolist()
-            exact = [0] * len(given), given
+            movers = self._find_movers(ids, None, "free", backend)
+            exact = [0] * len(self.sizes), movers.per_level
         places = self._begin(ids.numel(), takes=False, exact=exact)
-        moved = resize.free(ids, self.storage.detach(), places, backend=backend)
-        self._end(places)
+        moved = resize.free(ids, self.storage.detach(), places, movers)
+        self._end()
         return moved
+
+    def _find_movers(
+        self, ids: Tensor, mask: Tensor | None, call: str, backend: str
+    ) -> resize.Movers:
+        """The rows that ``call`` moves on a backend other than Triton.
+
+        Raises:
+            ValueError: ids that ``insert`` or ``free`` does not take.
+        """
+        layout = Layout(self.row_start, self.page_level, self.sizes, self.page)
+        movers = resize.find_movers(ids, mask, layout, call, backend=backend)
+        if call != "promote" and sum(movers.per_level) != ids.numel():
+            if ids.numel() != ids.unique().numel():
+                raise ValueError(f"{call} takes distinct ids")
+            raise ValueError(f"{call} takes ids that have {'no' if call == 'insert' else 'a'} row")
+        return movers
 
     def _grow(self, pages: int, *, at_once: bool = False) -> None:
         """Add pages; an eighth at least unless ``at_once``, at most what is allowed."""
@@ -451,8 +458,3 @@ class Arena(Locations):
         self._count_move()
         self._replace(storage, starts, page_level, grown)
         self._free = None
-
-
-def _refuse_repeated(ids: Tensor, call: str) -> None:
-    if ids.numel() != ids.unique().numel():
-        raise ValueError(f"{call} takes distinct ids")

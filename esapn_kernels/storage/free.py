@@ -93,10 +93,8 @@ class FreeLists:
         for mine, given in zip(present, stacks, strict=True):
             mine.copy_(given)
 
-    def at(
-        self, layout: Layout, owner: Tensor | None = None, moves: Tensor | None = None
-    ) -> Places:
-        """What rows that move on ``layout`` work on; the Triton backend has the last two."""
+    def at(self, layout: Layout, owner: Tensor | None, moves: Tensor) -> Places:
+        """What rows that move on ``layout`` work on; only the Triton backend has an ``owner``."""
         return Places(
             layout,
             self.rows,

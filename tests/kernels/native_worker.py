@@ -1,4 +1,4 @@
-"""What ``test_cpu_native.py`` runs in processes of their own: ``python -m`` this, a name, arguments."""
+"""What ``test_cpu_native.py`` runs in processes of their own, by name."""
 
 from __future__ import annotations
 

@@ -268,6 +268,22 @@ class History(RuleBasedStateMachine):
         arena.storage.grad[free] = float("nan")
 
 
+class NativeHistory(History):
+    backend = "native"
+
+
+class EitherHistory(History):
+    """The backends of CPUs take turns."""
+
+    def __init__(self):
+        super().__init__()
+        self.turns = random.Random(0)
+
+    @property
+    def backend(self):
+        return self.turns.choice(["native", "torch"])
+
+
 class KernelHistory(History):
     backend = "triton"
 
@@ -299,6 +315,10 @@ def kernels_on(device, monkeypatch):
 quick = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True}
 TestHistory = History.TestCase
 TestHistory.settings = settings(max_examples=30, stateful_step_count=20, **quick)
+TestNativeHistory = NativeHistory.TestCase
+TestNativeHistory.settings = settings(max_examples=30, stateful_step_count=20, **quick)
+TestEitherHistory = EitherHistory.TestCase
+TestEitherHistory.settings = settings(max_examples=15, stateful_step_count=20, **quick)
 TestDeviceHistory = DeviceHistory.TestCase
 TestDeviceHistory.settings = settings(max_examples=5, stateful_step_count=12, **quick)
 TestKernelHistory = KernelHistory.TestCase
@@ -369,9 +389,10 @@ def test_compact_shrinks_to_the_minimum(device):
     check_bytes(arena)
 
 
+@pytest.mark.parametrize("host", ["torch", "native"])
 @pytest.mark.parametrize("spare_pages", [0, 4000])
 @pytest.mark.parametrize("sizes", [(1, 2, 3), (2, 17)], ids=name)
-def test_many_small_promotions(sizes, spare_pages):
+def test_many_small_promotions(sizes, spare_pages, host):
     """What the host knows of pages and stacks is never wrong."""
     n_rows, last = 1500, len(sizes) - 1
     arena = with_page(18, n_rows, sizes, dtype=torch.float64)
@@ -381,7 +402,7 @@ def test_many_small_promotions(sizes, spare_pages):
     rows = [arena.read(i) for i in range(n_rows)]
     levels = [0] * n_rows
     for ids in torch.randperm(n_rows).repeat(last).split(30):
-        assert arena.promote(ids, chain, backend="torch").all()
+        assert arena.promote(ids, chain, backend=host).all()
         for i in ids.tolist():
             rows[i] = promote_reference(rows[i], levels[i], chain, sizes)
             levels[i] += 1
@@ -531,7 +552,10 @@ def test_free_places_are_found_before_a_capture(device):
         assert arena.promote(ids, chain, backend="triton").all()
 
 
-def test_the_torch_backend_finds_room_after_a_capture(device):
+@pytest.mark.parametrize("host", ["torch", "native"])
+def test_the_host_finds_room_after_a_capture(host, device):
+    if host == "native" and device.type != "cpu":
+        pytest.skip("native kernels run on CPUs")
     arena = with_page(36, 100, (2, 17), device=device)
     fill(arena)
     rows = [arena.read(i) for i in range(100)]
@@ -540,21 +564,22 @@ def test_the_torch_backend_finds_room_after_a_capture(device):
     arena.reserve(1)
     with mock.patch.object(arena_file, "is_capturing", return_value=True):
         arena.promote(ids[:1], chain, backend="triton")
-    assert arena.promote(ids[1:50], chain, backend="torch").all()
-    arena.free(ids[1:50], backend="torch")
-    arena.insert(ids[1:50], 0, backend="torch")
+    assert arena.promote(ids[1:50], chain, backend=host).all()
+    arena.free(ids[1:50], backend=host)
+    arena.insert(ids[1:50], 0, backend=host)
     check_accounts(arena)
     for i in range(50, 100):
         assert torch.equal(arena.read(i), rows[i])
 
 
-def test_a_cap_on_the_host_raises_before_anything_moves():
+@pytest.mark.parametrize("host", ["torch", "native"])
+def test_a_cap_on_the_host_raises_before_anything_moves(host):
     arena = with_page(32, 64, (2, 8), max_elements=320)
     arena.storage.data.normal_()
     rows, levels = [arena.read(i) for i in range(64)], arena.level()
     chain = torch.randn(chain_numel((2, 8)))
     for call in (
-        lambda: arena.promote(torch.arange(64), chain),
+        lambda: arena.promote(torch.arange(64), chain, backend=host),
         lambda: arena.reserve(64),
     ):
         with pytest.raises(RuntimeError, match="arena is full.*max_elements=320 allows 6"):
@@ -564,8 +589,8 @@ def test_a_cap_on_the_host_raises_before_anything_moves():
             assert torch.equal(arena.read(i), rows[i])
         check_accounts(arena)
     # Six more pages of 4 rows; and a page of small rows that is emptied comes back.
-    assert arena.promote(torch.arange(24), chain).all()
-    assert arena.promote(torch.arange(24, 28), chain).all()
+    assert arena.promote(torch.arange(24), chain, backend=host).all()
+    assert arena.promote(torch.arange(24, 28), chain, backend=host).all()
     assert arena.storage.numel() == 320
     check_accounts(arena)
     with pytest.raises(ValueError, match="max_elements=100"):
@@ -682,21 +707,22 @@ def test_promote_in_a_graph(device):
     check_accounts(arena.cpu())
 
 
+@pytest.mark.parametrize("host", ["torch", "native"])
 @pytest.mark.parametrize(
     "call, words",
     [
-        (lambda a: a.insert(torch.tensor([3, 3]), 0), "distinct"),
-        (lambda a: a.insert(torch.tensor([0]), 0), "no row"),
-        (lambda a: a.free(torch.tensor([0, 0])), "distinct"),
-        (lambda a: a.free(torch.tensor([3])), "have a row"),
+        (lambda a, host: a.insert(torch.tensor([3, 3]), 0, backend=host), "distinct"),
+        (lambda a, host: a.insert(torch.tensor([0]), 0, backend=host), "no row"),
+        (lambda a, host: a.free(torch.tensor([0, 0]), backend=host), "distinct"),
+        (lambda a, host: a.free(torch.tensor([3]), backend=host), "have a row"),
     ],
     ids=["insert-twice", "insert-held", "free-twice", "free-nothing"],
 )
-def test_misuse_changes_nothing(call, words):
+def test_misuse_changes_nothing(call, words, host):
     arena = Arena(4, (2, 4), level=torch.tensor([0, 1, 0, -1]))
     before = {key: value.clone() for key, value in arena.state_dict().items()}
     with pytest.raises(ValueError, match=words):
-        call(arena)
+        call(arena, host)
     for key, value in arena.state_dict().items():
         assert torch.equal(value, before[key]), key
 

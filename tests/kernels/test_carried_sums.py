@@ -75,9 +75,11 @@ def test_padded_outputs_have_one_variance_at_every_size():
 # Sums that go along
 
 
+@pytest.mark.parametrize("host", ["torch", "native"])
 @pytest.mark.parametrize("ids", [[1], [1, 6, 3], [0, 11, 7, 2], list(range(12))])
-def test_sums_are_carried_exactly(ids):
+def test_sums_are_carried_exactly(ids, host):
     table, optimizer = taught()
+    table.backend = host
     before = {i: sums_of(table, optimizer, i) for i in range(12)}
     everyone = torch.arange(12)
     outputs = table(everyone).detach()

@@ -217,14 +217,14 @@ def forms(case):
 def test_forms(sizes, dtype, isa):
     case = make_case(sizes, 60, 300, dtype)
     first = None
-    for grad_out, *given in forms(case):
-        storage = given[1]
-        dense = cpu.lookup_bwd(grad_out, *given)
-        sparse, hops = cpu.lookup_bwd_sparse(grad_out, *given)
+    for grad_out, *rest in forms(case):
+        storage = rest[1]
+        dense = cpu.lookup_bwd(grad_out, *rest)
+        sparse, hops = cpu.lookup_bwd_sparse(grad_out, *rest)
         assert torch.equal(sparse.to_dense(), dense[0]) and torch.equal(hops, dense[1])
         update = Update("sgd", torch.tensor(rule_numbers(0.5), dtype=torch.float64))
-        out, before = cpu.lookup_fwd(*given), storage.clone()
-        hops = cpu.lookup_bwd_update(grad_out, *given, update)
+        out, before = cpu.lookup_fwd(*rest), storage.clone()
+        hops = cpu.lookup_bwd_update(grad_out, *rest, update)
         found = (out, *dense, hops, storage.clone())
         storage.copy_(before)
         first = first or found
@@ -267,7 +267,7 @@ def test_hops_of_another_dtype(dtype, hops, isa):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=name)
 def test_outputs_larger_than_the_caches(dtype, isa):
-    """Written past them where they are aligned: the same bits, in their memory and not beside it."""
+    """Written past them where they are aligned: the same bits, and nothing beside the output."""
     case = make_case(PAPER, 500, 0, dtype)
     count = (1 << 24) // (PAPER[-1] * compute_dtype(dtype).itemsize) + 300
     ids = torch.randint(500, (count,))
@@ -320,13 +320,13 @@ class Definition:
 
 OPTIMIZERS = {
     "sgd": (optim.SGD, {}, {}),
-    "adagrad": (optim.Adagrad, {"eps": 1e-2}, {"initial_accumulator_value": 0.5}),
+    "adagrad": (optim.Adagrad, {"eps": 0.1}, {"initial_accumulator_value": 0.5}),
     "rowwise_adagrad": (
         optim.Adagrad,
-        {"eps": 1e-2},
+        {"eps": 0.1},
         {"initial_accumulator_value": 0.5, "rowwise": True},
     ),
-    "adam": (optim.Adam, {"eps": 1e-2, "betas": (0.8, 0.95)}, {}),
+    "adam": (optim.Adam, {"eps": 0.1, "betas": (0.8, 0.95)}, {}),
 }
 sizes_of_any = st.sets(st.integers(1, 130), min_size=1, max_size=6).map(lambda s: tuple(sorted(s)))
 
@@ -386,8 +386,7 @@ def test_any_steps(drawn, rule, isa, steps):
     kind, both, own = OPTIMIZERS[rule]
     rows = kind(module, lr=0.1, **both, **own)
     fresh = own.get("initial_accumulator_value", 0.0)
-    dtype = case.hops.dtype
-    definitions = [Definition(case, rule, kind, fresh) for kind in (torch.float64, dtype)]
+    definition = Definition(case, rule, torch.float64, fresh)
     before = native.use(isa)
     try:
         for step in range(steps):
@@ -398,22 +397,23 @@ def test_any_steps(drawn, rule, isa, steps):
             module(ids).backward(grad_out)
             if padding_idx is not None:
                 grad_out[ids == padding_idx] = 0
-            for definition in definitions:
-                definition.run(ids, grad_out, both)
+            definition.run(ids, grad_out, both)
     finally:
         native.use(before)
-    exact, eager = definitions
     (parameter,) = rows.param_groups[0]["params"]
-    assert_matches(parameter.detach().flatten(), exact.storage, eager.storage, name="rows")
-    state = dict(rows.state[parameter])
+    found = [parameter.detach(), *rows.state[parameter].values()]
     if rule == "adam":
-        last = [exact.last.get(i, 0) for i in range(module.num_embeddings)]
-        assert state.pop("last_step").tolist() == last
-        assert state.pop("clock")[0] == steps
+        last = [definition.last.get(i, 0) for i in range(module.num_embeddings)]
+        *found, last_step, clock = found
+        assert last_step.tolist() == last and clock[0] == steps
+    # The yardstick knows no steps: they carry errors on, and fp64 has none better to compare with.
+    tolerance = 1e-9 if parameter.dtype == torch.float64 else 1e-4
     used = row_elements(case.module, case.ids)
-    for own, x, e in zip(state.values(), exact.state, eager.state, strict=True):
-        where = slice(None) if rule == "rowwise_adagrad" else used
-        assert_matches(own.flatten()[where], x[where], e[where], name="state")
+    for own, exact in zip(found, [definition.storage, *definition.state], strict=True):
+        own = own.flatten().double()
+        if exact is not definition.storage and rule != "rowwise_adagrad":
+            own, exact = own[used], exact[used]
+        torch.testing.assert_close(own, exact, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -736,7 +736,7 @@ def test_a_chain_written_behind_its_version(threads):
 
 @pytest.fixture(scope="module")
 def far():
-    """16-bit rows at both ends of 4 GB, of which almost nothing is touched; and the same, packed."""
+    """16-bit rows at both ends of 4 GB, almost none of it touched; and the same rows, packed."""
     page, sizes = 4096, (3, 8, 40)
     pages = 2**31 // page + 3
     storage = torch.zeros(pages * page, dtype=torch.bfloat16)

@@ -1,19 +1,23 @@
 """resize.py: a promotion does not change the output, and touches nothing else."""
 
+import hypothesis.strategies as st
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
 
 from esapn_kernels import ResizableEmbedding
 from esapn_kernels.cpu.resize import fill_rows, promote_rows
 from esapn_kernels.gpu import launch, resize
 from esapn_kernels.gpu.resize import launch_fill
+from esapn_kernels.ops import backend as backends
+from esapn_kernels.ops import resize as operators
 from esapn_kernels.ops.chain import chain_numel
-from esapn_kernels.ops.layout import UNCLAIMED
+from esapn_kernels.ops.layout import UNCLAIMED, Layout
 from esapn_kernels.reference import lookup_reference, promote_reference
 from esapn_kernels.storage import locations
 from esapn_kernels.storage.arena import Arena
 from esapn_kernels.testing import assert_matches, make_case, row_elements
-from tests.kernels.layouts import LAYOUTS, ODD, SMALL, TINY, compared, name, tiled
+from tests.kernels.layouts import DTYPES, LAYOUTS, ODD, SMALL, TINY, compared, name, tiled
 
 
 def definition(module, ids, dtype):
@@ -22,9 +26,11 @@ def definition(module, ids, dtype):
     return lookup_reference(ids, *operands, *arena.layout.flat)
 
 
-@pytest.mark.parametrize(
-    "sizes, dtype, backend", compared([*LAYOUTS, *tiled()]), indirect=["backend"], ids=name
-)
+COMPARED = compared([*LAYOUTS, *tiled()])
+COMPARED += [(*case[:2], "native") for case in COMPARED if case[2] == "torch"]
+
+
+@pytest.mark.parametrize("sizes, dtype, backend", COMPARED, indirect=["backend"], ids=name)
 def test_the_output_stays(sizes, dtype, backend, device, nan_empty):
     case = make_case(sizes, 25, 18, dtype, device, backend=backend)
     module, ids = case.module, case.ids
@@ -101,8 +107,8 @@ def test_nothing_to_do(mask, backend, device):
 
 
 def test_the_order_of_ids_does_not_matter(backend, device):
+    """The torch path gives the same bits; kernels hand rows out in the order of positions."""
     ids = torch.tensor([5, 1, 8, 0, 3], device=device)
-    """The CPU path gives the same bits; the kernels hand rows out in the order of positions."""
     states, rows = [], []
     for order in (ids, ids.flip(0), torch.cat([ids, ids])):
         module = make_case(SMALL, 9, 0, device=device, backend=backend).module
@@ -141,6 +147,7 @@ def test_the_cpu_path_writes_new_rows_only(dtype, device, nan_empty):
     assert torch.equal(storage[~written], before[~written])
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"], indirect=True)
 @pytest.mark.parametrize("sizes", [SMALL, ODD, (127, 130)], ids=name)
 def test_fill_rows(sizes, backend, device):
     case = make_case(sizes, 10, 0, device=device)
@@ -288,7 +295,8 @@ def consistent(arena):
     for page in pages:
         assert int(arena.page_level[page]) == -1
         assert not owner[page * arena.page : (page + 1) * arena.page].any()
-    assert int(arena.row_start[-1]) == -1 and (free.owner == UNCLAIMED).all()
+    assert int(arena.row_start[-1]) == -1
+    assert free.owner is None or (free.owner == UNCLAIMED).all()
 
 
 @pytest.mark.parametrize("ids_dtype", [torch.int64, torch.int32], ids=name)
@@ -352,19 +360,19 @@ def test_many_ids_at_once(small_steps, wide_tiles, device):
     level = torch.randint(0, 4, (n_rows,), generator=generator)
     ids = torch.randint(0, n_rows, (3000,), generator=generator).to(device)
     arenas, moved = [], []
-    for backend in ("torch", "triton", "triton"):
+    for backend in ("torch", "triton", "triton", *["native"] * (device.type == "cpu")):
         arena = Arena(n_rows, sizes, level=level, device=device)
         fill(arena, torch.Generator().manual_seed(3))
         chain = torch.randn(chain_numel(sizes), generator=torch.Generator().manual_seed(4))
         moved.append(arena.promote(ids, chain.to(device), backend=backend))
         arenas.append(arena)
-    consistent(arenas[1])
-    assert torch.equal(moved[0], level.to(device)[ids] < 3) and torch.equal(moved[0], moved[1])
-    assert torch.equal(arenas[0].level(), arenas[1].level())
-    counts = [arena._free.count[:-1].tolist() for arena in arenas]
-    assert counts[0] == counts[1]
-    for i in range(0, n_rows, 7):
-        torch.testing.assert_close(arenas[0].read(i), arenas[1].read(i), rtol=1e-5, atol=1e-5)
+    assert torch.equal(moved[0], level.to(device)[ids] < 3)
+    for arena, said in zip(arenas[1:], moved[1:], strict=True):
+        consistent(arena)
+        assert torch.equal(moved[0], said) and torch.equal(arenas[0].level(), arena.level())
+        assert torch.equal(arenas[0]._free.count[:-1], arena._free.count[:-1])
+        for i in range(0, n_rows, 7):
+            torch.testing.assert_close(arenas[0].read(i), arena.read(i), rtol=1e-5, atol=1e-5)
     # Two equal runs agree in every bit.
     for key, value in arenas[1].state_dict().items():
         assert torch.equal(value, arenas[2].state_dict()[key]), key
@@ -521,8 +529,11 @@ def test_fresh_values_are_exact_in_fp64(backend, device):
     assert (state[row_elements(module, ids[:4])] == 0.1).all()
 
 
-def test_rows_past_two_to_the_31(device, monkeypatch):
+@pytest.mark.parametrize("backend", ["native", "triton"], indirect=True)
+def test_rows_past_two_to_the_31(backend, device, monkeypatch):
     """Starts in int64: on a CPU, a storage whose pages nobody touches costs no memory."""
+    if backend == "native" and device.type != "cpu":
+        pytest.skip("native kernels run on CPUs")
     if device.type == "cuda" and torch.cuda.mem_get_info()[0] < 6 << 30:
         pytest.skip("needs 6 GiB of GPU memory")
     sizes = (2, 4)
@@ -546,10 +557,240 @@ def test_rows_past_two_to_the_31(device, monkeypatch):
     free.count[:] = torch.tensor([0, 0, 1])
     monkeypatch.setattr(Arena, "_make_room", lambda arena, rows, **_: None)
     ids = torch.tensor([2, 0, 2], device=device)
-    assert arena.promote(ids, chain, backend="triton").all()
+    assert arena.promote(ids, chain, backend=backend).all()
     assert arena.level().tolist() == [1, 0, 1, 0]
     for i in range(4):
         expected = promote_reference(rows[i], 0, chain, sizes) if i in (0, 2) else rows[i]
         torch.testing.assert_close(arena.read(i), expected, rtol=1e-2, atol=1e-2)
     assert arena.row_start[[2, 0]].tolist() == [begin + page, begin + page + 4]
     assert sorted(free.rows[: int(free.count[0])].tolist()) == [begin, begin + 4]
+
+
+# ---- the native kernels -------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["avx512", "avx2", "baseline"])
+def instructions(request):
+    """Every instruction set that this machine runs."""
+    if request.param not in backends.native.instruction_sets():
+        pytest.skip(f"needs {request.param}")
+    before = backends.native.use(request.param)
+    yield request.param
+    backends.native.use(before)
+
+
+OTHER_SIZES = [(1,), (1, 2), (3, 16, 17), (5, 6, 7, 64), (2, 4, 8, 16, 64, 128), (40, 513)]
+quick = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True}
+
+
+class Twins:
+    """Two arenas of equal rows, gradients and numbers per id, one for each backend of CPUs."""
+
+    def __init__(self, sizes, dtype, wide, n_rows=60):
+        generator = torch.Generator().manual_seed(7)
+        level = torch.randint(-1, len(sizes), (n_rows,), generator=generator)
+        rows = torch.randn(n_rows, sizes[-1], generator=generator).to(dtype)
+        self.chain = (0.3 * torch.randn(chain_numel(sizes), generator=generator)).to(dtype)
+        self.arenas, self.per_id = {}, {}
+        for backend in ("torch", "native"):
+            arena = Arena(n_rows, sizes, level=level, dtype=dtype)
+            for i in range(n_rows):
+                start, dim = int(arena.row_start[i]), sizes[level[i]]
+                if start >= 0:
+                    arena.storage.data[start : start + dim] = rows[i, :dim]
+            arena.storage.grad = torch.ones_like(arena.storage)
+            optimizer = torch.optim.SGD([arena.storage], lr=0.1)
+            optimizer.state_per_element = {"small": -2.0, "large": 0.1, "bytes": 3.0}
+            optimizer.state_per_id = {"step": 4.0, "sum": 0.1}
+            optimizer.state[arena.storage] = {
+                "small": torch.ones(arena.storage.shape, dtype=torch.bfloat16),
+                "large": torch.ones(arena.storage.shape, dtype=torch.float64),
+                "bytes": torch.ones(arena.storage.shape, dtype=torch.uint8),
+                "step": torch.ones(n_rows, dtype=torch.int32),
+                "sum": torch.ones(n_rows, dtype=torch.float64),
+            }
+            arena.followers.add(optimizer)
+            if wide:
+                arena.row_start = arena.row_start.long()
+            self.arenas[backend] = arena, optimizer
+
+    def call(self, what, *args, **kwargs):
+        said = [
+            getattr(arena, what)(*args, **kwargs, backend=backend)
+            for backend, (arena, _) in self.arenas.items()
+        ]
+        assert torch.equal(*said)
+        self.check()
+        return said[0]
+
+    def check(self):
+        (one, _), (two, _) = self.arenas.values()
+        assert torch.equal(one.level(), two.level()) and one.bytes() == two.bytes()
+        assert torch.equal(one._free_lists().count, two._free_lists().count)
+        consistent(two)
+        tolerance = {torch.float64: 1e-13, torch.float32: 1e-5}.get(one.storage.dtype, 2e-2)
+        elements = []
+        for i, k in enumerate(one.level().tolist()):
+            if k >= 0:
+                expected, found = one.read(i), two.read(i)
+                torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+                elements.append([(int(a.row_start[i]), one.sizes[k]) for a in (one, two)])
+        for mine, other in zip(*map(self.states, self.arenas.values()), strict=True):
+            if mine.shape != one.storage.shape:
+                assert torch.equal(mine, other)
+                continue
+            for (here, dim), (there, _) in elements:
+                assert torch.equal(mine[here : here + dim], other[there : there + dim])
+
+    @staticmethod
+    def states(held):
+        arena, optimizer = held
+        return [arena.storage.grad, *optimizer.state[arena.storage].values()]
+
+
+@settings(max_examples=60, **quick)
+@given(data=st.data())
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_native_kernels_do_what_the_torch_path_does(dtype, data):
+    sizes = data.draw(st.sampled_from([*OTHER_SIZES, SMALL, ODD]))
+    twins = Twins(sizes, dtype, wide=data.draw(st.booleans()))
+    index = data.draw(st.sampled_from([torch.int32, torch.int64]))
+    known = st.integers(0, 59)
+    for _ in range(data.draw(st.integers(1, 5))):
+        what = data.draw(st.sampled_from(["promote", "promote", "insert", "free"]))
+        ids = data.draw(st.lists(known, max_size=90, unique=what != "promote"))
+        level = twins.arenas["torch"][0].level().tolist()
+        if what == "promote":
+            size = len(ids)
+            mask = data.draw(st.none() | st.lists(st.booleans(), min_size=size, max_size=size))
+            mask = None if mask is None else torch.tensor(mask, dtype=torch.bool)
+            twins.call(what, torch.tensor(ids, dtype=index), twins.chain, mask)
+            continue
+        ids = [i for i in ids if (level[i] < 0) == (what == "insert")]
+        target = [data.draw(st.integers(0, len(sizes) - 1))] if what == "insert" else []
+        assert twins.call(what, torch.tensor(ids, dtype=index), *target).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("sizes", [*OTHER_SIZES, SMALL, ODD], ids=name)
+def test_every_instruction_set(sizes, dtype, instructions):
+    twins = Twins(sizes, dtype, wide=False)
+    every = torch.arange(60).flip(0).repeat(2)
+    for _ in sizes:
+        twins.call("promote", every, twins.chain)
+    last = twins.arenas["native"][0].level() == len(sizes) - 1
+    assert twins.call("free", last.nonzero()[:, 0]).all()
+    assert twins.call("insert", last.nonzero()[:, 0], 0).all()
+
+
+def everything(arena):
+    free = arena._free_lists()
+    tensors = [*arena.parameters(), *arena.buffers(), free.rows, free.pages, free.count]
+    return [tensor.detach().clone() for tensor in tensors]
+
+
+@pytest.mark.parametrize("bad", [-1, 20, 2**31 - 1, -(2**31)])
+@pytest.mark.parametrize("ids_dtype", [torch.int64, torch.int32], ids=name)
+def test_an_id_out_of_range_changes_nothing(bad, ids_dtype):
+    arena = Arena(20, SMALL, level=torch.arange(20) % 4 - 1)
+    fill(arena)
+    chain, before = torch.randn(chain_numel(SMALL)), everything(arena)
+    ids = torch.tensor([1, 5, bad, 2], dtype=ids_dtype)
+    masked = torch.tensor([True, True, False, True])
+    for call in (
+        lambda: arena.promote(ids, chain, backend="native"),
+        lambda: arena.promote(ids, chain, masked, backend="native"),
+        lambda: arena.insert(ids, 0, backend="native"),
+        lambda: arena.free(ids, backend="native"),
+        lambda: arena.insert(torch.tensor([0]), 3, backend="native"),
+    ):
+        with pytest.raises(IndexError, match="index out of range in self"):
+            call()
+        assert all(map(torch.equal, everything(arena), before))
+        arena.layout  # noqa: B018  (raises what the next call would)
+
+
+@pytest.mark.parametrize("missing", ["pages", "stack"])
+def test_rows_without_room_change_nothing(missing, monkeypatch):
+    """The kernel looks itself: it writes where the free lists say."""
+    monkeypatch.setattr(locations, "page_elements", lambda *_: 8)
+    arena = Arena(40, SMALL)
+    fill(arena)
+    if missing == "stack":
+        arena._grow(40)
+    monkeypatch.setattr(Arena, "_make_room", lambda arena, rows, **_: None)
+    chain, before = torch.randn(chain_numel(SMALL)), everything(arena)
+    with pytest.raises(RuntimeError, match="no room for the rows"):
+        arena.promote(torch.arange(40), chain, backend="native")
+    assert all(map(torch.equal, everything(arena), before))
+
+
+def test_a_mask_that_repeats_itself_and_one_of_another_shape():
+    arena, chain = Arena(9, SMALL), torch.randn(chain_numel(SMALL))
+    ids = torch.arange(9)
+    moved = arena.promote(ids, chain, (ids % 2 == 0)[None].expand(3, 9)[1], backend="native")
+    assert moved.tolist() == [True, False] * 4 + [True]
+    assert arena.level().tolist() == moved.long().tolist()
+    with pytest.raises(RuntimeError, match="expand"):
+        arena.promote(ids, chain, torch.ones(4, dtype=torch.bool), backend="native")
+
+
+class Opaque(torch.Tensor):
+    """Numbers that are a subclass's own affair."""
+
+
+def test_state_that_no_kernel_can_write():
+    arena = Arena(12, SMALL)
+    chain, n = torch.randn(chain_numel(SMALL)), arena.storage.numel()
+    arena._grow(40)
+    n = arena.storage.numel()
+    optimizer = torch.optim.SGD([arena.storage], lr=0.1)
+    optimizer.state_per_element = {"apart": 5.0, "opaque": 6.0, "plain": 7.0}
+    optimizer.state_per_id = {"ids": 8.0}
+    state = {
+        "apart": torch.ones(2 * n)[::2],
+        "opaque": torch.ones(n).as_subclass(Opaque),
+        "plain": torch.ones(n),
+        "ids": torch.ones(24)[::2],
+    }
+    optimizer.state[arena.storage] = state
+    arena.followers.add(optimizer)
+    ids = torch.tensor([3, 7, 3])
+    assert arena.promote(ids, chain, backend="native").all()
+    new = torch.zeros(n, dtype=torch.bool)
+    for i in (3, 7):
+        start = int(arena.row_start[i])
+        new[start : start + 3] = True
+    for key, value in (("apart", 5.0), ("opaque", 6.0), ("plain", 7.0)):
+        assert torch.equal(torch.Tensor(state[key]), torch.where(new, value, 1.0)), key
+    assert state["ids"].tolist() == [8.0 if i in (3, 7) else 1.0 for i in range(12)]
+
+
+def test_ids_and_masks_that_lie_apart():
+    one, two = (make_case(SMALL, 30, 0, backend="native").module for _ in range(2))
+    ids, mask = torch.arange(60)[::2] // 2, torch.arange(60) % 3 == 0
+    assert torch.equal(
+        one.promote(ids, mask[::2]), two.promote(ids.contiguous(), mask[::2].contiguous())
+    )
+    for key, value in one.state_dict().items():
+        assert torch.equal(value, two.state_dict()[key]), key
+
+
+def test_movers_are_found_by_level_and_in_order():
+    """What makes room: distinct rows by the level that they leave."""
+    arena = Arena(10, SMALL, level=torch.tensor([0, 1, 2, -1, 0, 1, 2, 0, 0, 1]))
+    layout = Layout(arena.row_start, arena.page_level, arena.sizes, arena.page)
+    ids = torch.tensor([9, 3, 8, 9, 2, 0, 8, 5])
+    for backend in ("torch", "native"):
+        movers = find(ids, layout, "promote", backend)
+        assert movers.per_level == [2, 2, 0] and movers.backend == backend
+        assert movers.moved.tolist() == [True, False, True, True, False, True, True, True]
+    (found,) = movers.found
+    assert found[3:7].tolist() == [8, 0, 9, 5]
+    assert torch.equal(found[7:11], arena.row_start[found[3:7]].long())
+    assert find(ids, layout, "free", "native").per_level == [2, 2, 1]
+    assert find(ids, layout, "insert", "native").per_level == [1, 0, 0]
+
+
+def find(ids, layout, call, backend):
+    return operators.find_movers(ids, None, layout, call, backend=backend)
