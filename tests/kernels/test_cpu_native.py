@@ -255,12 +255,10 @@ def test_hops_of_another_dtype(dtype, hops, isa):
         exact = lookup(case.ids, *leaves, case.layout, backend="reference")
         return exact, *grads
 
-    # Sums are of the rows' dtype of sums at least.
-    coarse = torch.promote_types(torch.float32, torch.float32)
     kinds = dtype, dtype, hops
     found = out.detach(), storage.grad, chain.grad
     for part, kind, a, x, e in zip(
-        PARTS, kinds, found, expected(torch.float64), expected(coarse), strict=True
+        PARTS, kinds, found, expected(torch.float64), expected(torch.float32), strict=True
     ):
         assert_matches(a.to(kind), x, e.to(kind), name=part)
 
@@ -492,7 +490,7 @@ def test_a_second_thread_runs():
 # Refusals
 
 
-BAD = {"negative": [-1], "above": [30], "far": [2**31 - 1], "farther": [2**40], "low": [-(2**31)]}
+BAD = {"negative": -1, "above": 30, "far": 2**31 - 1, "farther": 2**40, "low": -(2**31)}
 
 
 def state_of(rule, case):
@@ -504,8 +502,16 @@ def state_of(rule, case):
     return Update(rule, numbers, state, per_id, clock)
 
 
-@pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=name)
-@pytest.mark.parametrize("bad", [*BAD, "no row", "freed page"])
+@pytest.mark.parametrize(
+    "bad, index",
+    [
+        (bad, index)
+        for bad in [*BAD, "no row", "freed page"]
+        for index in (torch.int32, torch.int64)
+        if (bad, index) != ("farther", torch.int32)
+    ],
+    ids=name,
+)
 @pytest.mark.parametrize("n_ids", [3, 700])
 def test_bad_ids_change_nothing(n_ids, bad, index, isa):
     case = make_case(SMALL, 30, n_ids)
@@ -513,10 +519,8 @@ def test_bad_ids_change_nothing(n_ids, bad, index, isa):
     row_start, page_level = layout.row_start.clone(), layout.page_level.clone()
     layout = Layout(row_start, page_level, layout.sizes, layout.page)
     if bad in BAD:
-        if index == torch.int32 and abs(BAD[bad][0]) > 2**31:
-            pytest.skip("no int32")
         ids = ids.to(index)
-        ids[-2] = BAD[bad][0]
+        ids[-2] = BAD[bad]
     elif bad == "no row":
         row_start[ids[-2]] = -1
         ids = ids.to(index)
@@ -691,7 +695,6 @@ def test_a_chain_written_behind_its_version(threads):
     found = []
     for backend in ("torch", "native"):
         module = make_case(SMALL, 30, 0, backend=backend).module
-        ids, grad_out = torch.arange(30).repeat(2), torch.randn(60, 8)
         ids, grad_out = torch.arange(30).repeat(2), torch.ones(60, 8) * torch.arange(8)
         turn = [threading.Semaphore(1), threading.Semaphore(0)]
         seen = []
