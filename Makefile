@@ -33,7 +33,7 @@ ASAN := build/asan
 ASAN_CXX ?= g++
 ASAN_FLAGS := -std=c++17 -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all \
   -fvisibility=hidden -fno-exceptions -fno-rtti -fPIC -Wno-psabi -DPy_LIMITED_API=0x030A0000
-ASAN_TESTS := compose lookup lookup_bwd resize arena update native_*
+ASAN_TESTS := compose lookup lookup_bwd resize arena update nonfinite cpu_native
 CSRC := $(wildcard esapn_kernels/csrc/*)
 
 asan: $(STAMP) $(patsubst esapn_kernels/csrc/%.cpp,$(ASAN)/%.o,$(filter %.cpp,$(CSRC))) ## the native kernels' tests under address and undefined-behaviour sanitizers
@@ -41,7 +41,7 @@ asan: $(STAMP) $(patsubst esapn_kernels/csrc/%.cpp,$(ASAN)/%.o,$(filter %.cpp,$(
 	@cp -r conftest.py pyproject.toml README.md esapn_kernels tests $(ASAN)/tree
 	@rm -f $(ASAN)/tree/esapn_kernels/_native*
 	$(ASAN_CXX) $(ASAN_FLAGS) -shared $(filter %.o,$^) -o $(ASAN)/tree/esapn_kernels/_native.abi3.so
-	@cd $(ASAN)/tree && ESAPN_CPU_BACKEND=native ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	@cd $(ASAN)/tree && ESAPN_CPU_BACKEND=native ASAN_OPTIONS=detect_leaks=0:max_malloc_fill_size=1048576:malloc_fill_byte=255 UBSAN_OPTIONS=print_stacktrace=1 \
 	  LD_PRELOAD="$$($(ASAN_CXX) -print-file-name=libasan.so) $$($(ASAN_CXX) -print-file-name=libstdc++.so)" \
 	  $(abspath $(BIN))/python -m pytest --capture=sys -k native -p no:cacheprovider $(WORKERS) \
 	  $(wildcard $(ASAN_TESTS:%=tests/kernels/test_%.py)) $(PYTEST_ARGS)

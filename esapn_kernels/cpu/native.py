@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ..ops.backend import native
-from ..ops.chain import compute_dtype
+from ..ops.chain import chain_numel, compute_dtype
+from ..ops.checks import check_ids
 from ..ops.layout import Layout
 from ..ops.update import Update
 
@@ -28,6 +29,7 @@ __all__ = [
     "lookup_bwd_update",
     "lookup_fwd",
     "packed",
+    "takes_state",
 ]
 
 DTYPE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -45,9 +47,19 @@ def packed(sizes: tuple[int, ...]) -> bytes:
     return struct.pack(f"{len(sizes)}q", *sizes)
 
 
+def _packed_hops(chain: Tensor, sizes: Sequence[int]) -> bytes:
+    """The sizes, as the kernels of the chain take them."""
+    if chain.numel() != chain_numel(sizes):
+        expected = f"{chain_numel(sizes)} numbers for sizes {tuple(sizes)}"
+        raise RuntimeError(f"the packed hops must be {expected}, got {chain.numel()}")
+    return packed(tuple(sizes))
+
+
 def _table(layout: Layout, ids: Tensor) -> tuple[int | bytes, ...]:
     """Where the rows lie, and the ids, as every kernel takes them."""
     row_start = layout.row_start
+    if ids.dtype is not torch.int64 and ids.dtype is not torch.int32:
+        check_ids(ids, row_start.numel(), read=False)
     return (
         row_start.data_ptr(),
         row_start.element_size(),
@@ -110,6 +122,12 @@ def _in_dtype_of_sums(composed: Tensor, storage: Tensor) -> Tensor:
     return composed.to(compute_dtype(storage.dtype))
 
 
+def _in_memory(grad_out: Tensor) -> Tensor:
+    """The numbers themselves, where torch has yet to turn their sign, or to write zeros."""
+    grad_out = grad_out.contiguous().resolve_neg()
+    return grad_out if grad_out.data_ptr() else torch.zeros_like(grad_out)
+
+
 def _backward(
     grad_out: Tensor,
     ids: Tensor,
@@ -124,7 +142,7 @@ def _backward(
     update: Update | None = None,
 ) -> Tensor | None:
     """What becomes of the rows is in ``rule``; returns the gradient of ``composed``."""
-    ids, grad_out = ids.contiguous(), grad_out.contiguous()
+    ids, grad_out = ids.contiguous(), _in_memory(grad_out)
     if grad_out.dtype not in DTYPE:
         grad_out = grad_out.to(composed.dtype)
     operand = _in_dtype_of_sums(composed, storage)
@@ -192,7 +210,7 @@ def lookup_bwd_sparse(
     ids = ids.contiguous()
     padding = -1 if padding_idx is None else padding_idx
     count = native.count_elements(*_table(layout, ids), padding)
-    elements = torch.empty(count, dtype=torch.int64)
+    elements = torch.empty(count, dtype=torch.int64, device=storage.device)
     values = storage.new_empty(count)
     operands = (grad_out, ids, storage, composed, layout, want_composed, padding_idx)
     grad_composed = _backward(*operands, "sparse", values, elements)
@@ -200,6 +218,18 @@ def lookup_bwd_sparse(
         elements[None], values, storage.shape, check_invariants=False, is_coalesced=False
     )
     return grad_storage, grad_composed
+
+
+def takes_state(update: Update, storage: Tensor) -> bool:
+    """Whether the state is what :func:`lookup_bwd_update` reads: rows may have changed their dtype.
+
+    Where it is not, the torch path steps the rows.
+    """
+    sums = compute_dtype(storage.dtype)
+    per_id, numbers = update.per_id, torch.int32 if update.rule == "adam" else sums
+    return all(held.dtype is sums and held.is_contiguous() for held in update.state) and (
+        per_id is None or (per_id.dtype is numbers and per_id.is_contiguous())
+    )
 
 
 def lookup_bwd_update(
@@ -227,9 +257,10 @@ def lookup_bwd_update(
 def compose(chain: Tensor, sizes: Sequence[int]) -> Tensor:
     """``[K, D]``: see :func:`esapn_kernels.ops.compose.compose`."""
     chain = _in_dtype_of_sums(chain.detach(), chain).contiguous()
+    sizes_of_hops = _packed_hops(chain, sizes)
     composed = chain.new_empty((sum(sizes[:-1]) + len(sizes) - 1, sizes[-1]))
     operands = (DTYPE[chain.dtype], chain.data_ptr(), composed.data_ptr())
-    native.compose(packed(tuple(sizes)), *operands)
+    native.compose(sizes_of_hops, *operands)
     return composed
 
 
@@ -241,5 +272,5 @@ def compose_bwd(
     grad_composed, grad_chain = grad_composed.contiguous(), torch.empty_like(hops)
     tensors = (grad_composed, hops, composed, grad_chain)
     addresses = [tensor.data_ptr() for tensor in tensors]
-    native.compose_bwd(packed(tuple(sizes)), DTYPE[hops.dtype], *addresses)
+    native.compose_bwd(_packed_hops(hops, sizes), DTYPE[hops.dtype], *addresses)
     return grad_chain.to(chain.dtype)

@@ -51,7 +51,7 @@ def update_rows(update: Update, storage: Tensor, start: Tensor, ids: Tensor, gra
     elif update.rule == "rowwise_adagrad":
         assert update.per_id is not None
         total = update.per_id.index_select(0, ids) + grad.square().mean(1)
-        update.per_id.index_copy_(0, ids, total)
+        update.per_id.index_copy_(0, ids, total.to(update.per_id.dtype))
         direction = grad / total.sqrt_().add_(eps)[:, None]
     elif update.rule == "adam":
         direction = _adam_direction(update, start, ids, grad)

@@ -163,7 +163,7 @@ class ComposedCache:
         """``compose(chain, sizes)``, not to be written to; chain on a CPU, in plain eager code."""
         if self._kept is not None:
             kept_backend, seen, composed = self._kept
-            if kept_backend == backend and seen.dtype == chain.dtype and _same_bytes(seen, chain):
+            if kept_backend == backend and _same_bytes(seen, chain):
                 return composed
         if torch.is_inference_mode_enabled():
             # What it made could not be saved for a backward outside of it.
@@ -183,6 +183,8 @@ class ComposedCache:
 
 
 def _same_bytes(seen: Tensor, chain: Tensor) -> bool:
+    if seen.dtype != chain.dtype or seen.shape != chain.shape:
+        return False
     if NATIVE_ERROR is None and chain.is_contiguous():
         return native.equal_bytes(seen.data_ptr(), chain.data_ptr(), seen.nbytes)
     # As integers: a number that is none differs from itself.

@@ -388,8 +388,9 @@ class _FusedLookup(torch.autograd.Function):
         ids, storage, chain, composed, _, _ = ctx.saved_tensors
         layout, backend = ctx.layout, ctx.backend
         padding_idx, scale_grad_by_freq, _, _ = ctx.options
-        operands = (ids, storage, composed, layout, ctx.begin_step(), ctx.needs_input_grad[2])
-        if runs_native(backend):
+        update = ctx.begin_step()
+        operands = (ids, storage, composed, layout, update, ctx.needs_input_grad[2])
+        if runs_native(backend) and native.takes_state(update, storage):
             grad_out = _weigh(grad_out, ids, layout.num_rows, None, scale_grad_by_freq)
             grad_composed = native.lookup_bwd_update(grad_out, *operands, padding_idx)
         else:

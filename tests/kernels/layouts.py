@@ -40,11 +40,11 @@ def tiled(shapes: Iterable[Sizes] = FILLED) -> list[tuple[Sizes, torch.dtype]]:
 def compared(
     kernels: Iterable[tuple[Sizes, torch.dtype]],
 ) -> list[tuple[Sizes, torch.dtype, str]]:
-    """``(sizes, dtype, backend)``: torch, which compiles nothing, takes all sizes in all dtypes."""
+    """``(sizes, dtype, backend)``: torch and native compile nothing: all sizes in all dtypes."""
     kernels = list(kernels)
     every = [(sizes, dtype) for sizes in dict(kernels) for dtype in DTYPES]
     return [
-        *((sizes, dtype, "torch") for sizes, dtype in every),
+        *((*pair, backend) for pair in every for backend in ("torch", "native")),
         *((sizes, dtype, "triton") for sizes, dtype in kernels),
     ]
 

@@ -8,6 +8,7 @@ import torch
 
 from esapn_kernels import ResizableEmbedding, optim
 from esapn_kernels.cpu import lookup as cpu
+from esapn_kernels.cpu import native
 from esapn_kernels.gpu import launch
 from esapn_kernels.gpu.lookup_bwd import launch_bwd, launch_bwd_update
 from esapn_kernels.ops.backend import TRITON_ERROR
@@ -17,7 +18,7 @@ from esapn_kernels.ops.lookup import Options, lookup
 from esapn_kernels.ops.update import RULES, Update, rule_numbers
 from esapn_kernels.reference import lookup_grad_reference, update_reference
 from esapn_kernels.testing import assert_matches, make_case, poison_unused, row_elements
-from tests.kernels.layouts import DTYPES, ODD, PAPER, SMALL
+from tests.kernels.layouts import DTYPES, ODD, PAPER, SMALL, compared, name
 
 pytestmark = pytest.mark.skipif(TRITON_ERROR is not None, reason=str(TRITON_ERROR))
 LR, EPS, BETAS, STEP = 0.1, 1e-3, (0.8, 0.95), 5
@@ -179,6 +180,11 @@ def expected_update(case, update, dtype):
     return storage, state, per_id
 
 
+RUN_UPDATE = {
+    "torch": cpu.lookup_bwd_update,
+    "native": native.lookup_bwd_update,
+    "triton": launch_bwd_update,
+}
 LAYOUTS = [
     *((sizes, torch.float32) for sizes in (PAPER, (7,), (127, 130))),
     *((ODD, dtype) for dtype in DTYPES),
@@ -188,11 +194,13 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.parametrize("sizes, dtype", LAYOUTS, ids=str)
+@pytest.mark.parametrize("sizes, dtype, backend", compared(LAYOUTS), indirect=["backend"], ids=name)
 @pytest.mark.parametrize("rule", RULES)
-def test_rules_in_place(rule, sizes, dtype, device, nan_empty):
+def test_rules_in_place(rule, sizes, dtype, backend, device, nan_empty):
     case = make_case(sizes, 24, 30, dtype, device)
-    ids = torch.cat([case.ids, torch.tensor([24, -1], device=device), case.ids[:4]])
+    # Kernels on a GPU pass over ids that do not exist.
+    odd = torch.tensor([24, -1] if backend == "triton" else [], dtype=torch.int64, device=device)
+    ids = torch.cat([case.ids, odd, case.ids[:4]])
     case = with_ids(case, ids)
     valid = (ids >= 0) & (ids < 24)
     known = type(case)(case.module, ids[valid], case.grad_out[valid])
@@ -201,12 +209,11 @@ def test_rules_in_place(rule, sizes, dtype, device, nan_empty):
     eager = expected_update(known, update, dtype)
     storage, composed, layout = operands(case)
     before = storage.clone()
-    old_composed = launch_bwd(known.grad_out, known.ids, storage, composed, layout)[1]
+    old_composed = cpu.lookup_bwd(known.grad_out, known.ids, storage, composed, layout)[1]
     touched = row_elements(case.module, known.ids)
 
-    grad_composed = launch_bwd_update(
-        case.grad_out, case.ids, storage, composed, layout, update=update
-    )
+    run = RUN_UPDATE[backend]
+    grad_composed = run(case.grad_out, case.ids, storage, composed, layout, update=update)
     assert_matches(storage, exact[0], eager[0], name="rows")
     assert torch.equal(storage[~touched], before[~touched])
     for own, x, e in zip(update.state, exact[1], eager[1], strict=True):
@@ -222,7 +229,7 @@ def test_rules_in_place(rule, sizes, dtype, device, nan_empty):
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_an_update_reads_and_writes_nothing_beside_its_rows(rule, device, nan_empty):
+def test_an_update_reads_and_writes_nothing_beside_its_rows(rule, backend, device, nan_empty):
     case = with_ids(make_case(ODD, 40, 0, device=device), list(range(0, 40, 3)) * 2)
     update = make_update(rule, case, torch.float32)
     used = row_elements(case.module, case.ids)
@@ -230,7 +237,8 @@ def test_an_update_reads_and_writes_nothing_beside_its_rows(rule, device, nan_em
         tensor[~used] = float("nan")
     poison_unused(case.module, case.ids)
     storage, composed, layout = operands(case)
-    grad = launch_bwd_update(case.grad_out, case.ids, storage, composed, layout, update=update)
+    run = RUN_UPDATE[backend]
+    grad = run(case.grad_out, case.ids, storage, composed, layout, update=update)
     assert grad.isfinite().all() and storage[used].isfinite().all()
     assert storage[~used].isnan().all()
     for tensor in update.state:
@@ -276,11 +284,12 @@ def test_rows_past_2_31_elements(device):
 
 
 @pytest.mark.parametrize("make", [optim.SGD, optim.Adagrad, optim.Adam])
-def test_both_backends_train_alike(make, device):
+@pytest.mark.parametrize("backend", ["native", "triton"], indirect=True)
+def test_backends_train_alike(make, backend, device):
     results = []
-    for backend in ("torch", "triton"):
+    for each in ("torch", backend):
         torch.manual_seed(0)
-        module = ResizableEmbedding(40, sizes=ODD, backend=backend, device=device)
+        module = ResizableEmbedding(40, sizes=ODD, backend=each, device=device)
         module.promote(torch.arange(0, 40, 3, device=device))
         rows = make(module, lr=0.1)
         dense = torch.optim.SGD(module.parameters(), lr=0.1)
@@ -363,7 +372,7 @@ def test_out(backend, device):
 
 def test_the_chain_is_left_out_where_it_is_frozen(backend, device):
     case = make_case(SMALL, 30, 40, device=device)
-    run = {"torch": cpu.lookup_bwd, "triton": launch_bwd}[backend]
+    run = {"torch": cpu.lookup_bwd, "native": native.lookup_bwd, "triton": launch_bwd}[backend]
     rows, chain = run(case.grad_out, case.ids, *operands(case))
     alone, nothing = run(case.grad_out, case.ids, *operands(case), want_composed=False)
     assert nothing is None and chain.any()

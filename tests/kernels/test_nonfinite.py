@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from esapn_kernels.gpu import launch
+from esapn_kernels.ops.backend import NATIVE_ERROR
 from esapn_kernels.ops.chain import chain_numel
 from esapn_kernels.ops.compose import compose
 from esapn_kernels.ops.lookup import lookup
@@ -17,17 +18,19 @@ from tests.kernels.layouts import PAPER as SIZES
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
 
 
-@pytest.fixture(params=["torch", "small", "grouped"])
+@pytest.fixture(params=["torch", "native", "small", "grouped"])
 def path(request, monkeypatch) -> str:
     """Every way through a lookup of a few ids: the backend to ask for."""
     monkeypatch.setattr(launch, "groups_ids", lambda *_: request.param == "grouped")
-    return "torch" if request.param == "torch" else "triton"
+    if request.param == "native" and NATIVE_ERROR is not None:
+        pytest.skip(NATIVE_ERROR)
+    return request.param if request.param in ("torch", "native") else "triton"
 
 
 @pytest.fixture(autouse=True)
 def fitting(path, device):
-    if path == "torch" and device.type != "cpu":
-        pytest.skip("the torch path is tested on a CPU")
+    if path != "triton" and device.type != "cpu":
+        pytest.skip("the paths of a CPU are tested on a CPU")
 
 
 def with_levels(levels, device):

@@ -3,7 +3,10 @@
 import pytest
 import torch
 
+from esapn_kernels.cpu import native
 from esapn_kernels.cpu.update import update_rows
+from esapn_kernels.ops.backend import NATIVE_ERROR
+from esapn_kernels.ops.layout import Layout
 from esapn_kernels.ops.update import RULES, Update, rule_numbers
 from esapn_kernels.reference import update_reference
 from esapn_kernels.testing import assert_matches
@@ -12,11 +15,20 @@ N_ROWS, EPS, LR, BETAS = 9, 1e-3, 0.1, (0.8, 0.95)
 every_rule = pytest.mark.parametrize("rule", RULES)
 
 
+@pytest.fixture(params=["torch", "native"])
+def run(request):
+    """The implementations of a CPU."""
+    if request.param == "native" and NATIVE_ERROR is not None:
+        pytest.skip(NATIVE_ERROR)
+    return request.param
+
+
 class Table:
     """Rows of one size, with NaN between them and in every place of their state but their own."""
 
-    def __init__(self, rule, dim, dtype, seed=0):
+    def __init__(self, rule, dim, dtype, run="torch", seed=0):
         self.generator = torch.Generator().manual_seed(seed)
+        self.update = {"torch": self.by_torch, "native": self.by_native}[run]
         self.rule, self.dim = rule, dim
         self.state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         # Neither a multiple of dim nor in the order of the ids.
@@ -48,13 +60,27 @@ class Table:
 
     def run(self, rows, grad):
         """One step on the rows numbered ``rows``."""
-        self.step += 1
         if self.clock is not None:
             t = torch.tensor(float(self.step), dtype=torch.float64)
             self.clock = torch.stack([t, BETAS[0] ** t, BETAS[1] ** t])
+        self.step += 1
         numbers = torch.tensor(rule_numbers(LR, EPS, BETAS), dtype=torch.float64)
-        step = Update(self.rule, numbers, self.state, self.per_id, self.clock)
-        update_rows(step, self.storage, self.start[rows], self.ids[rows], grad)
+        self.update(Update(self.rule, numbers, self.state, self.per_id, self.clock), rows, grad)
+        if self.clock is not None:
+            assert float(self.clock[0]) == self.step
+
+    def by_torch(self, update, rows, grad):
+        update.tick()
+        update_rows(update, self.storage, self.start[rows], self.ids[rows], grad)
+
+    def by_native(self, update, rows, grad):
+        """As the gradient of a lookup in a table of one size, which passes no hop."""
+        row_start = torch.full((2 * N_ROWS + 2,), -1)
+        row_start[self.ids] = self.start
+        level = torch.zeros(1, dtype=torch.int8)
+        layout = Layout(row_start, level, (self.dim,), self.storage.numel())
+        composed = torch.empty(0, self.dim)
+        native.lookup_bwd_update(grad, self.ids[rows], self.storage, composed, layout, update)
 
 
 class Expected:
@@ -87,9 +113,9 @@ class Expected:
             self.last[x] = self.step
 
 
-def pair(rule, dim, dtype, n_steps=7):
+def pair(rule, dim, dtype, run, n_steps=7):
     """A stepped table, and the definition's rows in fp64 and in the table's own precision."""
-    table = Table(rule, dim, dtype)
+    table = Table(rule, dim, dtype, run)
     exact = Expected(table, torch.float64, torch.float64)
     eager = Expected(table, table.state_dtype, dtype)
     for _ in range(n_steps):
@@ -97,8 +123,8 @@ def pair(rule, dim, dtype, n_steps=7):
         rows = torch.randperm(N_ROWS, generator=table.generator)[:count]
         grad = torch.randn(count, dim, generator=table.generator).to(table.state_dtype)
         given = grad.clone()
-        for run in (table.run, exact.run, eager.run):
-            run(rows, grad)
+        for step in (table.run, exact.run, eager.run):
+            step(rows, grad)
         assert torch.equal(grad, given)
     return table, exact, eager
 
@@ -108,8 +134,8 @@ def pair(rule, dim, dtype, n_steps=7):
 @pytest.mark.parametrize(
     "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
 )
-def test_steps_are_the_definition(rule, dim, dtype):
-    table, exact, eager = pair(rule, dim, dtype)
+def test_steps_are_the_definition(rule, dim, dtype, run):
+    table, exact, eager = pair(rule, dim, dtype, run)
     actual = table.storage[table.elements]
     assert_matches(actual, exact.rows, eager.rows.to(dtype), name=rule)
     assert table.storage[~table.mask].isnan().all()
@@ -129,9 +155,9 @@ def test_steps_are_the_definition(rule, dim, dtype):
 
 
 @every_rule
-def test_a_long_absence(rule):
+def test_a_long_absence(rule, run):
     """24 steps are skipped, and both moments still count."""
-    table = Table(rule, 3, torch.float32)
+    table = Table(rule, 3, torch.float32, run)
     table.step = 4
     grad = torch.tensor([[1.0, -2.0, 0.5]])
     row = torch.tensor([4])
@@ -159,8 +185,8 @@ def test_a_long_absence(rule):
 
 
 @every_rule
-def test_nothing_to_step(rule):
-    table = Table(rule, 3, torch.float32)
+def test_nothing_to_step(rule, run):
+    table = Table(rule, 3, torch.float32, run)
     before = table.storage.clone()
     table.run(torch.zeros(0, dtype=torch.long), torch.zeros(0, 3))
     torch.testing.assert_close(table.storage, before, rtol=0, atol=0, equal_nan=True)
