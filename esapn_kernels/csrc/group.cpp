@@ -68,6 +68,7 @@ int64_t group_bytes(int64_t ids) {
 
 Status group(Groups& groups, Buffer& memory, const Table& table, const Ids& ids, int64_t skipped) {
   if (check_ids(ids, table.rows) != OK) return OUT_OF_RANGE;
+  if (ids.count > INT32_MAX) return NO_MEMORY;  // positions have 32 bits
   groups.head = memory.take<int32_t>(ids.count);
   groups.next = memory.take<int32_t>(ids.count);
   groups.id = memory.take<int64_t>(ids.count);
