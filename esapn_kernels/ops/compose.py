@@ -182,7 +182,7 @@ class ComposedCache:
 
 
 def _same_bytes(seen: Tensor, chain: Tensor) -> bool:
-    if seen.dtype != chain.dtype or seen.shape != chain.shape:
+    if seen.dtype is not chain.dtype or seen.numel() != chain.numel():
         return False
     if NATIVE_ERROR is None and chain.is_contiguous():
         return native.equal_bytes(seen.data_ptr(), chain.data_ptr(), seen.nbytes)
