@@ -25,7 +25,8 @@ other training loops does not apply to the rows: gradient clipping, loss scaling
 the lookup steps its rows, also ``torch.autograd.grad(loss, [chain])`` and
 ``backward(inputs=[chain])``, which compute no gradient of the rows. Two lookups in one module
 before a backward pass raise there, for the first to go backward moves the rows under the other:
-look up all ids of a step in one call. The ``reference`` backend never fuses.
+look up all ids of a step in one call. The ``native`` and ``torch`` backends check ids before any
+row steps and before Adam's clock moves. The ``reference`` backend never fuses.
 """
 
 from __future__ import annotations

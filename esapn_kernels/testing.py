@@ -60,7 +60,10 @@ class Case:
         return storage, chain
 
     def run(self, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-        """Output, storage gradient and chain gradient of the public function."""
+        """Output, storage gradient and chain gradient of the public function.
+
+        ``backend``: ``auto`` | ``triton`` | ``native`` | ``torch`` | ``reference``.
+        """
         storage, chain = self.leaves()
         out = lookup(self.ids, storage, chain, self.layout, backend=backend)
         out.backward(self.grad_out)
@@ -113,7 +116,7 @@ def make_case(
         traffic: ``uniform`` over rows, ``zipf`` (density 1 / rank), or ``largest`` (uniform over
             the rows of the largest size in use).
         mix: relative number of rows per size; equal by default. Counts are exact up to rounding.
-        backend: of the module.
+        backend: of the module; :meth:`Case.run` takes one of its own.
 
     Example:
         >>> case = make_case((2, 4), 10, 5, mix=(4, 1))

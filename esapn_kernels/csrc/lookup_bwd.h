@@ -29,22 +29,17 @@ struct Backward {
   int64_t padding;  // this id has no gradient
   int block;        // rows
 
-  int64_t scratch_bytes() const {
-    return Buffer::padded<A>(block * stride) + 2 * Buffer::padded<A>(block * columns()) +
-           Buffer::padded<A>(stride) + Buffer::padded<A>(padded_width<A>(table.dim()));
-  }
-  // Of the rows' scratch: those of any level, padded.
-  int64_t columns() const { return padded_width<A>(table.dim()); }
+  static int64_t scratch_numel(int block, int64_t stride) { return (3 * block + 2) * stride; }
 
-  // Rows [first, end); `part`: this task's dA, or null.
-  void run(int64_t first, int64_t end, A* part, Buffer& memory) const {
-    const int64_t D = table.dim(), item = itemsize(dtype), wide = columns();
+  // Rows [first, end); `part`: this task's dA, or null; scratch: scratch_numel numbers.
+  void run(int64_t first, int64_t end, A* part, A* scratch) const {
+    const int64_t item = itemsize(dtype);
     const bool plain = dtype == DTYPE_OF<A>;
-    A* sums = memory.take<A>(block * stride);
-    A* found = memory.take<A>(block * wide);
-    A* rows = memory.take<A>(block * wide);
-    A* zero = memory.take<A>(stride);
-    A* one = memory.take<A>(wide);
+    A* sums = scratch;
+    A* found = sums + block * stride;
+    A* rows = found + block * stride;
+    A* zero = rows + block * stride;
+    A* one = zero + stride;
     for (int64_t c = 0; c < stride; c++) zero[c] = 0;
     const A* g[BACKWARD_TILE];
     const A* e[BACKWARD_TILE];
@@ -72,7 +67,7 @@ struct Backward {
           for (int r = 0; r < B; r++) {
             const int64_t u = t + of[r];
             g[r] = summed(u, sums + r * stride, zero);
-            e[r] = row(u, rows + r * wide, item, d, plain, part && !last);
+            e[r] = row(u, rows + r * stride, item, d, plain, part && !last);
           }
           const A* x = found;
           if (!last) {
@@ -103,7 +98,6 @@ struct Backward {
           at += B;
         }
       }
-      (void)D;
     }
   }
 
@@ -217,8 +211,13 @@ static int lookup_bwd(const Table& table, const Ids& ids, const void* grad, int 
   if (block < TILE_ROWS) block = TILE_ROWS;
   if (block > 48) block = 48;
 
-  // All memory before the first change.
-  if (update.rule == ADAM && update.clock) {
+  const int64_t scratch_numel =
+      Buffer::padded<A>(Backward<A>::scratch_numel(block, stride)) / int64_t(sizeof(A));
+  Buffer scratch(workers(tasks, threads) * scratch_numel * int64_t(sizeof(A)));
+  if (!scratch.ok()) return NO_MEMORY;
+  A* scratches = scratch.take<A>(0);
+  // From here on nothing fails.
+  if (update.rule == ADAM) {
     update.clock[0] += 1;
     update.clock[1] *= update.numbers[1];
     update.clock[2] *= update.numbers[2];
@@ -227,25 +226,22 @@ static int lookup_bwd(const Table& table, const Ids& ids, const void* grad, int 
   const Backward<A> backward{table, groups, static_cast<const char*>(grad), grad_dtype,
                              static_cast<const char*>(storage), dtype, operand, stride, offset, down, step,
                              update.rule == SPARSE ? -1 : padding, block};
-  int failed = OK;
-  parallel(tasks, threads, [&](int64_t task) {
-    Buffer scratch(backward.scratch_bytes());
-    if (!scratch.ok()) return __atomic_store_n(&failed, int(NO_MEMORY), __ATOMIC_RELAXED);
+  parallel(tasks, threads, [&](int64_t task, int64_t worker) {
     A* mine = parts ? part + task * part_stride : nullptr;
-    if (mine)
-      for (int64_t i = 0; i < numel; i++) mine[i] = 0;
+    if (mine) __builtin_memset(mine, 0, size_t(numel) * sizeof(A));
     const int64_t first = task * task_rows;
-    backward.run(first, first + task_rows < groups.count ? first + task_rows : groups.count, mine, scratch);
+    const int64_t end = first + task_rows < groups.count ? first + task_rows : groups.count;
+    backward.run(first, end, mine, scratches + worker * scratch_numel);
   });
   if (grad_composed) {
     A* total = static_cast<A*>(grad_composed);
     if (parts)
       copy_rows(total, D, part, stride, rows);
     else
-      for (int64_t i = 0; i < rows * D; i++) total[i] = 0;
+      __builtin_memset(total, 0, size_t(rows * D) * sizeof(A));
     for (int64_t p = 1; p < parts; p++)
       for (int64_t r = 0; r < rows; r++)
         for (int64_t c = 0; c < D; c++) total[r * D + c] += part[p * part_stride + r * stride + c];
   }
-  return failed;
+  return OK;
 }

@@ -187,22 +187,21 @@ static int lookup_fwd(const Table& table, const Ids& ids, const void* storage, i
       pad_rows(static_cast<const A*>(composed), blocks, D, stride == D ? nullptr : pads.take<A>(blocks * stride));
   const Forward<A> forward{table, Pages(table.page), ids, static_cast<const char*>(storage), dtype,
                            operand, stride, offset, static_cast<char*>(out), out_dtype, streams};
-  int status = OK;
   const int64_t task_ids = threads > 1 || ids.count < FORWARD_TASK ? FORWARD_TASK : ids.count;
   const int64_t tasks = (ids.count + task_ids - 1) / task_ids;
-  parallel(tasks, threads, [&](int64_t task) {
+  const int64_t scratch_numel = TILE_ROWS * 2 * stride;
+  Buffer scratch(workers(tasks, threads) * Buffer::padded<A>(scratch_numel));
+  if (!scratch.ok()) return NO_MEMORY;
+  A* memory = scratch.take<A>(0);
+  int status = OK;
+  parallel(tasks, threads, [&](int64_t task, int64_t worker) {
     const int64_t first = task * task_ids;
     const int64_t end = first + task_ids < ids.count ? first + task_ids : ids.count;
-    Buffer scratch(Buffer::padded<A>(TILE_ROWS * 2 * stride));
-    int found = NO_MEMORY;
-    if (scratch.ok()) {
-      A* memory = scratch.take<A>(TILE_ROWS * 2 * stride);
-      const bool good = streams ? forward.template run<true>(first, end, memory)
-                                : forward.template run<false>(first, end, memory);
-      found = good ? OK : OUT_OF_RANGE;
-    }
+    A* mine = memory + worker * (Buffer::padded<A>(scratch_numel) / int64_t(sizeof(A)));
+    const bool good =
+        streams ? forward.template run<true>(first, end, mine) : forward.template run<false>(first, end, mine);
     if (streams) stream_fence();
-    if (found != OK) __atomic_store_n(&status, found, __ATOMIC_RELAXED);
+    if (!good) __atomic_store_n(&status, int(OUT_OF_RANGE), __ATOMIC_RELAXED);
   });
   return status;
 }

@@ -36,19 +36,20 @@ Parallel find_pool() {
 const Parallel pool = find_pool();
 
 struct Work {
-  void (*task)(void*, int64_t);
+  void (*task)(void*, int64_t, int64_t);
   void* context;
   int64_t tasks;
-  std::atomic<int64_t> next{0};
+  std::atomic<int64_t> next{0}, worker{0};
 
   void run() {
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) task(context, i);
+    const int64_t mine = worker.fetch_add(1, std::memory_order_relaxed);
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) task(context, i, mine);
   }
 };
 
 }  // namespace
 
-void run_tasks(void (*task)(void*, int64_t), void* context, int64_t tasks, int threads) {
+void run_tasks(void (*task)(void*, int64_t, int64_t), void* context, int64_t tasks, int threads) {
   Work work{task, context, tasks};
   if (threads > tasks) threads = int(tasks);
   // The pool's threads do not live on in a forked process: waiting for them would never end.

@@ -4,13 +4,19 @@
 
 namespace esapn {
 
-// Runs task(context, i) for i in [0, tasks), on up to `threads` threads. Which thread takes which
-// task is left open: tasks must not depend on it.
-void run_tasks(void (*task)(void*, int64_t), void* context, int64_t tasks, int threads);
+// Workers that `run_tasks` has at most.
+ESAPN_INLINE int64_t workers(int64_t tasks, int threads) {
+  return threads < 1 ? 1 : threads < tasks ? threads : tasks > 1 ? tasks : 1;
+}
+
+// Runs task(context, i, worker) for i in [0, tasks), on up to `threads` threads, whose numbers are
+// below workers(tasks, threads). Which worker takes which task is left open: results must not depend
+// on it.
+void run_tasks(void (*task)(void*, int64_t, int64_t), void* context, int64_t tasks, int threads);
 
 template <class F>
 ESAPN_INLINE void parallel(int64_t tasks, int threads, const F& body) {
-  run_tasks([](void* context, int64_t i) { (*static_cast<const F*>(context))(i); },
+  run_tasks([](void* context, int64_t i, int64_t worker) { (*static_cast<const F*>(context))(i, worker); },
             const_cast<F*>(&body), tasks, threads);
 }
 

@@ -81,6 +81,24 @@ ESAPN_INLINE void for_each(const Rule& rule, int64_t d) {
 }
 
 template <class A>
+ESAPN_INLINE A square_sum(const A* g, int64_t d) {
+  constexpr int W = LANES<A>;
+  typedef Vec<A, W> V;
+  V sums = V{};
+  int64_t j = 0;
+  for (; j + W <= d; j += W) {
+    const V x = load<V>(g + j);
+    sums += x * x;
+  }
+  A parts[W], sum = 0;
+  store(parts, sums);
+  for (int half = W / 2; half; half /= 2)
+    for (int i = 0; i < half; i++) parts[i] += parts[i + half];
+  for (; j < d; j++) sum += g[j] * g[j];
+  return sum + parts[0];
+}
+
+template <class A>
 class Step {
  public:
   // `target`: for WRITE the gradient of the storage, for SPARSE the values.
@@ -124,10 +142,8 @@ class Step {
       case SGD: for_each<A>(Sgd<A>{e, g, lr_}, d); break;
       case ADAGRAD: for_each<A>(Adagrad<A>{e, square_ + start, g, lr_, eps_}, d); break;
       case ROWWISE_ADAGRAD: {
-        A square = 0;
-        for (int64_t j = 0; j < d; j++) square += g[j] * g[j];
         A* sum = static_cast<A*>(per_id_) + id;
-        *sum += square / A(d);
+        *sum += square_sum(g, d) / A(d);
         for_each<A>(Sgd<A>{e, g, lr_ / (root(*sum) + eps_)}, d);
         break;
       }

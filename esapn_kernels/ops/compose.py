@@ -22,6 +22,7 @@ block of columns:
 
 R_j is ``G_j A'_{k+1}^T`` with G_j the gradient of A_j from all hops before it, r_j its last row;
 carrying the product in place of G_j leaves no sum across programs. Nothing is summed by atomics.
+On a CPU a loop over the hops carries G_j itself.
 A bias is added, never multiplied by a 1 among zeros, and rows of zeros take part in no product: a
 hop that is not finite spreads no further than through the rows that pass it.
 
@@ -182,7 +183,7 @@ class ComposedCache:
 
 
 def _same_bytes(seen: Tensor, chain: Tensor) -> bool:
-    if seen.dtype is not chain.dtype or seen.numel() != chain.numel():
+    if seen.dtype != chain.dtype or seen.numel() != chain.numel():
         return False
     if NATIVE_ERROR is None and chain.is_contiguous():
         return native.equal_bytes(seen.data_ptr(), chain.data_ptr(), seen.nbytes)

@@ -5,8 +5,8 @@
 with ``(M_k, c_k)`` from :mod:`esapn_kernels.ops.compose`. The kernels are in ``gpu/lookup_fwd`` and
 ``gpu/lookup_bwd``, for CPUs in ``csrc/`` behind ``cpu/native``, and as torch calls in
 ``cpu/lookup``; here they become operators with gradients, and :func:`lookup` chooses which of them
-runs. Source of the operator: Liu et al., "Automated
-Embedding Size Search in Deep Recommender Systems", SIGIR 2020.
+runs. Source of the operator: Liu et al., "Automated Embedding Size Search in Deep Recommender
+Systems", SIGIR 2020.
 """
 
 from __future__ import annotations
@@ -42,8 +42,9 @@ class Options(NamedTuple):
         padding_idx: this id has no gradient, neither for its row nor for the chain.
         scale_grad_by_freq: divide the gradient of every occurrence by the count of its id in
             ``ids``, for the rows and the chain alike.
-        sparse: the gradient of ``storage`` is COO, one entry per element of a row looked up; torch
-            calls on every backend, which wait for a GPU. Dense under ``torch.func``.
+        sparse: the gradient of ``storage`` is COO, one entry per element of a row looked up; by
+            the native kernels where they run, else by torch calls, which wait for a GPU. Dense
+            under ``torch.func``.
         out_dtype: of the output, rounded once from the sum in fp32; default: that of ``storage``.
     """
 
@@ -489,8 +490,8 @@ def lookup(
         chain: packed hops (see ``chain``), same dtype; gradient flows.
         layout: where the rows lie.
         options: see :class:`Options`.
-        backend: ``auto`` (Triton on a GPU, native kernels on a CPU, torch elsewhere), ``triton``,
-            ``native``, ``torch``, ``reference``.
+        backend: ``auto`` (Triton on a GPU, native kernels on a CPU where they are built, torch
+            elsewhere), ``triton``, ``native``, ``torch``, ``reference``.
         out: contiguous memory for the output, where no gradient is recorded.
         begin_step: a fused optimizer's step (see ``optim``). Called in backward, which then steps
             the rows in place; ``storage`` has no gradient.
@@ -500,13 +501,14 @@ def lookup(
         ``[*ids.shape, D]`` in ``out_dtype``, accumulated in fp32 (fp64 for fp64 rows).
 
     Raises:
-        RuntimeError: the Triton backend where it cannot run; ``out`` where a gradient is recorded;
+        RuntimeError: a backend where it cannot run; ``out`` where a gradient is recorded;
             tensors on several devices.
         ValueError: an unknown backend; ``out`` of another shape, dtype or device.
 
     Notes:
-        Deterministic on every backend. Empty ``ids`` give an empty output and zero gradients. The
-        gradient is computed from ``storage`` at backward time: changing rows in between raises.
+        Deterministic on every backend; between them results differ by rounding. Empty ``ids`` give
+        an empty output and zero gradients. The gradient is computed from ``storage`` at backward
+        time: changing rows in between raises.
         Differentiable any number of times; ``torch.func`` and ``torch.compile`` apply (``vmap``
         over anything but ids runs the elements in turn). Forward-mode derivatives raise.
 

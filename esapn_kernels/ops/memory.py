@@ -35,7 +35,7 @@ class MemoryReport:
     ``serving`` (what inference needs) = ``payload`` + ``slack`` + ``locations`` + ``chain``;
     ``fixed`` = ``num_embeddings * D * itemsize``, the plain ``nn.Embedding``. Only training takes
     ``optimizer`` (state that follows the rows) and ``scratch`` (the free lists once rows have
-    moved, and 4 bytes per row on a GPU).
+    moved, and 4 bytes per row on a GPU). What a call allocates and frees is in none of them.
     """
 
     payload: int

@@ -1,6 +1,7 @@
 """What a fused optimizer does with the gradient of a row: the rules, and what they need.
 
-The rules are written out in ``cpu/update.py`` and, inside the kernels, in ``gpu/update.py``.
+The rules are written out in ``cpu/update.py`` and, inside the kernels, in ``gpu/update.py`` and
+``csrc/update.h``.
 """
 
 from __future__ import annotations

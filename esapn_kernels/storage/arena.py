@@ -16,7 +16,7 @@ module, and the whole table as it was afterwards. Every tensor of the shape of `
 
 With the Triton backend rows move in three launches (``resize``) and the host waits for nothing: it
 keeps bounds of the device's counters (``ledger``) and grows the arena by the worst case when rows
-may not fit.
+may not fit. The other backends find the rows first and grow it by what these need.
 
 This is the slab allocator's idea, and that of paged KV caches, applied to embedding rows. One arena
 rather than a table per size: one base pointer for the kernels, and the bytes allocated are exactly

@@ -7,9 +7,9 @@ import runpy
 import subprocess
 import sys
 from dataclasses import fields
-from types import SimpleNamespace
 
 import pytest
+import setuptools
 
 from esapn.__main__ import main
 from esapn.cli import parse
@@ -103,7 +103,7 @@ def test_messages_name_the_command_as_it_was_called(called, name, capsys, monkey
 def test_the_console_script_is_main():
     arguments: dict = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "setuptools", SimpleNamespace(setup=arguments.update))
+        patch.setattr(setuptools, "setup", arguments.update)
         runpy.run_path(str(ROOT / "setup.py"))
     (script,) = arguments["entry_points"]["console_scripts"]
     name, _, place = script.partition(" = ")
