@@ -37,6 +37,8 @@ DTYPE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3
 
 _RULE = {"gradient": 0, "sparse": 1, "sgd": 2, "adagrad": 3, "rowwise_adagrad": 4, "adam": 5}
 
+_ID_BYTES = {torch.int32: 4, torch.int64: 8}
+
 _PARALLEL = 1 << 17
 """Numbers of output from which a second thread is worth its start."""
 
@@ -47,18 +49,23 @@ def packed(sizes: tuple[int, ...]) -> bytes:
     return struct.pack(f"{len(sizes)}q", *sizes)
 
 
+_chain_numel = functools.cache(chain_numel)
+
+
 def _packed_hops(chain: Tensor, sizes: Sequence[int]) -> bytes:
     """The sizes, as the kernels of the chain take them."""
-    if chain.numel() != chain_numel(sizes):
-        expected = f"{chain_numel(sizes)} numbers for sizes {tuple(sizes)}"
+    sizes = tuple(sizes)
+    if chain.numel() != _chain_numel(sizes):
+        expected = f"{_chain_numel(sizes)} numbers for sizes {sizes}"
         raise RuntimeError(f"the packed hops must be {expected}, got {chain.numel()}")
-    return packed(tuple(sizes))
+    return packed(sizes)
 
 
 def _table(layout: Layout, ids: Tensor) -> tuple[int | bytes, ...]:
     """Where the rows lie, and the ids, as every kernel takes them."""
     row_start = layout.row_start
-    if ids.dtype is not torch.int64 and ids.dtype is not torch.int32:
+    id_bytes = _ID_BYTES.get(ids.dtype, 0)
+    if not id_bytes:
         check_ids(ids, row_start.numel(), read=False)
     return (
         row_start.data_ptr(),
@@ -68,7 +75,7 @@ def _table(layout: Layout, ids: Tensor) -> tuple[int | bytes, ...]:
         layout.page,
         packed(layout.sizes),
         ids.data_ptr(),
-        ids.element_size(),
+        id_bytes,
         ids.numel(),
     )
 
@@ -124,7 +131,9 @@ def _in_dtype_of_sums(composed: Tensor, storage: Tensor) -> Tensor:
 
 def _in_memory(grad_out: Tensor) -> Tensor:
     """The numbers themselves, where torch has yet to turn their sign, or to write zeros."""
-    grad_out = grad_out.contiguous().resolve_neg()
+    grad_out = grad_out.contiguous()
+    if grad_out.is_neg():
+        grad_out = grad_out.resolve_neg()
     return grad_out if grad_out.data_ptr() else torch.zeros_like(grad_out)
 
 

@@ -859,7 +859,15 @@ def close(one, two):
 IDS = torch.tensor([[3, 1, 4], [1, 5, 29]])
 
 
-def test_compile():
+@pytest.fixture
+def forgotten():
+    """Torch compiles a function for a limited number of kinds of arguments in a process."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def test_compile(forgotten):
     results = []
     for module in pair():
         step = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
