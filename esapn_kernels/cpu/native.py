@@ -61,7 +61,7 @@ def _packed_hops(chain: Tensor, sizes: Sequence[int]) -> bytes:
     return packed(sizes)
 
 
-def _table(layout: Layout, ids: Tensor) -> tuple[int | bytes, ...]:
+def _table(layout: Layout, ids: Tensor, storage: Tensor) -> tuple[int | bytes, ...]:
     """Where the rows lie, and the ids, as every kernel takes them."""
     row_start = layout.row_start
     id_bytes = _ID_BYTES.get(ids.dtype, 0)
@@ -73,6 +73,7 @@ def _table(layout: Layout, ids: Tensor) -> tuple[int | bytes, ...]:
         row_start.numel(),
         layout.page_level.data_ptr(),
         layout.page,
+        storage.numel(),
         packed(layout.sizes),
         ids.data_ptr(),
         id_bytes,
@@ -111,7 +112,7 @@ def lookup_fwd(
         same = out_dtype is None or out_dtype is dtype
         out = storage.new_empty(shape) if same else storage.new_empty(shape, dtype=out_dtype)
     native.lookup_fwd(
-        *_table(layout, ids),
+        *_table(layout, ids, storage),
         storage.data_ptr(),
         DTYPE[dtype],
         composed.data_ptr(),
@@ -162,7 +163,7 @@ def _backward(
         if update.state:
             moment, square = update.state[0], update.state[-1]
     native.lookup_bwd(
-        *_table(layout, ids),
+        *_table(layout, ids, storage),
         storage.data_ptr(),
         DTYPE[storage.dtype],
         operand.data_ptr(),
@@ -218,7 +219,7 @@ def lookup_bwd_sparse(
     """
     ids = ids.contiguous()
     padding = -1 if padding_idx is None else padding_idx
-    count = native.count_elements(*_table(layout, ids), padding)
+    count = native.count_elements(*_table(layout, ids, storage), padding)
     elements = torch.empty(count, dtype=torch.int64, device=storage.device)
     values = storage.new_empty(count)
     operands = (grad_out, ids, storage, composed, layout, want_composed, padding_idx)

@@ -127,6 +127,7 @@ def _table(layout: Layout) -> tuple[int | bytes, ...]:
         row_start.numel() - 1,
         layout.page_level.data_ptr(),
         layout.page,
+        (layout.page_level.numel() - 1) * layout.page,
         packed(layout.sizes),
     )
 

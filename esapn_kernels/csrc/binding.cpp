@@ -37,6 +37,7 @@ class Arguments {
     table.rows = integer();
     table.page_level = static_cast<const int8_t*>(address());
     table.page = integer();
+    table.capacity = integer();
     sizes(table.sizes, table.n);
     return table;
   }

@@ -90,8 +90,8 @@ Status group(Groups& groups, Buffer& memory, const Table& table, const Ids& ids,
   for (int64_t u = 0; u < groups.count; u++) {
     if (u + 16 < groups.count) __builtin_prefetch(table.start_address(groups.id[u + 16]));
     const int64_t start = table.start(groups.id[u]);
-    const int level = start < 0 ? -1 : table.page_level[pages.of(start)];
-    if (level < 0 || level >= table.n) return OUT_OF_RANGE;
+    const int level = start < 0 || start >= table.capacity ? -1 : table.checked(table.page_level[pages.of(start)], start);
+    if (level < 0) return OUT_OF_RANGE;
     groups.start[u] = start;
     groups.level[u] = uint8_t(level);
     groups.place[u] = groups.elements;

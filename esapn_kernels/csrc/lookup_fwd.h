@@ -24,9 +24,9 @@ static bool locate(Located& tile, const Table& table, const Pages& pages, const 
   for (int i = 0; i < tile.size; i++) {
     if (first + i + 32 < end) __builtin_prefetch(table.start_address(ids[first + i + 32]));
     const int64_t start = table.start(ids[first + i]);
-    if (start < 0) return false;
-    const int level = table.page_level[pages.of(start)];
-    if (level < 0 || level >= table.n) return false;
+    if (start < 0 || start >= table.capacity) return false;
+    const int level = table.checked(table.page_level[pages.of(start)], start);
+    if (level < 0) return false;
     tile.start[i] = start;
     tile.level[i] = uint8_t(level);
     tile.count[level]++;

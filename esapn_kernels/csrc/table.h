@@ -21,10 +21,15 @@ struct Table {
   bool wide_start;
   const int8_t* page_level;
   int64_t rows, page;
+  int64_t capacity;  // elements of the storage
   const int64_t* sizes;
   int n;
 
   ESAPN_INLINE int64_t dim() const { return sizes[n - 1]; }
+  // The level of the row at `start`, which page_level gives; -1: there is no such row.
+  ESAPN_INLINE int checked(int level, int64_t start) const {
+    return level >= 0 && level < n && start + sizes[level] <= capacity ? level : -1;
+  }
   ESAPN_INLINE int64_t start(int64_t id) const {
     return wide_start ? static_cast<const int64_t*>(row_start)[id] : static_cast<const int32_t*>(row_start)[id];
   }

@@ -979,3 +979,15 @@ def test_an_exported_program_where_there_are_no_native_kernels(grows, tmp_path):
     out = torch.load(tmp_path / "out")
     close(out, module(IDS.flatten()))
     close(program.module()(IDS.flatten()), out)
+
+
+def test_a_storage_shorter_than_its_layout():
+    case = make_case(PAPER, 30, 40)
+    storage, chain = case.leaves()
+    short = storage.detach()[:200].clone().requires_grad_()
+    with pytest.raises(IndexError, match="index out of range in self"):
+        lookup(case.ids, short, chain, case.layout, backend="native")
+    composed = cpu.compose(chain, PAPER)
+    for backward in (cpu.lookup_bwd, cpu.lookup_bwd_sparse):
+        with pytest.raises(IndexError, match="index out of range in self"):
+            backward(case.grad_out, case.ids, short.detach(), composed, case.layout)
