@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 from .module import ResizableEmbedding
-from .ops.backend import is_capturing
+from .ops.backend import is_capturing, on_large_pages
 from .ops.chain import compute_dtype
 from .ops.update import Update, rule_numbers
 from .storage.arena import Arena
@@ -101,7 +101,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         rows = arena.parameter
         dtype = compute_dtype(rows.dtype)
         state = {
-            name: torch.full_like(rows, fresh, dtype=dtype, requires_grad=False)
+            name: on_large_pages(torch.full_like(rows, fresh, dtype=dtype, requires_grad=False))
             for name, fresh in self.state_per_element.items()
         }
         for name, fresh in self.state_per_id.items():

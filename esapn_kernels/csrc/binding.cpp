@@ -258,6 +258,17 @@ PyObject* equal_bytes(PyObject*, PyObject* const* values, Py_ssize_t count) {
   return PyBool_FromLong(memcmp(one, other, size_t(length)) == 0);
 }
 
+PyObject* use_large_pages(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  Arguments arguments(values, count);
+  void* memory = arguments.address();
+  const int64_t bytes = arguments.integer();
+  if (arguments.failed()) return nullptr;
+  Py_BEGIN_ALLOW_THREADS
+  if (bytes >= LARGE) advise_large_pages(memory, bytes, true);
+  Py_END_ALLOW_THREADS
+  Py_RETURN_NONE;
+}
+
 PyObject* instruction_sets(PyObject*, PyObject*) {
   PyObject* names = PyList_New(0);
   for (const Kernels* const* kernels = available(); names && *kernels; kernels++) {
@@ -305,6 +316,7 @@ PyMethodDef methods[] = {
     {"move_rows", fast(move_rows), METH_FASTCALL,
      "(table, call, target, movers, places, storage, dtype, chain, states, per_id)"},
     {"equal_bytes", fast(equal_bytes), METH_FASTCALL, "(one, other, length)"},
+    {"use_large_pages", fast(use_large_pages), METH_FASTCALL, "(memory, bytes): where it is much"},
     {"instruction_sets", instruction_sets, METH_NOARGS, "Those that this machine runs, the widest first."},
     {"instruction_set", instruction_set, METH_NOARGS, "The one whose kernels run."},
     {"use", use, METH_O, "Take the kernels of an instruction set; returns the one before."},

@@ -59,16 +59,19 @@ void run_tasks(void (*task)(void*, int64_t, int64_t), void* context, int64_t tas
     work.run();
 }
 
-void advise_large_pages(void* memory, int64_t bytes) {
+void advise_large_pages(void* memory, int64_t bytes, bool now) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   const uintptr_t page = uintptr_t(sysconf(_SC_PAGESIZE));
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + page - 1) / page * page;
   const uintptr_t end = reinterpret_cast<uintptr_t>(memory) + uintptr_t(bytes);
-  // Advice only: where it is not taken, nothing changes.
-  if (begin < end) (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  if (begin >= end) return;
+  constexpr int COLLAPSE = 25;  // MADV_COLLAPSE, which older headers lack
+  if (madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE) == 0 && now)
+    (void)madvise(reinterpret_cast<void*>(begin), end - begin, COLLAPSE);
 #else
   (void)memory;
   (void)bytes;
+  (void)now;
 #endif
 }
 

@@ -25,6 +25,7 @@ __all__ = [
     "is_capturing",
     "launch_kernel",
     "native",
+    "on_large_pages",
     "own_precision",
     "resolve_backend",
     "runs_native",
@@ -188,6 +189,16 @@ def _is_specialized(parameter: Any, value: Any) -> bool:
 def host_reads(tensor: Tensor) -> bool:
     """Whether the host reads a tensor's values without waiting for a device."""
     return tensor.device.type == "cpu"
+
+
+def on_large_pages(memory: Tensor) -> Tensor:
+    """``memory``, on the system's large pages where it is much and on a CPU.
+
+    Rows are read in any order: on small pages the address of nearly every one has to be looked up.
+    """
+    if memory.is_cpu and NATIVE_ERROR is None:
+        native.use_large_pages(memory.data_ptr(), memory.nbytes)
+    return memory
 
 
 def is_capturing(tensor: Tensor) -> bool:

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from ..ops import resize
-from ..ops.backend import host_reads, is_capturing, resolve_backend
+from ..ops.backend import host_reads, is_capturing, on_large_pages, resolve_backend
 from ..ops.layout import Layout, Places, gather_rows, index_dtype
 from ..ops.memory import ArenaBytes
 from .followers import with_dense_gradient
@@ -404,7 +404,7 @@ class Arena(Locations):
         free, numel = self._free_lists(), (old + pages) * self.page
         self._refuse_replacing(numel)
         index = index_dtype(numel)
-        storage = self.storage.detach().new_zeros(numel)
+        storage = on_large_pages(self.storage.detach().new_zeros(numel))
         storage[: self.storage.numel()] = self.storage.detach()
         grown = self._fresh_followers(numel)
         for follower, value in grown:
@@ -448,7 +448,8 @@ class Arena(Locations):
         starts, page_level = (t.to(device) for t in self._place(level.cpu()))
         numel = (len(page_level) - 1) * self.page
         self._refuse_replacing(numel)
-        storage, grown = self.storage.detach().new_zeros(numel), self._fresh_followers(numel)
+        storage = on_large_pages(self.storage.detach().new_zeros(numel))
+        grown = self._fresh_followers(numel)
         for old, packed in [(self.storage.detach(), storage), *((f.tensor, v) for f, v in grown)]:
             for k, dim in enumerate(self.sizes):
                 mine = (level == k).nonzero()[:, 0]

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops.backend import is_capturing
+from ..ops.backend import is_capturing, on_large_pages
 from ..ops.checks import is_eager
 from ..ops.layout import Layout, index_dtype, page_elements, place_densely, row_table
 from .checks import digest, fault_of, is_hooked, is_shared, version
@@ -111,9 +111,8 @@ class Locations(nn.Module, Rows):
             level = torch.full((num_rows,), level, dtype=torch.int8, device="cpu")
         level = level.cpu()
         starts, page_level = self._place(level)
-        self.storage = nn.Parameter(
-            torch.zeros((len(page_level) - 1) * self.page, device=device, dtype=dtype)
-        )
+        storage = torch.zeros((len(page_level) - 1) * self.page, device=device, dtype=dtype)
+        self.storage = nn.Parameter(on_large_pages(storage))
         self._free = self._held = self._digest = None
         self._set_locations(starts, page_level)
         # On the meta device there are no locations: to_empty makes them, and needs to know.
@@ -320,7 +319,7 @@ class Locations(nn.Module, Rows):
     def _fresh_followers(self, numel: int) -> list[tuple[Follower, Tensor]]:
         """Everything that goes with the rows, and memory for it that holds fresh rows."""
         return [
-            (follower, follower.tensor.new_full((numel,), follower.fresh))
+            (follower, on_large_pages(follower.tensor.new_full((numel,), follower.fresh)))
             for follower in self.followers.per_element()
         ]
 

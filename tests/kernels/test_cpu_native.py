@@ -18,7 +18,7 @@ from torch.func import functional_call, grad, jacrev, vmap
 
 from esapn_kernels import ResizableEmbedding, optim
 from esapn_kernels.cpu import native as cpu
-from esapn_kernels.ops.backend import NATIVE_ERROR, native
+from esapn_kernels.ops.backend import NATIVE_ERROR, native, on_large_pages
 from esapn_kernels.ops.chain import compute_dtype
 from esapn_kernels.ops.compose import ComposedCache, compose
 from esapn_kernels.ops.layout import Layout
@@ -991,3 +991,12 @@ def test_a_storage_shorter_than_its_layout():
     for backward in (cpu.lookup_bwd, cpu.lookup_bwd_sparse):
         with pytest.raises(IndexError, match="index out of range in self"):
             backward(case.grad_out, case.ids, short.detach(), composed, case.layout)
+
+
+def test_large_pages_change_no_number():
+    numbers = torch.randn(6 << 20)
+    before = numbers.clone()
+    assert on_large_pages(numbers[5:]).data_ptr() == numbers.data_ptr() + 20
+    assert torch.equal(numbers, before)
+    empty, meta = torch.empty(0), torch.empty(8 << 20, device="meta")
+    assert on_large_pages(empty) is empty and on_large_pages(meta) is meta
