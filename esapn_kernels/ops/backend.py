@@ -196,7 +196,7 @@ def on_large_pages(memory: Tensor) -> Tensor:
 
     Rows are read in any order: on small pages the address of nearly every one has to be looked up.
     """
-    if memory.is_cpu and NATIVE_ERROR is None:
+    if memory.is_cpu and type(memory) is Tensor and NATIVE_ERROR is None:  # fakes have no memory
         native.use_large_pages(memory.data_ptr(), memory.nbytes)
     return memory
 

@@ -1000,3 +1000,6 @@ def test_large_pages_change_no_number():
     assert torch.equal(numbers, before)
     empty, meta = torch.empty(0), torch.empty(8 << 20, device="meta")
     assert on_large_pages(empty) is empty and on_large_pages(meta) is meta
+    with FakeTensorMode():
+        fake = torch.empty(8 << 20)
+        assert on_large_pages(fake) is fake
