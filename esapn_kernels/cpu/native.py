@@ -40,7 +40,7 @@ _RULE = {"gradient": 0, "sparse": 1, "sgd": 2, "adagrad": 3, "rowwise_adagrad": 
 _ID_BYTES = {torch.int32: 4, torch.int64: 8}
 
 _PARALLEL = 1 << 17
-"""Numbers of output from which a second thread is worth its start."""
+"""Numbers of output from which threads are worth their start, and Python's lock is released."""
 
 
 @functools.cache
@@ -63,17 +63,24 @@ def _packed_hops(chain: Tensor, sizes: Sequence[int]) -> bytes:
 
 def _table(layout: Layout, ids: Tensor, storage: Tensor) -> tuple[int | bytes, ...]:
     """Where the rows lie, and the ids, as every kernel takes them."""
-    row_start = layout.row_start
-    id_bytes = _ID_BYTES.get(ids.dtype, 0)
+    row_start, page_level = layout.row_start, layout.page_level
+    start_bytes, id_bytes = _ID_BYTES.get(row_start.dtype, 0), _ID_BYTES.get(ids.dtype, 0)
+    if not (
+        start_bytes
+        and page_level.dtype is torch.int8
+        and row_start.is_contiguous()
+        and page_level.is_contiguous()
+    ):
+        raise RuntimeError("row starts must be int32 or int64 and page levels int8, contiguous")
     if not id_bytes:
         check_ids(ids, row_start.numel(), read=False)
     return (
         row_start.data_ptr(),
-        row_start.element_size(),
+        start_bytes,
         row_start.numel(),
-        layout.page_level.data_ptr(),
+        page_level.data_ptr(),
         layout.page,
-        storage.numel(),
+        min(storage.numel(), page_level.numel() * layout.page),
         packed(layout.sizes),
         ids.data_ptr(),
         id_bytes,
@@ -107,6 +114,11 @@ def lookup_fwd(
     """
     ids, composed = ids.contiguous(), _in_dtype_of_sums(composed, storage)
     dtype, count, dim = storage.dtype, ids.numel(), layout.sizes[-1]
+    if out_dtype is not None and out_dtype not in DTYPE and out is None:
+        return lookup_fwd(ids, storage, composed, layout).to(out_dtype)
+    is_long = count * dim >= _PARALLEL
+    if is_long:
+        storage = storage.detach()  # holds the memory, should another thread let the arena grow
     if out is None:
         shape = (count, dim)
         same = out_dtype is None or out_dtype is dtype
@@ -118,7 +130,7 @@ def lookup_fwd(
         composed.data_ptr(),
         out.data_ptr(),
         DTYPE[out.dtype],
-        1 if count * dim < _PARALLEL else torch.get_num_threads(),
+        torch.get_num_threads() if is_long else 1,
     )
     return out
 
@@ -157,11 +169,14 @@ def _backward(
         grad_out = grad_out.to(composed.dtype)
     operand = _in_dtype_of_sums(composed, storage)
     grad_composed = torch.empty_like(operand) if want_composed else None
+    threads = _threads(ids, layout)
     moment = square = per_id = clock = numbers = None
+    # Aliases hold the memory, should another thread let the arena grow.
+    storage = storage.detach()
     if update is not None:
         numbers, per_id, clock = update.numbers, update.per_id, update.clock
         if update.state:
-            moment, square = update.state[0], update.state[-1]
+            moment, square = update.state[0].detach(), update.state[-1].detach()
     native.lookup_bwd(
         *_table(layout, ids, storage),
         storage.data_ptr(),
@@ -171,7 +186,7 @@ def _backward(
         DTYPE[grad_out.dtype],
         address(grad_composed),
         -1 if padding_idx is None else padding_idx,
-        _threads(ids, layout),
+        threads,
         _RULE[rule],
         address(target),
         address(elements),
@@ -266,7 +281,7 @@ def lookup_bwd_update(
 
 def compose(chain: Tensor, sizes: Sequence[int]) -> Tensor:
     """``[K, D]``: see :func:`esapn_kernels.ops.compose.compose`."""
-    chain = _in_dtype_of_sums(chain.detach(), chain).contiguous()
+    chain = _in_dtype_of_sums(chain.detach().resolve_neg(), chain).contiguous()
     sizes_of_hops = _packed_hops(chain, sizes)
     composed = chain.new_empty((sum(sizes[:-1]) + len(sizes) - 1, sizes[-1]))
     operands = (DTYPE[chain.dtype], chain.data_ptr(), composed.data_ptr())
@@ -278,7 +293,7 @@ def compose_bwd(
     grad_composed: Tensor, chain: Tensor, composed: Tensor, sizes: Sequence[int]
 ) -> Tensor:
     """Shape and dtype of ``chain``: see :func:`esapn_kernels.ops.compose.compose_bwd`."""
-    hops = chain.detach().to(composed.dtype).contiguous()
+    hops = chain.detach().resolve_neg().to(composed.dtype).contiguous()
     grad_composed, grad_chain = grad_composed.contiguous(), torch.empty_like(hops)
     tensors = (grad_composed, hops, composed, grad_chain)
     addresses = [tensor.data_ptr() for tensor in tensors]

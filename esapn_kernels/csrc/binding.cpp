@@ -4,7 +4,12 @@
 #include <Python.h>
 #include <string.h>
 
+#include <initializer_list>
+
 #include "kernels.h"
+
+// Of these functions' arguments; ops/backend.py takes no module of another number.
+#define ESAPN_INTERFACE 1
 
 namespace {
 
@@ -65,7 +70,22 @@ class Arguments {
     Py_ssize_t length;
     sizes = reinterpret_cast<const int64_t*>(bytes(length));
     n = int(length / Py_ssize_t(sizeof(int64_t)));
-    if (!PyErr_Occurred() && (n < 1 || n > 127)) PyErr_SetString(PyExc_ValueError, "between 1 and 127 sizes");
+    if (!PyErr_Occurred() && (n < 1 || n > MAX_LEVELS)) PyErr_SetString(PyExc_ValueError, "between 1 and 128 sizes");
+  }
+  // Of an address that is read or written; a tensor of another kind may have none.
+  void needs(const void* address) {
+    if (!address && !PyErr_Occurred())
+      PyErr_SetString(PyExc_RuntimeError, "kernels for CPUs read plain tensors, which hold their numbers themselves");
+  }
+  void needs(const Table& table, const Ids& ids, const void* storage, const void* composed) {
+    if (!ids.count) return;
+    needs(ids.data);
+    if (table.rows) needs(table.row_start);
+    if (table.capacity) {
+      needs(table.page_level);
+      needs(storage);
+    }
+    if (table.n > 1) needs(composed);
   }
   bool failed() const {
     if (!PyErr_Occurred() && left_) PyErr_SetString(PyExc_TypeError, "another number of arguments");
@@ -85,6 +105,22 @@ class Arguments {
   PyObject* const* next_;
   Py_ssize_t left_;
 };
+
+// Lets other threads of Python run during a long call. A short one is over sooner than they start.
+class Unlocked {
+ public:
+  explicit Unlocked(bool is_long) : state_(is_long ? PyEval_SaveThread() : nullptr) {}
+  ~Unlocked() {
+    if (state_) PyEval_RestoreThread(state_);
+  }
+  Unlocked(const Unlocked&) = delete;
+  Unlocked& operator=(const Unlocked&) = delete;
+
+ private:
+  PyThreadState* state_;
+};
+
+bool is_long(const Table& table, const Ids& ids) { return ids.count * table.dim() >= (int64_t(1) << 17); }
 
 PyObject* answer(int status) {
   if (status == OK) Py_RETURN_NONE;
@@ -107,13 +143,16 @@ PyObject* lookup_fwd(PyObject*, PyObject* const* values, Py_ssize_t count) {
   void* out = arguments.address();
   const int out_dtype = arguments.small();
   const int threads = arguments.small();
+  arguments.needs(table, ids, storage, composed);
+  if (ids.count && !arguments.failed() && table.dim()) arguments.needs(out);
   if (arguments.failed()) return nullptr;
   int status;
-  Py_BEGIN_ALLOW_THREADS
-  status = check_ids(ids, table.rows);
-  if (status == OK)
-    status = chosen->lookup_fwd[dtype == F64](table, ids, storage, dtype, composed, out, out_dtype, threads);
-  Py_END_ALLOW_THREADS
+  {
+    const Unlocked unlocked(is_long(table, ids));
+    status = check_ids(ids, table.rows);
+    if (status == OK)
+      status = chosen->lookup_fwd[dtype == F64](table, ids, storage, dtype, composed, out, out_dtype, threads);
+  }
   return answer(status);
 }
 
@@ -138,12 +177,17 @@ PyObject* lookup_bwd(PyObject*, PyObject* const* values, Py_ssize_t count) {
   update.square = arguments.address();
   update.per_id = arguments.address();
   update.clock = static_cast<double*>(arguments.address());
+  arguments.needs(table, ids, storage, composed);
+  if (ids.count && !arguments.failed() && table.dim()) arguments.needs(grad);
+  if (update.rule >= SGD) arguments.needs(update.numbers);
+  if (update.rule == ADAM) arguments.needs(update.clock);
   if (arguments.failed()) return nullptr;
   int status;
-  Py_BEGIN_ALLOW_THREADS
-  status = chosen->lookup_bwd[dtype == F64](table, ids, grad, grad_dtype, storage, dtype, composed,
-                                            grad_composed, update, padding, threads);
-  Py_END_ALLOW_THREADS
+  {
+    const Unlocked unlocked(is_long(table, ids));
+    status = chosen->lookup_bwd[dtype == F64](table, ids, grad, grad_dtype, storage, dtype, composed,
+                                              grad_composed, update, padding, threads);
+  }
   return answer(status);
 }
 
@@ -174,6 +218,7 @@ PyObject* compose(PyObject*, PyObject* const* values, Py_ssize_t count) {
   const int dtype = arguments.small();
   const void* chain = arguments.address();
   void* composed = arguments.address();
+  if (n > 1) arguments.needs(chain);
   if (arguments.failed()) return nullptr;
   int status;
   Py_BEGIN_ALLOW_THREADS
@@ -192,6 +237,8 @@ PyObject* compose_bwd(PyObject*, PyObject* const* values, Py_ssize_t count) {
   const void* chain = arguments.address();
   const void* composed = arguments.address();
   void* grad_chain = arguments.address();
+  if (n > 1)
+    for (const void* address : {grad_composed, chain, composed}) arguments.needs(address);
   if (arguments.failed()) return nullptr;
   int status;
   Py_BEGIN_ALLOW_THREADS
@@ -208,6 +255,10 @@ PyObject* find_movers(PyObject*, PyObject* const* values, Py_ssize_t count) {
   const Call call = Call(arguments.small());
   uint8_t* moved = static_cast<uint8_t*>(arguments.address());
   Movers movers = arguments.movers(table.n);
+  if (ids.count) {
+    for (const void* address : {static_cast<const void*>(ids.data), table.row_start}) arguments.needs(address);
+    arguments.needs(table.page_level);
+  }
   if (arguments.failed()) return nullptr;
   int status;
   Py_BEGIN_ALLOW_THREADS
@@ -239,6 +290,12 @@ PyObject* move_rows(PyObject*, PyObject* const* values, Py_ssize_t count) {
   resize.chain = arguments.address();
   resize.states = arguments.fills(resize.n_states);
   resize.per_id = arguments.fills(resize.n_per_id);
+  arguments.needs(resize.movers.count);
+  if (!arguments.failed() && resize.movers.total(resize.table.n)) {
+    arguments.needs(resize.storage);
+    arguments.needs(resize.table.row_start);
+    if (resize.call == PROMOTE) arguments.needs(resize.chain);
+  }
   if (arguments.failed()) return nullptr;
   int status = OUT_OF_RANGE;
   Py_BEGIN_ALLOW_THREADS
@@ -332,5 +389,7 @@ PyModuleDef definition = {
 
 PyMODINIT_FUNC PyInit__native() {
   chosen = *available();
-  return PyModule_Create(&definition);
+  PyObject* module = PyModule_Create(&definition);
+  if (module && PyModule_AddIntConstant(module, "INTERFACE", ESAPN_INTERFACE) < 0) Py_CLEAR(module);
+  return module;
 }

@@ -49,7 +49,7 @@ struct Backward {
       const int size = int(end - t < BACKWARD_TILE ? end - t : BACKWARD_TILE);
       int64_t ahead = t + size;
       const int64_t ahead_end = ahead + BACKWARD_TILE < end ? ahead + BACKWARD_TILE : end;
-      int32_t count[128], place[128], sum = 0;
+      int32_t count[MAX_LEVELS], place[MAX_LEVELS], sum = 0;
       for (int k = 0; k < table.n; k++) count[k] = 0;
       for (int i = 0; i < size; i++) count[groups.level[t + i]]++;
       for (int k = 0; k < table.n; k++) {
@@ -178,7 +178,7 @@ static int lookup_bwd(const Table& table, const Ids& ids, const void* grad, int 
                       int dtype, const void* composed, void* grad_composed, const Update& update,
                       int64_t padding, int threads) {
   const int64_t D = table.dim(), stride = padded_width<A>(D);
-  int64_t offset[128];
+  int64_t offset[MAX_LEVELS];
   operand_offsets(table, offset);
   const int64_t rows = offset[table.n - 1], numel = rows * stride;
   Buffer held(group_bytes(ids.count));
@@ -193,7 +193,7 @@ static int lookup_bwd(const Table& table, const Ids& ids, const void* grad, int 
   const int64_t tasks = (groups.count + task_rows - 1) / task_rows;
   const int64_t parts = grad_composed ? tasks : 0;
   int64_t turned = 0;
-  Projection<A> down[128];
+  Projection<A> down[MAX_LEVELS];
   for (int k = 0; k + 1 < table.n; k++) {
     down[k] = Projection<A>{nullptr, stride, stride, table.sizes[k]};
     turned += Buffer::padded<A>(down[k].numel());
@@ -207,9 +207,8 @@ static int lookup_bwd(const Table& table, const Ids& ids, const void* grad, int 
   }
   A* part = parts ? memory.take<A>(parts * Buffer::padded<A>(numel) / int64_t(sizeof(A))) : nullptr;
   const int64_t part_stride = Buffer::padded<A>(numel) / int64_t(sizeof(A));
-  int block = int(BLOCK_BYTES / (stride * int64_t(sizeof(A)))) / TILE_ROWS * TILE_ROWS;
-  if (block < TILE_ROWS) block = TILE_ROWS;
-  if (block > 48) block = 48;
+  int block = 48;
+  while (block > TILE_ROWS && block * stride * int64_t(sizeof(A)) > BLOCK_BYTES) block -= TILE_ROWS;
 
   const int64_t scratch_numel =
       Buffer::padded<A>(Backward<A>::scratch_numel(block, stride)) / int64_t(sizeof(A));

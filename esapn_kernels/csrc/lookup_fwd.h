@@ -12,7 +12,7 @@ struct Located {
   int64_t start[FORWARD_TILE];
   uint8_t level[FORWARD_TILE];
   uint16_t order[FORWARD_TILE];
-  int32_t count[128];
+  int32_t count[MAX_LEVELS];
   int size;
 };
 
@@ -31,7 +31,7 @@ static bool locate(Located& tile, const Table& table, const Pages& pages, const 
     tile.level[i] = uint8_t(level);
     tile.count[level]++;
   }
-  int32_t at[128], sum = 0;
+  int32_t at[MAX_LEVELS], sum = 0;
   for (int k = 0; k < table.n; k++) {
     at[k] = sum;
     sum += tile.count[k];
@@ -173,7 +173,7 @@ template <class A>
 static int lookup_fwd(const Table& table, const Ids& ids, const void* storage, int dtype,
                       const void* composed, void* out, int out_dtype, int threads) {
   const int64_t D = table.dim(), stride = padded_width<A>(D);
-  int64_t offset[128];
+  int64_t offset[MAX_LEVELS];
   operand_offsets(table, offset);
   const int64_t blocks = offset[table.n - 1];
   const int64_t bytes = ids.count * D * itemsize(out_dtype);

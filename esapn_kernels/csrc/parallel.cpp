@@ -1,8 +1,10 @@
 #include "parallel.h"
 
 #include <dlfcn.h>
+#include <fcntl.h>
 #include <pthread.h>
 #include <stdlib.h>
+#include <string.h>
 #include <unistd.h>
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -35,6 +37,17 @@ Parallel find_pool() {
 // libstdc++'s, and a fork before the first call counts as well.
 const Parallel pool = find_pool();
 
+bool find_large_pages() {
+  char text[64] = {};
+  const int file = open("/sys/kernel/mm/transparent_hugepage/enabled", O_RDONLY | O_CLOEXEC);
+  if (file < 0) return false;
+  const bool found = read(file, text, sizeof text - 1) > 0 && !strstr(text, "[never]");
+  close(file);
+  return found;
+}
+
+const bool grants_large_pages = find_large_pages();
+
 struct Work {
   void (*task)(void*, int64_t, int64_t);
   void* context;
@@ -66,7 +79,10 @@ void advise_large_pages(void* memory, int64_t bytes, bool now) {
   const uintptr_t end = reinterpret_cast<uintptr_t>(memory) + uintptr_t(bytes);
   if (begin >= end) return;
   constexpr int COLLAPSE = 25;  // MADV_COLLAPSE, which older headers lack
-  if (madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE) == 0 && now)
+  const bool advised = madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE) == 0;
+  // It takes its time, which much memory, fresh from the system in any case, does not need; and it
+  // would not heed that the system's large pages are switched off.
+  if (advised && now && bytes <= int64_t(256) << 20 && grants_large_pages)
     (void)madvise(reinterpret_cast<void*>(begin), end - begin, COLLAPSE);
 #else
   (void)memory;

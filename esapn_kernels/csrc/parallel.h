@@ -25,7 +25,7 @@ ESAPN_INLINE void parallel(int64_t tasks, int threads, const F& body) {
 constexpr int64_t LARGE = int64_t(16) << 20;
 
 // Asks the system for large pages: for memory that is still to be touched, or, where `now`, in place
-// of those that it lies on. Advice only: where it is not taken, nothing changes.
+// of those that it lies on already. Advice only: where it is not taken, nothing changes.
 void advise_large_pages(void* memory, int64_t bytes, bool now = false);
 
 // Memory aligned to 64 bytes, not initialised; freed when it goes out of scope.

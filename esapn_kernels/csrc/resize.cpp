@@ -129,7 +129,7 @@ Status find_movers(Movers& movers, uint8_t* moved, const Table& table, const Ids
     movers.count[k] += first;
   }
   movers.start = movers.id + movers.total(table.n);
-  int64_t at[128], sum = 0;
+  int64_t at[MAX_LEVELS], sum = 0;
   for (int k = 0; k < table.n; k++) {
     at[k] = sum;
     sum += movers.count[k];
@@ -147,7 +147,7 @@ Status find_movers(Movers& movers, uint8_t* moved, const Table& table, const Ids
 Status check_room(const Resize& resize) {
   const int n = resize.table.n;
   const int64_t *count = resize.movers.count, *base = resize.places.free_base;
-  int64_t taken[128] = {}, pages = 0;
+  int64_t taken[MAX_LEVELS] = {}, pages = 0;
   for (int k = 0; k < n; k++)
     if (count[k] && resize.call != FREE) taken[resize.enters(k)] += count[k];
   for (int k = 0; k < n; k++) {

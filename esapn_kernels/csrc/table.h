@@ -12,6 +12,8 @@ enum Dtype : int { F32, F64, BF16, F16 };
 
 ESAPN_INLINE int64_t itemsize(int dtype) { return dtype == F64 ? 8 : dtype == F32 ? 4 : 2; }
 
+constexpr int MAX_LEVELS = 128;  // page levels are int8
+
 enum Status : int { OK = 0, OUT_OF_RANGE = 1, NO_MEMORY = 2, NO_ROOM = 3 };
 
 // N rows of n sizes: row x begins at element row_start[x] and has sizes[page_level[row_start[x] / page]]

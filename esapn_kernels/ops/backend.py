@@ -78,17 +78,23 @@ NATIVE_ERROR: str | None = None
 """Why the native kernels cannot be used, ``None`` where they can."""
 
 
+_INTERFACE = 1  # csrc/binding.cpp has the same
+_AGAIN = "make install builds them in a checkout, and pip install wherever g++ or clang is"
+
+
 def _why_not_built() -> str:
     """What setup.py left of its failure: what is missing, and what to install."""
     try:
         return (Path(__file__).parents[1] / "_native_error.txt").read_text(encoding="utf-8").strip()
     except OSError:
-        return "make install builds them in a checkout, and pip install wherever g++ or clang is"
+        return _AGAIN
 
 
 try:
     # By name: to what reads import statements it would be an import of the whole package.
     native = importlib.import_module("esapn_kernels._native")
+    if getattr(native, "INTERFACE", None) != _INTERFACE:
+        NATIVE_ERROR = f"the native kernels are of another version: {_AGAIN}"
 except ModuleNotFoundError:
     NATIVE_ERROR = f"the native kernels are not built: {_why_not_built()}"
 except ImportError as error:
@@ -196,7 +202,8 @@ def on_large_pages(memory: Tensor) -> Tensor:
 
     Rows are read in any order: on small pages the address of nearly every one has to be looked up.
     """
-    if memory.is_cpu and type(memory) is Tensor and NATIVE_ERROR is None:  # fakes have no memory
+    native_runs = NATIVE_ERROR is None and _FORCED != "torch"
+    if native_runs and memory.is_cpu and type(memory) is Tensor:  # fakes have no memory
         native.use_large_pages(memory.data_ptr(), memory.nbytes)
     return memory
 

@@ -157,13 +157,13 @@ class ComposedCache:
     """
 
     def __init__(self) -> None:
-        self._kept: tuple[str, Tensor, Tensor] | None = None
+        self._kept: tuple[str, Sequence[int], Tensor, Tensor] | None = None
 
     def __call__(self, chain: Tensor, sizes: Sequence[int], backend: str = "torch") -> Tensor:
         """``compose(chain, sizes)``, not to be written to; chain on a CPU, in plain eager code."""
         if self._kept is not None:
-            kept_backend, seen, composed = self._kept
-            if kept_backend == backend and _same_bytes(seen, chain):
+            kept_backend, kept_sizes, seen, composed = self._kept
+            if kept_backend == backend and kept_sizes == sizes and _same_bytes(seen, chain):
                 return composed
         if torch.is_inference_mode_enabled():
             # What it made could not be saved for a backward outside of it.
@@ -173,9 +173,9 @@ class ComposedCache:
 
     def _renew(self, chain: Tensor, sizes: Sequence[int], backend: str) -> Tensor:
         # What is composed is what is compared, should another thread write to the chain.
-        seen = chain.detach().clone(memory_format=torch.contiguous_format)
+        seen = chain.detach().resolve_neg().clone(memory_format=torch.contiguous_format)
         composed = compose(seen, sizes, backend=backend)
-        self._kept = backend, seen, composed
+        self._kept = backend, sizes, seen, composed
         return composed
 
     def __reduce__(self) -> tuple[type[ComposedCache], tuple[()]]:
@@ -185,7 +185,8 @@ class ComposedCache:
 def _same_bytes(seen: Tensor, chain: Tensor) -> bool:
     if seen.dtype != chain.dtype or seen.numel() != chain.numel():
         return False
-    if NATIVE_ERROR is None and chain.is_contiguous():
+    if NATIVE_ERROR is None and chain.is_contiguous() and not chain.is_neg():
         return native.equal_bytes(seen.data_ptr(), chain.data_ptr(), seen.nbytes)
     # As integers: a number that is none differs from itself.
-    return torch.equal(seen.view(torch.uint8), chain.detach().contiguous().view(torch.uint8))
+    present = chain.detach().resolve_neg().contiguous()
+    return torch.equal(seen.view(torch.uint8), present.view(torch.uint8))

@@ -54,6 +54,13 @@ class Options(NamedTuple):
     out_dtype: torch.dtype | None = None
 
 
+def _in_place(storage: Tensor) -> Tensor:
+    """Rows as kernels read them: one behind the other, and with their signs."""
+    if storage.is_contiguous() and not storage.is_neg():
+        return storage
+    return storage.contiguous().resolve_neg()
+
+
 def _lookup_fwd(
     ids: Tensor,
     storage: Tensor,
@@ -65,6 +72,7 @@ def _lookup_fwd(
     hops: Tensor | None = None,
 ) -> Tensor:
     """With ``hops`` ``composed`` is written as well: see :func:`lookup`."""
+    storage = _in_place(storage)
     if backend == "triton":
         return launch_fwd(ids, storage, composed, layout, out_dtype, out, hops)
     run = native.lookup_fwd if runs_native(backend) else cpu.lookup_fwd
@@ -82,6 +90,7 @@ def _lookup_bwd(
     padding_idx: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """``padding_idx``: native kernels leave it out themselves, others get weighed gradients."""
+    storage = _in_place(storage)
     if runs_native(backend):
         operands = (grad_out, ids, storage, composed, layout, want_composed)
         return native.lookup_bwd(*operands, padding_idx)
@@ -347,6 +356,7 @@ class _EagerLookup(torch.autograd.Function):
         operands = (grad_out, ids, storage, composed, layout)
         if sparse:
             run = native.lookup_bwd_sparse if passes else cpu.lookup_bwd_sparse
+            operands = (grad_out, ids, _in_place(storage), composed, layout)
             with own_precision(storage):
                 grad_storage, grad_composed = run(*operands, padding_idx, needs_chain)
         else:

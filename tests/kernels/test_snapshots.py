@@ -579,7 +579,7 @@ def test_promotion_without_gradients_makes_none():
         module.promote(IDS)
         module(IDS)
     assert module.arena.storage.is_leaf and module.arena.storage.requires_grad
-    assert not module._composed._kept[2].requires_grad
+    assert not module._composed._kept[3].requires_grad
 
 
 @pytest.mark.parametrize("how", ["context", "default"])
