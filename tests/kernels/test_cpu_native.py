@@ -1002,3 +1002,77 @@ def test_large_pages_change_no_number():
     with FakeTensorMode():
         fake = torch.empty(8 << 20)
         assert on_large_pages(fake) is fake
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_rows_that_are_not_stored_as_they_are(backend):
+    """Every second number of a tensor, or numbers whose sign torch has yet to turn."""
+    case = make_case(SMALL, 30, 40, backend=backend)
+    storage, chain = (t.detach() for t in case.leaves())
+    apart = torch.stack([storage, torch.zeros_like(storage)], 1)[:, 0]
+    expected = lookup(case.ids, storage, chain, case.layout, backend=backend)
+    assert torch.equal(lookup(case.ids, apart, chain, case.layout, backend=backend), expected)
+    found = functional_call(case.module, {"arena.storage": apart}, (case.ids,))
+    assert torch.equal(found, expected)
+    negated = [torch._neg_view(-t) for t in (storage, chain)]
+    assert torch.equal(lookup(case.ids, *negated, case.layout, backend=backend), expected)
+    leaf = apart.clone().requires_grad_()
+    twice = torch.stack([leaf, leaf], 1)[:, 0]
+    lookup(case.ids, twice, chain, case.layout, backend=backend).backward(case.grad_out)
+    whole = storage.clone().requires_grad_()
+    lookup(case.ids, whole, chain, case.layout, backend=backend).backward(case.grad_out)
+    assert torch.equal(leaf.grad, whole.grad)
+
+
+def test_as_many_sizes_as_levels():
+    sizes = tuple(range(1, 129))
+    case = make_case(sizes, 300, 400)
+    exact, eager = case.expected(), case.expected(torch.float32)
+    for part, actual, x, e in zip("yeW", case.run("native"), exact, eager, strict=True):
+        assert_matches(actual, x, e, name=part)
+    assert case.module.promote(case.ids).any()
+
+
+def test_tensors_without_numbers_are_refused():
+    case = make_case(SMALL, 30, 40)
+    storage, chain = (t.detach() for t in case.leaves())
+    nothing = torch._efficientzerotensor(storage.shape)
+    assert nothing.data_ptr() == 0
+    with pytest.raises(RuntimeError, match="plain tensors"):
+        lookup(case.ids, nothing, chain, case.layout, backend="native")
+
+
+def test_other_locations_are_refused():
+    case = make_case(SMALL, 30, 40)
+    storage, chain = (t.detach() for t in case.leaves())
+    row_start, page_level, *rest = case.layout.flat
+    starts = torch.stack([row_start, row_start], 1)[:, 0], row_start.short()
+    for layout in (
+        *(Layout(start, page_level, *rest) for start in starts),
+        Layout(row_start, page_level.long(), *rest),
+    ):
+        with pytest.raises(RuntimeError, match="row starts must be"):
+            lookup(case.ids, storage, chain, layout, backend="native")
+
+
+def test_rows_move_while_another_thread_looks_up():
+    """What is read may be of before or after, or be refused: nothing else happens."""
+    case = make_case(PAPER, 20_000, 8192, mix=(1, 1, 1, 1, 1, 0))
+    stop, seen = threading.Event(), []
+
+    def look_up():
+        while not stop.is_set():
+            try:
+                with torch.no_grad():
+                    seen.append(case.module(case.ids).shape == (8192, 128))
+            except (IndexError, RuntimeError):
+                seen.append(True)
+
+    thread = threading.Thread(target=look_up)
+    thread.start()
+    for first in range(0, 20_000, 2_000):
+        case.module.promote(torch.arange(first, first + 2_000))
+    case.module.compact()
+    stop.set()
+    thread.join()
+    assert seen and all(seen)
