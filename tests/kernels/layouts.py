@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import pytest
 import torch
+
+from esapn_kernels.ops.backend import NATIVE_ERROR
 
 Sizes = tuple[int, ...]
 
@@ -20,6 +23,10 @@ TINY = (1, 2, 3)
 # One below, at and one above whole blocks of 16, 32, 64 and 128, each between others too: the bias
 # row behind a size that fills its blocks falls into a block of its own.
 FILLED = [(15, 16, 17, 32), (31, 32, 63, 64), (33, 64, 65, 128), (127, 128, 129, 144)]
+
+NEEDS_NATIVE = pytest.mark.skipif(NATIVE_ERROR is not None, reason=str(NATIVE_ERROR))
+HOSTS = ["torch", pytest.param("native", marks=NEEDS_NATIVE)]
+"""The backends of CPUs."""
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 

@@ -20,7 +20,7 @@ from esapn_kernels.storage import arena as arena_file
 from esapn_kernels.storage import locations
 from esapn_kernels.storage.arena import Arena
 from esapn_kernels.storage.ledger import Snapshot
-from tests.kernels.layouts import ODD, PAPER, SMALL, TINY, name
+from tests.kernels.layouts import HOSTS, NEEDS_NATIVE, ODD, PAPER, SMALL, TINY, name
 
 SIZES = [ODD, (2, 4, 8), (7,), (5, 6), (2, 64), TINY, PAPER]
 
@@ -315,9 +315,9 @@ def kernels_on(device, monkeypatch):
 quick = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True}
 TestHistory = History.TestCase
 TestHistory.settings = settings(max_examples=30, stateful_step_count=20, **quick)
-TestNativeHistory = NativeHistory.TestCase
+TestNativeHistory = NEEDS_NATIVE(NativeHistory.TestCase)
 TestNativeHistory.settings = settings(max_examples=30, stateful_step_count=20, **quick)
-TestEitherHistory = EitherHistory.TestCase
+TestEitherHistory = NEEDS_NATIVE(EitherHistory.TestCase)
 TestEitherHistory.settings = settings(max_examples=15, stateful_step_count=20, **quick)
 TestDeviceHistory = DeviceHistory.TestCase
 TestDeviceHistory.settings = settings(max_examples=5, stateful_step_count=12, **quick)
@@ -389,7 +389,7 @@ def test_compact_shrinks_to_the_minimum(device):
     check_bytes(arena)
 
 
-@pytest.mark.parametrize("host", ["torch", "native"])
+@pytest.mark.parametrize("host", HOSTS)
 @pytest.mark.parametrize("spare_pages", [0, 4000])
 @pytest.mark.parametrize("sizes", [(1, 2, 3), (2, 17)], ids=name)
 def test_many_small_promotions(sizes, spare_pages, host):
@@ -552,7 +552,7 @@ def test_free_places_are_found_before_a_capture(device):
         assert arena.promote(ids, chain, backend="triton").all()
 
 
-@pytest.mark.parametrize("host", ["torch", "native"])
+@pytest.mark.parametrize("host", HOSTS)
 def test_the_host_finds_room_after_a_capture(host, device):
     if host == "native" and device.type != "cpu":
         pytest.skip("native kernels run on CPUs")
@@ -572,7 +572,7 @@ def test_the_host_finds_room_after_a_capture(host, device):
         assert torch.equal(arena.read(i), rows[i])
 
 
-@pytest.mark.parametrize("host", ["torch", "native"])
+@pytest.mark.parametrize("host", HOSTS)
 def test_a_cap_on_the_host_raises_before_anything_moves(host):
     arena = with_page(32, 64, (2, 8), max_elements=320)
     arena.storage.data.normal_()
@@ -707,7 +707,7 @@ def test_promote_in_a_graph(device):
     check_accounts(arena.cpu())
 
 
-@pytest.mark.parametrize("host", ["torch", "native"])
+@pytest.mark.parametrize("host", HOSTS)
 @pytest.mark.parametrize(
     "call, words",
     [

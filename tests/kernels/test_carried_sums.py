@@ -10,6 +10,7 @@ import torch
 from esapn_kernels import ResizableEmbedding, optim
 from esapn_kernels.reference import split_chain
 from esapn_kernels.storage import followers as followers_file
+from tests.kernels.layouts import HOSTS
 from tests.kernels.layouts import SMALL as SIZES
 
 LR = 0.1
@@ -75,7 +76,7 @@ def test_padded_outputs_have_one_variance_at_every_size():
 # Sums that go along
 
 
-@pytest.mark.parametrize("host", ["torch", "native"])
+@pytest.mark.parametrize("host", HOSTS)
 @pytest.mark.parametrize("ids", [[1], [1, 6, 3], [0, 11, 7, 2], list(range(12))])
 def test_sums_are_carried_exactly(ids, host):
     table, optimizer = taught()

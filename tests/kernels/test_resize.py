@@ -17,7 +17,17 @@ from esapn_kernels.reference import lookup_reference, promote_reference
 from esapn_kernels.storage import locations
 from esapn_kernels.storage.arena import Arena
 from esapn_kernels.testing import assert_matches, make_case, row_elements
-from tests.kernels.layouts import DTYPES, LAYOUTS, ODD, SMALL, TINY, compared, name, tiled
+from tests.kernels.layouts import (
+    DTYPES,
+    LAYOUTS,
+    NEEDS_NATIVE,
+    ODD,
+    SMALL,
+    TINY,
+    compared,
+    name,
+    tiled,
+)
 
 
 def definition(module, ids, dtype):
@@ -360,7 +370,12 @@ def test_many_ids_at_once(small_steps, wide_tiles, device):
     level = torch.randint(0, 4, (n_rows,), generator=generator)
     ids = torch.randint(0, n_rows, (3000,), generator=generator).to(device)
     arenas, moved = [], []
-    for backend in ("torch", "triton", "triton", *["native"] * (device.type == "cpu")):
+    for backend in (
+        "torch",
+        "triton",
+        "triton",
+        *["native"] * (device.type == "cpu" and not backends.NATIVE_ERROR),
+    ):
         arena = Arena(n_rows, sizes, level=level, device=device)
         fill(arena, torch.Generator().manual_seed(3))
         chain = torch.randn(chain_numel(sizes), generator=torch.Generator().manual_seed(4))
@@ -572,6 +587,8 @@ def test_rows_past_two_to_the_31(backend, device, monkeypatch):
 @pytest.fixture(params=["avx512", "avx2", "baseline"])
 def instructions(request):
     """Every instruction set that this machine runs."""
+    if backends.NATIVE_ERROR is not None:
+        pytest.skip(backends.NATIVE_ERROR)
     if request.param not in backends.native.instruction_sets():
         pytest.skip(f"needs {request.param}")
     before = backends.native.use(request.param)
@@ -648,6 +665,7 @@ class Twins:
         return [arena.storage.grad, *optimizer.state[arena.storage].values()]
 
 
+@NEEDS_NATIVE
 @settings(max_examples=60, **quick)
 @given(data=st.data())
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
@@ -689,6 +707,7 @@ def everything(arena):
     return [tensor.detach().clone() for tensor in tensors]
 
 
+@NEEDS_NATIVE
 @pytest.mark.parametrize("bad", [-1, 20, 2**31 - 1, -(2**31)])
 @pytest.mark.parametrize("ids_dtype", [torch.int64, torch.int32], ids=name)
 def test_an_id_out_of_range_changes_nothing(bad, ids_dtype):
@@ -710,6 +729,7 @@ def test_an_id_out_of_range_changes_nothing(bad, ids_dtype):
         arena.layout  # noqa: B018  (raises what the next call would)
 
 
+@NEEDS_NATIVE
 @pytest.mark.parametrize("missing", ["pages", "stack"])
 def test_rows_without_room_change_nothing(missing, monkeypatch):
     """The kernel looks itself: it writes where the free lists say."""
@@ -725,6 +745,7 @@ def test_rows_without_room_change_nothing(missing, monkeypatch):
     assert all(map(torch.equal, everything(arena), before))
 
 
+@NEEDS_NATIVE
 def test_a_mask_that_repeats_itself_and_one_of_another_shape():
     arena, chain = Arena(9, SMALL), torch.randn(chain_numel(SMALL))
     ids = torch.arange(9)
@@ -739,6 +760,7 @@ class Opaque(torch.Tensor):
     """Numbers that are a subclass's own affair."""
 
 
+@NEEDS_NATIVE
 def test_state_that_no_kernel_can_write():
     arena = Arena(12, SMALL)
     chain, n = torch.randn(chain_numel(SMALL)), arena.storage.numel()
@@ -766,6 +788,7 @@ def test_state_that_no_kernel_can_write():
     assert state["ids"].tolist() == [8.0 if i in (3, 7) else 1.0 for i in range(12)]
 
 
+@NEEDS_NATIVE
 def test_ids_and_masks_that_lie_apart():
     one, two = (make_case(SMALL, 30, 0, backend="native").module for _ in range(2))
     ids, mask = torch.arange(60)[::2] // 2, torch.arange(60) % 3 == 0
@@ -776,6 +799,7 @@ def test_ids_and_masks_that_lie_apart():
         assert torch.equal(value, two.state_dict()[key]), key
 
 
+@NEEDS_NATIVE
 def test_movers_are_found_by_level_and_in_order():
     """What makes room: distinct rows by the level that they leave."""
     arena = Arena(10, SMALL, level=torch.tensor([0, 1, 2, -1, 0, 1, 2, 0, 0, 1]))
