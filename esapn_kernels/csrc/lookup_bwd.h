@@ -21,7 +21,6 @@ struct Backward {
   int grad_dtype;
   const char* storage;
   int dtype;
-  const A* composed;
   int64_t stride;
   const int64_t* offset;
   const Projection<A>* down;  // [n - 1]
@@ -223,7 +222,7 @@ static int lookup_bwd(const Table& table, const Ids& ids, const void* grad, int 
   }
   const Step<A> step(update, storage, dtype);
   const Backward<A> backward{table, groups, static_cast<const char*>(grad), grad_dtype,
-                             static_cast<const char*>(storage), dtype, operand, stride, offset, down, step,
+                             static_cast<const char*>(storage), dtype, stride, offset, down, step,
                              update.rule == SPARSE ? -1 : padding, block};
   parallel(tasks, threads, [&](int64_t task, int64_t worker) {
     A* mine = parts ? part + task * part_stride : nullptr;

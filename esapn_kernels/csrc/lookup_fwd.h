@@ -74,7 +74,6 @@ struct Forward {
   const int64_t* offset;  // first row of every level's block
   char* out;
   int out_dtype;
-  bool streams;
 
   // ids [first, end). scratch: 2 TILE_ROWS rows of `stride`.
   template <bool STREAM>
@@ -186,7 +185,7 @@ static int lookup_fwd(const Table& table, const Ids& ids, const void* storage, i
   const A* operand =
       pad_rows(static_cast<const A*>(composed), blocks, D, stride == D ? nullptr : pads.take<A>(blocks * stride));
   const Forward<A> forward{table, Pages(table.page), ids, static_cast<const char*>(storage), dtype,
-                           operand, stride, offset, static_cast<char*>(out), out_dtype, streams};
+                           operand, stride, offset, static_cast<char*>(out), out_dtype};
   const int64_t task_ids = threads > 1 || ids.count < FORWARD_TASK ? FORWARD_TASK : ids.count;
   const int64_t tasks = (ids.count + task_ids - 1) / task_ids;
   const int64_t scratch_numel = TILE_ROWS * 2 * stride;
