@@ -487,6 +487,8 @@ class ResizableEmbedding(nn.Embedding):
                 # Computed: pruned, parametrized, or of a replica of nn.DataParallel.
                 storage, chain = arena.storage, self.chain
         fused = arena.fused_optimizer
+        if fused is not None and fused.deferred:
+            options, fused = options._replace(by_row=True), None
         return lookup(
             input,
             storage,

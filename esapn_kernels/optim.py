@@ -40,6 +40,7 @@ from torch import Tensor
 from .module import ResizableEmbedding
 from .ops.backend import is_capturing, on_large_pages
 from .ops.chain import compute_dtype
+from .ops.row_gradient import RowGradient, step_rows
 from .ops.update import Update, rule_numbers
 from .storage.arena import Arena
 from .storage.table import Table
@@ -65,11 +66,16 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @torch.inference_mode(False)
     def __init__(
-        self, modules: ResizableEmbedding | Iterable[ResizableEmbedding], defaults: dict[str, Any]
+        self,
+        modules: ResizableEmbedding | Iterable[ResizableEmbedding],
+        defaults: dict[str, Any],
+        deferred: bool = False,
     ) -> None:
-        arenas = [module.arena for module in _check_modules(modules)]
+        found = _check_modules(modules)
+        arenas = [module.arena for module in found]
         super().__init__([arena.parameter for arena in arenas], defaults)
-        self._arenas = arenas
+        self.deferred = deferred
+        self._modules, self._arenas = found, arenas
         self._numbers: dict[Tensor, Tensor] = {}
         self._shown = self._present()
         for arena in arenas:
@@ -122,10 +128,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         """
         for arena in self._arenas:
             arena.detach(self)
-        self._arenas = []
+        self._modules, self._arenas = [], []
 
     def begin_step(self, parameter: Tensor) -> Update:
-        """What a step does to a row, for backward, which calls this once and counts the step.
+        """What a step does to a row, for whoever applies it, and counts the step by it.
 
         Works on the device alone, and can be captured in a CUDA graph.
         """
@@ -182,10 +188,11 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Bring changed ``lr``, ``betas`` and ``eps`` to the device; backward stepped the rows.
+        """Deferred: step the rows that have a gradient, each once. Else bring settings along.
 
-        Backward does so itself. Only the replays of a captured CUDA graph need this call, outside
-        the graph. Schedulers expect it before their own ``step``, as with any optimizer.
+        Without ``deferred`` backward stepped the rows, with the settings of its time. Only the
+        replays of a captured CUDA graph need this call then, outside the graph, for changed ``lr``,
+        ``betas`` and ``eps``. Schedulers expect it before their own ``step``, as with any optimizer.
 
         Args:
             closure: called with gradients enabled, as by ``torch.optim``; its result is returned.
@@ -194,7 +201,16 @@ class FusedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._bring()
+        if not self.deferred:
+            self._bring()
+            return loss
+        for module, arena in zip(self._modules, self._arenas, strict=True):
+            parameter = arena.parameter
+            if parameter.grad is None:
+                continue
+            update, layout = self.begin_step(parameter), arena.layout
+            grad = RowGradient.of(parameter.grad, layout)
+            step_rows(grad, parameter, layout, update, module.backend)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -232,7 +248,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         # A copy is attached to nothing.
-        for name, empty in (("_arenas", []), ("_numbers", {}), ("_shown", ())):
+        for name, empty in (("_modules", []), ("_arenas", []), ("_numbers", {}), ("_shown", ()), ("deferred", False)):
             self.__dict__.setdefault(name, empty)
 
 
@@ -266,10 +282,14 @@ class SGD(FusedOptimizer):
     rule = "sgd"
 
     def __init__(
-        self, modules: ResizableEmbedding | Iterable[ResizableEmbedding], lr: float
+        self,
+        modules: ResizableEmbedding | Iterable[ResizableEmbedding],
+        lr: float,
+        *,
+        deferred: bool = False,
     ) -> None:
         _check_at_least_zero(lr, "learning rate")
-        super().__init__(modules, {"lr": lr})
+        super().__init__(modules, {"lr": lr}, deferred)
 
 
 class Adagrad(FusedOptimizer):
@@ -312,6 +332,8 @@ class Adagrad(FusedOptimizer):
         eps: float = 1e-10,
         initial_accumulator_value: float = 0.0,
         rowwise: bool = False,
+        *,
+        deferred: bool = False,
     ) -> None:
         _check_at_least_zero(lr, "learning rate")
         _check_at_least_zero(eps, "epsilon value")
@@ -322,7 +344,7 @@ class Adagrad(FusedOptimizer):
             "initial_accumulator_value": initial_accumulator_value,
             "rowwise": rowwise,
         }
-        super().__init__(modules, defaults)
+        super().__init__(modules, defaults, deferred)
 
     @property
     def rule(self) -> str:
@@ -388,13 +410,15 @@ class Adam(FusedOptimizer):
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
+        *,
+        deferred: bool = False,
     ) -> None:
         _check_at_least_zero(lr, "learning rate")
         _check_at_least_zero(eps, "epsilon value")
         for index, beta in enumerate(betas):
             if not 0.0 <= beta < 1.0:
                 raise ValueError(f"Invalid beta parameter at index {index}: {beta}")
-        super().__init__(modules, {"lr": lr, "betas": tuple(betas), "eps": eps})
+        super().__init__(modules, {"lr": lr, "betas": tuple(betas), "eps": eps}, deferred)
 
     @property
     def state_per_element(self) -> dict[str, float]:

@@ -14,10 +14,17 @@ from torch.nn import functional as F
 
 from ..ops.backend import own_precision
 from ..ops.layout import Layout, gather_rows, row_table
-from ..ops.update import Update
+from ..ops.update import CollectedRows, Update
 from .update import update_rows
 
-__all__ = ["by_level", "lookup_bwd", "lookup_bwd_sparse", "lookup_bwd_update", "lookup_fwd"]
+__all__ = [
+    "by_level",
+    "lookup_bwd",
+    "lookup_bwd_rows",
+    "lookup_bwd_sparse",
+    "lookup_bwd_update",
+    "lookup_fwd",
+]
 
 
 def by_level(level: Tensor, n_levels: int) -> Iterator[tuple[int, Tensor]]:
@@ -146,6 +153,28 @@ def lookup_bwd_sparse(
         indices, torch.cat(values), storage.shape, check_invariants=False, is_coalesced=False
     )
     return grad_storage, grad_composed
+
+
+def lookup_bwd_rows(
+    grad_out: Tensor,
+    ids: Tensor,
+    storage: Tensor,
+    composed: Tensor,
+    layout: Layout,
+    want_composed: bool = True,
+) -> tuple[CollectedRows, Tensor | None]:
+    """:func:`lookup_bwd` whose gradient of the storage is that of the rows looked up, each once."""
+    storage = storage.detach()
+    found, grad_composed = _row_grads(grad_out, ids, storage, composed, layout, want_composed)
+    distinct = torch.cat([ids.new_empty(0, dtype=torch.int64), *(each for each, _, _ in found)])
+    values = composed.new_zeros(distinct.numel(), layout.dim)
+    rows = 0
+    for some, _, grad in found:
+        values[rows : rows + len(some), : grad.shape[1]] = grad
+        rows += len(some)
+    place = torch.arange(rows, device=ids.device) * layout.dim
+    level = _locate(distinct, layout)[1]
+    return CollectedRows(distinct, level, place, values.view(-1), True), grad_composed
 
 
 def lookup_bwd_update(

@@ -17,7 +17,7 @@ from ..ops.backend import native
 from ..ops.chain import chain_numel, compute_dtype
 from ..ops.checks import check_ids
 from ..ops.layout import Layout
-from ..ops.update import Update
+from ..ops.update import CollectedRows, Update
 
 __all__ = [
     "DTYPE",
@@ -25,17 +25,28 @@ __all__ = [
     "compose",
     "compose_bwd",
     "lookup_bwd",
+    "lookup_bwd_rows",
     "lookup_bwd_sparse",
     "lookup_bwd_update",
     "lookup_fwd",
     "packed",
+    "step_rows",
+    "sum_rows",
     "takes_state",
 ]
 
 DTYPE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 """Numbers of the dtypes of rows, as ``csrc/table.h`` has them."""
 
-_RULE = {"gradient": 0, "sparse": 1, "sgd": 2, "adagrad": 3, "rowwise_adagrad": 4, "adam": 5}
+_RULE = {
+    "gradient": 0,
+    "sparse": 1,
+    "collect": 2,
+    "sgd": 3,
+    "adagrad": 4,
+    "rowwise_adagrad": 5,
+    "adam": 6,
+}
 
 _ID_BYTES = {torch.int32: 4, torch.int64: 8}
 
@@ -61,7 +72,7 @@ def _packed_hops(chain: Tensor, sizes: Sequence[int]) -> bytes:
     return packed(sizes)
 
 
-def _table(layout: Layout, ids: Tensor, storage: Tensor) -> tuple[int | bytes, ...]:
+def _table(layout: Layout, ids: Tensor, elements: int) -> tuple[int | bytes, ...]:
     """Where the rows lie, and the ids, as every kernel takes them."""
     row_start, page_level = layout.row_start, layout.page_level
     start_bytes, id_bytes = _ID_BYTES.get(row_start.dtype, 0), _ID_BYTES.get(ids.dtype, 0)
@@ -80,7 +91,7 @@ def _table(layout: Layout, ids: Tensor, storage: Tensor) -> tuple[int | bytes, .
         row_start.numel(),
         page_level.data_ptr(),
         layout.page,
-        min(storage.numel(), page_level.numel() * layout.page),
+        min(elements, page_level.numel() * layout.page),
         packed(layout.sizes),
         ids.data_ptr(),
         id_bytes,
@@ -124,7 +135,7 @@ def lookup_fwd(
         same = out_dtype is None or out_dtype is dtype
         out = storage.new_empty(shape) if same else storage.new_empty(shape, dtype=out_dtype)
     native.lookup_fwd(
-        *_table(layout, ids, storage),
+        *_table(layout, ids, storage.numel()),
         storage.data_ptr(),
         DTYPE[dtype],
         composed.data_ptr(),
@@ -150,6 +161,47 @@ def _in_memory(grad_out: Tensor) -> Tensor:
     return grad_out if grad_out.data_ptr() else torch.zeros_like(grad_out)
 
 
+class _Collecting:
+    """Memory for gradients of at most ``count`` distinct rows, of which some is used."""
+
+    def __init__(self, count: int, layout: Layout, storage: Tensor) -> None:
+        dtype, device = compute_dtype(storage.dtype), storage.device
+        self.ids, self.place = torch.empty((2, count), dtype=torch.int64, device=device).unbind()
+        self.level = torch.empty(count, dtype=torch.int8, device=device)
+        self.used = torch.zeros(2, dtype=torch.int64, device=device)
+        # Memory that is not touched is not taken.
+        self.values = torch.empty(count * layout.dim, dtype=dtype, device=device)
+
+    def rows(self) -> CollectedRows:
+        """What the kernel found."""
+        rows, elements = self.used.tolist()
+        of_rows = self.ids[:rows], self.level[:rows], self.place[:rows]
+        return CollectedRows(*of_rows, self.values[:elements], False)
+
+
+def _update(
+    rule: str,
+    update: Update | None = None,
+    target: Tensor | None = None,
+    elements: Tensor | None = None,
+    rows: _Collecting | None = None,
+) -> tuple[list[Tensor], list[int]]:
+    """What becomes of the rows' gradients, as kernels take it, and what holds the memory."""
+    moment = square = per_id = clock = numbers = None
+    if update is not None:
+        numbers, per_id, clock = update.numbers, update.per_id, update.clock
+        if update.state:
+            moment, square = update.state[0].detach(), update.state[-1].detach()
+    tensors = [target, elements, numbers, moment, square, per_id, clock]
+    if rows is None:
+        tensors += [None] * 4
+    else:
+        tensors[0] = rows.values
+        tensors += [rows.ids, rows.level, rows.place, rows.used]
+    held = [tensor for tensor in tensors if tensor is not None]
+    return held, [_RULE[rule], *map(address, tensors)]
+
+
 def _backward(
     grad_out: Tensor,
     ids: Tensor,
@@ -162,6 +214,7 @@ def _backward(
     target: Tensor | None = None,
     elements: Tensor | None = None,
     update: Update | None = None,
+    rows: _Collecting | None = None,
 ) -> Tensor | None:
     """What becomes of the rows is in ``rule``; returns the gradient of ``composed``."""
     ids, grad_out = ids.contiguous(), _in_memory(grad_out)
@@ -170,15 +223,11 @@ def _backward(
     operand = _in_dtype_of_sums(composed, storage)
     grad_composed = torch.empty_like(operand) if want_composed else None
     threads = _threads(ids, layout)
-    moment = square = per_id = clock = numbers = None
     # Aliases hold the memory, should another thread let the arena grow.
     storage = storage.detach()
-    if update is not None:
-        numbers, per_id, clock = update.numbers, update.per_id, update.clock
-        if update.state:
-            moment, square = update.state[0].detach(), update.state[-1].detach()
+    held, addresses = _update(rule, update, target, elements, rows)
     native.lookup_bwd(
-        *_table(layout, ids, storage),
+        *_table(layout, ids, storage.numel()),
         storage.data_ptr(),
         DTYPE[storage.dtype],
         operand.data_ptr(),
@@ -187,15 +236,9 @@ def _backward(
         address(grad_composed),
         -1 if padding_idx is None else padding_idx,
         threads,
-        _RULE[rule],
-        address(target),
-        address(elements),
-        address(numbers),
-        address(moment),
-        address(square),
-        address(per_id),
-        address(clock),
+        *addresses,
     )
+    del held
     if grad_composed is None or grad_composed.dtype == composed.dtype:
         return grad_composed
     return grad_composed.to(composed.dtype)
@@ -234,7 +277,7 @@ def lookup_bwd_sparse(
     """
     ids = ids.contiguous()
     padding = -1 if padding_idx is None else padding_idx
-    count = native.count_elements(*_table(layout, ids, storage), padding)
+    count = native.count_elements(*_table(layout, ids, storage.numel()), padding)
     elements = torch.empty(count, dtype=torch.int64, device=storage.device)
     values = storage.new_empty(count)
     operands = (grad_out, ids, storage, composed, layout, want_composed, padding_idx)
@@ -243,6 +286,73 @@ def lookup_bwd_sparse(
         elements[None], values, storage.shape, check_invariants=False, is_coalesced=False
     )
     return grad_storage, grad_composed
+
+
+def lookup_bwd_rows(
+    grad_out: Tensor,
+    ids: Tensor,
+    storage: Tensor,
+    composed: Tensor,
+    layout: Layout,
+    want_composed: bool = True,
+    padding_idx: int | None = None,
+) -> tuple[CollectedRows, Tensor | None]:
+    """:func:`lookup_bwd` whose gradient of the storage is that of the rows looked up, each once.
+
+    Rows in the order in which ids name them first; that of ``padding_idx`` with zeros.
+    """
+    rows = _Collecting(ids.numel(), layout, storage)
+    operands = (grad_out, ids, storage, composed, layout, want_composed, padding_idx)
+    grad_composed = _backward(*operands, "collect", rows=rows)
+    return rows.rows(), grad_composed
+
+
+def sum_rows(rows: CollectedRows, layout: Layout) -> CollectedRows:
+    """The gradients of equal ids added up, in their order; places without gaps.
+
+    Args:
+        rows: of the sizes that rows have in ``layout``; no id is -1.
+        layout: where the rows lie.
+    """
+    into = _Collecting(rows.ids.numel(), layout, rows.values)
+    _step(rows, layout, layout.page_level.numel() * layout.page, rows.values, "collect", into=into)
+    return into.rows()
+
+
+def step_rows(rows: CollectedRows, storage: Tensor, layout: Layout, update: Update) -> None:
+    """Step every row of ``rows`` once, by its summed gradient, and move ``update``'s clock on.
+
+    Args:
+        rows: of the sizes that rows have in ``layout``; no id is -1.
+        storage: the rows, stepped in place.
+        layout: where they lie.
+        update: the rule and its state.
+    """
+    _step(rows, layout, storage.numel(), storage.detach(), update.rule, update)
+    # Kernels write through addresses; autograd must know that saved rows are stale.
+    torch.autograd.graph.increment_version(storage)
+
+
+def _step(
+    rows: CollectedRows,
+    layout: Layout,
+    elements: int,
+    storage: Tensor,
+    rule: str,
+    update: Update | None = None,
+    into: _Collecting | None = None,
+) -> None:
+    held, addresses = _update(rule, update, rows=into)
+    native.step_rows(
+        *_table(layout, rows.ids, elements),
+        rows.place.data_ptr(),
+        rows.values.data_ptr(),
+        storage.data_ptr(),
+        DTYPE[storage.dtype],
+        _threads(rows.ids, layout),
+        *addresses,
+    )
+    del held
 
 
 def takes_state(update: Update, storage: Tensor) -> bool:

@@ -9,7 +9,7 @@
 #include "kernels.h"
 
 // Of these functions' arguments; ops/backend.py takes no module of another number.
-#define ESAPN_INTERFACE 1
+#define ESAPN_INTERFACE 2
 
 namespace {
 
@@ -52,6 +52,26 @@ class Arguments {
     ids.wide = small() == 8;
     ids.count = integer();
     return ids;
+  }
+  // What becomes of the rows' gradients.
+  Update update() {
+    Update update{};
+    update.rule = small();
+    update.target = address();
+    update.elements = static_cast<int64_t*>(address());
+    update.numbers = static_cast<const double*>(address());
+    update.moment = address();
+    update.square = address();
+    update.per_id = address();
+    update.clock = static_cast<double*>(address());
+    update.rows.id = static_cast<int64_t*>(address());
+    update.rows.level = static_cast<int8_t*>(address());
+    update.rows.place = static_cast<int64_t*>(address());
+    update.rows.count = static_cast<int64_t*>(address());
+    if (update.rule >= SGD) needs(update.numbers);
+    if (update.rule == ADAM) needs(update.clock);
+    if (update.rule == COLLECT) needs(update.rows.count);
+    return update;
   }
   // As find_movers left them in one tensor.
   Movers movers(int n) {
@@ -168,25 +188,41 @@ PyObject* lookup_bwd(PyObject*, PyObject* const* values, Py_ssize_t count) {
   void* grad_composed = arguments.address();
   const int64_t padding = arguments.integer();
   const int threads = arguments.small();
-  Update update{};
-  update.rule = arguments.small();
-  update.target = arguments.address();
-  update.elements = static_cast<int64_t*>(arguments.address());
-  update.numbers = static_cast<const double*>(arguments.address());
-  update.moment = arguments.address();
-  update.square = arguments.address();
-  update.per_id = arguments.address();
-  update.clock = static_cast<double*>(arguments.address());
+  const Update update = arguments.update();
   arguments.needs(table, ids, storage, composed);
   if (ids.count && !arguments.failed() && table.dim()) arguments.needs(grad);
-  if (update.rule >= SGD) arguments.needs(update.numbers);
-  if (update.rule == ADAM) arguments.needs(update.clock);
   if (arguments.failed()) return nullptr;
   int status;
   {
     const Unlocked unlocked(is_long(table, ids));
     status = chosen->lookup_bwd[dtype == F64](table, ids, grad, grad_dtype, storage, dtype, composed,
                                               grad_composed, update, padding, threads);
+  }
+  return answer(status);
+}
+
+PyObject* step_rows(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  Arguments arguments(values, count);
+  const Table table = arguments.table();
+  const Ids ids = arguments.ids();
+  const int64_t* place = static_cast<const int64_t*>(arguments.address());
+  const void* gradients = arguments.address();
+  void* storage = arguments.address();
+  const int dtype = arguments.small();
+  const int threads = arguments.small();
+  const Update update = arguments.update();
+  if (ids.count) {
+    for (const void* address : {ids.data, table.row_start}) arguments.needs(address);
+    arguments.needs(table.page_level);
+    arguments.needs(place);
+    if (table.dim()) arguments.needs(gradients);
+    if (update.rule >= SGD) arguments.needs(storage);
+  }
+  if (arguments.failed()) return nullptr;
+  int status;
+  {
+    const Unlocked unlocked(is_long(table, ids));
+    status = chosen->step_rows[dtype == F64](table, ids, place, gradients, storage, dtype, update, threads);
   }
   return answer(status);
 }
@@ -364,6 +400,8 @@ PyMethodDef methods[] = {
     {"lookup_fwd", fast(lookup_fwd), METH_FASTCALL, "(table, ids, storage, composed, out, threads)"},
     {"lookup_bwd", fast(lookup_bwd), METH_FASTCALL,
      "(table, ids, storage, composed, grad, grad_composed, padding, threads, update)"},
+    {"step_rows", fast(step_rows), METH_FASTCALL,
+     "(table, ids, place, gradients, storage, dtype, threads, update)"},
     {"count_elements", fast(count_elements), METH_FASTCALL, "(table, ids, padding): of the distinct rows"},
     {"compose", fast(compose), METH_FASTCALL, "(sizes, dtype, chain, composed)"},
     {"compose_bwd", fast(compose_bwd), METH_FASTCALL,

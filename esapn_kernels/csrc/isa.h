@@ -11,6 +11,7 @@ namespace {
 #include "lookup_fwd.h"
 #include "update.h"
 #include "lookup_bwd.h"
+#include "row_step.h"
 #include "resize_move.h"
 
 }  // namespace
@@ -22,6 +23,7 @@ const Kernels kernels = {
     ESAPN_NAME(ESAPN_ISA),
     {lookup_fwd<float>, lookup_fwd<double>},
     {lookup_bwd<float>, lookup_bwd<double>},
+    {step_rows<float>, step_rows<double>},
     {compose<float>, compose<double>},
     {compose_bwd<float>, compose_bwd<double>},
     {move_rows<float>, move_rows<double>},

@@ -215,11 +215,8 @@ static int lookup_bwd(const Table& table, const Ids& ids, const void* grad, int 
   if (!scratch.ok()) return NO_MEMORY;
   A* scratches = scratch.take<A>(0);
   // From here on nothing fails.
-  if (update.rule == ADAM) {
-    update.clock[0] += 1;
-    update.clock[1] *= update.numbers[1];
-    update.clock[2] *= update.numbers[2];
-  }
+  tick(update);
+  if (update.rule == COLLECT) list_rows(update.rows, groups);
   const Step<A> step(update, storage, dtype);
   const Backward<A> backward{table, groups, static_cast<const char*>(grad), grad_dtype,
                              static_cast<const char*>(storage), dtype, stride, offset, down, step,

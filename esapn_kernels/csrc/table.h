@@ -59,17 +59,26 @@ struct Ids {
   }
 };
 
-// What backward does with a row's gradient: ops/update.py's rules, or it is written.
-enum Rule : int { WRITE, SPARSE, SGD, ADAGRAD, ROWWISE_ADAGRAD, ADAM };
+// What becomes of a row's gradient: ops/update.py's rules, or it is written.
+enum Rule : int { WRITE, SPARSE, COLLECT, SGD, ADAGRAD, ROWWISE_ADAGRAD, ADAM };
+
+// Gradients of distinct rows, one behind the other; ops/update.py.
+struct CollectedRows {
+  int64_t* id;     // [rows]
+  int8_t* level;   // [rows]
+  int64_t* place;  // [rows] first element in the values
+  int64_t* count;  // [2]: rows, elements
+};
 
 struct Update {
   int rule;
-  void* target;           // WRITE: [capacity], SPARSE: values; dtype of the storage
+  void* target;           // WRITE: [capacity], SPARSE: values, dtype of the storage; COLLECT: values, dtype of the sums
   int64_t* elements;      // SPARSE: the element of every value
   const double* numbers;  // [7], as rule_numbers gives them
   void *moment, *square;  // [capacity], dtype of the sums
   void* per_id;           // [N]: ROWWISE_ADAGRAD the sums, ADAM int32 steps
   double* clock;          // ADAM: [3], moved on to this step
+  CollectedRows rows;      // COLLECT
 };
 
 }  // namespace esapn

@@ -98,6 +98,25 @@ ESAPN_INLINE A square_sum(const A* g, int64_t d) {
   return sum + parts[0];
 }
 
+// Adam's clock moves on to this step.
+ESAPN_INLINE void tick(const Update& update) {
+  if (update.rule != ADAM) return;
+  update.clock[0] += 1;
+  update.clock[1] *= update.numbers[1];
+  update.clock[2] *= update.numbers[2];
+}
+
+// Whose gradients are collected, and where each has its place among the values.
+ESAPN_INLINE void list_rows(const CollectedRows& rows, const Groups& groups) {
+  for (int64_t u = 0; u < groups.count; u++) {
+    rows.id[u] = groups.id[u];
+    rows.level[u] = int8_t(groups.level[u]);
+    rows.place[u] = groups.place[u];
+  }
+  rows.count[0] = groups.count;
+  rows.count[1] = groups.elements;
+}
+
 template <class A>
 class Step {
  public:
@@ -128,9 +147,13 @@ class Step {
   }
 
   // The row of `id`, at `start`, whose gradient is g; `wide`: memory for d numbers. `place`: where a
-  // sparse gradient has its entries.
+  // sparse gradient has its entries, or collected ones theirs.
   ESAPN_INLINE void operator()(int64_t start, int64_t id, const A* g, int64_t d, int64_t place, A* wide) const {
     if (rule_ == WRITE) return write(target_ + start * item_, g, d);
+    if (rule_ == COLLECT) {
+      __builtin_memcpy(target_ + place * int64_t(sizeof(A)), g, size_t(d) * sizeof(A));
+      return;
+    }
     if (rule_ == SPARSE) {
       for (int64_t j = 0; j < d; j++) elements_[place + j] = start + j;
       return write(target_ + place * item_, g, d);

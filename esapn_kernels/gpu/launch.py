@@ -34,6 +34,7 @@ __all__ = [
     "choose_fwd_grouped",
     "choose_group",
     "choose_promote",
+    "choose_row_step",
     "choose_scan",
     "groups_ids",
     "kernel_constants",
@@ -206,7 +207,7 @@ def choose_bwd(
     tiles = -(-n_ids // 16) + len(sizes)
     whole = n_ids <= 512
     few = max(len(sizes) - 1, 1) if whole else min(tiles, max(264, min(tiles // 8, 512)))
-    lean = rule in ("gradient", "sgd", "adagrad")
+    lean = rule in ("gradient", "collect", "sgd", "adagrad")
     many = lean or (rule == "adam" and dtype == torch.float32)
     many &= not wide and max(sizes[:-1], default=0) <= block_k
     # Four masked or unaligned rows a lane would spill, and so would Adam's with far starts.
@@ -227,6 +228,13 @@ def choose_bwd(
         else PassConfig(min(tiles, 4096), rows, 4, num_stages=6, maxnreg=168),
         walk,
     )
+
+
+@lru_cache
+def choose_row_step(sizes: tuple[int, ...], dtype: torch.dtype) -> Mapping[str, Any]:
+    """Tiles of 16 rows, as much of a row at once as 8 numbers a thread hold."""
+    columns = _block_dim(sizes[-1], 32 if dtype == torch.float64 else 64)
+    return {"BLOCK_ROWS": 16, "BLOCK_D": columns, "num_warps": 4, "enable_fp_fusion": True}
 
 
 @lru_cache

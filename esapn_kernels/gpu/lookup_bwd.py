@@ -31,11 +31,12 @@ from torch import Tensor
 
 from ..ops.backend import launch_kernel, tl, triton
 from ..ops.layout import Layout
-from ..ops.update import Update
+from ..ops.update import CollectedRows, Update
 from . import launch
 from .chain_grad import launch_chain_grad
 from .launch import kernel_constants
 from .segments import (
+    Runs,
     find_runs,
     rows_of_runs,
     run_sums,
@@ -46,7 +47,7 @@ from .segments import (
 )
 from .update import finish_rows, ids_of_runs, rule_state, step_rows
 
-__all__ = ["launch_bwd", "launch_bwd_update"]
+__all__ = ["launch_bwd", "launch_bwd_rows", "launch_bwd_update"]
 
 
 @triton.jit(do_not_specialize=["n_hot"])
@@ -124,7 +125,10 @@ def _sums_kernel(
         first = tl.load(run_first_ptr + first_run + lane, mask=mask_run, other=0)
         first = tl.where(mask_run, tl.where(first < 0, -1 - first, first), -1)
         runs = (first_run, n_runs, first, begin, end)
-        start = rows_of_runs(run_start_ptr, first_run, mask_run, ALIGN, BLOCK_ROWS)
+        if RULE == "collect":
+            start = (first_run + lane).to(tl.int64) * DIM
+        else:
+            start = rows_of_runs(run_start_ptr, first_run, mask_run, ALIGN, BLOCK_ROWS)
         ids = ids_of_runs(ids_ptr, run_first_ptr, first_run, mask_run, RULE, BLOCK_ROWS)
         square = tl.zeros([BLOCK_ROWS], dtype=ACC)
         if DIM <= BLOCK_DIM:
@@ -203,8 +207,12 @@ def _rows_level(
     ``update.finish_rows``.
     """
     ids_ptr, run_start_ptr, run_first_ptr, grad_out_ptr, sums_ptr = batch
-    mask_run = tl.arange(0, BLOCK_ROWS) < n_runs
-    start = rows_of_runs(run_start_ptr, first_run, mask_run, ALIGN, BLOCK_ROWS)
+    lane = tl.arange(0, BLOCK_ROWS)
+    mask_run = lane < n_runs
+    if RULE == "collect":
+        start = (first_run + lane).to(tl.int64) * DIM
+    else:
+        start = rows_of_runs(run_start_ptr, first_run, mask_run, ALIGN, BLOCK_ROWS)
     ids = ids_of_runs(ids_ptr, run_first_ptr, first_run, mask_run, RULE, BLOCK_ROWS)
     alone, summed = sources(run_first_ptr, first_run, mask_run, BLOCK_ROWS)
     grads = (grad_out_ptr, sums_ptr, alone, summed)
@@ -305,21 +313,20 @@ def _launch(
     layout: Layout,
     *,
     target: Tensor,
-    update: Update | None,
+    rule: str,
+    update: Update | None = None,
     want_composed: bool,
-) -> Tensor | None:
-    """The three passes; returns the gradient of ``composed``, if wanted."""
+) -> tuple[Runs | None, Tensor | None]:
+    """The three passes; returns the runs, and the gradient of ``composed`` if wanted."""
     n_ids, sizes = ids.numel(), layout.sizes
     lower = len(sizes) > 1
     if not n_ids:
         if update is not None:
             update.tick()
-        return torch.zeros_like(composed) if want_composed else None
+        return None, torch.zeros_like(composed) if want_composed else None
     # Kernels count from the first number: of a strided view, that is not where the second lies.
     grad_out, ids = grad_out.contiguous(), ids.contiguous()
-    rule, state = "gradient", [storage] * 5
-    if update is not None:
-        rule, state = update.rule, rule_state(update, storage)
+    state = [storage] * 5 if update is None else rule_state(update, storage)
     far = layout.row_start.dtype == torch.int64
     config = launch.choose_bwd(n_ids, sizes, storage.dtype, rule, far)
     tick = None
@@ -353,7 +360,7 @@ def _launch(
     )
     grad_composed = torch.empty_like(composed) if want_composed else None
     if not lower:
-        return grad_composed
+        return runs, grad_composed
     shared.update(
         SIZES=constants["SIZES"],
         ALIGN=align,
@@ -376,7 +383,7 @@ def _launch(
         RULE=rule,
         **config.rows.constants,
     )
-    return grad_composed
+    return runs, grad_composed
 
 
 def launch_bwd(
@@ -390,8 +397,37 @@ def launch_bwd(
     """Gradients of the storage (dense, same shape and dtype) and, if wanted, of ``composed``."""
     target = torch.zeros_like(storage)
     operands = (grad_out, ids, storage, composed, layout)
-    wanted = _launch(*operands, target=target, update=None, want_composed=want_composed)
+    _, wanted = _launch(*operands, target=target, rule="gradient", want_composed=want_composed)
     return target, wanted
+
+
+def launch_bwd_rows(
+    grad_out: Tensor,
+    ids: Tensor,
+    storage: Tensor,
+    composed: Tensor,
+    layout: Layout,
+    want_composed: bool = True,
+) -> tuple[CollectedRows, Tensor | None]:
+    """Gradients of the rows looked up, each once, and, if wanted, of ``composed``.
+
+    The host does not learn how many rows there are: as many places as occurrences, of which the
+    last have the id -1.
+    """
+    n_levels, dim = len(layout.sizes), layout.dim
+    count = min(ids.numel(), layout.num_rows + 1)
+    target = composed.new_zeros(count * dim)
+    operands = (grad_out, ids, storage, composed, layout)
+    runs, wanted = _launch(*operands, target=target, rule="collect", want_composed=want_composed)
+    run = torch.arange(count, device=ids.device)
+    if runs is None:
+        return CollectedRows(run, run.to(torch.int8), run, target, True), wanted
+    level = torch.searchsorted(runs.level_begin[1:], run.to(torch.int32), right=True)
+    first = torch.where(runs.run_first < 0, -1 - runs.run_first, runs.run_first)
+    found = ids.reshape(-1).long()[first.clamp(0, ids.numel() - 1)]
+    none = level == n_levels
+    level = level.masked_fill(none, 0).to(torch.int8)
+    return CollectedRows(found.masked_fill(none, -1), level, run * dim, target, True), wanted
 
 
 def launch_bwd_update(
@@ -409,7 +445,8 @@ def launch_bwd_update(
     were before, or ``None`` if it is not wanted.
     """
     operands = (grad_out, ids, storage, composed, layout)
-    wanted = _launch(*operands, target=storage, update=update, want_composed=want_composed)
+    step = {"rule": update.rule, "update": update}
+    _, wanted = _launch(*operands, target=storage, want_composed=want_composed, **step)
     # The kernels write through pointers; autograd must know that saved rows are stale.
     torch.autograd.graph.increment_version(storage)
     return wanted

@@ -82,7 +82,7 @@ def finish_rows(
     decay, keep = kept
     element = start[:, None] + offs_d[None, :]  # [BLOCK_ROWS, len(offs_d)]
     mask = mask_run[:, None] & (offs_d < D)[None, :]
-    if RULE == "gradient":
+    if RULE == "gradient" or RULE == "collect":
         tl.store(target_ptr + element, grad.to(target_ptr.dtype.element_ty), mask=mask)
     else:
         lr = tl.load(numbers_ptr + 5).to(ACC)

@@ -22,7 +22,7 @@ from ..cpu import lookup as cpu
 from ..cpu import native
 from ..gpu.compose import empty_composed
 from ..gpu.launch import groups_ids
-from ..gpu.lookup_bwd import launch_bwd, launch_bwd_update
+from ..gpu.lookup_bwd import launch_bwd, launch_bwd_rows, launch_bwd_update
 from ..gpu.lookup_fwd import launch_fwd
 from ..reference import lookup_reference
 from .backend import own_precision, resolve_backend, runs_native
@@ -30,7 +30,8 @@ from .chain import compute_dtype, split_chain
 from .checks import check_out, is_eager, is_opaque
 from .compose import ComposedCache, compose, compose_bwd
 from .layout import Layout
-from .update import Update
+from .row_gradient import RowGradient
+from .update import CollectedRows, Update
 
 __all__ = ["Options", "lookup"]
 
@@ -46,12 +47,15 @@ class Options(NamedTuple):
             the native kernels where they run, else by torch calls, which wait for a GPU. Dense
             under ``torch.func``.
         out_dtype: of the output, rounded once from the sum in fp32; default: that of ``storage``.
+        by_row: the gradient of ``storage`` is a :class:`RowGradient`. Dense under ``torch.func``
+            and where it is differentiated again.
     """
 
     padding_idx: int | None = None
     scale_grad_by_freq: bool = False
     sparse: bool = False
     out_dtype: torch.dtype | None = None
+    by_row: bool = False
 
 
 def _in_place(storage: Tensor) -> Tensor:
@@ -97,6 +101,26 @@ def _lookup_bwd(
     run = launch_bwd if backend == "triton" else cpu.lookup_bwd
     with own_precision(storage):
         return run(grad_out, ids, storage, composed, layout, want_composed)
+
+
+def _lookup_bwd_rows(
+    grad_out: Tensor,
+    ids: Tensor,
+    storage: Tensor,
+    composed: Tensor,
+    layout: Layout,
+    backend: str,
+    want_composed: bool,
+    padding_idx: int | None,
+) -> tuple[CollectedRows, Tensor | None]:
+    """:func:`_lookup_bwd` that lists the rows looked up."""
+    storage = _in_place(storage)
+    operands = (grad_out, ids, storage, composed, layout, want_composed)
+    if runs_native(backend):
+        return native.lookup_bwd_rows(*operands, padding_idx)
+    run = launch_bwd_rows if backend == "triton" else cpu.lookup_bwd_rows
+    with own_precision(storage):
+        return run(*operands)
 
 
 @torch.library.custom_op("esapn_kernels::lookup_fwd", mutates_args=())
@@ -321,7 +345,7 @@ class _Lookup(torch.autograd.Function):
 class _EagerLookup(torch.autograd.Function):
     """:class:`_Lookup` in plain eager code: less overhead, and no gradient that is not needed.
 
-    With ``sparse`` the gradient of the storage is a COO tensor.
+    With ``sparse`` the gradient of the storage is a COO tensor, with ``by_row`` a ``RowGradient``.
     """
 
     @staticmethod
@@ -342,19 +366,24 @@ class _EagerLookup(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         ids, storage, chain = ctx.saved_tensors
         composed, layout, options, backend, _ = ctx.how
-        padding_idx, scale_grad_by_freq, sparse, _ = options
+        padding_idx, scale_grad_by_freq, sparse, _, by_row = options
         passes = runs_native(backend) and not torch.is_grad_enabled()
         weights = None if passes else padding_idx, scale_grad_by_freq
         grad_out = _weigh(grad_out, ids, layout.num_rows, *weights)
         if torch.is_grad_enabled():
-            if sparse:
+            if sparse and not by_row:
                 raise RuntimeError("a sparse gradient has no derivative: use sparse=False")
             operands = (grad_out, ids, storage, chain, composed)
             grads = _LookupBwd.apply(*operands, *layout.flat, backend)
             return None, *grads, None
         needs_chain = ctx.needs_input_grad[2]
         operands = (grad_out, ids, storage, composed, layout)
-        if sparse:
+        grad_storage: Tensor
+        if by_row:
+            how = (backend, needs_chain, padding_idx)
+            rows, grad_composed = _lookup_bwd_rows(*operands, *how)
+            grad_storage = RowGradient([rows], layout, storage)
+        elif sparse:
             run = native.lookup_bwd_sparse if passes else cpu.lookup_bwd_sparse
             operands = (grad_out, ids, _in_place(storage), composed, layout)
             with own_precision(storage):
@@ -397,7 +426,7 @@ class _FusedLookup(torch.autograd.Function):
             )
         ids, storage, chain, composed, _, _ = ctx.saved_tensors
         layout, backend = ctx.layout, ctx.backend
-        padding_idx, scale_grad_by_freq, _, _ = ctx.options
+        padding_idx, scale_grad_by_freq, *_ = ctx.options
         update = ctx.begin_step()
         operands = (ids, storage, composed, layout, update, ctx.needs_input_grad[2])
         if runs_native(backend) and native.takes_state(update, storage):
@@ -456,7 +485,8 @@ def _eager(
     return _lookup_fwd(ids, storage, composed, layout, backend, options.out_dtype, None, hops)
 
 
-_sparse = torch.compiler.disable(_eager)
+# Gradients that hold rows looked up are a graph break under torch.compile.
+_by_row = torch.compiler.disable(_eager)
 
 
 def _groups(ids: Tensor, storage: Tensor, layout: Layout) -> bool:
@@ -570,8 +600,12 @@ def lookup(
         y = run(*operands, layout, options, backend, hops, begin_step)
     elif eager and not storage.is_meta:
         y = _eager(*operands, layout, options, backend, hops)
-    elif options.sparse and torch.is_grad_enabled() and torch.compiler.is_dynamo_compiling():
-        y = _sparse(*operands, layout, options, backend)
+    elif (
+        (options.sparse or options.by_row)
+        and torch.is_grad_enabled()
+        and torch.compiler.is_dynamo_compiling()
+    ):
+        y = _by_row(*operands, layout, options, backend)
     else:
         y = _Lookup.apply(
             *operands,

@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-__all__ = ["RULES", "RowStep", "Update", "rule_numbers"]
+__all__ = ["RULES", "CollectedRows", "RowStep", "Update", "rule_numbers"]
 
 RULES = ("sgd", "adagrad", "rowwise_adagrad", "adam")
 
@@ -48,6 +48,27 @@ class Update:
             self.clock[:1].add_(1)
 
 
+class CollectedRows(NamedTuple):
+    """Gradients of rows that lookups met, for a step later on.
+
+    That of ``ids[r]`` is ``values[place[r] : place[r] + d]``, ``d`` the size of ``level[r]``.
+
+    Attributes:
+        ids: int64 ``[R]``; -1 is no row.
+        level: int8 ``[R]``.
+        place: int64 ``[R]``.
+        values: flat, in the dtype of the sums.
+        padded: row ``r`` has its place at ``r D``, and zeros behind its own numbers. Native kernels
+            leave no gap between rows instead.
+    """
+
+    ids: Tensor
+    level: Tensor
+    place: Tensor
+    values: Tensor
+    padded: bool
+
+
 def rule_numbers(
     lr: float, eps: float = 0.0, betas: tuple[float, float] = (0.0, 0.0)
 ) -> tuple[float, ...]:
@@ -65,6 +86,10 @@ def rule_numbers(
 
 class RowStep(Protocol):
     """What the storage and the lookup know of a fused optimizer."""
+
+    @property
+    def deferred(self) -> bool:
+        """Whether backward collects the rows' gradients, rather than stepping the rows."""
 
     @property
     def state_per_element(self) -> Mapping[str, float]:

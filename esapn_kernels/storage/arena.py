@@ -353,6 +353,7 @@ class Arena(Locations):
         return moved
 
     @unrecorded
+    @with_dense_gradient
     def free(self, ids: Tensor, *, backend: str = "auto") -> Tensor:
         """Give the rows of ``ids`` back; their ids have no row afterwards.
 

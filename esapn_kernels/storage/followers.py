@@ -37,6 +37,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from ..ops.backend import host_reads
 from ..ops.chain import compute_dtype
 from ..ops.layout import Filled, Layout, row_table
+from ..ops.row_gradient import RowGradient
 
 __all__ = ["Follower", "Followers", "with_dense_gradient"]
 
@@ -99,8 +100,9 @@ class Followers:
         storage: nn.Parameter | None = self._arena.parameter
         if storage is None:
             return  # a table whose weight is computed
-        if storage.grad is not None and not storage.grad.is_sparse:
-            yield Follower("grad", storage.grad, 0.0, lambda value: setattr(storage, "grad", value))
+        grad = storage.grad
+        if grad is not None and not grad.is_sparse and not isinstance(grad, RowGradient):
+            yield Follower("grad", grad, 0.0, lambda value: setattr(storage, "grad", value))
         for optimizer in self._optimizers:
             state = optimizer.state.get(storage)
             if state:
@@ -236,11 +238,20 @@ register_optimizer_step_pre_hook(_before_step)
 
 
 def with_dense_gradient(move: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorate a method that moves an arena's rows: a sparse gradient is dense meanwhile."""
+    """Decorate a method that moves an arena's rows: a sparse gradient is dense meanwhile.
+
+    One that lists rows is brought to where they are then.
+    """
 
     @functools.wraps(move)
     def moving(arena: Followed, *args: Any, **kwargs: Any) -> Any:
         storage = arena.parameter
+        if storage.is_leaf and isinstance(storage.grad, RowGradient):
+            listed, storage.grad = storage.grad, None
+            try:
+                return move(arena, *args, **kwargs)
+            finally:
+                storage.grad = listed.at(arena.layout, storage)
         if not storage.is_leaf or storage.grad is None or not storage.grad.is_sparse:
             return move(arena, *args, **kwargs)
         sparse = storage.grad
