@@ -1,10 +1,11 @@
 """Update modes: forward, backward and optimizer as one region.
 
-    ours        rows stepped inside backward by ``esapn_kernels.optim``; no gradient of the table
-    ours 128    the same kernels with every row of the largest size: what raggedness itself costs
-    ours dense  the same rows with a dense gradient and ``torch.optim``
-    fixed       ``nn.Embedding(N, 128)``, dense gradient and ``torch.optim``
-    sparse      ``nn.Embedding(N, 128, sparse=True)`` and ``torch.optim.SparseAdam``
+    ours           rows stepped inside backward by ``esapn_kernels.optim``; no gradient of the table
+    ours deferred  backward collects the gradients of the batch's rows, ``step()`` applies them
+    ours 128       as ours, with every row of the largest size: what raggedness itself costs
+    ours dense     the same rows with a dense gradient and ``torch.optim``
+    fixed          ``nn.Embedding(N, 128)``, dense gradient and ``torch.optim``
+    sparse         ``nn.Embedding(N, 128, sparse=True)`` and ``torch.optim.SparseAdam``
 
 Hops are stepped by ``torch.optim``, fused where torch has it.
 """
@@ -38,13 +39,14 @@ _HOP_EPS = 1.0
 TIMED_LR = 1e-6  # values hardly move however many steps are timed
 
 
-def fused_optimizer(rule: str, module: Any, optimizers: Any = optim) -> Any:
+def fused_optimizer(rule: str, module: Any, optimizers: Any = optim, **options: Any) -> Any:
     """Of ``esapn_kernels.optim``, or of what stands in for it, attached to ``module``."""
     if rule == "sgd":
-        return optimizers.SGD(module, lr=ROW_LR)
+        return optimizers.SGD(module, lr=ROW_LR, **options)
     if rule == "adam":
-        return optimizers.Adam(module, lr=ROW_LR, eps=EPS)
-    return optimizers.Adagrad(module, lr=ROW_LR, eps=EPS, rowwise=rule == "rowwise_adagrad")
+        return optimizers.Adam(module, lr=ROW_LR, eps=EPS, **options)
+    rowwise = rule == "rowwise_adagrad"
+    return optimizers.Adagrad(module, lr=ROW_LR, eps=EPS, rowwise=rowwise, **options)
 
 
 def torch_optimizer(rule: str, rows: Sequence[Tensor], hops: Sequence[Tensor]) -> Any:
@@ -125,6 +127,13 @@ def fused_step(ours: Ours, rule: str, name: str = "ours", optimizers: Any = opti
     return Step(name, ours, [hops], partial(sparse_step_bytes, rule=rule), rows)
 
 
+def deferred_step(ours: Ours, rule: str) -> Step:
+    """Rows of ``ours`` stepped by ``step()``, by the gradients that backward collected."""
+    rows = fused_optimizer(rule, ours.module, deferred=True)
+    hops = torch_optimizer(rule, [], [ours.module.chain])
+    return Step("ours deferred", ours, [rows, hops], partial(sparse_step_bytes, rule=rule))
+
+
 def dense_step(holder: Ours | Fixed, rule: str, name: str) -> Step:
     """A dense gradient, and ``torch.optim`` on all rows."""
     optimizer = torch_optimizer(rule, holder.parameters[:1], holder.parameters[1:])
@@ -140,6 +149,7 @@ def all_largest(table: TableSpec) -> TableSpec:
 def make_steps(table: TableSpec, device: torch.device, rule: str) -> Iterator[Step]:
     """Every provider that has ``rule``."""
     yield fused_step(Ours(table, device), rule)
+    yield deferred_step(Ours(table, device), rule)
     yield fused_step(Ours(all_largest(table), device), rule, "ours 128")
     if rule == "rowwise_adagrad":
         return
