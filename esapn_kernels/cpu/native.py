@@ -35,7 +35,15 @@ __all__ = [
 DTYPE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 """Numbers of the dtypes of rows, as ``csrc/table.h`` has them."""
 
-_RULE = {"gradient": 0, "sparse": 1, "sgd": 2, "adagrad": 3, "rowwise_adagrad": 4, "adam": 5}
+_RULE = {
+    "gradient": 0,
+    "sparse": 1,
+    "sgd": 2,
+    "adagrad": 3,
+    "rowwise_adagrad": 4,
+    "adam": 5,
+    "rowwise_adam": 6,
+}
 
 _ID_BYTES = {torch.int32: 4, torch.int64: 8}
 
@@ -170,11 +178,12 @@ def _backward(
     operand = _in_dtype_of_sums(composed, storage)
     grad_composed = torch.empty_like(operand) if want_composed else None
     threads = _threads(ids, layout)
-    moment = square = per_id = clock = numbers = None
+    moment = square = row_sums = last_step = clock = numbers = None
     # Aliases hold the memory, should another thread let the arena grow.
     storage = storage.detach()
     if update is not None:
-        numbers, per_id, clock = update.numbers, update.per_id, update.clock
+        numbers, clock = update.numbers, update.clock
+        row_sums, last_step = update.row_sums, update.last_step
         if update.state:
             moment, square = update.state[0].detach(), update.state[-1].detach()
     native.lookup_bwd(
@@ -193,8 +202,10 @@ def _backward(
         address(numbers),
         address(moment),
         address(square),
-        address(per_id),
+        address(row_sums),
+        address(last_step),
         address(clock),
+        update is not None and update.shaped,
     )
     if grad_composed is None or grad_composed.dtype == composed.dtype:
         return grad_composed
@@ -251,9 +262,10 @@ def takes_state(update: Update, storage: Tensor) -> bool:
     Where it is not, the torch path steps the rows.
     """
     sums = compute_dtype(storage.dtype)
-    per_id, numbers = update.per_id, torch.int32 if update.rule == "adam" else sums
-    return all(held.dtype is sums and held.is_contiguous() for held in update.state) and (
-        per_id is None or (per_id.dtype is numbers and per_id.is_contiguous())
+    last_step = update.last_step
+    held = update.state if update.row_sums is None else (*update.state, update.row_sums)
+    return all(each.dtype is sums and each.is_contiguous() for each in held) and (
+        last_step is None or (last_step.dtype is torch.int32 and last_step.is_contiguous())
     )
 
 

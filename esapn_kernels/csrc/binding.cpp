@@ -9,7 +9,7 @@
 #include "kernels.h"
 
 // Of these functions' arguments; ops/backend.py takes no module of another number.
-#define ESAPN_INTERFACE 1
+#define ESAPN_INTERFACE 2
 
 namespace {
 
@@ -175,12 +175,14 @@ PyObject* lookup_bwd(PyObject*, PyObject* const* values, Py_ssize_t count) {
   update.numbers = static_cast<const double*>(arguments.address());
   update.moment = arguments.address();
   update.square = arguments.address();
-  update.per_id = arguments.address();
+  update.row_sums = arguments.address();
+  update.last_step = static_cast<int32_t*>(arguments.address());
   update.clock = static_cast<double*>(arguments.address());
+  update.shaped = arguments.small() != 0;
   arguments.needs(table, ids, storage, composed);
   if (ids.count && !arguments.failed() && table.dim()) arguments.needs(grad);
   if (update.rule >= SGD) arguments.needs(update.numbers);
-  if (update.rule == ADAM) arguments.needs(update.clock);
+  if (is_adam(update.rule)) arguments.needs(update.clock);
   if (arguments.failed()) return nullptr;
   int status;
   {

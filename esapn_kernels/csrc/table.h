@@ -60,16 +60,21 @@ struct Ids {
 };
 
 // What backward does with a row's gradient: ops/update.py's rules, or it is written.
-enum Rule : int { WRITE, SPARSE, SGD, ADAGRAD, ROWWISE_ADAGRAD, ADAM };
+enum Rule : int { WRITE, SPARSE, SGD, ADAGRAD, ROWWISE_ADAGRAD, ADAM, ROWWISE_ADAM };
+
+// Rules with a clock, and with steps per id.
+ESAPN_INLINE bool is_adam(int rule) { return rule == ADAM || rule == ROWWISE_ADAM; }
 
 struct Update {
   int rule;
   void* target;           // WRITE: [capacity], SPARSE: values; dtype of the storage
   int64_t* elements;      // SPARSE: the element of every value
-  const double* numbers;  // [7], as rule_numbers gives them
+  const double* numbers;  // [11], as rule_numbers gives them
   void *moment, *square;  // [capacity], dtype of the sums
-  void* per_id;           // [N]: ROWWISE_ADAGRAD the sums, ADAM int32 steps
-  double* clock;          // ADAM: [3], moved on to this step
+  void* row_sums;         // [N], dtype of the sums: ROWWISE_ADAGRAD the sum, ROWWISE_ADAM the second moment
+  int32_t* last_step;     // [N]: both Adams
+  double* clock;          // [3], moved on to this step: both Adams
+  bool shaped;            // the last four numbers are in use
 };
 
 }  // namespace esapn

@@ -99,12 +99,24 @@ def calls(
         operands = (ids, storage, composed, layout, out_dtype, None, hops)
         yield f"to-{TYPES[out_dtype]}", call(launch_fwd, *operands)
     yield "gradient", call(launch_bwd, grad_out, ids, storage, composed, layout)
-    for rule in RULES if full else ("adam",):
-        per_id = made(N_ROWS, dtype=torch.int32 if rule == "adam" else wide)
-        numbers, clock = (made(n, dtype=torch.float64) for n in (7, 3))
+    shaped = [("adagrad", True), ("adam", True)]
+    for rule, shapes in (
+        [*((rule, False) for rule in RULES), *shaped] if full else [("adam", False)]
+    ):
+        numbers, clock = (made(n, dtype=torch.float64) for n in (11, 3))
         state = made(capacity, dtype=wide)
-        update = Update(rule, numbers, (state, state), per_id, clock if rule == "adam" else None)
-        yield rule, call(launch_bwd_update, grad_out, ids, storage, composed, layout, update=update)
+        adam = rule.endswith("adam")
+        update = Update(
+            rule,
+            numbers,
+            (state, state),
+            row_sums=made(N_ROWS, dtype=wide) if rule.startswith("rowwise") else None,
+            last_step=made(N_ROWS, dtype=torch.int32) if adam else None,
+            clock=clock if adam else None,
+            shaped=shapes,
+        )
+        name = f"{rule}-shaped" if shapes else rule
+        yield name, call(launch_bwd_update, grad_out, ids, storage, composed, layout, update=update)
     places = Places(
         layout,
         made(N_ROWS, dtype=index),
