@@ -15,12 +15,17 @@ have gradients as always and are stepped by any ``torch.optim`` optimizer, which
     rows.step()         # brings changed settings to the device; see FusedOptimizer.step
 
 Memory picture, per row of size d: SGD nothing, Adagrad ``4 d`` bytes, row-wise Adagrad 4, Adam
-``8 d + 4``, in fp32 whatever the rows' own dtype (fp64 for fp64 rows). The state lies in the
-arena's layout or holds one number per id; it grows and moves with the rows, and is a fresh row's
-where a row is resized (``storage.followers``). The rules themselves are in ``ops.update``.
+``8 d + 4``, row-wise Adam ``4 d + 8``, in fp32 whatever the rows' own dtype (fp64 for fp64 rows).
+The state lies in the arena's layout or holds one number per id; it grows and moves with the rows,
+and is a fresh row's where a row is resized (``storage.followers``). The rules themselves are in
+``ops.update``.
+
+Weight decay and bounds on a row's summed gradient are settings of the optimizers. Both work on the
+rows of the batch alone: a row decays in the steps that meet it and in no other, as in FBGEMM, where
+the dense optimizers of torch let every row decay in every step.
 
 Because a row steps when its gradient is known, whatever comes between backward and ``step`` in
-other training loops does not apply to the rows: gradient clipping, loss scaling
+other training loops does not apply to the rows: clipping by the norm of all gradients, loss scaling
 (``torch.amp.GradScaler``), gradients added up over several backward passes. Every pass back through
 the lookup steps its rows, also ``torch.autograd.grad(loss, [chain])`` and
 ``backward(inputs=[chain])``, which compute no gradient of the rows. Two lookups in one module
@@ -31,6 +36,7 @@ row steps and before Adam's clock moves. The ``reference`` backend never fuses.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -41,11 +47,11 @@ from .module import ResizableEmbedding
 from .ops.backend import is_capturing, on_large_pages
 from .ops.chain import compute_dtype
 from .ops.row_gradient import RowGradient, step_rows
-from .ops.update import Update, rule_numbers
+from .ops.update import Update, is_shaped, rule_numbers
 from .storage.arena import Arena
 from .storage.table import Table
 
-__all__ = ["SGD", "Adagrad", "Adam", "FusedOptimizer"]
+__all__ = ["SGD", "Adagrad", "Adam", "AdamW", "FusedOptimizer"]
 
 _STRIDED = (
     "a fused optimizer steps rows that lie one behind the other, and those of weight do not: use "
@@ -58,11 +64,14 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     ``self.state[arena.parameter]`` holds the state under ``torch.optim``'s names; there is one
     parameter group, whose ``lr`` and ``betas`` any scheduler of ``torch.optim.lr_scheduler`` may
-    change.
+    change, and a training loop ``weight_decay``, ``clip_value`` and ``clip_row_norm`` too.
 
     A copy (``copy.deepcopy``, pickle) of a module has no fused optimizer, and a copy of the
     optimizer is attached to nothing: build a new one and load the ``state_dict``.
     """
+
+    decoupled = False
+    """Whether ``weight_decay`` shrinks the rows; else it is a penalty in their gradient."""
 
     @torch.inference_mode(False)
     def __init__(
@@ -71,6 +80,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         defaults: dict[str, Any],
         deferred: bool = False,
     ) -> None:
+        _check_at_least_zero(defaults["weight_decay"], "weight_decay value")
+        for name in ("clip_value", "clip_row_norm"):
+            if defaults[name] is not None and not defaults[name] > 0.0:
+                raise ValueError(f"Invalid {name}: {defaults[name]}")
         found = _check_modules(modules)
         arenas = [module.arena for module in found]
         super().__init__([arena.parameter for arena in arenas], defaults)
@@ -155,13 +168,16 @@ class FusedOptimizer(torch.optim.Optimizer):
                 f"weight is {list(parameter.shape)} now, which the fused optimizer was not built "
                 "for: call its detach() and build another one"
             )
-        self._bring()
+        last_step = state.get("last_step")
+        row_sums = [held for held in per_id if held is not last_step]
         return Update(
             self.rule,
             numbers,
             state=tuple(held.view(-1) for held in elements),
-            per_id=per_id[0] if per_id else None,
+            row_sums=row_sums[0] if row_sums else None,
+            last_step=last_step,
             clock=state.get("clock"),
+            shaped=is_shaped(self._bring()),
         )
 
     def _present(self) -> tuple[float, ...]:
@@ -169,30 +185,40 @@ class FusedOptimizer(torch.optim.Optimizer):
         group = self.param_groups[0]
         beta1, beta2 = group.get("betas", (0.0, 0.0))
         betas = float(beta1), float(beta2)
-        return rule_numbers(float(group["lr"]), float(group.get("eps", 0.0)), betas)
+        decay = float(group["weight_decay"])
+        bounds = (group["clip_value"], group["clip_row_norm"])
+        return rule_numbers(
+            float(group["lr"]),
+            float(group.get("eps", 0.0)),
+            betas,
+            *((0.0, decay) if self.decoupled else (decay, 0.0)),
+            *(math.inf if bound is None else float(bound) for bound in bounds),
+        )
 
-    def _bring(self) -> None:
-        """Bring changed settings to the device, without waiting for it."""
+    def _bring(self) -> tuple[float, ...]:
+        """Bring changed settings to the device, without waiting for it, and return them."""
         present = self._present()
         if present == self._shown:
-            return
+            return present
         # A capture would record the numbers themselves, and every replay write them again.
         if any(is_capturing(numbers) for numbers in self._numbers.values()):
-            return
+            return present
         for numbers in self._numbers.values():
             fresh = torch.tensor(
                 present, dtype=torch.float64, device="cpu", pin_memory=numbers.is_cuda
             )
             numbers.copy_(fresh, non_blocking=True)
         self._shown = present
+        return present
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Deferred: step the rows that have a gradient, each once. Else bring settings along.
 
         Without ``deferred`` backward stepped the rows, with the settings of its time. Only the
-        replays of a captured CUDA graph need this call then, outside the graph, for changed ``lr``,
-        ``betas`` and ``eps``. Schedulers expect it before their own ``step``, as with any optimizer.
+        replays of a captured CUDA graph need this call then, outside the graph, for changed
+        settings (``lr``, ``betas``); one captured without decay and clipping goes on without.
+        Schedulers expect it before their own ``step``, as with any optimizer.
 
         Args:
             closure: called with gradients enabled, as by ``torch.optim``; its result is returned.
@@ -248,8 +274,18 @@ class FusedOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         # A copy is attached to nothing.
-        for name, empty in (("_modules", []), ("_arenas", []), ("_numbers", {}), ("_shown", ()), ("deferred", False)):
+        for name, empty in (
+            ("_modules", []),
+            ("_arenas", []),
+            ("_numbers", {}),
+            ("_shown", ()),
+            ("deferred", False),
+        ):
             self.__dict__.setdefault(name, empty)
+        # Of a checkpoint that is older than a setting.
+        for group in self.param_groups:
+            for name, default in self.defaults.items():
+                group.setdefault(name, default)
 
 
 class SGD(FusedOptimizer):
@@ -258,16 +294,22 @@ class SGD(FusedOptimizer):
     Args:
         modules: one :class:`ResizableEmbedding` or an iterable of them.
         lr: learning rate.
+        weight_decay: L2 penalty, ``g <- g + weight_decay e``, in the steps that meet the row.
+        clip_value: bounds every number of ``g``, a row's summed gradient: ``[-c, c]``.
+        clip_row_norm: bounds its norm: ``g <- g min(1, c / (norm(g) + 1e-6))``, what
+            ``torch.nn.utils.clip_grad_norm_`` does to one row. ``clip_value`` comes first, then
+            this, then ``weight_decay``.
 
     Raises:
         TypeError: a module of another type.
-        ValueError: a negative ``lr``; no module, one without rows, or one that has a fused
-            optimizer already. Nothing is attached then.
+        ValueError: a negative ``lr`` or ``weight_decay``, a bound that is not positive; no module,
+            one without rows, or one that has a fused optimizer already. Nothing is attached then.
 
     Notes:
         ``g`` is the gradient summed over the row's occurrences, in fp32 (fp64 for fp64 rows). The
-        same steps as ``torch.optim.SGD(lr)``, and no state. See the file's docstring for what
-        being fused means for the rest of the training loop.
+        same steps as ``torch.optim.SGD(lr)``, and no state. Its ``weight_decay`` moves every row in
+        every step: the steps are the same if every row is in every batch. See the file's docstring
+        for what being fused means for the rest of the training loop.
 
     Example:
         >>> from esapn_kernels import ResizableEmbedding
@@ -286,10 +328,19 @@ class SGD(FusedOptimizer):
         modules: ResizableEmbedding | Iterable[ResizableEmbedding],
         lr: float,
         *,
+        weight_decay: float = 0.0,
+        clip_value: float | None = None,
+        clip_row_norm: float | None = None,
         deferred: bool = False,
     ) -> None:
         _check_at_least_zero(lr, "learning rate")
-        super().__init__(modules, {"lr": lr}, deferred)
+        defaults = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "clip_value": clip_value,
+            "clip_row_norm": clip_row_norm,
+        }
+        super().__init__(modules, defaults, deferred)
 
 
 class Adagrad(FusedOptimizer):
@@ -304,6 +355,7 @@ class Adagrad(FusedOptimizer):
         eps: added to the denominator.
         initial_accumulator_value: what ``s`` starts as, for a resized row again.
         rowwise: one number per row rather than one per element.
+        weight_decay, clip_value, clip_row_norm: as for :class:`SGD`.
 
     Raises:
         TypeError, ValueError: as for :class:`SGD`, and for negative arguments.
@@ -333,6 +385,9 @@ class Adagrad(FusedOptimizer):
         initial_accumulator_value: float = 0.0,
         rowwise: bool = False,
         *,
+        weight_decay: float = 0.0,
+        clip_value: float | None = None,
+        clip_row_norm: float | None = None,
         deferred: bool = False,
     ) -> None:
         _check_at_least_zero(lr, "learning rate")
@@ -343,6 +398,9 @@ class Adagrad(FusedOptimizer):
             "eps": eps,
             "initial_accumulator_value": initial_accumulator_value,
             "rowwise": rowwise,
+            "weight_decay": weight_decay,
+            "clip_value": clip_value,
+            "clip_row_norm": clip_row_norm,
         }
         super().__init__(modules, defaults, deferred)
 
@@ -368,6 +426,7 @@ class Adam(FusedOptimizer):
         t <- t + 1,   a = t - last_step_x,   last_step_x <- t
         m <- beta1^a m + (1 - beta1) g,      v <- beta2^a v + (1 - beta2) g^2
         e <- e - lr (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
+        row-wise   v_x <- beta2^a v_x + (1 - beta2) mean(g^2)   in place of v
 
     ``t`` counts the backward passes of lookups in the module. The moments of a row are exactly
     those of ``torch.optim.Adam`` on a dense gradient, which is zero in the steps without the row:
@@ -380,15 +439,17 @@ class Adam(FusedOptimizer):
         lr: learning rate.
         betas: decay of the first and of the second moment.
         eps: added to the denominator.
+        rowwise: one second moment per row rather than one per element.
+        weight_decay, clip_value, clip_row_norm: as for :class:`SGD`.
 
     Raises:
         TypeError, ValueError: as for :class:`SGD`, and for arguments out of range.
 
     Notes:
         The same steps as ``torch.optim.Adam`` if every row is in every batch. State: ``exp_avg``
-        and ``exp_avg_sq`` like the rows, ``last_step`` int32 ``[num_rows]``, and ``clock`` fp64
-        ``[3]``, ``(t, beta1^t, beta2^t)``, which backward moves on. A resized row starts afresh,
-        the clock goes on.
+        and ``exp_avg_sq`` like the rows (row-wise the latter is ``[num_rows]``), ``last_step``
+        int32 ``[num_rows]``, and ``clock`` fp64 ``[3]``, ``(t, beta1^t, beta2^t)``, which backward
+        moves on. A resized row starts afresh, the clock goes on.
 
     Example:
         >>> from esapn_kernels import ResizableEmbedding
@@ -399,10 +460,9 @@ class Adam(FusedOptimizer):
         >>> rows.state[emb.arena.storage]["last_step"]
         tensor([1, 3, 0, 3], dtype=torch.int32)
 
-    Source: Kingma and Ba, "Adam: A Method for Stochastic Optimization", ICLR 2015.
+    Source: Kingma and Ba, "Adam: A Method for Stochastic Optimization", ICLR 2015; row-wise:
+    FBGEMM's ``PARTIAL_ROWWISE_ADAM``, which has no decay for steps missed.
     """
-
-    rule = "adam"
 
     def __init__(
         self,
@@ -411,6 +471,10 @@ class Adam(FusedOptimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         *,
+        rowwise: bool = False,
+        weight_decay: float = 0.0,
+        clip_value: float | None = None,
+        clip_row_norm: float | None = None,
         deferred: bool = False,
     ) -> None:
         _check_at_least_zero(lr, "learning rate")
@@ -418,14 +482,31 @@ class Adam(FusedOptimizer):
         for index, beta in enumerate(betas):
             if not 0.0 <= beta < 1.0:
                 raise ValueError(f"Invalid beta parameter at index {index}: {beta}")
-        super().__init__(modules, {"lr": lr, "betas": tuple(betas), "eps": eps}, deferred)
+        defaults = {
+            "lr": lr,
+            "betas": tuple(betas),
+            "eps": eps,
+            "rowwise": rowwise,
+            "weight_decay": weight_decay,
+            "clip_value": clip_value,
+            "clip_row_norm": clip_row_norm,
+        }
+        super().__init__(modules, defaults, deferred)
+
+    @property
+    def rule(self) -> str:
+        return "rowwise_adam" if self.param_groups[0]["rowwise"] else "adam"
 
     @property
     def state_per_element(self) -> dict[str, float]:
+        if self.rule == "rowwise_adam":
+            return {"exp_avg": 0.0}
         return {"exp_avg": 0.0, "exp_avg_sq": 0.0}
 
     @property
     def state_per_id(self) -> dict[str, float]:
+        if self.rule == "rowwise_adam":
+            return {"exp_avg_sq": 0.0, "last_step": 0.0}
         return {"last_step": 0.0}
 
     def _fresh_state(self, arena: Arena | Table) -> dict[str, Tensor]:
@@ -435,6 +516,49 @@ class Adam(FusedOptimizer):
         clock = torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64, device=device)
         state["clock"] = clock
         return state
+
+
+class AdamW(Adam):
+    """:class:`Adam` whose rows decay apart from their gradient, ``e <- e (1 - lr weight_decay)``.
+
+    A row decays in the steps that meet it, before the rest of the step, and in no other:
+    ``torch.optim.AdamW`` moves every row in every step.
+
+    Args:
+        modules, lr, betas, eps, rowwise, clip_value, clip_row_norm: as for :class:`Adam`.
+        weight_decay: the decay.
+
+    Raises:
+        TypeError, ValueError: as for :class:`Adam`.
+
+    Notes:
+        The same steps as ``torch.optim.AdamW`` if every row is in every batch.
+
+    Example:
+        >>> from esapn_kernels import ResizableEmbedding
+        >>> emb = ResizableEmbedding(4, sizes=(1,))
+        >>> _ = torch.nn.init.ones_(emb.weight)
+        >>> rows = AdamW(emb, lr=0.1, weight_decay=0.5)
+        >>> (0 * emb(torch.tensor([1, 3]))).sum().backward()
+        >>> emb.weight[:, 0].detach()
+        tensor([1.0000, 0.9500, 1.0000, 0.9500])
+
+    Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", ICLR 2019.
+    """
+
+    decoupled = True
+
+    def __init__(
+        self,
+        modules: ResizableEmbedding | Iterable[ResizableEmbedding],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        *,
+        weight_decay: float = 1e-2,
+        **options: Any,
+    ) -> None:
+        super().__init__(modules, lr, betas, eps, weight_decay=weight_decay, **options)
 
 
 def _check_modules(

@@ -127,17 +127,28 @@ def update_reference(
     betas: tuple[float, float] = (0.0, 0.0),
     step: int = 1,
     last_step: int = 0,
+    l2: float = 0.0,
+    decay: float = 0.0,
+    clip_value: float | None = None,
+    clip_row_norm: float | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """One row after the fused step number ``step``, and its state; nothing is changed in place.
 
     ``state``: ``sgd`` none; ``adagrad`` ``(s,)`` like the row; ``rowwise_adagrad`` ``(s_x,)``, one
-    number; ``adam`` the moments ``(m, v)`` as step ``last_step`` left them. Adam's steps in
-    between are those of a dense Adam that sees a zero gradient, but for the row, which stays.
+    number; ``adam`` the moments ``(m, v)`` as step ``last_step`` left them, of which ``v`` is one
+    number in ``rowwise_adam``. Adam's steps in between are those of a dense Adam that sees a zero
+    gradient, but for the row, which stays. The gradient is clipped first, its numbers and then its
+    norm; it takes the L2 penalty, and the row decays.
 
     >>> update_reference("adagrad", torch.tensor(1.0), torch.tensor(3.0), (torch.tensor(16.0),),
     ...                  lr=0.5)
     (tensor(0.7000), (tensor(25.),))
     """
+    if clip_value is not None:
+        grad = grad.clamp(min=-clip_value, max=clip_value)
+    if clip_row_norm is not None:
+        grad = grad * (clip_row_norm / ((grad * grad).sum().sqrt() + 1e-6)).clamp(max=1)
+    grad, row = grad + l2 * row, (1 - lr * decay) * row
     if rule == "sgd":
         return row - lr * grad, ()
     if rule == "adagrad":
@@ -146,12 +157,15 @@ def update_reference(
     if rule == "rowwise_adagrad":
         total = state[0] + (grad * grad).sum() / grad.numel()
         return row - lr * grad / (total.sqrt() + eps), (total,)
-    if rule == "adam":
+    if rule in ("adam", "rowwise_adam"):
         (m, v), (beta1, beta2) = state, betas
         for now in range(last_step + 1, step + 1):
             seen = grad if now == step else torch.zeros_like(grad)
             m = beta1 * m + (1 - beta1) * seen
-            v = beta2 * v + (1 - beta2) * seen * seen
+            square = seen * seen
+            if rule == "rowwise_adam":
+                square = square.sum() / grad.numel()
+            v = beta2 * v + (1 - beta2) * square
         m_hat, v_hat = m / (1 - beta1**step), v / (1 - beta2**step)
         return row - lr * m_hat / (v_hat.sqrt() + eps), (m, v)
     raise ValueError(f"unknown rule {rule!r}")

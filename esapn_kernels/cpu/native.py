@@ -46,6 +46,7 @@ _RULE = {
     "adagrad": 4,
     "rowwise_adagrad": 5,
     "adam": 6,
+    "rowwise_adam": 7,
 }
 
 _ID_BYTES = {torch.int32: 4, torch.int64: 8}
@@ -91,7 +92,7 @@ def _table(layout: Layout, ids: Tensor, elements: int) -> tuple[int | bytes, ...
         row_start.numel(),
         page_level.data_ptr(),
         layout.page,
-        min(elements, page_level.numel() * layout.page),
+        min(elements, layout.elements),
         packed(layout.sizes),
         ids.data_ptr(),
         id_bytes,
@@ -162,15 +163,18 @@ def _in_memory(grad_out: Tensor) -> Tensor:
 
 
 class _Collecting:
-    """Memory for gradients of at most ``count`` distinct rows, of which some is used."""
+    """Memory for the gradients of the rows of ``ids``, each once."""
 
-    def __init__(self, count: int, layout: Layout, storage: Tensor) -> None:
-        dtype, device = compute_dtype(storage.dtype), storage.device
+    def __init__(self, ids: Tensor, layout: Layout, rows: Tensor) -> None:
+        count, elements = ids.numel(), ids.numel() * layout.dim
+        if elements >= _PARALLEL:
+            # Counted: the system gives large memory anew at every call, by small pages.
+            elements = native.count_elements(*_table(layout, ids, layout.elements), -1)
+        dtype, device = compute_dtype(rows.dtype), rows.device
         self.ids, self.place = torch.empty((2, count), dtype=torch.int64, device=device).unbind()
         self.level = torch.empty(count, dtype=torch.int8, device=device)
         self.used = torch.zeros(2, dtype=torch.int64, device=device)
-        # Memory that is not touched is not taken.
-        self.values = torch.empty(count * layout.dim, dtype=dtype, device=device)
+        self.values = torch.empty(elements, dtype=dtype, device=device)
 
     def rows(self) -> CollectedRows:
         """What the kernel found."""
@@ -187,19 +191,21 @@ def _update(
     rows: _Collecting | None = None,
 ) -> tuple[list[Tensor], list[int]]:
     """What becomes of the rows' gradients, as kernels take it, and what holds the memory."""
-    moment = square = per_id = clock = numbers = None
+    moment = square = row_sums = last_step = clock = numbers = None
     if update is not None:
-        numbers, per_id, clock = update.numbers, update.per_id, update.clock
+        numbers, clock = update.numbers, update.clock
+        row_sums, last_step = update.row_sums, update.last_step
         if update.state:
             moment, square = update.state[0].detach(), update.state[-1].detach()
-    tensors = [target, elements, numbers, moment, square, per_id, clock]
+    tensors = [target, elements, numbers, moment, square, row_sums, last_step, clock]
     if rows is None:
         tensors += [None] * 4
     else:
         tensors[0] = rows.values
         tensors += [rows.ids, rows.level, rows.place, rows.used]
     held = [tensor for tensor in tensors if tensor is not None]
-    return held, [_RULE[rule], *map(address, tensors)]
+    shaped = update is not None and update.shaped
+    return held, [_RULE[rule], shaped, *map(address, tensors)]
 
 
 def _backward(
@@ -301,7 +307,8 @@ def lookup_bwd_rows(
 
     Rows in the order in which ids name them first; that of ``padding_idx`` with zeros.
     """
-    rows = _Collecting(ids.numel(), layout, storage)
+    ids = ids.contiguous()
+    rows = _Collecting(ids, layout, storage)
     operands = (grad_out, ids, storage, composed, layout, want_composed, padding_idx)
     grad_composed = _backward(*operands, "collect", rows=rows)
     return rows.rows(), grad_composed
@@ -314,8 +321,8 @@ def sum_rows(rows: CollectedRows, layout: Layout) -> CollectedRows:
         rows: of the sizes that rows have in ``layout``; no id is -1.
         layout: where the rows lie.
     """
-    into = _Collecting(rows.ids.numel(), layout, rows.values)
-    _step(rows, layout, layout.page_level.numel() * layout.page, rows.values, "collect", into=into)
+    into = _Collecting(rows.ids, layout, rows.values)
+    _step(rows, layout, layout.elements, rows.values, "collect", into=into)
     return into.rows()
 
 
@@ -361,9 +368,10 @@ def takes_state(update: Update, storage: Tensor) -> bool:
     Where it is not, the torch path steps the rows.
     """
     sums = compute_dtype(storage.dtype)
-    per_id, numbers = update.per_id, torch.int32 if update.rule == "adam" else sums
-    return all(held.dtype is sums and held.is_contiguous() for held in update.state) and (
-        per_id is None or (per_id.dtype is numbers and per_id.is_contiguous())
+    last_step = update.last_step
+    held = update.state if update.row_sums is None else (*update.state, update.row_sums)
+    return all(each.dtype is sums and each.is_contiguous() for each in held) and (
+        last_step is None or (last_step.dtype is torch.int32 and last_step.is_contiguous())
     )
 
 

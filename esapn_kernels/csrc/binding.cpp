@@ -57,19 +57,21 @@ class Arguments {
   Update update() {
     Update update{};
     update.rule = small();
+    update.shaped = small() != 0;
     update.target = address();
     update.elements = static_cast<int64_t*>(address());
     update.numbers = static_cast<const double*>(address());
     update.moment = address();
     update.square = address();
-    update.per_id = address();
+    update.row_sums = address();
+    update.last_step = static_cast<int32_t*>(address());
     update.clock = static_cast<double*>(address());
     update.rows.id = static_cast<int64_t*>(address());
     update.rows.level = static_cast<int8_t*>(address());
     update.rows.place = static_cast<int64_t*>(address());
     update.rows.count = static_cast<int64_t*>(address());
     if (update.rule >= SGD) needs(update.numbers);
-    if (update.rule == ADAM) needs(update.clock);
+    if (is_adam(update.rule)) needs(update.clock);
     if (update.rule == COLLECT) needs(update.rows.count);
     return update;
   }

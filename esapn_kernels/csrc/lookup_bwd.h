@@ -28,7 +28,7 @@ struct Backward {
   int64_t padding;  // this id has no gradient
   int block;        // rows
 
-  static int64_t scratch_numel(int block, int64_t stride) { return (3 * block + 2) * stride; }
+  static int64_t scratch_numel(int block, int64_t stride) { return (3 * block + 3) * stride; }
 
   // Rows [first, end); `part`: this task's dA, or null; scratch: scratch_numel numbers.
   void run(int64_t first, int64_t end, A* part, A* scratch) const {
@@ -38,7 +38,7 @@ struct Backward {
     A* found = sums + block * stride;
     A* rows = found + block * stride;
     A* zero = rows + block * stride;
-    A* one = zero + stride;
+    A* two = zero + stride;  // rows
     for (int64_t c = 0; c < stride; c++) zero[c] = 0;
     const A* g[BACKWARD_TILE];
     const A* e[BACKWARD_TILE];
@@ -92,7 +92,7 @@ struct Backward {
               fetch(ahead, ahead + 1);
               ahead++;
             }
-            step(groups.start[u], groups.id[u], last ? g[r] : x + r * down[k].columns(), d, groups.place[u], one);
+            step(groups.start[u], groups.id[u], last ? g[r] : x + r * down[k].columns(), d, groups.place[u], two);
           }
           at += B;
         }

@@ -21,7 +21,7 @@ static int step_rows(const Table& table, const Ids& ids, const int64_t* place, c
   const A* from = static_cast<const A*>(values);
   const int64_t widest = Buffer::padded<A>(table.dim()) / int64_t(sizeof(A));
   const int64_t tasks = (groups.count + STEP_TASK - 1) / STEP_TASK;
-  Buffer scratch(workers(tasks, threads) * 2 * widest * int64_t(sizeof(A)));
+  Buffer scratch(workers(tasks, threads) * 3 * widest * int64_t(sizeof(A)));
   if (!scratch.ok()) return NO_MEMORY;
   A* scratches = scratch.take<A>(0);
   // From here on nothing fails.
@@ -29,7 +29,7 @@ static int step_rows(const Table& table, const Ids& ids, const int64_t* place, c
   if (update.rule == COLLECT) list_rows(update.rows, groups);
   const Step<A> step(update, storage, dtype);
   parallel(tasks, threads, [&](int64_t task, int64_t worker) {
-    A* sum = scratches + worker * 2 * widest;
+    A* sum = scratches + worker * 3 * widest;
     const int64_t end = (task + 1) * STEP_TASK < groups.count ? (task + 1) * STEP_TASK : groups.count;
     for (int64_t u = task * STEP_TASK; u < end; u++) {
       if (u + STEP_AHEAD < end) {

@@ -60,7 +60,7 @@ struct Ids {
 };
 
 // What becomes of a row's gradient: ops/update.py's rules, or it is written.
-enum Rule : int { WRITE, SPARSE, COLLECT, SGD, ADAGRAD, ROWWISE_ADAGRAD, ADAM };
+enum Rule : int { WRITE, SPARSE, COLLECT, SGD, ADAGRAD, ROWWISE_ADAGRAD, ADAM, ROWWISE_ADAM };
 
 // Gradients of distinct rows, one behind the other; ops/update.py.
 struct CollectedRows {
@@ -70,15 +70,20 @@ struct CollectedRows {
   int64_t* count;  // [2]: rows, elements
 };
 
+// Rules with a clock, and with steps per id.
+ESAPN_INLINE bool is_adam(int rule) { return rule == ADAM || rule == ROWWISE_ADAM; }
+
 struct Update {
   int rule;
   void* target;           // WRITE: [capacity], SPARSE: values, dtype of the storage; COLLECT: values, dtype of the sums
   int64_t* elements;      // SPARSE: the element of every value
-  const double* numbers;  // [7], as rule_numbers gives them
+  const double* numbers;  // [11], as rule_numbers gives them
   void *moment, *square;  // [capacity], dtype of the sums
-  void* per_id;           // [N]: ROWWISE_ADAGRAD the sums, ADAM int32 steps
-  double* clock;          // ADAM: [3], moved on to this step
-  CollectedRows rows;      // COLLECT
+  void* row_sums;         // [N], dtype of the sums: ROWWISE_ADAGRAD the sum, ROWWISE_ADAM the second moment
+  int32_t* last_step;     // [N]: both Adams
+  double* clock;          // [3], moved on to this step: both Adams
+  bool shaped;            // the last four numbers are in use
+  CollectedRows rows;     // COLLECT
 };
 
 }  // namespace esapn

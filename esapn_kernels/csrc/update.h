@@ -61,6 +61,44 @@ struct Adam {
   }
 };
 
+template <class A>
+struct RowwiseAdam {
+  A *e, *moment;
+  const A* g;
+  A decay, take1, lr1;  // lr1: over the root of the row's second moment, too
+  template <class V>
+  ESAPN_INLINE void at(int64_t j) const {
+    const V m = load<V>(moment + j) * decay + take1 * load<V>(g + j);
+    store(moment + j, m);
+    store(e + j, load<V>(e + j) - lr1 * m);
+  }
+};
+
+// A NaN passes: it is neither above nor below.
+template <class A>
+struct Clip {
+  A* to;
+  const A* g;
+  A limit;
+  template <class V>
+  ESAPN_INLINE void at(int64_t j) const {
+    const V x = load<V>(g + j), high = V{} + limit, low = V{} - limit, some = x > high ? high : x;
+    store(to + j, some < low ? low : some);
+  }
+};
+
+template <class A>
+struct Decay {
+  A *e, *g;
+  A scale, l2, shrink;
+  template <class V>
+  ESAPN_INLINE void at(int64_t j) const {
+    const V x = load<V>(e + j);
+    store(g + j, load<V>(g + j) * scale + l2 * x);
+    store(e + j, x * shrink);
+  }
+};
+
 // All of d elements, in vectors as wide as there are elements for.
 template <class A, class Rule>
 ESAPN_INLINE void for_each(const Rule& rule, int64_t d) {
@@ -100,7 +138,7 @@ ESAPN_INLINE A square_sum(const A* g, int64_t d) {
 
 // Adam's clock moves on to this step.
 ESAPN_INLINE void tick(const Update& update) {
-  if (update.rule != ADAM) return;
+  if (!is_adam(update.rule)) return;
   update.clock[0] += 1;
   update.clock[1] *= update.numbers[1];
   update.clock[2] *= update.numbers[2];
@@ -125,12 +163,19 @@ class Step {
       : rule_(update.rule), dtype_(dtype), item_(itemsize(dtype)), plain_(dtype == DTYPE_OF<A>),
         storage_(static_cast<char*>(storage)), target_(static_cast<char*>(update.target)),
         elements_(update.elements), moment_(static_cast<A*>(update.moment)),
-        square_(static_cast<A*>(update.square)), per_id_(update.per_id),
-        decay_(update.rule == ADAM ? update.numbers[1] : 0), keep_(update.rule == ADAM ? update.numbers[2] : 0) {
+        square_(static_cast<A*>(update.square)), row_sums_(static_cast<A*>(update.row_sums)),
+        last_step_(update.last_step), shaped_(update.shaped),
+        decay_(is_adam(update.rule) ? update.numbers[1] : 0), keep_(is_adam(update.rule) ? update.numbers[2] : 0) {
     if (!update.numbers) return;
     lr_ = A(update.numbers[5]);
     eps_ = A(update.numbers[6]);
-    if (rule_ != ADAM) return;
+    if (shaped_) {
+      l2_ = A(update.numbers[7]);
+      shrink_ = A(update.numbers[8]);
+      clip_value_ = A(update.numbers[9]);
+      clip_row_norm_ = A(update.numbers[10]);
+    }
+    if (!is_adam(rule_)) return;
     step_ = int64_t(update.clock[0]);
     take1_ = A(1 - update.numbers[1]);
     take2_ = A(1 - update.numbers[2]);
@@ -140,13 +185,13 @@ class Step {
 
   // What a row's step reads besides the row and its gradient.
   ESAPN_INLINE void fetch(int64_t start, int64_t id, int64_t d) const {
-    if (rule_ == ADAM) prefetch(moment_ + start, d * int64_t(sizeof(A)));
+    if (is_adam(rule_)) prefetch(moment_ + start, d * int64_t(sizeof(A)));
     if (rule_ == ADAM || rule_ == ADAGRAD) prefetch(square_ + start, d * int64_t(sizeof(A)));
-    if (rule_ == ADAM) __builtin_prefetch(static_cast<const int32_t*>(per_id_) + id);
-    if (rule_ == ROWWISE_ADAGRAD) __builtin_prefetch(static_cast<const A*>(per_id_) + id);
+    if (is_adam(rule_)) __builtin_prefetch(last_step_ + id);
+    if (rule_ == ROWWISE_ADAGRAD || rule_ == ROWWISE_ADAM) __builtin_prefetch(row_sums_ + id);
   }
 
-  // The row of `id`, at `start`, whose gradient is g; `wide`: memory for d numbers. `place`: where a
+  // The row of `id`, at `start`, whose gradient is g; `wide`: memory for 2 d numbers. `place`: where a
   // sparse gradient has its entries, or collected ones theirs.
   ESAPN_INLINE void operator()(int64_t start, int64_t id, const A* g, int64_t d, int64_t place, A* wide) const {
     if (rule_ == WRITE) return write(target_ + start * item_, g, d);
@@ -161,19 +206,26 @@ class Step {
     char* row = storage_ + start * item_;
     A* e = plain_ ? reinterpret_cast<A*>(row) : wide;
     if (!plain_) widen(wide, row, dtype_, d);
+    if (shaped_) g = shape(e, g, d, wide + d);
     switch (rule_) {
       case SGD: for_each<A>(Sgd<A>{e, g, lr_}, d); break;
       case ADAGRAD: for_each<A>(Adagrad<A>{e, square_ + start, g, lr_, eps_}, d); break;
       case ROWWISE_ADAGRAD: {
-        A* sum = static_cast<A*>(per_id_) + id;
+        A* sum = row_sums_ + id;
         *sum += square_sum(g, d) / A(d);
         for_each<A>(Sgd<A>{e, g, lr_ / (root(*sum) + eps_)}, d);
         break;
       }
+      case ROWWISE_ADAM: {
+        const int64_t age = since(id);
+        A* square = row_sums_ + id;
+        *square = *square * A(keep_(age)) + take2_ * (square_sum(g, d) / A(d));
+        const A lr = lr1_ / (root(*square * correct2_) + eps_);
+        for_each<A>(RowwiseAdam<A>{e, moment_ + start, g, A(decay_(age)), take1_, lr}, d);
+        break;
+      }
       default: {
-        int32_t* last = static_cast<int32_t*>(per_id_) + id;
-        const int64_t age = step_ - *last;
-        *last = int32_t(step_);
+        const int64_t age = since(id);
         for_each<A>(Adam<A>{e, moment_ + start, square_ + start, g, A(decay_(age)), A(keep_(age)), take1_,
                             take2_, lr1_, correct2_, eps_},
                     d);
@@ -183,6 +235,23 @@ class Step {
   }
 
  private:
+  // Steps since the row was last touched, this one included; it is touched now.
+  ESAPN_INLINE int64_t since(int64_t id) const {
+    const int64_t age = step_ - last_step_[id];
+    last_step_[id] = int32_t(step_);
+    return age;
+  }
+  // The gradient as the rule takes it, in `to`; the row decays in place.
+  ESAPN_INLINE const A* shape(A* e, const A* g, int64_t d, A* to) const {
+    for_each<A>(Clip<A>{to, g, clip_value_}, d);
+    A scale = 1;
+    if (clip_row_norm_ < A(__builtin_inf())) {
+      const A fits = clip_row_norm_ / (root(square_sum(to, d)) + A(1e-6));
+      scale = fits > 1 ? A(1) : fits;
+    }
+    for_each<A>(Decay<A>{e, to, scale, l2_, shrink_}, d);
+    return to;
+  }
   ESAPN_INLINE void write(char* to, const A* g, int64_t d) const {
     if (plain_)
       __builtin_memcpy(to, g, size_t(d) * sizeof(A));
@@ -196,8 +265,11 @@ class Step {
   char *storage_, *target_;
   int64_t* elements_;
   A *moment_, *square_;
-  void* per_id_;
+  A* row_sums_;
+  int32_t* last_step_;
+  bool shaped_;
   Powers decay_, keep_;
   A lr_ = 0, eps_ = 0, take1_ = 0, take2_ = 0, lr1_ = 0, correct2_ = 0;
+  A l2_ = 0, shrink_ = 1, clip_value_ = 0, clip_row_norm_ = 0;
   int64_t step_ = 0;
 };

@@ -45,7 +45,16 @@ from .segments import (
     sum_hot,
     summed_grads,
 )
-from .update import finish_rows, ids_of_runs, rule_state, step_rows
+from .update import (
+    clip_grads,
+    finish_rows,
+    ids_of_runs,
+    norm_columns,
+    row_scale,
+    row_squares,
+    rule_state,
+    step_rows,
+)
 
 __all__ = ["launch_bwd", "launch_bwd_rows", "launch_bwd_update"]
 
@@ -65,7 +74,7 @@ def _sums_kernel(
     target_ptr,
     moment_ptr,
     square_ptr,
-    per_id_ptr,
+    last_step_ptr,
     clock_ptr,
     numbers_ptr,
     n_hot,
@@ -74,13 +83,14 @@ def _sums_kernel(
     ALIGN: tl.constexpr,
     ACC: tl.constexpr,
     RULE: tl.constexpr,
+    SHAPED: tl.constexpr,
     WALK: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
 ):
     batch = (run_begin_ptr, order_ptr, grad_out_ptr, hot_ptr, n_hot)
     rows = (storage_ptr, target_ptr)
-    state = (moment_ptr, square_ptr, per_id_ptr, clock_ptr, numbers_ptr)
+    state = (moment_ptr, square_ptr, last_step_ptr, clock_ptr, numbers_ptr)
     pid = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK_ROWS)
     lo, hi = share(level_begin_ptr, pid, tl.num_programs(0), N_LEVELS, BLOCK_ROWS)
@@ -135,21 +145,42 @@ def _sums_kernel(
             # One block: its sums are taken once, for the rule and for the rows.
             offs_d = tl.arange(0, BLOCK_DIM)
             total = run_sums(batch, runs, offs_d, DIM, ACC, WALK, BLOCK_ROWS, BLOCK_DIM)
-            if RULE == "rowwise_adagrad":
-                square = tl.sum(total * total, axis=1)
+            if SHAPED:
+                clipped = clip_grads(state, total, ACC)
+                scale = row_scale(state, tl.sum(clipped * clipped, axis=1), ACC)
+                total = clipped * scale[:, None]
+            if RULE == "rowwise_adagrad" or RULE == "rowwise_adam":
+                square = row_squares(rows, state, start, mask_run, offs_d, total, DIM, SHAPED, ACC)
             kept = step_rows(state, ids, square, mask_run, DIM, RULE, ACC)
-            finish_rows(rows, state, kept, start, mask_run, offs_d, total, DIM, RULE, ACC)
+            finish_rows(rows, state, kept, start, mask_run, offs_d, total, DIM, RULE, SHAPED, ACC)
         else:
-            if RULE == "rowwise_adagrad":
+            if SHAPED:
+                # Where no norm is bounded, the pass that it needs is none.
+                for j in range(0, norm_columns(state, DIM), BLOCK_DIM):
+                    offs_d = j + tl.arange(0, BLOCK_DIM)
+                    total = run_sums(batch, runs, offs_d, DIM, ACC, WALK, BLOCK_ROWS, BLOCK_DIM)
+                    total = clip_grads(state, total, ACC)
+                    square += tl.sum(total * total, axis=1)
+                scale = row_scale(state, square, ACC)
+                square = tl.zeros_like(square)
+            if RULE == "rowwise_adagrad" or RULE == "rowwise_adam":
                 for j in range(0, DIM, BLOCK_DIM):
                     offs_d = j + tl.arange(0, BLOCK_DIM)
                     total = run_sums(batch, runs, offs_d, DIM, ACC, WALK, BLOCK_ROWS, BLOCK_DIM)
-                    square += tl.sum(total * total, axis=1)
+                    if SHAPED:
+                        total = clip_grads(state, total, ACC) * scale[:, None]
+                    square += row_squares(
+                        rows, state, start, mask_run, offs_d, total, DIM, SHAPED, ACC
+                    )
             kept = step_rows(state, ids, square, mask_run, DIM, RULE, ACC)
             for j in range(0, DIM, BLOCK_DIM):
                 offs_d = j + tl.arange(0, BLOCK_DIM)
                 total = run_sums(batch, runs, offs_d, DIM, ACC, WALK, BLOCK_ROWS, BLOCK_DIM)
-                finish_rows(rows, state, kept, start, mask_run, offs_d, total, DIM, RULE, ACC)
+                if SHAPED:
+                    total = clip_grads(state, total, ACC) * scale[:, None]
+                finish_rows(
+                    rows, state, kept, start, mask_run, offs_d, total, DIM, RULE, SHAPED, ACC
+                )
 
 
 @triton.jit
@@ -197,6 +228,7 @@ def _rows_level(
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
     RULE: tl.constexpr,
+    SHAPED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -221,25 +253,44 @@ def _rows_level(
         # One block: its product is taken once, for the rule and for the rows.
         offs_d = tl.arange(0, BLOCK_D)
         grad = _row_grad(grads, a_ptr, offs_d, D, DIM, ACC, PRECISION, BLOCK_ROWS, BLOCK_D, BLOCK_N)
-        if RULE == "rowwise_adagrad":
-            square = tl.sum(grad * grad, axis=1)
+        if SHAPED:
+            clipped = clip_grads(state, grad, ACC)
+            scale = row_scale(state, tl.sum(clipped * clipped, axis=1), ACC)
+            grad = clipped * scale[:, None]
+        if RULE == "rowwise_adagrad" or RULE == "rowwise_adam":
+            square = row_squares(rows, state, start, mask_run, offs_d, grad, D, SHAPED, ACC)
         kept = step_rows(state, ids, square, mask_run, D, RULE, ACC)
-        finish_rows(rows, state, kept, start, mask_run, offs_d, grad, D, RULE, ACC)
+        finish_rows(rows, state, kept, start, mask_run, offs_d, grad, D, RULE, SHAPED, ACC)
     else:
-        if RULE == "rowwise_adagrad":
+        if SHAPED:
+            # Where no norm is bounded, the pass that it needs is none.
+            for j in range(0, norm_columns(state, D), BLOCK_D):
+                offs_d = j + tl.arange(0, BLOCK_D)
+                grad = _row_grad(
+                    grads, a_ptr, offs_d, D, DIM, ACC, PRECISION, BLOCK_ROWS, BLOCK_D, BLOCK_N
+                )
+                grad = clip_grads(state, grad, ACC)
+                square += tl.sum(grad * grad, axis=1)
+            scale = row_scale(state, square, ACC)
+            square = tl.zeros_like(square)
+        if RULE == "rowwise_adagrad" or RULE == "rowwise_adam":
             for j in range(0, D, BLOCK_D):
                 offs_d = j + tl.arange(0, BLOCK_D)
                 grad = _row_grad(
                     grads, a_ptr, offs_d, D, DIM, ACC, PRECISION, BLOCK_ROWS, BLOCK_D, BLOCK_N
                 )
-                square += tl.sum(grad * grad, axis=1)
+                if SHAPED:
+                    grad = clip_grads(state, grad, ACC) * scale[:, None]
+                square += row_squares(rows, state, start, mask_run, offs_d, grad, D, SHAPED, ACC)
         kept = step_rows(state, ids, square, mask_run, D, RULE, ACC)
         for j in range(0, D, BLOCK_D):
             offs_d = j + tl.arange(0, BLOCK_D)
             grad = _row_grad(
                 grads, a_ptr, offs_d, D, DIM, ACC, PRECISION, BLOCK_ROWS, BLOCK_D, BLOCK_N
             )
-            finish_rows(rows, state, kept, start, mask_run, offs_d, grad, D, RULE, ACC)
+            if SHAPED:
+                grad = clip_grads(state, grad, ACC) * scale[:, None]
+            finish_rows(rows, state, kept, start, mask_run, offs_d, grad, D, RULE, SHAPED, ACC)
 
 
 @triton.jit
@@ -255,7 +306,7 @@ def _rows_kernel(
     target_ptr,
     moment_ptr,
     square_ptr,
-    per_id_ptr,
+    last_step_ptr,
     clock_ptr,
     numbers_ptr,
     SIZES: tl.constexpr,
@@ -265,13 +316,14 @@ def _rows_kernel(
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
     RULE: tl.constexpr,
+    SHAPED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     batch = (ids_ptr, run_start_ptr, run_first_ptr, grad_out_ptr, sums_ptr)
     rows = (storage_ptr, target_ptr)
-    state = (moment_ptr, square_ptr, per_id_ptr, clock_ptr, numbers_ptr)
+    state = (moment_ptr, square_ptr, last_step_ptr, clock_ptr, numbers_ptr)
     pid = tl.program_id(0).to(tl.int64)
     lo, hi = share(level_begin_ptr, pid, tl.num_programs(0), len(SIZES) - 1, BLOCK_ROWS)
     tile_base = tl.zeros_like(pid)
@@ -297,6 +349,7 @@ def _rows_kernel(
                 ACC,
                 PRECISION,
                 RULE,
+                SHAPED,
                 BLOCK_ROWS,
                 min(PADS[k], BLOCK_K),
                 BLOCK_N,
@@ -327,8 +380,9 @@ def _launch(
     # Kernels count from the first number: of a strided view, that is not where the second lies.
     grad_out, ids = grad_out.contiguous(), ids.contiguous()
     state = [storage] * 5 if update is None else rule_state(update, storage)
+    shaped = update is not None and update.shaped
     far = layout.row_start.dtype == torch.int64
-    config = launch.choose_bwd(n_ids, sizes, storage.dtype, rule, far)
+    config = launch.choose_bwd(n_ids, sizes, storage.dtype, rule, far, shaped)
     tick = None
     if update is not None and update.clock is not None:
         tick = update.clock, update.numbers
@@ -356,6 +410,7 @@ def _launch(
         N_LEVELS=len(sizes),
         ALIGN=align[-1],
         RULE=rule,
+        SHAPED=shaped,
         **config.sums.constants,
     )
     grad_composed = torch.empty_like(composed) if want_composed else None
@@ -381,6 +436,7 @@ def _launch(
         *state,
         **shared,
         RULE=rule,
+        SHAPED=shaped,
         **config.rows.constants,
     )
     return runs, grad_composed

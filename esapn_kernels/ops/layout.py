@@ -77,6 +77,11 @@ class Layout:
         return self.page.bit_length() - 1
 
     @property
+    def elements(self) -> int:
+        """How many elements the pages have."""
+        return self.page_level.numel() * self.page
+
+    @property
     def dim(self) -> int:
         """The largest size, which is the width of the output."""
         return self.sizes[-1]

@@ -151,7 +151,11 @@ class RowGradient(Tensor):
             return mine
         if func in _NORMS and (len(args) < 2 or float(args[1]) > 0) and not args[2:] and not kwargs:
             return func(mine.summed().values, *args[1:])
-        if _scales(args[1:]) if func in _SCALINGS else func in _CLAMPS and _keeps_zero(*args, **kwargs):
+        if (
+            _scales(args[1:])
+            if func in _SCALINGS
+            else func in _CLAMPS and _keeps_zero(*args, **kwargs)
+        ):
             rows = mine.summed()
             values = func(rows.values, *args[1:], **kwargs)
             return mine if values is rows.values else mine._with([rows._replace(values=values)])
@@ -247,7 +251,9 @@ def _listed(rows: CollectedRows) -> CollectedRows:
     listed = rows.ids >= 0
     if not rows.padded or listed.all():
         return rows
-    return CollectedRows(rows.ids[listed], rows.level[listed], rows.place[listed], rows.values, False)
+    return CollectedRows(
+        rows.ids[listed], rows.level[listed], rows.place[listed], rows.values, False
+    )
 
 
 def _sum(rows: CollectedRows, layout: Layout) -> CollectedRows:

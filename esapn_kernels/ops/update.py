@@ -13,9 +13,12 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-__all__ = ["RULES", "CollectedRows", "RowStep", "Update", "rule_numbers"]
+__all__ = ["RULES", "CollectedRows", "RowStep", "Update", "is_shaped", "rule_numbers"]
 
-RULES = ("sgd", "adagrad", "rowwise_adagrad", "adam")
+RULES = ("sgd", "adagrad", "rowwise_adagrad", "adam", "rowwise_adam")
+
+_PLAIN = (0.0, 1.0, math.inf, math.inf)
+"""The last four of :func:`rule_numbers` where none of them changes a step."""
 
 
 @dataclass(frozen=True)
@@ -24,22 +27,28 @@ class Update:
 
     Attributes:
         rule: one of ``RULES``.
-        numbers: fp64 ``[7]``, on the storage's device, what :func:`rule_numbers` gives: kernels
+        numbers: fp64 ``[11]``, on the storage's device, what :func:`rule_numbers` gives: kernels
             read the present values, so that a schedule compiles nothing anew and a captured graph
             follows it.
         state: tensors in the arena's layout ``[capacity]``, fp32 (fp64 for fp64 rows):
-            ``adagrad`` (sum,), ``adam`` (exp_avg, exp_avg_sq), else empty.
-        per_id: ``[N]``: ``rowwise_adagrad`` the sum (fp32 / fp64), ``adam`` the step that last
-            touched the row (int32), else ``None``.
+            ``adagrad`` (sum,), ``adam`` (exp_avg, exp_avg_sq), ``rowwise_adam`` (exp_avg,), else
+            empty.
+        row_sums: fp32 (fp64 for fp64 rows) ``[N]``, one number a row: ``rowwise_adagrad`` the sum,
+            ``rowwise_adam`` the second moment, else ``None``.
+        last_step: int32 ``[N]``, the step that last touched the row; both Adams, else ``None``.
         clock: fp64 ``[3]``: ``t`` (the last step, counted from 1), ``beta1^t``, ``beta2^t``, which
-            the operator moves on to this step; Adam only.
+            the operator moves on to this step; both Adams.
+        shaped: whether the gradient is clipped, or rows decay. Where not, the last four of
+            ``numbers`` are not read.
     """
 
     rule: str
     numbers: Tensor
     state: tuple[Tensor, ...] = ()
-    per_id: Tensor | None = None
+    row_sums: Tensor | None = None
+    last_step: Tensor | None = None
     clock: Tensor | None = None
+    shaped: bool = False
 
     def tick(self) -> None:
         """Move the clock on to this step, where there is one: on a GPU the first kernel does."""
@@ -70,18 +79,34 @@ class CollectedRows(NamedTuple):
 
 
 def rule_numbers(
-    lr: float, eps: float = 0.0, betas: tuple[float, float] = (0.0, 0.0)
+    lr: float,
+    eps: float = 0.0,
+    betas: tuple[float, float] = (0.0, 0.0),
+    l2: float = 0.0,
+    decay: float = 0.0,
+    clip_value: float = math.inf,
+    clip_row_norm: float = math.inf,
 ) -> tuple[float, ...]:
-    """What a rule is set to: ``(1, beta1, beta2, log2 beta1, log2 beta2, lr, eps)``.
+    """What a rule is set to, ``(1, beta1, beta2, log2 beta1, log2 beta2, lr, eps)`` and then
+    ``(l2, 1 - lr decay, clip_value, clip_row_norm)``.
 
     The first three are what a step multiplies Adam's clock by.
 
     >>> rule_numbers(0.1, betas=(0.5, 0.25))
-    (1.0, 0.5, 0.25, -1.0, -2.0, 0.1, 0.0)
+    (1.0, 0.5, 0.25, -1.0, -2.0, 0.1, 0.0, 0.0, 1.0, inf, inf)
     """
     # exp2 of any multiple of the last is 0, as a power of 0 is.
     logs = [math.log2(beta) if beta > 0 else -1e30 for beta in betas]
-    return (1.0, *betas, *logs, lr, eps)
+    return (1.0, *betas, *logs, lr, eps, l2, 1 - lr * decay, clip_value, clip_row_norm)
+
+
+def is_shaped(numbers: tuple[float, ...]) -> bool:
+    """Whether :func:`rule_numbers` clips gradients, or lets rows decay.
+
+    >>> is_shaped(rule_numbers(0.1)), is_shaped(rule_numbers(0.1, clip_value=2.0))
+    (False, True)
+    """
+    return numbers[-len(_PLAIN) :] != _PLAIN
 
 
 class RowStep(Protocol):

@@ -14,13 +14,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from esapn_kernels.gpu.compose import launch_compose, launch_compose_bwd
 from esapn_kernels.gpu.launch import groups_ids
-from esapn_kernels.gpu.lookup_bwd import launch_bwd, launch_bwd_update
+from esapn_kernels.gpu.lookup_bwd import launch_bwd, launch_bwd_rows, launch_bwd_update
 from esapn_kernels.gpu.lookup_fwd import launch_fwd
 from esapn_kernels.gpu.resize import launch_fill, launch_free, launch_insert, launch_promote
+from esapn_kernels.gpu.row_step import launch_row_step
 from esapn_kernels.ops.backend import launch_kernel
 from esapn_kernels.ops.chain import chain_numel, compute_dtype
 from esapn_kernels.ops.layout import Layout, Places
-from esapn_kernels.ops.update import RULES, Update
+from esapn_kernels.ops.update import RULES, CollectedRows, Update
 
 N_ROWS, PAGE = 10_000, 4096
 
@@ -99,12 +100,29 @@ def calls(
         operands = (ids, storage, composed, layout, out_dtype, None, hops)
         yield f"to-{TYPES[out_dtype]}", call(launch_fwd, *operands)
     yield "gradient", call(launch_bwd, grad_out, ids, storage, composed, layout)
-    for rule in RULES if full else ("adam",):
-        per_id = made(N_ROWS, dtype=torch.int32 if rule == "adam" else wide)
-        numbers, clock = (made(n, dtype=torch.float64) for n in (7, 3))
+    yield "collect", call(launch_bwd_rows, grad_out, ids, storage, composed, layout)
+    listed = CollectedRows(
+        ids, made(n_ids, dtype=torch.int8), ids, made(n_ids * sizes[-1], dtype=wide), True
+    )
+    shaped = [("adagrad", True), ("adam", True)]
+    for rule, shapes in (
+        [*((rule, False) for rule in RULES), *shaped] if full else [("adam", False)]
+    ):
+        numbers, clock = (made(n, dtype=torch.float64) for n in (11, 3))
         state = made(capacity, dtype=wide)
-        update = Update(rule, numbers, (state, state), per_id, clock if rule == "adam" else None)
-        yield rule, call(launch_bwd_update, grad_out, ids, storage, composed, layout, update=update)
+        adam = rule.endswith("adam")
+        update = Update(
+            rule,
+            numbers,
+            (state, state),
+            row_sums=made(N_ROWS, dtype=wide) if rule.startswith("rowwise") else None,
+            last_step=made(N_ROWS, dtype=torch.int32) if adam else None,
+            clock=clock if adam else None,
+            shaped=shapes,
+        )
+        name = f"{rule}-shaped" if shapes else rule
+        yield name, call(launch_bwd_update, grad_out, ids, storage, composed, layout, update=update)
+        yield f"step-{name}", call(launch_row_step, listed, storage, layout, update)
     places = Places(
         layout,
         made(N_ROWS, dtype=index),

@@ -21,6 +21,7 @@ OPTIMIZERS: dict[str, Callable[[ResizableEmbedding], optim.FusedOptimizer]] = {
     "adagrad": lambda module: optim.Adagrad(module, lr=0.1, initial_accumulator_value=0.1),
     "rowwise_adagrad": lambda module: optim.Adagrad(module, lr=0.1, rowwise=True),
     "adam": lambda module: optim.Adam(module, lr=0.1),
+    "rowwise_adam": lambda module: optim.AdamW(module, lr=0.1, rowwise=True, clip_row_norm=0.5),
 }
 
 

@@ -291,9 +291,15 @@ class Definition:
         self.case, self.rule, self.dtype = case, rule, dtype
         storage, chain = case.leaves(dtype)
         self.storage, self.chain = storage.detach(), chain.detach()
-        count = {"sgd": 0, "adam": 2}.get(rule, 1)
-        shape = case.layout.num_rows if rule == "rowwise_adagrad" else storage.numel()
-        self.state = [torch.full((shape,), fresh, dtype=dtype) for _ in range(count)]
+        rows, elements = case.layout.num_rows, storage.numel()
+        lengths = {
+            "sgd": (),
+            "adagrad": (elements,),
+            "rowwise_adagrad": (rows,),
+            "adam": (elements, elements),
+            "rowwise_adam": (elements, rows),
+        }
+        self.state = [torch.full((length,), fresh, dtype=dtype) for length in lengths[rule]]
         self.last, self.step = {}, 0
 
     def run(self, ids, grad_out, options):
@@ -304,14 +310,16 @@ class Definition:
         for i in ids.unique().tolist():
             start = int(layout.row_start[i])
             row = slice(start, start + int(self.case.module.sizes_of(torch.tensor([i]))))
-            at = i if self.rule == "rowwise_adagrad" else row
-            held = tuple(state[at] for state in self.state)
+            places = [row] * len(self.state)
+            if self.rule.startswith("rowwise"):
+                places[-1] = i
+            held = tuple(state[at] for state, at in zip(self.state, places, strict=True))
             last = self.last.get(i, 0)
             self.storage[row], kept = update_reference(
                 *(self.rule, self.storage[row], gradient[row], held),
                 **{"lr": 0.1, **options, "step": self.step, "last_step": last},
             )
-            for state, value in zip(self.state, kept, strict=True):
+            for state, at, value in zip(self.state, places, kept, strict=True):
                 state[at] = value
             self.last[i] = self.step
 
@@ -325,7 +333,9 @@ OPTIMIZERS = {
         {"initial_accumulator_value": 0.5, "rowwise": True},
     ),
     "adam": (optim.Adam, {"eps": 0.1, "betas": (0.8, 0.95)}, {}),
+    "rowwise_adam": (optim.Adam, {"eps": 0.1, "betas": (0.8, 0.95)}, {"rowwise": True}),
 }
+CLIPS = {"clip_value": 0.8, "clip_row_norm": 1.5}
 sizes_of_any = st.sets(st.integers(1, 130), min_size=1, max_size=6).map(lambda s: tuple(sorted(s)))
 
 
@@ -376,13 +386,16 @@ def test_any_lookup(drawn, isa, sparse):
     st.sampled_from(list(OPTIMIZERS)),
     st.sampled_from(SETS),
     st.integers(1, 4),
+    st.booleans(),
 )
-def test_any_steps(drawn, rule, isa, steps):
+def test_any_steps(drawn, rule, isa, steps, clips):
     case, padding_idx = drawn
     module = copy.deepcopy(case.module).requires_grad_()
     module.backend, module.padding_idx = "native", padding_idx
     kind, both, own = OPTIMIZERS[rule]
-    rows = kind(module, lr=0.1, **both, **own)
+    both = {**both, **CLIPS} if clips else both
+    rows = kind(module, lr=0.1, weight_decay=0.2 * clips, **both, **own)
+    both = {**both, "l2": 0.2 * clips}
     fresh = own.get("initial_accumulator_value", 0.0)
     definition = Definition(case, rule, torch.float64, fresh)
     before = native.use(isa)
@@ -400,7 +413,7 @@ def test_any_steps(drawn, rule, isa, steps):
         native.use(before)
     (parameter,) = rows.param_groups[0]["params"]
     found = [parameter.detach(), *rows.state[parameter].values()]
-    if rule == "adam":
+    if rule.endswith("adam"):
         last = [definition.last.get(i, 0) for i in range(module.num_embeddings)]
         *found, last_step, clock = found
         assert last_step.tolist() == last and clock[0] == steps
@@ -409,7 +422,8 @@ def test_any_steps(drawn, rule, isa, steps):
     used = row_elements(case.module, case.ids)
     for own, exact in zip(found, [definition.storage, *definition.state], strict=True):
         own = own.flatten().double()
-        if exact is not definition.storage and rule != "rowwise_adagrad":
+        # What one state per row holds of rows that were not looked up is fresh on both sides.
+        if exact is not definition.storage and len(exact) == len(used):
             own, exact = own[used], exact[used]
         torch.testing.assert_close(own, exact, rtol=tolerance, atol=tolerance)
 
@@ -495,10 +509,19 @@ BAD = {"negative": -1, "above": 30, "far": 2**31 - 1, "farther": 2**40, "low": -
 def state_of(rule, case):
     numbers = torch.tensor(rule_numbers(0.1, 1e-3, (0.8, 0.9)), dtype=torch.float64)
     capacity, n = case.module.arena.storage.numel(), case.layout.num_rows
-    state = tuple(torch.rand(capacity) for _ in range({"adagrad": 1, "adam": 2}.get(rule, 0)))
-    per_id = {"rowwise_adagrad": torch.rand(n), "adam": torch.ones(n, dtype=torch.int32)}.get(rule)
-    clock = torch.tensor([3.0, 0.5, 0.7], dtype=torch.float64) if rule == "adam" else None
-    return Update(rule, numbers, state, per_id, clock)
+    count = {"adagrad": 1, "adam": 2, "rowwise_adam": 1}.get(rule, 0)
+    state = tuple(torch.rand(capacity) for _ in range(count))
+    row_sums = torch.rand(n) if rule.startswith("rowwise") else None
+    last_step = clock = None
+    if rule.endswith("adam"):
+        last_step = torch.ones(n, dtype=torch.int32)
+        clock = torch.tensor([3.0, 0.5, 0.7], dtype=torch.float64)
+    return Update(rule, numbers, state, row_sums, last_step, clock)
+
+
+def held_by(update):
+    per_row = (update.row_sums, update.last_step, update.clock)
+    return [*update.state, *(t for t in per_row if t is not None)]
 
 
 @pytest.mark.parametrize(
@@ -540,9 +563,8 @@ def test_bad_ids_change_nothing(n_ids, bad, index, isa):
         kept = copy.deepcopy(update)
         with pytest.raises(IndexError, match="^index out of range in self$"):
             cpu.lookup_bwd_update(case.grad_out, *given, update)
-        held = [*update.state, *(t for t in (update.per_id, update.clock) if t is not None)]
-        were = [*kept.state, *(t for t in (kept.per_id, kept.clock) if t is not None)]
-        assert all(torch.equal(a, b) for a, b in zip(held, were, strict=True))
+        both = zip(held_by(update), held_by(kept), strict=True)
+        assert all(torch.equal(a, b) for a, b in both)
     assert torch.equal(storage, before)
 
 

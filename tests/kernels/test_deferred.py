@@ -21,6 +21,8 @@ RULES = {
     "adagrad": (optim.Adagrad, {"lr": 0.1, "eps": 1e-3}),
     "rowwise_adagrad": (optim.Adagrad, {"lr": 0.1, "eps": 1e-3, "rowwise": True}),
     "adam": (optim.Adam, {"lr": 0.1, "eps": 1e-3}),
+    "rowwise_adam": (optim.Adam, {"lr": 0.1, "eps": 1e-3, "rowwise": True, "weight_decay": 0.1}),
+    "adamw": (optim.AdamW, {"lr": 0.1, "eps": 1e-3, "clip_value": 0.5, "clip_row_norm": 0.7}),
 }
 every_rule = pytest.mark.parametrize("rule", RULES)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -98,7 +100,7 @@ def test_four_passes_are_one_large_batch(rule, backend):
             optimizer.step()
             optimizer.zero_grad()
     torch.testing.assert_close(table_of(apart), table_of(together), rtol=1e-12, atol=1e-12)
-    if rule == "adam":
+    if "adam" in rule:
         clock = optimizers[0].state[apart.arena.storage]["clock"]
         assert float(clock[0]) == 3
         assert torch.equal(clock, optimizers[1].state[together.arena.storage]["clock"])

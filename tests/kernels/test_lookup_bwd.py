@@ -109,7 +109,11 @@ def test_programs_share_the_tiles(programs, device, monkeypatch, nan_empty):
         assert_matches(a, x, e, name=part)
 
 
-def make_update(rule, case, dtype):
+# Every setting beside a rule's own; the bounds meet some numbers, and most rows.
+SHAPED = {"l2": 0.3, "decay": 0.2, "clip_value": 2.0, "clip_row_norm": 3.0}
+
+
+def make_update(rule, case, dtype, settings=None):
     """An update whose state was random before, and the state by itself."""
     module = case.module
     compute = torch.float64 if dtype == torch.float64 else torch.float32
@@ -120,23 +124,30 @@ def make_update(rule, case, dtype):
         return (torch.rand(*shape, generator=generator) + 0.1).to(device, compute)
 
     capacity = module.arena.storage.numel()
-    state = tuple(positive(capacity) for _ in range({"adagrad": 1, "adam": 2}.get(rule, 0)))
-    per_id = clock = None
-    if rule == "rowwise_adagrad":
-        per_id = positive(module.num_embeddings)
-    if rule == "adam":
-        per_id = torch.randint(0, STEP, (module.num_embeddings,), generator=generator)
-        per_id = per_id.int().to(device)
+    count = {"adagrad": 1, "adam": 2, "rowwise_adam": 1}.get(rule, 0)
+    state = tuple(positive(capacity) for _ in range(count))
+    row_sums = last_step = clock = None
+    if rule.startswith("rowwise"):
+        row_sums = positive(module.num_embeddings)
+    if rule.endswith("adam"):
+        last_step = torch.randint(0, STEP, (module.num_embeddings,), generator=generator)
+        last_step = last_step.int().to(device)
         done = STEP - 1
         clock = torch.tensor([done, BETAS[0] ** done, BETAS[1] ** done], dtype=torch.float64)
         clock = clock.to(device)
-    numbers = rule_numbers(LR, EPS, BETAS if rule == "adam" else (0.0, 0.0))
+    betas = BETAS if rule.endswith("adam") else (0.0, 0.0)
+    numbers = rule_numbers(LR, EPS, betas, **(settings or {}))
     numbers = torch.tensor(numbers, dtype=torch.float64, device=device)
-    return Update(rule, numbers, state, per_id, clock)
+    return Update(rule, numbers, state, row_sums, last_step, clock, bool(settings))
 
 
-def expected_update(case, update, dtype):
-    """Rows, state and per-id numbers after the step, row by row by the definition in ``dtype``."""
+def held_by(update):
+    """All that an update changes but rows and clock."""
+    return [*update.state, *(t for t in (update.row_sums, update.last_step) if t is not None)]
+
+
+def expected_update(case, update, dtype, settings=None):
+    """Rows, state and sums of rows after the step, row by row by the definition in ``dtype``."""
     arena = case.module.arena
     storage, chain = case.leaves(dtype)
     storage = storage.detach().clone()
@@ -146,18 +157,15 @@ def expected_update(case, update, dtype):
     )
     compute = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
     state = [t.to(compute).clone() for t in update.state]
-    per_id = None if update.per_id is None else update.per_id.clone()
-    if per_id is not None and update.rule != "adam":
-        per_id = per_id.to(compute)
+    row_sums = None if update.row_sums is None else update.row_sums.to(compute, copy=True)
     for i in case.ids.unique().tolist():
         if not 0 <= i < arena.num_rows:
             continue
         start = int(arena.layout.row_start[i])
         row = slice(start, start + sizes[int(arena.layout.page_level[start // page])])
         held = tuple(t[row] for t in state)
-        if update.rule == "rowwise_adagrad":
-            held = (per_id[i],)
-        last = int(per_id[i]) if update.rule == "adam" else 0
+        if row_sums is not None:
+            held = (*held, row_sums[i])
         new, kept = update_reference(
             update.rule,
             storage[row].to(compute),
@@ -167,17 +175,15 @@ def expected_update(case, update, dtype):
             eps=EPS,
             betas=BETAS,
             step=STEP,
-            last_step=last,
+            last_step=0 if update.last_step is None else int(update.last_step[i]),
+            **(settings or {}),
         )
         storage[row] = new.to(dtype)
-        if update.rule == "rowwise_adagrad":
-            per_id[i] = kept[0]
-        else:
-            for tensor, value in zip(state, kept, strict=True):
-                tensor[row] = value
-        if update.rule == "adam":
-            per_id[i] = STEP
-    return storage, state, per_id
+        if row_sums is not None:
+            *kept, row_sums[i] = kept
+        for tensor, value in zip(state, kept, strict=True):
+            tensor[row] = value
+    return storage, state, row_sums
 
 
 RUN_UPDATE = {
@@ -197,6 +203,30 @@ LAYOUTS = [
 @pytest.mark.parametrize("sizes, dtype, backend", compared(LAYOUTS), indirect=["backend"], ids=name)
 @pytest.mark.parametrize("rule", RULES)
 def test_rules_in_place(rule, sizes, dtype, backend, device, nan_empty):
+    check_in_place(rule, sizes, dtype, backend, device)
+
+
+# One block of columns and more, none of them full, in either pass over rows.
+SHAPED_LAYOUTS = [(ODD, torch.float32), ((70, 130), torch.float32), (ODD, torch.bfloat16)]
+
+
+@pytest.mark.parametrize(
+    "sizes, dtype, backend", compared(SHAPED_LAYOUTS), indirect=["backend"], ids=name
+)
+@pytest.mark.parametrize("rule", RULES)
+def test_clipped_and_decayed_in_place(rule, sizes, dtype, backend, device, nan_empty):
+    check_in_place(rule, sizes, dtype, backend, device, SHAPED)
+
+
+@pytest.mark.parametrize("setting", SHAPED)
+@pytest.mark.parametrize("rule", ["sgd", "rowwise_adam"])
+def test_each_setting_alone(rule, setting, backend, device, nan_empty):
+    """In wide rows a pass is left out where no norm is bounded."""
+    only = {setting: SHAPED[setting]}
+    check_in_place(rule, (70, 130), torch.float64, backend, device, only)
+
+
+def check_in_place(rule, sizes, dtype, backend, device, settings=None):
     case = make_case(sizes, 24, 30, dtype, device)
     # Kernels on a GPU pass over ids that do not exist.
     odd = torch.tensor([24, -1] if backend == "triton" else [], dtype=torch.int64, device=device)
@@ -204,9 +234,10 @@ def test_rules_in_place(rule, sizes, dtype, backend, device, nan_empty):
     case = with_ids(case, ids)
     valid = (ids >= 0) & (ids < 24)
     known = type(case)(case.module, ids[valid], case.grad_out[valid])
-    update = make_update(rule, case, dtype)
-    exact = expected_update(known, update, torch.float64)
-    eager = expected_update(known, update, dtype)
+    update = make_update(rule, case, dtype, settings)
+    exact = expected_update(known, update, torch.float64, settings)
+    eager = expected_update(known, update, dtype, settings)
+    last_step = None if update.last_step is None else update.last_step.clone()
     storage, composed, layout = operands(case)
     before = storage.clone()
     old_composed = cpu.lookup_bwd(known.grad_out, known.ids, storage, composed, layout)[1]
@@ -218,10 +249,11 @@ def test_rules_in_place(rule, sizes, dtype, backend, device, nan_empty):
     assert torch.equal(storage[~touched], before[~touched])
     for own, x, e in zip(update.state, exact[1], eager[1], strict=True):
         assert_matches(own[touched], x[touched], e[touched], name="state")
-    if rule == "adam":
-        assert torch.equal(update.per_id, exact[2])
-    elif rule == "rowwise_adagrad":
-        assert_matches(update.per_id, exact[2].double(), eager[2], name="sums of rows")
+    if last_step is not None:
+        last_step[known.ids] = STEP
+        assert torch.equal(update.last_step, last_step)
+    if update.row_sums is not None:
+        assert_matches(update.row_sums, exact[2].double(), eager[2], name="sums of rows")
     # From the rows as they were; ids that do not exist add nothing to the chain either.
     tolerance = 1e-12 if dtype == torch.float64 else 2e-5
     scale = float(old_composed.abs().max()) if len(composed) else 1.0
@@ -249,15 +281,12 @@ def test_an_update_reads_and_writes_nothing_beside_its_rows(rule, backend, devic
 def test_ids_that_do_not_exist_change_no_row(rule, device):
     case = with_ids(make_case(ODD, 12, 0, device=device), [-1, 12, -(2**40), 2**40])
     update = make_update(rule, case, torch.float32)
-    held = [
-        t.clone() for t in (*update.state, *([update.per_id] if update.per_id is not None else []))
-    ]
+    held = [t.clone() for t in held_by(update)]
     storage, composed, layout = operands(case)
     before = storage.clone()
     grad = launch_bwd_update(case.grad_out, case.ids, storage, composed, layout, update=update)
     assert torch.equal(storage, before) and not grad.any()
-    now = [*update.state, *([update.per_id] if update.per_id is not None else [])]
-    assert all(torch.equal(a, b) for a, b in zip(held, now, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(held, held_by(update), strict=True))
 
 
 def test_rows_past_2_31_elements(device):
@@ -283,7 +312,7 @@ def test_rows_past_2_31_elements(device):
     assert grad[:, 0].tolist() == [8.0, 11.0, 14.0, 17.0, 3.0]
 
 
-@pytest.mark.parametrize("make", [optim.SGD, optim.Adagrad, optim.Adam])
+@pytest.mark.parametrize("make", [optim.SGD, optim.Adagrad, optim.Adam, optim.AdamW])
 @pytest.mark.parametrize("backend", ["native", "triton"], indirect=True)
 def test_backends_train_alike(make, backend, device):
     results = []

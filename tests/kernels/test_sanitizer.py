@@ -215,11 +215,15 @@ def test_a_step_of_a_place_on_itself(how, exempt, num_warps, sound):
     assert (found.messages() == []) is sound and bool(found.exempted) is sound
 
 
+CLIPS = {"clip_value": 1.0, "clip_row_norm": 2.0}
 OPTIMIZERS = {
     "adam": lambda module: optim.Adam(module, lr=0.1),
     "adagrad": lambda module: optim.Adagrad(module, lr=0.1),
     "rowwise_adagrad": lambda module: optim.Adagrad(module, lr=0.1, rowwise=True),
     "sgd": lambda module: optim.SGD(module, lr=0.1),
+    "rowwise_adam": lambda module: optim.Adam(module, lr=0.1, rowwise=True),
+    "adagrad-shaped": lambda module: optim.Adagrad(module, lr=0.1, weight_decay=0.1, **CLIPS),
+    "adam-shaped": lambda module: optim.AdamW(module, lr=0.1, **CLIPS),
     "gradient": lambda module: None,
 }
 
@@ -246,7 +250,8 @@ def compiled_pairs(tmp_path_factory) -> set[tuple[str, str]]:
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     script = str(ROOT / "tests" / "kernels" / "compile_kernels.py")
-    only = r"_(rows|sums)_kernel\[\w+-\w+-int32-\d+-(adam|adagrad|rowwise_adagrad|sgd)\]"
+    rules = "|".join(rule for rule in OPTIMIZERS if rule != "gradient")
+    only = rf"_(rows|sums)_kernel\[\w+-\w+-int32-\d+-({rules})\]"
     command = [sys.executable, script, "--write", str(folder), "--only", only]
     subprocess.run(command, env=env, check=True, stdout=subprocess.DEVNULL)
     files = list(folder.glob("*.ttgir"))
@@ -359,8 +364,8 @@ BARRIER = ("tl.debug_barrier()", "pass")
             BARRIER,
             "adam",
             {
-                "_rows_kernel": "writes .* read without .*, first per_id_ptr",
-                "_sums_kernel": "writes .* read without .*, first per_id_ptr",
+                "_rows_kernel": "writes .* read without .*, first last_step_ptr",
+                "_sums_kernel": "writes .* read without .*, first last_step_ptr",
             },
         ),
         (
@@ -368,8 +373,8 @@ BARRIER = ("tl.debug_barrier()", "pass")
             BARRIER,
             "rowwise_adagrad",
             {
-                "_rows_kernel": "writes .* read without .*, first per_id_ptr",
-                "_sums_kernel": "writes .* read without .*, first per_id_ptr",
+                "_rows_kernel": "writes .* read without .*, first square_ptr",
+                "_sums_kernel": "writes .* read without .*, first square_ptr",
             },
         ),
         (

@@ -7,12 +7,20 @@ from esapn_kernels.cpu import native
 from esapn_kernels.cpu.update import update_rows
 from esapn_kernels.ops.backend import NATIVE_ERROR
 from esapn_kernels.ops.layout import Layout
-from esapn_kernels.ops.update import RULES, Update, rule_numbers
+from esapn_kernels.ops.update import RULES, Update, is_shaped, rule_numbers
 from esapn_kernels.reference import update_reference
 from esapn_kernels.testing import assert_matches
 
 N_ROWS, EPS, LR, BETAS = 9, 1e-3, 0.1, (0.8, 0.95)
 every_rule = pytest.mark.parametrize("rule", RULES)
+SETTINGS = [
+    {"l2": 0.3},
+    {"decay": 0.3},
+    {"clip_value": 0.5},
+    {"clip_row_norm": 0.7},
+    {"l2": 0.3, "decay": 0.3, "clip_value": 0.5, "clip_row_norm": 0.7},
+]
+"""Those that change the gradient or the row beside the rule: each alone, and all."""
 
 
 @pytest.fixture(params=["torch", "native"])
@@ -26,7 +34,8 @@ def run(request):
 class Table:
     """Rows of one size, with NaN between them and in every place of their state but their own."""
 
-    def __init__(self, rule, dim, dtype, run="torch", seed=0):
+    def __init__(self, rule, dim, dtype, run="torch", seed=0, settings=None):
+        self.settings = settings or {}
         self.generator = torch.Generator().manual_seed(seed)
         self.update = {"torch": self.by_torch, "native": self.by_native}[run]
         self.rule, self.dim = rule, dim
@@ -38,16 +47,16 @@ class Table:
         self.mask[self.elements] = True
         self.storage = self.per_element(dtype)
         self.storage[self.elements] = torch.randn(N_ROWS, dim, generator=self.generator).to(dtype)
-        count = {"adagrad": 1, "adam": 2}.get(rule, 0)
+        count = {"adagrad": 1, "adam": 2, "rowwise_adam": 1}.get(rule, 0)
         self.state = tuple(self.per_element(self.state_dtype) for _ in range(count))
         for tensor in self.state:
             tensor[self.elements] = 0.0
-        self.per_id = self.clock = None
-        if rule == "rowwise_adagrad":
-            self.per_id = torch.full((2 * N_ROWS + 2,), float("nan"), dtype=self.state_dtype)
-            self.per_id[self.ids] = 0.0
-        if rule == "adam":
-            self.per_id = torch.zeros(2 * N_ROWS + 2, dtype=torch.int32)
+        self.row_sums = self.last_step = self.clock = None
+        if rule.startswith("rowwise"):
+            self.row_sums = torch.full((2 * N_ROWS + 2,), float("nan"), dtype=self.state_dtype)
+            self.row_sums[self.ids] = 0.0
+        if rule.endswith("adam"):
+            self.last_step = torch.zeros(2 * N_ROWS + 2, dtype=torch.int32)
             self.clock = torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64)
         self.step = 0
 
@@ -64,8 +73,17 @@ class Table:
             t = torch.tensor(float(self.step), dtype=torch.float64)
             self.clock = torch.stack([t, BETAS[0] ** t, BETAS[1] ** t])
         self.step += 1
-        numbers = torch.tensor(rule_numbers(LR, EPS, BETAS), dtype=torch.float64)
-        self.update(Update(self.rule, numbers, self.state, self.per_id, self.clock), rows, grad)
+        numbers = rule_numbers(LR, EPS, BETAS, **self.settings)
+        update = Update(
+            self.rule,
+            torch.tensor(numbers, dtype=torch.float64),
+            self.state,
+            self.row_sums,
+            self.last_step,
+            self.clock,
+            is_shaped(numbers),
+        )
+        self.update(update, rows, grad)
         if self.clock is not None:
             assert float(self.clock[0]) == self.step
 
@@ -89,10 +107,15 @@ class Expected:
     def __init__(self, table, dtype, row_dtype):
         self.table, self.dtype, self.row_dtype, self.step = table, dtype, row_dtype, 0
         self.rows = table.storage[table.elements].to(dtype)
-        shape = () if table.rule == "rowwise_adagrad" else (table.dim,)
-        count = 2 if table.rule == "adam" else 1
-        zero = torch.zeros(shape, dtype=dtype)
-        self.state = [() if table.rule == "sgd" else (zero,) * count for _ in range(N_ROWS)]
+        one, each = torch.zeros((), dtype=dtype), torch.zeros(table.dim, dtype=dtype)
+        fresh = {
+            "sgd": (),
+            "adagrad": (each,),
+            "rowwise_adagrad": (one,),
+            "adam": (each, each),
+            "rowwise_adam": (each, one),
+        }
+        self.state = [fresh[table.rule]] * N_ROWS
         self.last = [0] * N_ROWS
 
     def run(self, rows, grad):
@@ -108,14 +131,15 @@ class Expected:
                 betas=BETAS,
                 step=self.step,
                 last_step=self.last[x],
+                **self.table.settings,
             )
             self.rows[x] = stepped.to(self.row_dtype).to(self.dtype)
             self.last[x] = self.step
 
 
-def pair(rule, dim, dtype, run, n_steps=7):
+def pair(rule, dim, dtype, run, settings=None, n_steps=7):
     """A stepped table, and the definition's rows in fp64 and in the table's own precision."""
-    table = Table(rule, dim, dtype, run)
+    table = Table(rule, dim, dtype, run, settings=settings)
     exact = Expected(table, torch.float64, torch.float64)
     eager = Expected(table, table.state_dtype, dtype)
     for _ in range(n_steps):
@@ -135,23 +159,36 @@ def pair(rule, dim, dtype, run, n_steps=7):
     "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
 )
 def test_steps_are_the_definition(rule, dim, dtype, run):
-    table, exact, eager = pair(rule, dim, dtype, run)
+    check_steps(*pair(rule, dim, dtype, run))
+
+
+@every_rule
+@pytest.mark.parametrize("settings", SETTINGS, ids="-".join)
+# Blocks of the widest registers, and beyond.
+@pytest.mark.parametrize("dim", [1, 5, 16, 300])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_clipped_and_decayed_steps_are_the_definition(rule, settings, dim, dtype, run):
+    check_steps(*pair(rule, dim, dtype, run, settings))
+
+
+def check_steps(table, exact, eager):
+    rule = table.rule
     actual = table.storage[table.elements]
-    assert_matches(actual, exact.rows, eager.rows.to(dtype), name=rule)
+    assert_matches(actual, exact.rows, eager.rows.to(actual.dtype), name=rule)
     assert table.storage[~table.mask].isnan().all()
     for i, state in enumerate(table.state):
         wanted, same = (torch.stack([s[i] for s in e.state]) for e in (exact, eager))
         assert_matches(state[table.elements], wanted, same, name=f"{rule} state {i}")
         assert state[~table.mask].isnan().all()
-    if rule == "rowwise_adagrad":
-        wanted, same = (torch.stack([s[0] for s in e.state]) for e in (exact, eager))
-        assert_matches(table.per_id[table.ids], wanted, same, name=rule)
-        assert table.per_id.isnan().sum() == len(table.per_id) - N_ROWS
-    if rule == "adam":
-        assert table.per_id[table.ids].tolist() == exact.last
-        others = torch.ones_like(table.per_id, dtype=torch.bool)
+    if rule.startswith("rowwise"):
+        wanted, same = (torch.stack([s[-1] for s in e.state]) for e in (exact, eager))
+        assert_matches(table.row_sums[table.ids], wanted, same, name=rule)
+        assert table.row_sums.isnan().sum() == len(table.row_sums) - N_ROWS
+    if rule.endswith("adam"):
+        assert table.last_step[table.ids].tolist() == exact.last
+        others = torch.ones_like(table.last_step, dtype=torch.bool)
         others[table.ids] = False
-        assert (table.per_id[others] == 0).all()
+        assert (table.last_step[others] == 0).all()
 
 
 @every_rule
@@ -164,8 +201,8 @@ def test_a_long_absence(rule, run):
     table.run(row, grad)
     before = table.storage[table.elements[4]].double()
     state = [s[table.elements[4]].double() for s in table.state]
-    if rule == "rowwise_adagrad":
-        state = [table.per_id[table.ids[4]].double()]
+    if rule.startswith("rowwise"):
+        state.append(table.row_sums[table.ids[4]].double())
     table.step = 29
     table.run(row, 1e-3 * grad)
     expected, _ = update_reference(
@@ -221,6 +258,45 @@ def test_the_definition_by_hand():
     assert float(m) == 0.875 and float(v) == 1.515625
     quotient = (0.875 / (1 - 0.125)) / (1.515625 / (1 - 0.421875)) ** 0.5
     assert float(new) == pytest.approx(1 - quotient)
+    # One second moment of both: 0.25 (9 + 1) / 2, corrected 5; m_hat = g.
+    new, moments = update_reference(
+        "rowwise_adam", row, grad, (zero, torch.tensor(0.0)), lr=1.0, betas=(0.5, 0.75)
+    )
+    assert new.tolist() == pytest.approx([1 - 3 / 5**0.5, 2 - 1 / 5**0.5])
+    assert [m.tolist() for m in moments] == [[1.5, 0.5], 1.25]
+
+
+def test_the_definition_of_clips_and_decay_by_hand():
+    row, grad = torch.tensor([1.0, 2.0]), torch.tensor([8.0, -3.0])
+    # g = (4, -3), then of norm 5 / 2.5, then + 0.5 e; e = 0.75 e, then -g.
+    new, _ = update_reference(
+        "sgd", row, grad, lr=1.0, l2=0.5, decay=0.25, clip_value=4.0, clip_row_norm=2.5
+    )
+    assert new.tolist() == pytest.approx([0.75 - 2 - 0.5, 1.5 + 1.5 - 1], rel=1e-6)
+    # A norm below its bound changes nothing.
+    new, _ = update_reference("sgd", row, grad, lr=1.0, clip_row_norm=9.0)
+    assert new.tolist() == [-7.0, 5.0]
+
+
+@pytest.mark.parametrize("name", ["clip_value", "clip_row_norm"])
+def test_a_gradient_that_is_not_finite_under_a_clip(name, run):
+    """As ``torch.clamp`` and ``clip_grad_norm_`` have it, and in no other row."""
+    nan, inf = float("nan"), float("inf")
+    table = Table("sgd", 3, torch.float32, run, settings={name: 2.0})
+    before = table.storage[table.elements]
+    grad = torch.tensor([[nan, 3.0, -1.0], [inf, 3.0, -inf], [5.0, 0.0, 0.0]])
+    expected = grad.clone()
+    if name == "clip_value":
+        expected.clamp_(-2, 2)
+    else:
+        for each in expected:
+            leaf = torch.nn.Parameter(torch.zeros(3))
+            leaf.grad = each
+            torch.nn.utils.clip_grad_norm_(leaf, 2.0, foreach=False)
+    table.run(torch.tensor([0, 3, 5]), grad)
+    moved = (before - table.storage[table.elements]) / LR
+    torch.testing.assert_close(moved[[0, 3, 5]], expected, rtol=1e-4, atol=1e-5, equal_nan=True)
+    assert not moved[[1, 2, 4, 6, 7, 8]].any()
 
 
 def test_an_unknown_rule_is_refused():
