@@ -478,9 +478,9 @@ def launch_bwd_rows(
     run = torch.arange(count, device=ids.device)
     if runs is None:
         return CollectedRows(run, run.to(torch.int8), run, target, True), wanted
-    level = torch.searchsorted(runs.level_begin[1:], run.to(torch.int32), right=True)
+    level = torch.searchsorted(runs.level_begin, run.to(torch.int32), right=True) - 1
     first = torch.where(runs.run_first < 0, -1 - runs.run_first, runs.run_first)
-    found = ids.reshape(-1).long()[first.clamp(0, ids.numel() - 1)]
+    found = ids.reshape(-1).long().index_select(0, first.clamp(0, ids.numel() - 1))
     none = level == n_levels
     level = level.masked_fill(none, 0).to(torch.int8)
     return CollectedRows(found.masked_fill(none, -1), level, run * dim, target, True), wanted
