@@ -15,26 +15,25 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from .inputs import look_up_nested
 from .ops.checks import is_eager
 
 __all__ = ["BadIds", "row_standing_in", "stand_in"]
 
 
-def row_standing_in(on_bad_ids: str | int, num_rows: int) -> int | None:
-    """The row that stands in for ids out of range, counted from the front; ``None``: they raise.
+def row_standing_in(on_bad_ids: str | int, num_rows: int) -> int:
+    """The row that stands in for ids out of range, counted from the front.
 
     Args:
-        on_bad_ids: ``raise``, or a row; negative counts from the end.
+        on_bad_ids: a row; negative counts from the end.
         num_rows: ``N``.
 
     Raises:
-        ValueError: neither of the two.
+        ValueError: no such row.
 
-    >>> row_standing_in("raise", 10), row_standing_in(-1, 10)
-    (None, 9)
+    >>> row_standing_in(-1, 10)
+    9
     """
-    if on_bad_ids == "raise":
-        return None
     is_row = isinstance(on_bad_ids, int) and not isinstance(on_bad_ids, bool)
     if not is_row or not -num_rows <= on_bad_ids < num_rows:  # type: ignore[operator]
         raise ValueError(
@@ -129,7 +128,8 @@ def stand_in(
     """``ids`` with ``row`` in the place of those out of range.
 
     Args:
-        ids: any shape. What is neither int32 nor int64 is returned as it is: lookups refuse it.
+        ids: any shape, nested too. What is neither int32 nor int64 is returned as it is: lookups
+            refuse it.
         num_rows: ``N``, larger than 0.
         row: in ``[0, N)``.
         counter: counts the ids out of range; default: they are not counted.
@@ -141,8 +141,11 @@ def stand_in(
     """
     if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):
         return ids
+    others = (num_rows, row, counter, table)
+    if ids.is_nested:
+        return look_up_nested(ids, lambda values: stand_in(values, *others))
     if torch._C._are_functorch_transforms_active():
-        mapped: Tensor = _StandIn.apply(ids, num_rows, row, counter, table)
+        mapped: Tensor = _StandIn.apply(ids, *others)
         return mapped
     if ids.dtype == torch.int32 and num_rows > torch.iinfo(torch.int32).max:
         ids = ids.long()  # as which the bounds and the row exist
@@ -171,10 +174,6 @@ class _StandIn(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         pass
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
-        return (None,) * 5
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, ids: Tensor, *others: Any) -> tuple[Tensor, int | None]:

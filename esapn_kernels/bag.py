@@ -108,8 +108,7 @@ class ResizableEmbeddingBag(ResizableEmbedding, nn.EmbeddingBag):
         if isinstance(input, fx.Proxy):
             return as_leaf(self, input, offsets, per_sample_weights)
         if self.out_dtype is None and self._as_torch():
-            if self.on_bad_ids != "raise":
-                input = self._in_range(input, self._bad_ids)
+            input = self._in_range(input, self._bad_ids)
             return F.embedding_bag(
                 input,
                 self.weight,

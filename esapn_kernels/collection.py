@@ -91,7 +91,8 @@ class ResizableEmbeddingCollection(nn.Module):
                 raise RuntimeError(
                     f"Trying to create tensor with negative dimension {rows}: table {name!r}"
                 )
-            row_standing_in(on_bad_ids, rows)
+            if on_bad_ids != "raise":
+                row_standing_in(on_bad_ids, rows)
             self._first[name] = total
             total += rows
         self.rows = ResizableEmbedding(total, **options)
@@ -129,7 +130,8 @@ class ResizableEmbeddingCollection(nn.Module):
         table = self.features[feature]
         rows, first = self.tables[table], self._first[table]
         ids = ids.long()
-        if (row := row_standing_in(self.on_bad_ids, rows)) is not None:
+        if self.on_bad_ids != "raise":
+            row = row_standing_in(self.on_bad_ids, rows)
             return stand_in(ids, rows, row, self._bad_ids[table] if counts else None, table) + first
         if not rows and ids.numel():
             raise IndexError("index out of range in self")

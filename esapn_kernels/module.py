@@ -8,7 +8,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn import functional as F
 
 from .arguments import (
@@ -189,10 +190,10 @@ class ResizableEmbedding(nn.Embedding):
         self.init = init
         self.backend = backend
         self.out_dtype = out_dtype
-        row = row_standing_in(on_bad_ids, num_embeddings)
-        self.on_bad_ids = "raise" if row is None else row
+        self.on_bad_ids = on_bad_ids
         self._bad_ids = BadIds()
-        if row is not None:
+        if on_bad_ids != "raise":
+            self.on_bad_ids = row_standing_in(on_bad_ids, num_embeddings)
             self._bad_ids.prepare(torch.empty(0, device=device).device)
         self._check_options(len(sizes) > 1)
         if _weight is not None and list(_weight.shape) != [num_embeddings, self.embedding_dim]:
@@ -481,11 +482,9 @@ class ResizableEmbedding(nn.Embedding):
                 ``on_bad_ids`` names a row.
             RuntimeError: ids that are neither int32 nor int64.
         """
-        if isinstance(input, fx.Proxy):
+        if isinstance(input, Proxy):
             return as_leaf(self, input)
         if self.on_bad_ids != "raise":
-            if getattr(input, "is_nested", False):
-                return look_up_nested(input, partial(ResizableEmbedding.forward, self))
             input = self._in_range(input, self._bad_ids)
         # Past nn.Module's own lookup of attributes, for the sake of small batches.
         arena: Any = self._modules.get("arena")
@@ -559,9 +558,10 @@ class ResizableEmbedding(nn.Embedding):
 
     def _in_range(self, ids: Tensor, counter: BadIds | None = None) -> Tensor:
         """``ids`` as they are looked up: with ``on_bad_ids`` in the place of those out of range."""
+        if self.on_bad_ids == "raise":
+            return ids
         rows = self.arena.num_rows
-        row = row_standing_in(self.on_bad_ids, rows)
-        return ids if row is None else stand_in(ids, rows, row, counter)
+        return stand_in(ids, rows, row_standing_in(self.on_bad_ids, rows), counter)
 
     def sizes_of(self, ids: Tensor | None = None) -> Tensor:
         """Size of every row of ``ids`` (of all rows), int64, shape of ``ids``; 0: no row."""

@@ -179,6 +179,16 @@ def test_nested_ids(sizes, layout):
         assert torch.equal(mine, theirs)
 
 
+def test_a_bag_of_nested_ids():
+    module, plain = pair(ResizableEmbeddingBag, **ONE)
+    given, mapped = (
+        torch.nested.nested_tensor(list(ids.split([3, 1, 4])), layout=torch.jagged)
+        for ids in (IDS, MAPPED)
+    )
+    assert_alike(module, plain, (given,), (mapped,))
+    assert module.bad_ids == BAD
+
+
 def test_int32_ids_of_a_table_that_int32_does_not_count():
     rows, far = 2**31 + 10, 2**31 + 5
     ids = torch.tensor([-1, 5, 2**31 - 1, -(2**31)], dtype=torch.int32)
