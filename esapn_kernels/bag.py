@@ -35,7 +35,8 @@ class ResizableEmbeddingBag(ResizableEmbedding, nn.EmbeddingBag):
         ValueError: an unknown mode; what :class:`ResizableEmbedding` raises.
 
     Notes:
-        Entries of ``padding_idx`` are left out, of the count of a mean too. With several sizes
+        Entries of ``padding_idx`` are left out, of the count of a mean too; so are ids out of range
+        where ``on_bad_ids`` names that row. With several sizes
         ``scale_grad_by_freq`` divides by the id's own count, as ``nn.Embedding`` does.
 
     Example:
@@ -45,7 +46,7 @@ class ResizableEmbeddingBag(ResizableEmbedding, nn.EmbeddingBag):
     """
 
     _padding_refused = "padding_idx must be within num_embeddings"
-    _shown = ("max_norm", "norm_type", "scale_grad_by_freq", "mode", "padding_idx")
+    _shown = ("max_norm", "norm_type", "scale_grad_by_freq", "mode", "padding_idx", "on_bad_ids")
 
     def __init__(
         self,
@@ -107,6 +108,7 @@ class ResizableEmbeddingBag(ResizableEmbedding, nn.EmbeddingBag):
         if isinstance(input, fx.Proxy):
             return as_leaf(self, input, offsets, per_sample_weights)
         if self.out_dtype is None and self._as_torch():
+            input = self._in_range(input, self._bad_ids)
             return F.embedding_bag(
                 input,
                 self.weight,
@@ -136,6 +138,7 @@ class ResizableEmbeddingBag(ResizableEmbedding, nn.EmbeddingBag):
         if self.padding_idx is not None:
             # All padding becomes one more row, which torch passes over.
             padding = rows.shape[0]
+            ids = self._in_range(ids)
             where = where.masked_fill(ids == self.padding_idx, padding)
             rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
         where = where.view(input.shape)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .bad_ids import BadIds, row_standing_in, stand_in
 from .module import ResizableEmbedding
 from .ops.checks import check_ids
 from .ops.memory import MemoryReport
@@ -34,11 +35,14 @@ class ResizableEmbeddingCollection(nn.Module):
         tables: name of every table and its number of rows.
         features: name of every feature and of the table it looks up; two may share one. Default:
             every table is a feature of its name.
+        on_bad_ids: as of :class:`ResizableEmbedding`; in each table the row of that number stands
+            in for the ids that are out of its range.
         options: what :class:`ResizableEmbedding` takes after ``num_embeddings``, but for
             ``padding_idx``, ``_weight`` and tensors as ``initial_size``.
 
     Raises:
-        ValueError: no table, or a feature of an unknown one.
+        ValueError: no table, a feature of an unknown one, or ``on_bad_ids`` that is neither
+            ``raise`` nor a row of every table.
         TypeError: ``padding_idx`` or ``_weight``, which belong to one table.
         RuntimeError: a negative number of rows.
 
@@ -54,11 +58,14 @@ class ResizableEmbeddingCollection(nn.Module):
         {'item': tensor([True])}
     """
 
+    on_bad_ids: str | int = "raise"  # also of collections that were pickled without it
+
     def __init__(
         self,
         tables: Mapping[str, int],
         *,
         features: Mapping[str, str] | None = None,
+        on_bad_ids: str | int = "raise",
         **options: Any,
     ) -> None:
         super().__init__()
@@ -75,6 +82,8 @@ class ResizableEmbeddingCollection(nn.Module):
                     f"feature {feature!r} looks up table {table!r}, which is none of "
                     f"{list(self.tables)}"
                 )
+        self.on_bad_ids = on_bad_ids
+        self._bad_ids = {name: BadIds() for name in self.tables}
         self._first: dict[str, int] = {}
         total = 0
         for name, rows in self.tables.items():
@@ -82,27 +91,58 @@ class ResizableEmbeddingCollection(nn.Module):
                 raise RuntimeError(
                     f"Trying to create tensor with negative dimension {rows}: table {name!r}"
                 )
+            if on_bad_ids != "raise":
+                row_standing_in(on_bad_ids, rows)
             self._first[name] = total
             total += rows
         self.rows = ResizableEmbedding(total, **options)
         self.embedding_dim = self.rows.embedding_dim
         self.sizes = self.rows.sizes
+        self._prepare_counts()
 
-    def _row_ids(self, feature: str, ids: Tensor) -> Tensor:
-        """Rows of the whole for a feature's ``ids``; out of range for ids out of its table."""
+    def _prepare_counts(self) -> None:
+        if self.on_bad_ids != "raise":
+            for counter in self._bad_ids.values():
+                counter.prepare(self.rows.arena.storage.device)
+
+    def _apply(self, *args: Any, **options: Any) -> ResizableEmbeddingCollection:
+        super()._apply(*args, **options)
+        self._prepare_counts()
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("_bad_ids", {name: BadIds() for name in self.tables})
+        self._prepare_counts()
+
+    @property
+    def bad_ids(self) -> dict[str, int]:
+        """Of every table, how many ids of lookups were out of range so far; waits for a GPU."""
+        return {name: counter.total() for name, counter in self._bad_ids.items()}
+
+    def _check(self, feature: str, ids: Tensor) -> None:
         if feature not in self.features:
             raise KeyError(f"unknown feature {feature!r}: known are {list(self.features)}")
         check_ids(ids, 0, read=False)
-        table = self.features[feature]
-        if not self.tables[table] and ids.numel():
-            raise IndexError("index out of range in self")
-        ids = ids.long()
-        outside = (ids < 0) | (ids >= self.tables[table])
-        # Not read here, which would wait for a GPU: the lookup itself refuses them.
-        return torch.where(outside, self.rows.arena.num_rows, ids + self._first[table])
 
-    def _together(self, ids: Mapping[str, Tensor]) -> Tensor:
-        parts = [self._row_ids(feature, part).reshape(-1) for feature, part in ids.items()]
+    def _row_ids(self, feature: str, ids: Tensor, counts: bool) -> Tensor:
+        """Rows of the whole for a feature's ``ids``; out of range for ids out of its table."""
+        table = self.features[feature]
+        rows, first = self.tables[table], self._first[table]
+        ids = ids.long()
+        if self.on_bad_ids != "raise":
+            row = row_standing_in(self.on_bad_ids, rows)
+            return stand_in(ids, rows, row, self._bad_ids[table] if counts else None, table) + first
+        if not rows and ids.numel():
+            raise IndexError("index out of range in self")
+        outside = (ids < 0) | (ids >= rows)
+        # Not read here, which would wait for a GPU: the lookup itself refuses them.
+        return torch.where(outside, self.rows.arena.num_rows, ids + first)
+
+    def _together(self, ids: Mapping[str, Tensor], counts: bool = False) -> Tensor:
+        for feature, part in ids.items():
+            self._check(feature, part)
+        parts = [self._row_ids(feature, part, counts).reshape(-1) for feature, part in ids.items()]
         device = self.rows.arena.storage.device
         return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64, device=device)
 
@@ -127,14 +167,15 @@ class ResizableEmbeddingCollection(nn.Module):
 
         Raises:
             KeyError: an unknown feature.
-            IndexError: an id out of its own table (on a GPU: an asynchronous device assertion).
+            IndexError: an id out of its own table (on a GPU: an asynchronous device assertion),
+                unless ``on_bad_ids`` names a row.
             TypeError: neither of the two.
         """
         if isinstance(ids, Mapping):
-            return self._apart(self.rows(self._together(ids)), ids)
+            return self._apart(self.rows(self._together(ids, counts=True)), ids)
         keys, values, lengths = _keyed_jagged(ids)
         parts = dict(zip(keys, values, strict=True))
-        found = self._apart(self.rows(self._together(parts)), parts)
+        found = self._apart(self.rows(self._together(parts, counts=True)), parts)
         return {key: Jagged(found[key], n) for key, n in zip(keys, lengths, strict=True)}
 
     def promote(
@@ -199,7 +240,8 @@ class ResizableEmbeddingCollection(nn.Module):
 
     def extra_repr(self) -> str:
         shared = {f: t for f, t in self.features.items() if f != t}
-        return f"{self.tables}" + (f", features={shared}" if shared else "")
+        text = f"{self.tables}" + (f", features={shared}" if shared else "")
+        return text if self.on_bad_ids == "raise" else f"{text}, on_bad_ids={self.on_bad_ids!r}"
 
 
 def _keyed_jagged(batch: Any) -> tuple[Sequence[str], Sequence[Tensor], Sequence[Tensor]]:

@@ -34,7 +34,7 @@ def look_up_nested(ids: Any, outputs: Callable[[Tensor], Tensor]) -> Tensor:
 
     Args:
         ids: a nested tensor, jagged or strided.
-        outputs: the lookup, ``[R]`` to ``[R, D]``.
+        outputs: the lookup, ``[R]`` to ``[R, D]``, or other ids, ``[R]`` to ``[R]``.
 
     Example:
         >>> parts = [torch.tensor([1, 2]), torch.tensor([3])]
@@ -48,7 +48,7 @@ def look_up_nested(ids: Any, outputs: Callable[[Tensor], Tensor]) -> Tensor:
     parts = ids.unbind()
     rows = outputs(torch.cat([part.reshape(-1) for part in parts]))
     found = rows.split([part.numel() for part in parts])
-    shapes = [(*part.shape, rows.shape[1]) for part in parts]
+    shapes = [(*part.shape, *rows.shape[1:]) for part in parts]
     return torch.nested.as_nested_tensor(
         [part.view(shape) for part, shape in zip(found, shapes, strict=True)]
     )

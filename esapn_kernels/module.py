@@ -8,7 +8,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn import functional as F
 
 from .arguments import (
@@ -20,6 +21,7 @@ from .arguments import (
     initial_level,
     level_of,
 )
+from .bad_ids import BadIds, row_standing_in, stand_in
 from .inputs import as_leaf, look_up_nested
 from .ops.backend import BACKENDS
 from .ops.chain import chain_numel, draw_hops
@@ -82,10 +84,14 @@ class ResizableEmbedding(nn.Embedding):
         max_elements: the rows never take more than so many numbers (whole pages of them). Then a
             row that cannot grow stays: on a CPU ``promote`` raises before anything moves, on a GPU
             its mask says so. Default: no limit.
+        on_bad_ids: ``raise``, or a row that stands in for every id outside ``[0, N)``, negative
+            ones too: such an id is looked up, trained and promoted as if it were that row's.
+            Negative counts from the end. ``bad_ids`` counts them; on a CPU the first also warn.
 
     Raises:
         ValueError: sizes not strictly increasing positive integers, an ``embedding_dim`` that is
-            not the largest size, an unknown initial size, init or backend.
+            not the largest size, an unknown initial size, init or backend, ``on_bad_ids`` that is
+            neither ``raise`` nor a row.
         AssertionError: ``padding_idx`` out of range, ``_weight`` of another shape, as torch.
         RuntimeError: a dtype that is none of the four, a negative ``num_embeddings``,
             ``scale_grad_by_freq`` with ``sparse``, as torch.
@@ -112,6 +118,18 @@ class ResizableEmbedding(nn.Embedding):
         [[4, 2, 4], [2, 2, 4]]
         >>> torch.allclose(emb(ids), before, atol=1e-6)
         True
+
+        Ids that a table does not have take the row of its last id:
+
+        >>> emb = ResizableEmbedding(1000, sizes=(2, 4, 8), on_bad_ids=-1)
+        >>> import warnings
+        >>> with warnings.catch_warnings(record=True) as said:
+        ...     warnings.simplefilter("always")
+        ...     y = emb(torch.tensor([5000, 999, -1]))
+        >>> print(said[0].message)
+        2 of 3 ids are out of range [0, 1000): row 999 stands in for them; bad_ids counts them
+        >>> torch.equal(y[0], y[1]), torch.equal(y[2], y[1]), emb.bad_ids
+        (True, True, 2)
     """
 
     arena: Arena | Table
@@ -121,7 +139,11 @@ class ResizableEmbedding(nn.Embedding):
     agree: Callable[..., Tensor] | None = None
     # torch's words; those of nn.EmbeddingBag begin otherwise.
     _padding_refused = "Padding_idx must be within num_embeddings"
-    _shown = ("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
+    _shown: tuple[str, ...] = (
+        *("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"),
+        "on_bad_ids",
+    )
+    on_bad_ids: str | int = "raise"  # also of modules that were pickled without it
 
     def __init__(
         self,
@@ -144,6 +166,7 @@ class ResizableEmbedding(nn.Embedding):
         backend: str = "auto",
         out_dtype: torch.dtype | None = None,
         max_elements: int | None = None,
+        on_bad_ids: str | int = "raise",
     ) -> None:
         # What torch's class would allocate is allocated here.
         nn.Module.__init__(self)
@@ -167,6 +190,11 @@ class ResizableEmbedding(nn.Embedding):
         self.init = init
         self.backend = backend
         self.out_dtype = out_dtype
+        self.on_bad_ids = on_bad_ids
+        self._bad_ids = BadIds()
+        if on_bad_ids != "raise":
+            self.on_bad_ids = row_standing_in(on_bad_ids, num_embeddings)
+            self._bad_ids.prepare(torch.empty(0, device=device).device)
         self._check_options(len(sizes) > 1)
         if _weight is not None and list(_weight.shape) != [num_embeddings, self.embedding_dim]:
             raise AssertionError("Shape of weight does not match num_embeddings and embedding_dim")
@@ -385,7 +413,12 @@ class ResizableEmbedding(nn.Embedding):
         saved = self.chain is not None and not self.chain.is_inference()
         with torch.inference_mode(False) if saved else contextlib.nullcontext():
             super()._apply(fn, recurse)
+        self._prepare_count()
         return self
+
+    def _prepare_count(self) -> None:
+        if self.on_bad_ids != "raise":
+            self._bad_ids.prepare(self.arena.storage.device)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
@@ -424,8 +457,10 @@ class ResizableEmbedding(nn.Embedding):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.__dict__.setdefault("_bad_ids", BadIds())
         if "arena" not in self._modules:
             self.arena = Table(self)
+        self._prepare_count()
 
     def _is_frozen(self) -> bool:
         return not any(parameter.requires_grad for parameter in self.parameters())
@@ -443,11 +478,14 @@ class ResizableEmbedding(nn.Embedding):
             input: ids, int32 or int64, of any shape, nested too; torch's name for them.
 
         Raises:
-            IndexError: an id out of range (on a GPU: an asynchronous device assertion).
+            IndexError: an id out of range (on a GPU: an asynchronous device assertion), unless
+                ``on_bad_ids`` names a row.
             RuntimeError: ids that are neither int32 nor int64.
         """
-        if isinstance(input, fx.Proxy):
+        if isinstance(input, Proxy):
             return as_leaf(self, input)
+        if self.on_bad_ids != "raise":
+            input = self._in_range(input, self._bad_ids)
         # Past nn.Module's own lookup of attributes, for the sake of small batches.
         arena: Any = self._modules.get("arena")
         table = arena is None
@@ -515,9 +553,22 @@ class ResizableEmbedding(nn.Embedding):
             self._check_options(several="arena" in self._modules)
         return Options(padding_idx, self.scale_grad_by_freq, self.sparse, self.out_dtype)
 
+    @property
+    def bad_ids(self) -> int:
+        """How many ids of lookups were out of range so far; reading it waits for a GPU."""
+        return self._bad_ids.total()
+
+    def _in_range(self, ids: Tensor, counter: BadIds | None = None) -> Tensor:
+        """``ids`` as they are looked up: with ``on_bad_ids`` in the place of those out of range."""
+        if self.on_bad_ids == "raise":
+            return ids
+        rows = self.arena.num_rows
+        return stand_in(ids, rows, row_standing_in(self.on_bad_ids, rows), counter)
+
     def sizes_of(self, ids: Tensor | None = None) -> Tensor:
         """Size of every row of ``ids`` (of all rows), int64, shape of ``ids``; 0: no row."""
         if ids is not None:
+            ids = self._in_range(ids)
             check_ids(ids, self.arena.num_rows)
         level = self.arena.level(ids)
         return torch.tensor([*self.sizes, 0], device=level.device)[level]
@@ -546,6 +597,7 @@ class ResizableEmbedding(nn.Embedding):
             ValueError: a mask of another shape or dtype.
         """
         with self._checks_on_all_ranks():
+            ids = self._in_range(ids)
             check_ids(ids, self.arena.num_rows)
             if mask is not None:
                 check_mask(mask, ids)
@@ -604,6 +656,7 @@ class ResizableEmbedding(nn.Embedding):
         """
         with self._checks_on_all_ranks():
             target = level_of(size, self.sizes)
+            ids = self._in_range(ids)
             check_ids(ids, self.arena.num_rows)
             level = self.arena.level(ids)
             if self.padding_idx is not None:
@@ -695,4 +748,7 @@ class ResizableEmbedding(nn.Embedding):
         return []
 
 
-_DEFAULTS = {"norm_type": 2.0, "scale_grad_by_freq": False, "sparse": False}
+_DEFAULTS = {
+    **{"norm_type": 2.0, "scale_grad_by_freq": False, "sparse": False},
+    "on_bad_ids": "raise",
+}
