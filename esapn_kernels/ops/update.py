@@ -53,8 +53,8 @@ class Update:
     def tick(self) -> None:
         """Move the clock on to this step, where there is one: on a GPU the first kernel does."""
         if self.clock is not None:
-            self.clock.mul_(self.numbers[:3])
-            self.clock[:1].add_(1)
+            self.clock.mul_(self.numbers.narrow(0, 0, 3))
+            self.clock.narrow(0, 0, 1).add_(1)
 
 
 class CollectedRows(NamedTuple):
