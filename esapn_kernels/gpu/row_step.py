@@ -45,6 +45,7 @@ def _row_step_kernel(
     numbers_ptr,
     n_listed,
     SIZES: tl.constexpr,
+    PADS: tl.constexpr,
     ACC: tl.constexpr,
     RULE: tl.constexpr,
     SHAPED: tl.constexpr,
@@ -75,7 +76,7 @@ def _row_step_kernel(
                 RULE,
                 SHAPED,
                 BLOCK_ROWS,
-                BLOCK_D,
+                min(PADS[k], BLOCK_D),
             )
 
 
@@ -164,6 +165,7 @@ def launch_row_step(rows: CollectedRows, storage: Tensor, layout: Layout, update
         *rule_state(update, storage),
         count,
         SIZES=constants["SIZES"],
+        PADS=launch.pads(layout.sizes),
         ACC=constants["ACC"],
         RULE=update.rule,
         SHAPED=update.shaped,
