@@ -194,7 +194,7 @@ class Locations(nn.Module, Rows):
 
     @property
     def places(self) -> tuple[Tensor, ...]:
-        """The buffers that say where rows lie: ``row_start``, ``page_level`` and what tells of them."""
+        """The buffers that say where rows lie: integers, which no average may round."""
         return self.row_start, self.page_level, self.row_size, self.moves
 
     @property

@@ -70,7 +70,7 @@ def find_moving(
         at = ((was == k) & (now == m)).nonzero()[:, 0]
         dim = mine.sizes[m]
         if 0 <= k <= m:
-            rows = carry_up(gather_rows(storage, old[at], mine.sizes[k]), chain, mine.sizes, k, m)
+            rows = _carry_up(gather_rows(storage, old[at], mine.sizes[k]), chain, mine.sizes, k, m)
         else:
             rows = gather_rows(source, new[at].to(source.device), dim).to(storage)
         found.start.append(new[at])
@@ -81,10 +81,10 @@ def find_moving(
     return found
 
 
-def carry_up(rows: Tensor, chain: Tensor, sizes: Sequence[int], level: int, target: int) -> Tensor:
+def _carry_up(rows: Tensor, chain: Tensor, sizes: Sequence[int], level: int, target: int) -> Tensor:
     """``rows`` of ``level`` at the size of ``target``, rounded once.
 
-    >>> carry_up(torch.tensor([[3.0]]), torch.tensor([1.0, 2.0, 0.0, 5.0]), (1, 2), 0, 1)
+    >>> _carry_up(torch.tensor([[3.0]]), torch.tensor([1.0, 2.0, 0.0, 5.0]), (1, 2), 0, 1)
     tensor([[ 3., 11.]])
     """
     dtype = compute_dtype(rows.dtype)
