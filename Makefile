@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTEST_ARGS ?=
 # A file stays with one worker: its tests share what they prepared.
 WORKERS ?= --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
-API := esapn_kernels esapn_kernels.optim esapn_kernels.distributed esapn_kernels.reference \
+API := esapn_kernels esapn_kernels.optim esapn_kernels.averaging esapn_kernels.distributed esapn_kernels.reference \
   esapn_kernels.info esapn_kernels.testing esapn_kernels.ops.lookup esapn_kernels.ops.compose esapn esapn.search esapn.config
 
 BIN := $(VENV)/bin

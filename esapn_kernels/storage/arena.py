@@ -25,6 +25,7 @@ what the report says.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -37,6 +38,7 @@ from ..ops.memory import ArenaBytes
 from .followers import with_dense_gradient
 from .free import FreeLists
 from .locations import Locations, unrecorded
+from .matching import find_moving
 
 __all__ = ["Arena"]
 
@@ -460,3 +462,106 @@ class Arena(Locations):
         self._count_move()
         self._replace(storage, starts, page_level, grown)
         self._free = None
+
+    @unrecorded
+    def lies_as(self, other: Arena) -> bool:
+        """Whether every row has the size and the place that it has in ``other``.
+
+        If so, this arena takes over the other's count of moves.
+
+        Args:
+            other: an arena of as many ids and the same sizes.
+
+        Raises:
+            RuntimeError: rows are mixed in one of the two, see :attr:`layout`.
+        """
+        mine, theirs = self.layout, other.layout
+        # A layout is the same object until rows move or the locations are written to, so that an
+        # average that is updated after every step reads nothing, on no device. Only the replays of
+        # a CUDA graph go unseen by the host.
+        known = self._alike
+        graphs = self.moved_by_graphs or other.moved_by_graphs
+        if known is not None and not graphs and known[0]() is mine and known[1]() is theirs:
+            return True
+        alike = self.storage.shape == other.storage.shape and all(
+            own.dtype == place.dtype and torch.equal(own, place.to(own.device))
+            for own, place in (
+                (mine.row_start, theirs.row_start),
+                (mine.page_level, theirs.page_level),
+            )
+        )
+        if alike:
+            self._take_count(other)
+            self._remember()
+            self._note_alike(other)
+        return alike
+
+    def _take_count(self, other: Arena) -> None:
+        """Whoever copies all buffers of ``other``, as averages do, finds what is there."""
+        self._counted = int(other.moves)
+        self.moves.fill_(self._counted)
+
+    def _note_alike(self, other: Arena) -> None:
+        self._alike = weakref.ref(self.layout), weakref.ref(other.layout)
+
+    @property
+    def moved_by_graphs(self) -> bool:
+        """Whether a CUDA graph that was captured moves rows, which the host does not see."""
+        return self._counted is None
+
+    def refuse_matching(self, other: Arena) -> None:
+        """Raise what :meth:`match` raises; change nothing."""
+        self._check_accepted()
+        numel = other.storage.numel()
+        if self.max_elements is not None and numel > self.max_elements:
+            raise RuntimeError(
+                f"the rows take {numel} elements, max_elements={self.max_elements} allows fewer"
+            )
+        self._refuse_replacing(numel)
+
+    @unrecorded
+    @with_dense_gradient
+    def match(self, other: Arena, chain: Tensor) -> None:
+        """Give every row the size and the place that it has in ``other``, as ``matching`` says.
+
+        The state of rows whose size changes starts afresh.
+
+        Args:
+            other: an arena of as many ids and the same sizes, on any device.
+            chain: packed hops, by which rows that are longer there are carried up.
+
+        Raises:
+            RuntimeError: ``max_elements`` does not allow it, the rows are shared with other
+                processes or computed; nothing is changed.
+        """
+        self.refuse_matching(other)
+        self.followers.remember_layout()
+        storage, numel = self.storage.detach(), other.storage.numel()
+        row_start, page_level = (place.to(storage.device) for place in other.places[:2])
+        moving = find_moving(
+            Layout(self.row_start, self.page_level, self.sizes, self.page),
+            Layout(row_start, page_level, self.sizes, self.page),
+            storage,
+            self.followers.fresh()[0],
+            chain.detach(),
+            other.storage.detach(),
+        )
+        for follower in self.followers.per_id():
+            follower.tensor[moving.resized] = follower.fresh
+        self._take_count(other)
+        self._digest = self._free = None
+        if numel == storage.numel():
+            moving.write([storage, *(f.tensor for f in self.followers.per_element())])
+            self.row_start.copy_(row_start)
+            self.page_level.copy_(page_level)
+            self._remember()
+        else:
+            # Other memory for everything: aliases keep the old table whole.
+            grown = self._fresh_followers(numel)
+            packed, kept = storage.new_zeros(numel), min(numel, storage.numel())
+            packed = on_large_pages(packed)
+            for old, into in [(storage, packed), *((f.tensor, value) for f, value in grown)]:
+                into[:kept] = old[:kept]
+            moving.write([packed, *(value for _, value in grown)])
+            self._replace(packed, row_start.clone(), page_level.clone(), grown)
+        self._note_alike(other)

@@ -11,6 +11,7 @@ comparisons; other tensors, or the same after a write, are checked before they a
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -41,7 +42,7 @@ _HOOKED = (
 )
 _MIXED = (
     "rows have moved in this table or in the one that it is averaged or copied from, so that its "
-    "numbers mix rows: average to_embedding(), promote after averaging, or load a whole state dict"
+    "numbers mix rows: average by esapn_kernels.averaging, or load a whole state dict"
 )
 
 
@@ -89,6 +90,8 @@ class Locations(nn.Module, Rows):
     # What moves should hold (None: a CUDA graph counts), and a digest of row_start, if known.
     _counted: int | None
     _digest: Tensor | int | None
+    # The layouts of this arena and of another whose rows lay alike when they were last compared.
+    _alike: tuple[weakref.ref[Layout], weakref.ref[Layout]] | None
 
     @torch.inference_mode(False)
     def __init__(
@@ -113,7 +116,7 @@ class Locations(nn.Module, Rows):
         starts, page_level = self._place(level)
         storage = torch.zeros((len(page_level) - 1) * self.page, device=device, dtype=dtype)
         self.storage = nn.Parameter(on_large_pages(storage))
-        self._free = self._held = self._digest = None
+        self._free = self._held = self._digest = self._alike = None
         self._set_locations(starts, page_level)
         # On the meta device there are no locations: to_empty makes them, and needs to know.
         self._initial_level = level if self.storage.is_meta else None
@@ -188,6 +191,11 @@ class Locations(nn.Module, Rows):
     def parameter(self) -> nn.Parameter:
         """``storage``."""
         return self.storage
+
+    @property
+    def places(self) -> tuple[Tensor, ...]:
+        """The buffers that say where rows lie: integers, which no average may round."""
+        return self.row_start, self.page_level, self.row_size, self.moves
 
     @property
     def layout(self) -> Layout:
@@ -482,7 +490,7 @@ class Locations(nn.Module, Rows):
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_mixed()
         # A copy has no fused optimizer, and its own free lists.
-        alone = dict.fromkeys(("_fused", "_free", "_held", "_digest", "followers"))
+        alone = dict.fromkeys(("_fused", "_free", "_held", "_digest", "_alike", "followers"))
         alone["_captured"] = False
         counted = int(self.moves) if self._counted is None else self._counted
         accepted = self._is_written() is False

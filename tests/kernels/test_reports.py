@@ -393,5 +393,5 @@ def test_an_average_whose_own_rows_moved_before_is_refused(moved):
     else:
         source.promote(torch.tensor([0, 4]))
     update()
-    with pytest.raises(RuntimeError, match="average to_embedding"):
+    with pytest.raises(RuntimeError, match="average by esapn_kernels.averaging"):
         average(IDS)
