@@ -1,18 +1,51 @@
-"""Optimizers whose step on the rows is fused into the backward of the lookup.
+"""Optimizers of the rows that a batch looks up, and of no others.
 
     torch.optim     backward writes a gradient as long as the arena, step() reads all of it
-    here            backward steps the rows of the batch, and nothing else exists or moves
+    immediate       backward steps the rows of the batch, and nothing else exists or moves
+    deferred        backward collects the gradients of these rows, step() steps them
 
-An optimizer built on a module is *attached* to it: from then on ``loss.backward()`` updates the
-rows that were looked up, in place, and the gradient of the Parameter that holds them
-(``arena.storage``; with one size ``weight``) stays ``None``. The chain and the rest of the model
-have gradients as always and are stepped by any ``torch.optim`` optimizer, which may be given
-``module.parameters()`` as a whole: it skips the rows, which have no gradient.
+An optimizer built on a module is *attached* to it: from then on it steps the module's rows. The
+chain and the rest of the model have gradients as always and are stepped by any ``torch.optim``
+optimizer.
+
+**Immediate**, the default and the fastest: ``loss.backward()`` updates the rows that were looked
+up, in place, and the gradient of the Parameter that holds them (``arena.storage``; with one size
+``weight``) stays ``None``. The other optimizer may be given ``module.parameters()`` as a whole: it
+skips the rows, which have no gradient.
 
     rows, dense = optim.Adam(embedding), torch.optim.Adam(model.parameters())
     loss.backward()     # steps the rows
     dense.step()        # steps everything else
     rows.step()         # brings changed settings to the device; see FusedOptimizer.step
+
+Because a row steps when its gradient is known, whatever comes between backward and ``step`` in
+other training loops does not apply to the rows. Every pass back through the lookup steps its rows,
+also ``torch.autograd.grad(loss, [chain])`` and ``backward(inputs=[chain])``, which compute no
+gradient of the rows. Two lookups in one module before a backward pass raise there, for the first to
+go backward moves the rows under the other: look up all ids of a step in one call.
+
+**Deferred** (``deferred=True``): that gradient is an ``ops.row_gradient.RowGradient``, which lists
+the rows of the batch and takes the place of a dense one. Gradients of several lookups and several
+backward passes add up; ``GradScaler``, ``clip_grad_norm_`` and ``clip_grad_value_`` over
+``model.parameters()``, ``zero_grad``, closures and hooks work as with ``torch.optim``, and the norm
+that ``clip_grad_norm_`` or ``get_total_norm`` returns is that of the dense gradient. One step takes
+a row's sum of gradients; on a CPU it gives the bits of the immediate mode after one backward pass
+of one lookup. Another optimizer that would step the rows as well is refused: give it all parameters
+but ``arena.storage`` (``weight``).
+
+    rows = optim.Adam(embedding, deferred=True)
+    dense = torch.optim.Adam(p for p in model.parameters() if p is not embedding.arena.parameter)
+    for part in batch:
+        scaler.scale(loss(part)).backward()
+    for optimizer in (rows, dense):
+        scaler.unscale_(optimizer)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for optimizer in (rows, dense):
+        scaler.step(optimizer)
+        optimizer.zero_grad()
+
+A row that is resized between backward and ``step`` has no gradient, as it has no state. A dense or
+sparse gradient of the Parameter, as of a second derivative or of a tied layer, steps every row.
 
 Memory picture, per row of size d: SGD nothing, Adagrad ``4 d`` bytes, row-wise Adagrad 4, Adam
 ``8 d + 4``, row-wise Adam ``4 d + 8``, in fp32 whatever the rows' own dtype (fp64 for fp64 rows).
@@ -24,14 +57,8 @@ Weight decay and bounds on a row's summed gradient are settings of the optimizer
 rows of the batch alone: a row decays in the steps that meet it and in no other, as in FBGEMM, where
 the dense optimizers of torch let every row decay in every step.
 
-Because a row steps when its gradient is known, whatever comes between backward and ``step`` in
-other training loops does not apply to the rows: clipping by the norm of all gradients, loss scaling
-(``torch.amp.GradScaler``), gradients added up over several backward passes. Every pass back through
-the lookup steps its rows, also ``torch.autograd.grad(loss, [chain])`` and
-``backward(inputs=[chain])``, which compute no gradient of the rows. Two lookups in one module
-before a backward pass raise there, for the first to go backward moves the rows under the other:
-look up all ids of a step in one call. The ``native`` and ``torch`` backends check ids before any
-row steps and before Adam's clock moves. The ``reference`` backend never fuses.
+The ``native`` and ``torch`` backends check ids before any row steps and before Adam's clock moves.
+The ``reference`` backend never fuses, and its gradients are dense.
 """
 
 from __future__ import annotations

@@ -501,8 +501,9 @@ def launch_bwd_update(
     were before, or ``None`` if it is not wanted.
     """
     operands = (grad_out, ids, storage, composed, layout)
-    step = {"rule": update.rule, "update": update}
-    _, wanted = _launch(*operands, target=storage, want_composed=want_composed, **step)
+    _, wanted = _launch(
+        *operands, target=storage, rule=update.rule, update=update, want_composed=want_composed
+    )
     # The kernels write through pointers; autograd must know that saved rows are stale.
     torch.autograd.graph.increment_version(storage)
     return wanted

@@ -421,8 +421,8 @@ class _FusedLookup(torch.autograd.Function):
         if ctx.storage._version != ctx.version:
             raise RuntimeError(
                 "the rows changed between this lookup and its backward: a fused optimizer steps "
-                "them in backward, so look up all ids of a step in one call, and resize between "
-                "steps"
+                "them in backward, so look up all ids of a step in one call, or build it with "
+                "deferred=True, and resize between steps"
             )
         ids, storage, chain, composed, _, _ = ctx.saved_tensors
         layout, backend = ctx.layout, ctx.backend

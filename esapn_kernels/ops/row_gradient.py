@@ -67,8 +67,8 @@ class RowGradient(Tensor):
         tensor, and raises if it writes in place. Aliases share their numbers.
     """
 
-    _parts: list[CollectedRows]
-    _layout: Layout
+    parts: list[CollectedRows]  # shared by aliases
+    row_layout: Layout
 
     @staticmethod
     def __new__(
@@ -77,14 +77,14 @@ class RowGradient(Tensor):
         new: RowGradient = Tensor._make_wrapper_subclass(
             cls, shape or like.shape, dtype=like.dtype, device=like.device
         )
-        new._parts, new._layout = parts, layout
+        new.parts, new.row_layout = parts, layout
         return new
 
     # Operators come to __torch_dispatch__ alone.
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def __repr__(self) -> str:  # type: ignore[override]
-        rows = sum(part.ids.numel() for part in self._parts)
+        rows = sum(part.ids.numel() for part in self.parts)
         return f"{type(self).__name__}(shape={tuple(self.shape)}, rows={rows}, dtype={self.dtype})"
 
     @classmethod
@@ -105,17 +105,17 @@ class RowGradient(Tensor):
 
     def at(self, layout: Layout, like: Tensor) -> RowGradient:
         """The same where rows moved to ``layout``; those that were resized have no gradient."""
-        return RowGradient([_present(part, layout) for part in self._parts], layout, like)
+        return RowGradient([_present(part, layout) for part in self.parts], layout, like)
 
     def summed(self) -> CollectedRows:
         """The gradient of every row once, from now on."""
-        if len(self._parts) != 1:
-            self._parts[:] = [_sum(_together(self._parts, self), self._layout)]
-        return self._parts[0]
+        if len(self.parts) != 1:
+            self.parts[:] = [_sum(_together(self.parts, self), self.row_layout)]
+        return self.parts[0]
 
     def to_dense(self, *args: Any, **options: Any) -> Tensor:  # type: ignore[override]
         """A plain tensor of this shape and dtype, zero where no row is listed."""
-        rows, layout = self.summed(), self._layout
+        rows, layout = self.summed(), self.row_layout
         dense = rows.values.new_zeros(self.shape.numel())
         start = layout.row_start[rows.ids.clamp(min=0)].long()
         for k, at in by_level(torch.where(rows.ids >= 0, rows.level, -1), len(layout.sizes)):
@@ -123,11 +123,12 @@ class RowGradient(Tensor):
             row_table(dense, layout.sizes[k]).index_copy_(0, start[at], grad)
         return dense.view(self.shape).to(self.dtype)
 
-    def _with(self, parts: list[CollectedRows], shape: Sequence[int] = ()) -> RowGradient:
-        return RowGradient(parts, self._layout, self, shape)
+    def holding(self, parts: list[CollectedRows], shape: Sequence[int] = ()) -> RowGradient:
+        """``parts`` as a gradient like this one."""
+        return RowGradient(parts, self.row_layout, self, shape)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = {} if kwargs is None else kwargs
@@ -141,24 +142,21 @@ class RowGradient(Tensor):
         if not isinstance(mine, cls):
             return _on_dense(func, args, kwargs)
         if func in _SAME:
-            return mine._with(mine._parts)
+            return mine.holding(mine.parts)
         if func in _VIEWS:
-            return mine._with(mine._parts, _shape(args[1], mine.shape.numel()))
+            return mine.holding(mine.parts, _shape(args[1], mine.shape.numel()))
         if func in _SUMS:
             return _add(func, *args, **kwargs)
         if func is _aten.zero_.default:
-            mine._parts.clear()
+            mine.parts.clear()
             return mine
-        if func in _NORMS and (len(args) < 2 or float(args[1]) > 0) and not args[2:] and not kwargs:
-            return func(mine.summed().values, *args[1:])
-        if (
-            _scales(args[1:])
-            if func in _SCALINGS
-            else func in _CLAMPS and _keeps_zero(*args, **kwargs)
-        ):
+        if func in _NORMS and _of_all(*args[1:], **kwargs):
+            return func(mine.summed().values, *args[1:], **kwargs)
+        scales = func in _SCALINGS and _scales(args[1:])
+        if scales or (func in _CLAMPS and _keeps_zero(*args, **kwargs)):
             rows = mine.summed()
             values = func(rows.values, *args[1:], **kwargs)
-            return mine if values is rows.values else mine._with([rows._replace(values=values)])
+            return mine if values is rows.values else mine.holding([rows._replace(values=values)])
         return _on_dense(func, args, kwargs)
 
 
@@ -169,6 +167,11 @@ def _values(grad: Tensor) -> Tensor:
 def _scales(others: Sequence[Any]) -> bool:
     """Whether an operator's other arguments are numbers."""
     return all(not isinstance(o, Tensor) or (o.numel() == 1 and type(o) is Tensor) for o in others)
+
+
+def _of_all(order: Any = 2, dim: Any = None, keepdim: bool = False, **dtype: Any) -> bool:
+    """Whether a norm is one number that zeros do not change."""
+    return (order is None or float(order) > 0) and not dim and not keepdim
 
 
 def _keeps_zero(grad: Tensor, low: Any = None, high: Any = None, **named: Any) -> bool:
@@ -187,12 +190,12 @@ def _add(func: Any, one: Any, other: Any, alpha: Any = 1) -> Any:
     in_place = func is _aten.add_.Tensor
     if alpha == 1 and isinstance(other, RowGradient):
         if not in_place:
-            return one._with(one._parts + other._parts)
-        one._parts += other._parts
+            return one.holding(one.parts + other.parts)
+        one.parts += other.parts
         return one
     if in_place and isinstance(other, Tensor) and other.shape == one.shape:
         dense = other.to_dense() * alpha
-        one._parts += RowGradient.of(dense, one._layout)._parts
+        one.parts += RowGradient.of(dense, one.row_layout).parts
         return one
     return _on_dense(func, (one, other), {"alpha": alpha})
 
@@ -230,7 +233,8 @@ def _present(part: CollectedRows, layout: Layout) -> CollectedRows:
     stays_of_elements = torch.repeat_interleave(stay, torch.tensor(sizes)[part.level.long()])
     kept = ids[stay], part.level[stay]
     size = torch.tensor(sizes)[kept[1].long()]
-    return CollectedRows(*kept, size.cumsum(0) - size, part.values[stays_of_elements], False)
+    place = size.cumsum(0) - size
+    return CollectedRows(*kept, place, part.values[stays_of_elements], False)
 
 
 def _together(parts: list[CollectedRows], like: RowGradient) -> CollectedRows:
@@ -242,8 +246,11 @@ def _together(parts: list[CollectedRows], like: RowGradient) -> CollectedRows:
     for part in parts:
         places.append(part.place + before)
         before += part.values.numel()
-    ids, level, values = (torch.cat([part[i] for part in parts]) for i in (0, 1, 3))
-    return CollectedRows(ids, level, torch.cat(places), values, all(part.padded for part in parts))
+    ids = torch.cat([part.ids for part in parts])
+    level = torch.cat([part.level for part in parts])
+    values = torch.cat([part.values for part in parts])
+    padded = all(part.padded for part in parts)
+    return CollectedRows(ids, level, torch.cat(places), values, padded)
 
 
 def _listed(rows: CollectedRows) -> CollectedRows:

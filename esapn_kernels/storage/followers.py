@@ -38,6 +38,7 @@ from ..ops.backend import host_reads
 from ..ops.chain import compute_dtype
 from ..ops.layout import Filled, Layout, row_table
 from ..ops.row_gradient import RowGradient
+from ..ops.update import RowStep
 
 __all__ = ["Follower", "Followers", "with_dense_gradient"]
 
@@ -55,6 +56,10 @@ class Followed(Protocol):
     @property
     def layout(self) -> Layout:
         """Where its rows lie."""
+
+    @property
+    def fused_optimizer(self) -> RowStep | None:
+        """The optimizer of ``optim`` that steps them."""
 
 
 @dataclass(frozen=True)
@@ -189,9 +194,20 @@ class Followers:
         return arena is not None and id(arena.parameter) in parameters
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """``optimizer``, which holds the storage, is about to step."""
+        """``optimizer``, which holds the storage, is about to step.
+
+        Raises:
+            RuntimeError: another optimizer, a deferred one, steps the rows.
+        """
         # The optimizers of optim say themselves when to follow.
         declares = hasattr(optimizer, "state_per_element")
+        deferred = self._arena.fused_optimizer
+        if not declares and deferred is not None and self._arena.parameter.grad is not None:
+            raise RuntimeError(
+                f"{type(optimizer).__name__} would step rows that a deferred "
+                f"{type(deferred).__name__} steps: build it on the parameters without "
+                "arena.storage (with one size weight)"
+            )
         if not declares and optimizer not in self._optimizers:
             self.add(optimizer)
             self._fit(optimizer)

@@ -41,7 +41,7 @@ def build(rule, module, deferred=True, **changes):
     return kind(module, deferred=deferred, **{**options, **changes})
 
 
-def batches(steps, n_ids=40, n_rows=N_ROWS, seed=1):
+def batches(steps, n_ids=24, n_rows=N_ROWS, seed=1):
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         ids = torch.randint(n_rows, (n_ids,), generator=generator)
@@ -70,7 +70,8 @@ def test_a_step_after_every_backward_is_the_immediate_one(rule, dtype, sizes, ba
     for deferred in (False, True):
         module = make(sizes, dtype, backend=backend)
         rows = build(rule, module, deferred)
-        for step, (ids, weight) in enumerate(batches(6)):
+        # Interpreted kernels take their time.
+        for step, (ids, weight) in enumerate(batches(2 if backend == "triton" else 6)):
             loss_of(module, ids, weight).backward()
             assert isinstance(rows_grad(module), RowGradient) == deferred
             rows.step()
@@ -80,9 +81,11 @@ def test_a_step_after_every_backward_is_the_immediate_one(rule, dtype, sizes, ba
         state = rows.state_dict()["state"]
         tables.append((table_of(module), state))
     (immediate, state), (collected, own) = tables
-    torch.testing.assert_close(collected, immediate, rtol=0, atol=0)
+    # Triton sums the squares of a row in other blocks.
+    exact = {} if backend == "triton" else {"rtol": 0, "atol": 0}
+    torch.testing.assert_close(collected, immediate, **exact)
     for name, value in state.get(0, {}).items():
-        torch.testing.assert_close(own[0][name], value, rtol=0, atol=0)
+        torch.testing.assert_close(own[0][name], value, **exact)
 
 
 @every_rule
@@ -135,7 +138,7 @@ def test_clipping_by_global_norm_is_that_of_a_plain_table(dtype, norm_type, back
     rows = build("sgd", module)
     dense = torch.optim.SGD([*plain.parameters(), *tops[0].parameters()], lr=0.1)
     rest = torch.optim.SGD(tops[1].parameters(), lr=0.1)
-    close = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {}
+    close = {"rtol": 5e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {}
     for (ids, _), (others, _) in zip(batches(3), batches(3, seed=2), strict=True):
         norms = []
         for table, head in zip((plain, module), tops, strict=True):
@@ -174,6 +177,7 @@ def test_clipping_ragged_rows_is_that_of_their_dense_gradient(backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.filterwarnings("ignore:invalid value encountered")  # the interpreter's, of the inf
 def test_grad_scaler(dtype, backend):
     """Scaled losses step as others; a step with an inf changes no row, no state and no clock."""
     scaled, other = make(dtype=dtype, backend=backend), make(dtype=dtype, backend=backend)
@@ -365,6 +369,24 @@ def test_what_a_gradient_is_asked(backend):
         torch.testing.assert_close(grad.to_dense(), before)
 
 
+def test_a_norm_is_read_of_the_listed_rows(backend, monkeypatch):
+    """Nothing as long as the arena is made for what training loops call."""
+    module = make(backend=backend)
+    _rows = build("sgd", module)
+    for ids, weight in batches(2):
+        loss_of(module, ids, weight).backward()
+    grad = rows_grad(module)
+    expected = grad.to_dense()
+    monkeypatch.setattr(RowGradient, "to_dense", None)
+    for order in (1, 2, 3.5, float("inf")):
+        torch.testing.assert_close(grad.norm(order), expected.norm(order))
+    norm = nn.utils.clip_grad_norm_([module.arena.storage], 1.0)
+    torch.testing.assert_close(norm, expected.norm())
+    torch.testing.assert_close(nn.utils.get_total_norm([grad]), torch.ones_like(norm))
+    nn.utils.clip_grad_value_([module.arena.storage], 0.01)
+    assert float(grad.norm(float("inf"))) == 0.01
+
+
 def test_hooks(backend):
     """Hooks of the rows' Parameter see the gradient, and may replace it."""
     module, other = make(backend=backend), make(backend=backend)
@@ -512,6 +534,22 @@ def test_a_checkpoint_goes_on(backend):
     train(module, rows, steps[3:])
     train(copied, again, steps[3:])
     assert torch.equal(table_of(module), table_of(copied))
+
+
+@pytest.mark.parametrize("sizes", [SIZES, (DIM,)], ids=["ragged", "one size"])
+def test_another_optimizer_of_the_rows_is_refused(sizes, backend):
+    """It would step the rows a second time; nothing is changed."""
+    module = make(sizes, backend=backend)
+    rows, dense = build("sgd", module), torch.optim.SGD(module.parameters(), lr=0.1)
+    ids, weight = next(batches(1))
+    loss_of(module, ids, weight).backward()
+    before = table_of(module)
+    with pytest.raises(RuntimeError, match="a deferred SGD steps: build it on the parameters"):
+        dense.step()
+    assert torch.equal(table_of(module), before)
+    rows.step()
+    rows.zero_grad()
+    dense.step()  # the hops; the rows have no gradient any more
 
 
 def test_detached(backend):
