@@ -178,7 +178,6 @@ def choose_bwd(
     dtype: torch.dtype,
     rule: str = "gradient",
     far: bool = False,
-    shaped: bool = False,
 ) -> BwdConfig:
     """Tiles of 16 runs for the sums: few lanes wait for the longest.
 

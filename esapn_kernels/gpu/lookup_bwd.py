@@ -374,7 +374,7 @@ def _launch(
     if update is not None:
         rule, state, shaped = update.rule, rule_state(update, storage), update.shaped
     far = layout.row_start.dtype == torch.int64
-    config = launch.choose_bwd(n_ids, sizes, storage.dtype, rule, far, shaped)
+    config = launch.choose_bwd(n_ids, sizes, storage.dtype, rule, far)
     tick = None
     if update is not None and update.clock is not None:
         tick = update.clock, update.numbers
