@@ -52,6 +52,9 @@ from .storage.table import Table
 
 __all__ = ["SGD", "Adagrad", "Adam", "AdamW", "FusedOptimizer"]
 
+_LATER = ("rowwise", "weight_decay", "clip_value", "clip_row_norm")
+"""Settings that checkpoints may lack."""
+
 _STRIDED = (
     "a fused optimizer steps rows that lie one behind the other, and those of weight do not: use "
     "an optimizer of torch.optim, or a weight that is contiguous"
@@ -262,8 +265,9 @@ class FusedOptimizer(torch.optim.Optimizer):
             self.__dict__.setdefault(name, empty)
         # Of a checkpoint that is older than a setting.
         for group in self.param_groups:
-            for name, default in self.defaults.items():
-                group.setdefault(name, default)
+            for name in _LATER:
+                if name in self.defaults:
+                    group.setdefault(name, self.defaults[name])
 
 
 class SGD(FusedOptimizer):
