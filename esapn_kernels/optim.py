@@ -80,6 +80,9 @@ from .storage.table import Table
 
 __all__ = ["SGD", "Adagrad", "Adam", "AdamW", "FusedOptimizer"]
 
+_LATER = ("rowwise", "weight_decay", "clip_value", "clip_row_norm")
+"""Settings that checkpoints may lack."""
+
 _STRIDED = (
     "a fused optimizer steps rows that lie one behind the other, and those of weight do not: use "
     "an optimizer of torch.optim, or a weight that is contiguous"
@@ -311,12 +314,13 @@ class FusedOptimizer(torch.optim.Optimizer):
             self.__dict__.setdefault(name, empty)
         # Of a checkpoint that is older than a setting.
         for group in self.param_groups:
-            for name, default in self.defaults.items():
-                group.setdefault(name, default)
+            for name in _LATER:
+                if name in self.defaults:
+                    group.setdefault(name, self.defaults[name])
 
 
 class SGD(FusedOptimizer):
-    """``e <- e - lr g`` for every row of the batch, inside backward.
+    """``e <- e - lr g`` for every row of the batch.
 
     Args:
         modules: one :class:`ResizableEmbedding` or an iterable of them.
@@ -326,6 +330,8 @@ class SGD(FusedOptimizer):
         clip_row_norm: bounds its norm: ``g <- g min(1, c / (norm(g) + 1e-6))``, what
             ``torch.nn.utils.clip_grad_norm_`` does to one row. ``clip_value`` comes first, then
             this, then ``weight_decay``.
+        deferred: backward collects the gradients of rows and :meth:`step` applies them; else
+            backward steps the rows. See the file's docstring.
 
     Raises:
         TypeError: a module of another type.
@@ -335,8 +341,7 @@ class SGD(FusedOptimizer):
     Notes:
         ``g`` is the gradient summed over the row's occurrences, in fp32 (fp64 for fp64 rows). The
         same steps as ``torch.optim.SGD(lr)``, and no state. Its ``weight_decay`` moves every row in
-        every step: the steps are the same if every row is in every batch. See the file's docstring
-        for what being fused means for the rest of the training loop.
+        every step: the steps are the same if every row is in every batch.
 
     Example:
         >>> from esapn_kernels import ResizableEmbedding
@@ -346,6 +351,18 @@ class SGD(FusedOptimizer):
         >>> dense.step()  # steps the chain
         >>> emb.arena.storage.grad is None
         True
+
+        Deferred, with two lookups and a bound on the norm of all gradients:
+
+        >>> emb = ResizableEmbedding(10, sizes=(2, 4))
+        >>> rows, dense = SGD(emb, lr=0.1, deferred=True), torch.optim.SGD([emb.chain], lr=0.1)
+        >>> (emb(torch.tensor([3, 7])).sum() + emb(torch.tensor([3])).sum()).backward()
+        >>> emb.arena.storage.grad
+        RowGradient(shape=(256,), rows=3, dtype=torch.float32)
+        >>> norm = torch.nn.utils.clip_grad_norm_(emb.parameters(), 1.0)
+        >>> rows.step()  # steps rows 3 and 7
+        >>> dense.step()
+        >>> rows.zero_grad()
     """
 
     rule = "sgd"
@@ -371,7 +388,7 @@ class SGD(FusedOptimizer):
 
 
 class Adagrad(FusedOptimizer):
-    """Adagrad on the rows of the batch, inside backward.
+    """Adagrad on the rows of the batch.
 
         element-wise  s <- s + g^2            e <- e - lr g / (sqrt(s) + eps)
         row-wise      s_x <- s_x + mean(g^2)  e <- e - lr g / (sqrt(s_x) + eps)
@@ -382,7 +399,7 @@ class Adagrad(FusedOptimizer):
         eps: added to the denominator.
         initial_accumulator_value: what ``s`` starts as, for a resized row again.
         rowwise: one number per row rather than one per element.
-        weight_decay, clip_value, clip_row_norm: as for :class:`SGD`.
+        weight_decay, clip_value, clip_row_norm, deferred: as for :class:`SGD`.
 
     Raises:
         TypeError, ValueError: as for :class:`SGD`, and for negative arguments.
@@ -448,14 +465,15 @@ class Adagrad(FusedOptimizer):
 
 
 class Adam(FusedOptimizer):
-    """Lazy Adam on the rows of the batch, inside backward; skipped steps are accounted for.
+    """Lazy Adam on the rows of the batch; skipped steps are accounted for.
 
         t <- t + 1,   a = t - last_step_x,   last_step_x <- t
         m <- beta1^a m + (1 - beta1) g,      v <- beta2^a v + (1 - beta2) g^2
         e <- e - lr (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
         row-wise   v_x <- beta2^a v_x + (1 - beta2) mean(g^2)   in place of v
 
-    ``t`` counts the backward passes of lookups in the module. The moments of a row are exactly
+    ``t`` counts the backward passes of lookups in the module (deferred: the calls of ``step`` with a
+    gradient). The moments of a row are exactly
     those of ``torch.optim.Adam`` on a dense gradient, which is zero in the steps without the row:
     they decay for the steps missed when the row comes again. Only the row itself stays where it is
     meanwhile, while dense Adam moves it on by its momentum. (``torch.optim.SparseAdam`` does not
@@ -467,7 +485,7 @@ class Adam(FusedOptimizer):
         betas: decay of the first and of the second moment.
         eps: added to the denominator.
         rowwise: one second moment per row rather than one per element.
-        weight_decay, clip_value, clip_row_norm: as for :class:`SGD`.
+        weight_decay, clip_value, clip_row_norm, deferred: as for :class:`SGD`.
 
     Raises:
         TypeError, ValueError: as for :class:`SGD`, and for arguments out of range.

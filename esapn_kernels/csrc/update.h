@@ -82,11 +82,12 @@ struct Clip {
   A limit;
   template <class V>
   ESAPN_INLINE void at(int64_t j) const {
-    const V x = load<V>(g + j), high = V{} + limit, low = V{} - limit, some = x > high ? high : x;
-    store(to + j, some < low ? low : some);
+    const V x = load<V>(g + j), high = V{} + limit, low = V{} - limit, capped = x > high ? high : x;
+    store(to + j, capped < low ? low : capped);
   }
 };
 
+// The clipped gradient is scaled and takes the L2 penalty of the row; then the row decays.
 template <class A>
 struct Decay {
   A *e, *g;

@@ -179,7 +179,6 @@ def choose_bwd(
     dtype: torch.dtype,
     rule: str = "gradient",
     far: bool = False,
-    shaped: bool = False,
 ) -> BwdConfig:
     """Tiles of 16 runs for the sums: few lanes wait for the longest.
 
@@ -233,10 +232,10 @@ def choose_bwd(
 
 @lru_cache
 def choose_row_step(sizes: tuple[int, ...], dtype: torch.dtype) -> Mapping[str, Any]:
-    """Tiles of 16 rows by 32 columns, 4 numbers a thread of each of the row, its gradient and state.
+    """Tiles of 16 rows by 32 columns: of a row, its gradient and its state 4 numbers a thread each.
 
-    With 64 columns Adam would spill under this bound. The bound keeps the assembler from spilling 8 bytes at
-    a number of its own choice.
+    With 64 columns Adam would spill under this bound. Without a bound the assembler spills 8 bytes
+    in one of the rules.
     """
     columns = _block_dim(sizes[-1], 16 if dtype == torch.float64 else 32)
     options = {"num_warps": 4, "maxnreg": 168, "enable_fp_fusion": True}

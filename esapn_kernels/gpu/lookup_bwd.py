@@ -382,7 +382,7 @@ def _launch(
     state = [storage] * 5 if update is None else rule_state(update, storage)
     shaped = update is not None and update.shaped
     far = layout.row_start.dtype == torch.int64
-    config = launch.choose_bwd(n_ids, sizes, storage.dtype, rule, far, shaped)
+    config = launch.choose_bwd(n_ids, sizes, storage.dtype, rule, far)
     tick = None
     if update is not None and update.clock is not None:
         tick = update.clock, update.numbers

@@ -82,6 +82,25 @@ def test_rowwise_adagrad_steps_alike_every_time(raced):
         assert bool(first[0].any()) and all(map(torch.equal, found, first))
 
 
+def test_rowwise_adam_steps_alike_every_time(raced):
+    """So it is with a row, its second moment and its last step, under every setting."""
+    module, ids, grad, repeats = raced
+    clips = {"clip_value": 1e4, "clip_row_norm": 1e4}
+    rows = optim.Adam(module, lr=1.0, rowwise=True, weight_decay=0.5, **clips)
+    state = rows.state[module.arena.storage]
+    first = None
+    for _ in range(repeats):
+        module.arena.storage.data.fill_(1.0)
+        for held in (state["exp_avg"], state["exp_avg_sq"]):
+            held.fill_(1e3)
+        state["last_step"].fill_(1)
+        state["clock"].copy_(torch.tensor([3.0, 0.9**3, 0.999**3], dtype=torch.float64))
+        module(ids).backward(grad)
+        found = module.arena.storage.detach().clone(), *(held.clone() for held in state.values())
+        first = found if first is None else first
+        assert bool(first[0].any()) and all(map(torch.equal, found, first))
+
+
 @on_a_gpu
 @pytest.mark.parametrize("n_ids", [500, 200_000], ids=["small", "grouped"])
 def test_no_step_synchronises(n_ids, no_waiting):

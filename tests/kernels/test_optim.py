@@ -22,6 +22,10 @@ KINDS = {
         {"lr": 0.1, "eps": EPS, "initial_accumulator_value": 0.5, "rowwise": True},
     ),
     "adam": (optim.Adam, {"lr": 0.1, "betas": BETAS, "eps": EPS}),
+    "rowwise_adam": (
+        optim.AdamW,
+        {"lr": 0.1, "betas": BETAS, "eps": EPS, "rowwise": True, "weight_decay": 0.3},
+    ),
 }
 every_kind = pytest.mark.parametrize("rule", KINDS)
 # Those with state: the others have nothing to move.
@@ -80,6 +84,7 @@ class Plain:
             "adagrad": (zero + 0.5,),
             "rowwise_adagrad": (torch.tensor(0.5, dtype=zero.dtype),),
             "adam": (zero, zero),
+            "rowwise_adam": (zero, torch.zeros((), dtype=zero.dtype)),
         }
         self.state[i] = fresh[self.rule]
 
@@ -107,6 +112,7 @@ class Plain:
                 betas=BETAS,
                 step=self.step,
                 last_step=self.last[i],
+                decay=0.3 if self.rule == "rowwise_adam" else 0.0,
             )
             self.last[i] = self.step
         return float(loss.detach())
@@ -161,8 +167,24 @@ def test_a_run_equals_the_definition(rule, backend, device):
         (optim.Adagrad, torch.optim.Adagrad, {"initial_accumulator_value": 0.2}, False),
         (optim.Adam, torch.optim.Adam, {"lr": 0.1}, True),
         (optim.Adam, torch.optim.Adam, {"betas": (0.5, 0.7), "eps": 1e-3}, True),
+        (optim.SGD, torch.optim.SGD, {"lr": 0.1, "weight_decay": 0.3}, True),
+        (optim.Adagrad, torch.optim.Adagrad, {"lr": 0.1, "weight_decay": 0.3}, True),
+        (optim.Adam, torch.optim.Adam, {"lr": 0.1, "weight_decay": 0.3}, True),
+        (optim.AdamW, torch.optim.AdamW, {"lr": 0.1, "weight_decay": 0.3}, True),
+        (optim.AdamW, torch.optim.AdamW, {}, True),
     ],
-    ids=["sgd", "adagrad", "adagrad-start", "adam", "adam-options"],
+    ids=[
+        "sgd",
+        "adagrad",
+        "adagrad-start",
+        "adam",
+        "adam-options",
+        "sgd-decay",
+        "adagrad-decay",
+        "adam-decay",
+        "adamw",
+        "adamw-default",
+    ],
 )
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_the_same_steps_as_torch_optim(fused, dense, options, every_row, dtype):
@@ -225,7 +247,7 @@ def test_rows_that_were_not_looked_up_keep_every_bit(rule, backend, device):
     before = module.arena.storage.detach().clone()
     state = {k: v.clone() for k, v in optimizer.state.get(module.arena.storage, {}).items()}
     # Adam's kernels read numbers per id: by ids of 32 bits too.
-    index = torch.int32 if rule == "adam" else torch.int64
+    index = torch.int32 if rule.endswith("adam") else torch.int64
     ids = torch.tensor([[3, 7, 3]], dtype=index, device=device)
     backward(module, ids, torch.ones(1, 3, SIZES[-1], dtype=torch.float64, device=device))
     touched = row_elements(module, ids)
@@ -277,7 +299,7 @@ def test_state_of_moved_rows_starts_afresh_and_others_keep_every_bit(rule, backe
     check(unmoved=True)
     module.compact()
     check(unmoved=False)
-    if rule == "adam":
+    if rule.endswith("adam"):
         assert torch.equal(own_state(optimizer, module)["clock"], before["clock"])
 
 
@@ -296,7 +318,7 @@ def test_a_row_that_is_freed_and_inserted_starts_afresh():
 @pytest.mark.parametrize("sizes, n_rows", [((1,), 3), ((3,), 1), ((1, 2), 2)])
 def test_state_is_not_taken_for_what_has_its_length(sizes, n_rows):
     """Tables so small that the clock, or one number per id, is as long as the arena."""
-    for rule in ("rowwise_adagrad", "adam"):
+    for rule in ("rowwise_adagrad", "adam", "rowwise_adam"):
         module = make(n_rows, sizes)
         optimizer = build(rule, module)
         grad_out = torch.ones(n_rows, sizes[-1], dtype=torch.float64)
@@ -325,6 +347,7 @@ def test_state_of_16_bit_rows_is_fp32(rule):
         "adagrad": 4 * capacity,
         "rowwise_adagrad": 4 * n_rows,
         "adam": 8 * capacity + 4 * n_rows,
+        "rowwise_adam": 4 * capacity + 8 * n_rows,
     }
     assert module.memory_report().optimizer == per_rule[rule]
     module.promote(torch.arange(n_rows))
@@ -418,7 +441,8 @@ def test_a_checkpoint_goes_on_bit_for_bit(rule, dtype):
 
     resumed = make(n_rows, dtype=dtype, seed=9)
     # Other arguments: the checkpoint's are taken.
-    changes = {"lr": 0.7} if rule == "sgd" else {"lr": 0.7, "eps": 0.1}
+    changes = {"lr": 0.7, "weight_decay": 0.9, "clip_row_norm": 0.1}
+    changes |= {} if rule == "sgd" else {"eps": 0.1}
     again = build(rule, resumed, **changes)
     follow = torch.optim.lr_scheduler.StepLR(again, 2, gamma=0.3)
     own = dict(again.state.get(resumed.arena.storage, {}))
@@ -625,5 +649,5 @@ def test_a_batch_of_nothing_is_a_step(rule, backend, device):
     before = module.arena.storage.detach().clone()
     module(torch.zeros(0, dtype=torch.long, device=device)).sum().backward()
     assert torch.equal(module.arena.storage, before)
-    if rule == "adam":
+    if rule.endswith("adam"):
         assert own_state(optimizer, module)["clock"].tolist() == [1.0, *BETAS]
