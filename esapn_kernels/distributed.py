@@ -46,7 +46,7 @@ def replicate(
         The tables' parameters, for ``fully_shard(..., ignored_params=...)``.
 
     Raises:
-        RuntimeError: ``torch.distributed`` is not initialised; a table steps its rows in backward
+        RuntimeError: ``torch.distributed`` is not initialised; a table has a fused optimizer
             (``optim``), has a sparse gradient or ``max_norm``; a table is replicated already, or
             wrapped in DDP; the ranks' tables differ in more than their numbers and present sizes.
         ValueError: ``model`` has no table.
@@ -106,8 +106,8 @@ def _refuse(name: str, table: ResizableEmbedding) -> None:
         raise RuntimeError(f"{name} is replicated already")
     if table.arena.fused_optimizer is not None:
         raise RuntimeError(
-            f"{name} steps its rows in backward, where there is no gradient to average: use an "
-            "optimizer of torch.optim"
+            f"{name} has a fused optimizer, whose gradients are not averaged: use an optimizer of "
+            "torch.optim"
         )
     if table.sparse:
         raise RuntimeError(f"{name} has sparse gradients, which are not averaged: use sparse=False")

@@ -472,8 +472,8 @@ class Adam(FusedOptimizer):
         e <- e - lr (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
         row-wise   v_x <- beta2^a v_x + (1 - beta2) mean(g^2)   in place of v
 
-    ``t`` counts the backward passes of lookups in the module (deferred: the calls of ``step`` with a
-    gradient). The moments of a row are exactly
+    ``t`` counts the backward passes of lookups in the module (deferred: the calls of ``step`` with
+    a gradient). The moments of a row are exactly
     those of ``torch.optim.Adam`` on a dense gradient, which is zero in the steps without the row:
     they decay for the steps missed when the row comes again. Only the row itself stays where it is
     meanwhile, while dense Adam moves it on by its momentum. (``torch.optim.SparseAdam`` does not
@@ -635,8 +635,8 @@ def _check_modules(
             raise ValueError("optimizer got the same ResizableEmbedding twice")
         if module.agree is not None:
             raise ValueError(
-                "the module is a replica, whose gradients are averaged, and a fused optimizer "
-                "leaves none: use an optimizer of torch.optim"
+                "the module is a replica, whose gradients are averaged, and those of a fused "
+                "optimizer are not: use an optimizer of torch.optim"
             )
         if (attached := module.arena.fused_optimizer) is not None:
             raise ValueError(

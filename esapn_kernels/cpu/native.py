@@ -352,6 +352,7 @@ def _step(
     held, addresses = _update(rule, update, rows=into)
     native.step_rows(
         *_table(layout, rows.ids, elements),
+        rows.level.data_ptr(),
         rows.place.data_ptr(),
         rows.values.data_ptr(),
         storage.data_ptr(),

@@ -207,6 +207,7 @@ PyObject* step_rows(PyObject*, PyObject* const* values, Py_ssize_t count) {
   Arguments arguments(values, count);
   const Table table = arguments.table();
   const Ids ids = arguments.ids();
+  const int8_t* level = static_cast<const int8_t*>(arguments.address());
   const int64_t* place = static_cast<const int64_t*>(arguments.address());
   const void* gradients = arguments.address();
   void* storage = arguments.address();
@@ -216,6 +217,7 @@ PyObject* step_rows(PyObject*, PyObject* const* values, Py_ssize_t count) {
   if (ids.count) {
     for (const void* address : {ids.data, table.row_start}) arguments.needs(address);
     arguments.needs(table.page_level);
+    arguments.needs(level);
     arguments.needs(place);
     if (table.dim()) arguments.needs(gradients);
     if (update.rule >= SGD) arguments.needs(storage);
@@ -224,7 +226,7 @@ PyObject* step_rows(PyObject*, PyObject* const* values, Py_ssize_t count) {
   int status;
   {
     const Unlocked unlocked(is_long(table, ids));
-    status = chosen->step_rows[dtype == F64](table, ids, place, gradients, storage, dtype, update, threads);
+    status = chosen->step_rows[dtype == F64](table, ids, level, place, gradients, storage, dtype, update, threads);
   }
   return answer(status);
 }
@@ -403,7 +405,7 @@ PyMethodDef methods[] = {
     {"lookup_bwd", fast(lookup_bwd), METH_FASTCALL,
      "(table, ids, storage, composed, grad, grad_composed, padding, threads, update)"},
     {"step_rows", fast(step_rows), METH_FASTCALL,
-     "(table, ids, place, gradients, storage, dtype, threads, update)"},
+     "(table, ids, level, place, gradients, storage, dtype, threads, update)"},
     {"count_elements", fast(count_elements), METH_FASTCALL, "(table, ids, padding): of the distinct rows"},
     {"compose", fast(compose), METH_FASTCALL, "(sizes, dtype, chain, composed)"},
     {"compose_bwd", fast(compose_bwd), METH_FASTCALL,

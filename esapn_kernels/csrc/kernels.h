@@ -14,8 +14,8 @@ struct Kernels {
                        void* out, int out_dtype, int threads);
   int (*lookup_bwd[2])(const Table&, const Ids&, const void* grad, int grad_dtype, void* storage, int dtype,
                        const void* composed, void* grad_composed, const Update&, int64_t padding, int threads);
-  int (*step_rows[2])(const Table&, const Ids&, const int64_t* place, const void* values, void* storage, int dtype,
-                      const Update&, int threads);
+  int (*step_rows[2])(const Table&, const Ids&, const int8_t* level, const int64_t* place, const void* values,
+                      void* storage, int dtype, const Update&, int threads);
   int (*compose[2])(const int64_t* sizes, int n, const void* chain, void* composed);
   int (*compose_bwd[2])(const int64_t* sizes, int n, const void* grad_composed, const void* chain,
                         const void* composed, void* grad_chain);

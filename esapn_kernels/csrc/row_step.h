@@ -9,15 +9,20 @@
 constexpr int STEP_TASK = 4096;  // rows
 constexpr int STEP_AHEAD = 16;
 
-// `place`: where the gradient of every id begins in `values`, numbers of the dtype of the sums.
+// Of every id: `level` that its row has, and `place` where its gradient begins in `values`, numbers of
+// the dtype of the sums. OUT_OF_RANGE: a row has another level by now.
 template <class A>
-static int step_rows(const Table& table, const Ids& ids, const int64_t* place, const void* values, void* storage,
-                     int dtype, const Update& update, int threads) {
+static int step_rows(const Table& table, const Ids& ids, const int8_t* level, const int64_t* place,
+                     const void* values, void* storage, int dtype, const Update& update, int threads) {
   Buffer held(group_bytes(ids.count));
   if (!held.ok()) return NO_MEMORY;
   Groups groups;
   const Status status = group(groups, held, table, ids, -1);
   if (status != OK) return status;
+  bool same = true;
+  for (int64_t u = 0; u < groups.count; u++)
+    for (int32_t o = groups.head[u]; o >= 0; o = groups.next[o]) same &= level[o] == int8_t(groups.level[u]);
+  if (!same) return OUT_OF_RANGE;
   const A* from = static_cast<const A*>(values);
   const int64_t widest = Buffer::padded<A>(table.dim()) / int64_t(sizeof(A));
   const int64_t tasks = (groups.count + STEP_TASK - 1) / STEP_TASK;

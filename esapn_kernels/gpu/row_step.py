@@ -16,6 +16,7 @@ from ..ops.backend import launch_kernel, tl, triton
 from ..ops.layout import Layout
 from ..ops.update import CollectedRows, Update
 from . import launch
+from .group import page_levels
 from .launch import kernel_constants
 from .update import (
     clip_grads,
@@ -30,13 +31,14 @@ from .update import (
 __all__ = ["launch_row_step"]
 
 
-@triton.jit(do_not_specialize=["n_listed"])
+@triton.jit(do_not_specialize=["n_listed", "page_shift"])
 def _row_step_kernel(
     ids_ptr,
     level_ptr,
     place_ptr,
     values_ptr,
     row_start_ptr,
+    page_level_ptr,
     storage_ptr,
     moment_ptr,
     square_ptr,
@@ -44,6 +46,7 @@ def _row_step_kernel(
     clock_ptr,
     numbers_ptr,
     n_listed,
+    page_shift,
     SIZES: tl.constexpr,
     PADS: tl.constexpr,
     ACC: tl.constexpr,
@@ -60,8 +63,12 @@ def _row_step_kernel(
     level = tl.load(level_ptr + listed, mask=inside, other=-1).to(tl.int32)
     place = tl.load(place_ptr + listed, mask=inside, other=0)
     start = tl.load(row_start_ptr + tl.maximum(ids, 0), mask=ids >= 0, other=0).to(tl.int64)
+    # Rows that a graph has moved meanwhile have another level.
+    listed_row = (ids >= 0) & (start >= 0)
+    present = tl.load(page_level_ptr + (start >> page_shift), mask=listed_row, other=-1)
+    level = tl.where(listed_row & (present == level), level, -1)
     for k in tl.static_range(len(SIZES)):
-        mask_row = (ids >= 0) & (level == k)
+        mask_row = level == k
         if tl.max(mask_row.to(tl.int32), axis=0) > 0:
             _step_level(
                 rows,
@@ -161,9 +168,11 @@ def launch_row_step(rows: CollectedRows, storage: Tensor, layout: Layout, update
         rows.place,
         rows.values,
         layout.row_start,
+        page_levels(layout),
         storage,
         *rule_state(update, storage),
         count,
+        layout.page_shift,
         SIZES=constants["SIZES"],
         PADS=launch.pads(layout.sizes),
         ACC=constants["ACC"],

@@ -282,7 +282,8 @@ def step_rows(
         backend: as for ``lookup``.
     """
     storage = storage.detach().view(-1)
-    rows = grad.at(layout, storage).summed()
+    # A layout is the same object until rows move.
+    rows = (grad if grad.row_layout is layout else grad.at(layout, storage)).summed()
     backend = resolve_backend(backend, storage.device)
     if backend == "triton":
         launch_row_step(rows, storage, layout, update)
