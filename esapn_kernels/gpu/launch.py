@@ -210,8 +210,8 @@ def choose_bwd(
     lean = rule in ("gradient", "collect", "sgd", "adagrad")
     many = lean or (rule == "adam" and dtype == torch.float32)
     many &= not wide and max(sizes[:-1], default=0) <= block_k
-    # Four masked or unaligned rows a lane would spill, and so would Adam's with far starts.
-    lanes = 2 if block_dim != sizes[-1] or (far and rule == "adam") else 4
+    # Four masked or unaligned rows a lane would spill, and so would either Adam's with far starts.
+    lanes = 2 if block_dim != sizes[-1] or (far and rule.endswith("adam")) else 4
     walk = (32, lanes, 256, 32)
     sums = {"WALK": walk, "BLOCK_ROWS": 16, "BLOCK_DIM": block_dim}
     chain = {"WHOLE": whole, "BLOCK_ROWS": 16, "BLOCK_K": block_k, "BLOCK_DIM": half}
