@@ -473,11 +473,11 @@ class Adam(FusedOptimizer):
         row-wise   v_x <- beta2^a v_x + (1 - beta2) mean(g^2)   in place of v
 
     ``t`` counts the backward passes of lookups in the module (deferred: the calls of ``step`` with
-    a gradient). The moments of a row are exactly
-    those of ``torch.optim.Adam`` on a dense gradient, which is zero in the steps without the row:
-    they decay for the steps missed when the row comes again. Only the row itself stays where it is
-    meanwhile, while dense Adam moves it on by its momentum. (``torch.optim.SparseAdam`` does not
-    decay them: the moments of a rare row are too large there.)
+    a gradient). The moments of a row are exactly those of ``torch.optim.Adam`` on a dense gradient,
+    which is zero in the steps without the row: they decay for the steps missed when the row comes
+    again. Only the row itself stays where it is meanwhile, while dense Adam moves it on by its
+    momentum. (``torch.optim.SparseAdam`` does not decay them: the moments of a rare row are too
+    large there.)
 
     Args:
         modules: one :class:`ResizableEmbedding` or an iterable of them.
