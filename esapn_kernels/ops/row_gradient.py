@@ -30,7 +30,7 @@ __all__ = ["RowGradient", "step_rows"]
 
 _aten = torch.ops.aten
 
-_SAME = {_aten.detach.default, _aten.alias.default, _aten.detach_.default}
+_ALIASES = {_aten.detach.default, _aten.alias.default}
 _VIEWS = {_aten.view.default, _aten._unsafe_view.default, _aten._reshape_alias.default}
 _SUMS = {_aten.add.Tensor, _aten.add_.Tensor}
 # Of these the zeros that are not listed stay zeros, or count for nothing.
@@ -141,8 +141,10 @@ class RowGradient(Tensor):
             return func(*tree_map_only(cls, _values, args), **kwargs)
         if not isinstance(mine, cls):
             return _on_dense(func, args, kwargs)
-        if func in _SAME:
+        if func in _ALIASES:
             return mine.holding(mine.parts)
+        if func is _aten.detach_.default:
+            return mine
         if func in _VIEWS:
             return mine.holding(mine.parts, _shape(args[1], mine.shape.numel()))
         if func in _SUMS:
@@ -189,9 +191,13 @@ def _shape(shape: Sequence[int], numel: int) -> list[int]:
 def _add(func: Any, one: Any, other: Any, alpha: Any = 1) -> Any:
     in_place = func is _aten.add_.Tensor
     if alpha == 1 and isinstance(other, RowGradient):
+        parts = one.parts + other.parts
+        if len(parts) == 1:
+            # Several parts are summed into memory of their own before anything is written.
+            parts = [parts[0]._replace(values=parts[0].values.clone())]
         if not in_place:
-            return one.holding(one.parts + other.parts)
-        one.parts += other.parts
+            return one.holding(parts)
+        one.parts[:] = parts
         return one
     if in_place and isinstance(other, Tensor) and other.shape == one.shape:
         dense = other.to_dense() * alpha

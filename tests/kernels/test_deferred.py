@@ -353,6 +353,11 @@ def test_what_a_gradient_is_asked(backend):
             result = result.to_dense()
         torch.testing.assert_close(result, expected)
     assert "rows=" in repr(grad)
+    zero = grad.clone().zero_()
+    for total in (zero + grad, grad + zero, zero.add_(grad)):
+        total.mul_(3.0)
+        torch.testing.assert_close(total.to_dense(), 3 * dense)
+        torch.testing.assert_close(grad.to_dense(), dense)
     held, expected = grad.detach(), dense.clone()
     held.mul_(2.0)
     torch.testing.assert_close(grad.to_dense(), 2 * expected)
