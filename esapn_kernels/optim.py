@@ -199,12 +199,13 @@ class FusedOptimizer(torch.optim.Optimizer):
                 "for: call its detach() and build another one"
             )
         last_step = state.get("last_step")
-        row_sums = [held for held in per_id if held is not last_step]
+        # In state_per_id the sum comes first.
+        row_sums = per_id[0] if per_id and per_id[0] is not last_step else None
         return Update(
             self.rule,
             numbers,
             state=tuple(held.view(-1) for held in elements),
-            row_sums=row_sums[0] if row_sums else None,
+            row_sums=row_sums,
             last_step=last_step,
             clock=state.get("clock"),
             shaped=is_shaped(self._bring()),
@@ -216,13 +217,15 @@ class FusedOptimizer(torch.optim.Optimizer):
         beta1, beta2 = group.get("betas", (0.0, 0.0))
         betas = float(beta1), float(beta2)
         decay = float(group["weight_decay"])
-        bounds = (group["clip_value"], group["clip_row_norm"])
+        value, norm = group["clip_value"], group["clip_row_norm"]
         return rule_numbers(
             float(group["lr"]),
             float(group.get("eps", 0.0)),
             betas,
-            *((0.0, decay) if self.decoupled else (decay, 0.0)),
-            *(math.inf if bound is None else float(bound) for bound in bounds),
+            0.0 if self.decoupled else decay,
+            decay if self.decoupled else 0.0,
+            math.inf if value is None else float(value),
+            math.inf if norm is None else float(norm),
         )
 
     def _bring(self) -> tuple[float, ...]:
