@@ -53,6 +53,7 @@ NATIVE = "tests/kernels/test_native.py"
 RACES = (
     f"{NATIVE}::test_no_moment_of_adam_is_stale",
     f"{NATIVE}::test_rowwise_adagrad_steps_alike_every_time",
+    f"{NATIVE}::test_rowwise_adam_steps_alike_every_time",
 )
 
 # Files whose tests launch kernels. Those that train and compile little, then gradients, promotions
@@ -149,7 +150,7 @@ def make_stages(out: Path, rehearse: bool) -> list[Stage]:
     timing_stage = [*timing, "--out", str(out / "kernels.json")]
     timing_stage += ["--rehearse", "--ids", "6"] if rehearse else []
     return [
-        tests("race", "races of Adam's and row-wise Adagrad's state", 1, RACES),
+        tests("race", "races of the state of Adam and of row-wise rules", 1, RACES),
         tests("tests", "the kernels' tests", workers, REHEARSED if rehearse else TESTED),
         tests("native", "what only a GPU shows", 1, [NATIVE]),
         Stage(

@@ -17,6 +17,7 @@ from harness.command import Parser, picture
 MODES = ("forward", "backward", "both", "step sgd", "step adagrad", "step adam")
 STYLES = {
     "ours": ("#0072B2", "o"),
+    "ours deferred": ("#F0E442", "<"),
     "ours 128": ("#56B4E9", "s"),
     "ours dense": ("#009E73", "D"),
     "fixed": ("#D55E00", "^"),

@@ -77,6 +77,10 @@ def work() -> None:
     for batch in (ids, ids.repeat(8)):  # sorted by one program, and by more launches
         module(batch).backward(torch.ones(len(batch), 16))
     del optimizer
+    deferred = optim.Adam(module, lr=0.1, deferred=True)
+    module(ids).backward(torch.ones(600, 16))
+    deferred.step()
+    del deferred
     module.promote(ids, ids > 5)
     module.arena.free(ids[:3], backend="triton")
     module.arena.insert(ids[:3], 0, backend="triton")

@@ -29,11 +29,11 @@ def test_gate_of_steps(spec: Any, ids: torch.Tensor, rule: str) -> None:
 
 
 def test_every_rule_has_its_providers(spec: Any) -> None:
-    names = ["ours", "ours 128", "ours dense", "fixed", "sparse"]
-    for rule, number in (("sgd", 4), ("adagrad", 4), ("rowwise_adagrad", 2), ("adam", 5)):
+    names = ["ours", "ours deferred", "ours 128", "ours dense", "fixed", "sparse"]
+    for rule, number in (("sgd", 5), ("adagrad", 5), ("rowwise_adagrad", 3), ("adam", 6)):
         steps = list(updates.make_steps(spec, CPU, rule))
         assert [step.name for step in steps] == names[:number]
-        assert bool((steps[1].holder.module.sizes_of() == 128).all())
+        assert bool((steps[2].holder.module.sizes_of() == 128).all())
 
 
 def test_gate_refuses_another_optimizer(spec: Any, ids: torch.Tensor) -> None:
