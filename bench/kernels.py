@@ -7,6 +7,7 @@ The paper's table with --scale times its rows, uniform ids, random rows and grad
     forward      builds the graph
     dense step   forward, backward with a dense gradient of the table
     adam step    forward, backward with Adam fused into it, torch's Adam on the hops
+    deferred     the same with the rows' gradients collected in backward, and a step after it
     promotion    distinct rows below the largest size, Adam's moments with them, on a fresh copy
 
 Of a case: microseconds a call of all kernels together, as torch.profiler has them; of the host, a
@@ -47,7 +48,7 @@ from harness.roof import (
 )
 from harness.static import label
 from harness.timing import Timer
-from harness.updates import Step, fused_step
+from harness.updates import Step, deferred_step, fused_step
 from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
@@ -100,7 +101,14 @@ class Bench:
     @cached_property
     def adam(self) -> Step:
         """Rows stepped inside backward; its steps are small."""
-        step = fused_step(Ours(self.spec, self.device), "adam")
+        return self._settled(fused_step(Ours(self.spec, self.device), "adam"))
+
+    @cached_property
+    def deferred(self) -> Step:
+        """Rows stepped after backward."""
+        return self._settled(deferred_step(Ours(self.spec, self.device), "adam"))
+
+    def _settled(self, step: Step) -> Step:
         self.module(step).backend = "triton"
         step.settle()
         return step
@@ -138,9 +146,13 @@ class Bench:
 
         yield Case("forward", n_ids, partial(calls, ours), forward)
         yield Case("dense step", n_ids, partial(calls, both), forward + dense)
-        yield Case(
-            "adam step", n_ids, partial(calls, adam), sparse_step_bytes(looked, "adam"), "adam"
-        )
+
+        def deferred(ids: Tensor) -> None:
+            self.deferred(ids, grad)
+
+        stepped = sparse_step_bytes(looked, "adam")
+        yield Case("adam step", n_ids, partial(calls, adam), stepped, "adam")
+        yield Case("deferred", n_ids, partial(calls, deferred), stepped)
         ids = self.growing(n_ids)
         counts = [int((self.spec.sizes[ids.cpu()] == size).sum()) for size in SIZES]
 
@@ -159,6 +171,7 @@ class Bench:
         self.adam(batches[0], grad)
         self.module(self.adam).promote(self.growing(n_ids))
         self.adam(batches[0], grad)
+        self.deferred(batches[0], grad)
         self.ours.backward(self.ours(batches[1]), grad)
 
 

@@ -59,7 +59,7 @@ def test_a_rehearsal_runs_every_stage(rehearsal: tuple[Path, str]) -> None:
         assert not found[name]["failures"] + found[name]["running"] + found[name]["not_reached"]
     times = json.loads((folder / "kernels.json").read_text())
     assert times["rehearsal"] and times["complete"]
-    cases = ["forward", "dense step", "adam step", "promotion"]
+    cases = ["forward", "dense step", "adam step", "deferred", "promotion"]
     assert [case["case"] for case in times["cases"]] == cases
     for case in times["cases"]:
         assert case["kernels_us"] == pytest.approx(sum(row["us"] for row in case["kernels"]))
