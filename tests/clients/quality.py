@@ -58,27 +58,8 @@ def ratings(users: int = 300, items: int = 200, each: int = 30) -> list[tuple[in
     user, column = np.arange(users)[:, None], np.argsort(-chosen)[:, :each]
     noisy = 3 + 1.5 * (liking - liking.mean(1, keepdims=True)) + draws.normal(size=liking.shape)
     stars = noisy.round().clip(1, 5).astype(int)[user, column]
-    return list(zip(user.repeat(each).tolist(), column.ravel().tolist(), stars.ravel().tolist()))
-
-
-def sentences(language: int, seed: int, count: int, tokens: int = 200) -> torch.Tensor:
-    """Ids ``[count, 16]``; the next one depends on the one before, by four factors of both.
-
-    Args:
-        language: says which ids follow which.
-        seed: of the draws.
-        count: how many.
-        tokens: ids lie below; the first three do not occur.
-    """
-    fixed = np.random.default_rng(language)
-    logits = fixed.normal(0, 1.2, (tokens, 4)) @ fixed.normal(0, 1.2, (4, tokens))
-    logits = logits + np.log(popularity(tokens))
-    logits[:, :3] = -np.inf
-    draws = np.random.default_rng(seed)
-    ids = [draws.integers(3, tokens, count)]
-    for _ in range(15):
-        ids.append((logits[ids[-1]] + draws.gumbel(size=(count, tokens))).argmax(1))
-    return torch.from_numpy(np.stack(ids, axis=1))
+    rows = np.stack(np.broadcast_arrays(user, column, stars), axis=-1)
+    return [tuple(row) for row in rows.reshape(-1, 3).tolist()]
 
 
 class Epochs:
@@ -138,14 +119,15 @@ def measure(
         embeddings: the fixture.
     """
     found: dict[str, list[dict[str, float]]] = {}
-    shares: dict[str, str] = {}
+    shares = dict.fromkeys(RUNS, 0.0)
     for column, (kind, growing) in RUNS.items():
         embeddings(kind)
         found[column] = []
         for seed in SEEDS:
             left = Epochs(0 if column == "untrained" else epochs, growing)
             found[column].append(run(seed, left))
-            shares[column] = f"{left.share():.0%}" if growing else ""
+            if growing:
+                shares[column] += left.share() / len(SEEDS)
     assert found["one size"] == found["plain"]
     rows = []
     for metric in found["plain"][0]:
@@ -156,7 +138,8 @@ def measure(
             assert all(map(math.isfinite, values))
             mean, spread = statistics.mean(values), max(values) - min(values)
             assert column == "untrained" or sign * mean > sign * untrained, (column, metric)
-            cells.append(f"{mean:.4f} ({spread * 1e4:.0f}) {shares[column]}".rstrip())
+            share = f" {shares[column]:.0%}" if shares[column] else ""
+            cells.append(f"{mean:.4f} ({spread * 1e4:.0f}){share}")
         rows.append(f"| {name} | {metric} | {' | '.join(cells)} |")
     return rows
 

@@ -105,7 +105,7 @@ def test_quality(quality):
         model = TwoTables(large.FIELDS[:2], dim=16)
         model, adam = accelerator.prepare(model, torch.optim.Adam(model.parameters(), lr=0.01))
         parts = {}
-        for part, events in ((1, 20_000), (2, 5_000)):
+        for part, events in ((1, 15_000), (2, 5_000)):
             ids, labels = large.clicks(part, events)
             pairs = torch.from_numpy(np.stack(ids[:2], axis=1))
             data = TensorDataset(pairs, torch.from_numpy(labels))

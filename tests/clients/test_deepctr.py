@@ -67,7 +67,7 @@ def test_quality(quality, name):
         model = build(name, seed, large.FIELDS, dim=16)
         for _ in range(epochs.count):
             epochs.begin(model)
-            model.fit(*columns_of(large.clicks(1, 20_000)), batch_size=200, verbose=0)
+            model.fit(*columns_of(large.clicks(1, 15_000)), batch_size=200, verbose=0)
         scores = model.evaluate(*columns_of(large.clicks(2, 5_000)))
         return {"AUC": scores["auc"], "log loss": scores["logloss"]}
 

@@ -126,7 +126,7 @@ def test_quality(quality):
         torch.manual_seed(seed)
         model = Factors(large.FIELDS, 16)
         trainer = trainer_of(Begin(epochs), epochs=epochs.count)
-        trainer.fit(model, loader(large.clicks(1, 20_000), 200))
+        trainer.fit(model, loader(large.clicks(1, 15_000), 200))
         (scores,) = trainer.validate(model, loader(large.clicks(2, 5_000), 200), verbose=False)
         return scores
 

@@ -37,6 +37,7 @@ CONTEXT = {
     "valid_metric": "AUC",
     "train_neg_sample_args": None,
 }
+NAMES = {"auc": "AUC", "logloss": "log loss", "ndcg@10": "NDCG@10", "recall@10": "Recall@10"}
 
 
 @pytest.fixture(autouse=True)
@@ -100,7 +101,12 @@ def test_quality(quality, name):
             epochs.begin(trainer.model)
             trainer.fit(train, saved=False, verbose=False)
         scores = trainer.evaluate(test, load_best_model=False)
-        names = {"auc": "AUC", "logloss": "log loss", "ndcg@10": "NDCG@10", "recall@10": "Recall@10"}
+        names = {
+            "auc": "AUC",
+            "logloss": "log loss",
+            "ndcg@10": "NDCG@10",
+            "recall@10": "Recall@10",
+        }
         return {names[name]: float(score) for name, score in scores.items() if name in names}
 
-    quality(f"RecBole {name}", run, epochs=10)
+    quality(f"RecBole {name}", run, epochs=25 if name == "BPR" else 10)

@@ -79,7 +79,7 @@ def test_quality(quality, name):
         trainer = trainer_of(build(name, seed, large.FIELDS, dim=16))
         for _ in range(epochs.count):
             epochs.begin(trainer.model)
-            trainer.train_one_epoch(loader_of(large.clicks(1, 20_000), 200))
+            trainer.train_one_epoch(loader_of(large.clicks(1, 15_000), 200))
         held_out = loader_of(large.clicks(2, 5_000), 200)
         return {"AUC": trainer.evaluate(trainer.model, held_out)}
 
