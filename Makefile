@@ -66,7 +66,7 @@ test-newest: $(STAMP) ## the kernels' tests, shortened, on the newest Triton tha
 CLIENTS := .venv-clients
 
 clients: $(CLIENTS)/.installed ## RecBole, transformers and others on our class, in .venv-clients; prints docs/clients.md's table
-	@$(CLIENTS)/bin/python -m pytest tests/clients -W ignore $(PYTEST_ARGS)
+	@$(CLIENTS)/bin/python -m pytest tests/clients -W ignore $(WORKERS) $(PYTEST_ARGS)
 
 # With $(PYTHON), which has the torch that fits the GPU: nothing is installed.
 OUT ?= runs/gpu

@@ -14,8 +14,6 @@ CLIENTS = (
 if not all(map(find_spec, CLIENTS)):
     collect_ignore_glob = ["*.py"]
 
-QUALITY = pytest.StashKey[list[str]]()
-
 
 @pytest.fixture
 def embeddings(monkeypatch: pytest.MonkeyPatch, tmp_path):
@@ -30,16 +28,17 @@ def embeddings(monkeypatch: pytest.MonkeyPatch, tmp_path):
 
 
 @pytest.fixture
-def quality(request: pytest.FixtureRequest, embeddings):
+def quality(record_property, embeddings):
     """``quality(name, run, epochs)``: rows for the table at the end; see ``quality.measure``."""
     from tests.clients.quality import measure
 
-    rows = request.config.stash.setdefault(QUALITY, [])
-    return lambda name, run, epochs: rows.extend(measure(name, run, epochs, embeddings))
+    return lambda *run, **options: record_property("quality", measure(*run, embeddings, **options))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if rows := terminalreporter.config.stash.get(QUALITY, []):
+    passed = sorted(terminalreporter.getreports("passed"), key=lambda report: report.nodeid)
+    properties = [dict(report.user_properties) for report in passed]
+    if rows := [row for found in properties for row in found.get("quality", ())]:
         from tests.clients.quality import table
 
         terminalreporter.section("quality")

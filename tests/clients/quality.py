@@ -105,8 +105,8 @@ class Epochs:
 def measure(
     name: str,
     run: Callable[[int, Epochs], dict[str, float]],
-    epochs: int,
     embeddings: Callable[[str], None],
+    epochs: int,
 ) -> list[str]:
     """Rows of the table, one a metric: means over the seeds, and how far they are apart.
 
@@ -115,8 +115,8 @@ def measure(
     Args:
         name: of the client and its model.
         run: gives the metrics of a model that it builds and trains, from a seed and its epochs.
-        epochs: how many.
         embeddings: the fixture.
+        epochs: how many.
     """
     found: dict[str, list[dict[str, float]]] = {}
     shares = dict.fromkeys(RUNS, 0.0)
