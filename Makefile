@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install again demo test sanitize asan test-newest test-clients gpu gpu-bench docs lint format clean
+.PHONY: help install again demo test sanitize asan test-newest clients gpu gpu-bench docs lint format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 14
@@ -64,10 +64,9 @@ test-newest: $(STAMP) ## the kernels' tests, shortened, on the newest Triton tha
 
 # An environment of their own: they bring many packages, which nothing else here needs.
 CLIENTS := .venv-clients
-RECBOLE := recbole==1.2.1
 
-test-clients: $(CLIENTS)/.installed ## RecBole, transformers and others on our class, in .venv-clients
-	@$(CLIENTS)/bin/python -m pytest tests/clients -W ignore $(PYTEST_ARGS)
+clients: $(CLIENTS)/.installed ## RecBole, transformers and others on our class, in .venv-clients; prints docs/clients.md's table
+	@$(CLIENTS)/bin/python -m pytest tests/clients -W ignore $(WORKERS) $(PYTEST_ARGS)
 
 # With $(PYTHON), which has the torch that fits the GPU: nothing is installed.
 OUT ?= runs/gpu
@@ -116,9 +115,9 @@ $(STAMP): setup.py constraints.txt $(wildcard esapn_kernels/csrc/*) | $(BIN)/pyt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,bench,serving,docs,dev]'
 	@touch $@
 
-$(CLIENTS)/.installed: setup.py constraints.txt tests/clients/requirements.txt
+$(CLIENTS)/.installed: setup.py constraints.txt tests/clients/requirements.txt $(wildcard esapn_kernels/csrc/*)
 	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
 	$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
-	  -e . -r tests/clients/requirements.txt
-	$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(RECBOLE)
+	  --no-deps -r tests/clients/requirements.txt
 	@touch $@

@@ -21,7 +21,20 @@ class OneSize(ResizableEmbedding):
         super().__init__(num_embeddings, embedding_dim, *args, **options)
 
 
-CLASSES = {"plain": nn.Embedding, "one size": OneSize, "default sizes": ResizableEmbedding}
+class HalfWidth(ResizableEmbedding):
+    """Has the default sizes; every row starts at half the largest."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, *args: Any, **options: Any):
+        options.setdefault("initial_size", max(embedding_dim // 2, 1))
+        super().__init__(num_embeddings, embedding_dim, *args, **options)
+
+
+CLASSES = {
+    "plain": nn.Embedding,
+    "one size": OneSize,
+    "default sizes": ResizableEmbedding,
+    "from half the width": HalfWidth,
+}
 FIELDS = (60, 40, 30)  # ids of each
 EVENTS = 1_000
 

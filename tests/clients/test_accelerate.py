@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator, init_empty_weights, load_checkpoint_in_model
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
+from tests.clients import quality as large
 from tests.clients.shared import check_same, grow
 
 IDS = torch.arange(60).view(30, 2) % 20
@@ -14,10 +17,11 @@ LABELS = (IDS.sum(1) % 3 == 0).float()
 
 
 class TwoTables(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, rows: tuple[int, int] = (20, 20), dim: int = 8) -> None:
         super().__init__()
-        self.users, self.items = nn.Embedding(20, 8), nn.Embedding(20, 8, padding_idx=0)
-        self.top = nn.Linear(8, 1)
+        self.users = nn.Embedding(rows[0], dim)
+        self.items = nn.Embedding(rows[1], dim, padding_idx=0)
+        self.top = nn.Linear(dim, 1)
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.top(self.users(ids[:, 0]) * self.items(ids[:, 1])).squeeze(1)
@@ -90,3 +94,32 @@ def test_a_model_without_memory_takes_a_checkpoint(embeddings, kind, buffers):
     adam = torch.optim.Adam(empty.parameters(), lr=0.05)
     losses = train(accelerator, empty, adam, steps=20)
     assert losses[-1] < losses[0]
+
+
+def test_quality(quality):
+    """The first two fields of the clicks, the third of which is noise here."""
+
+    def run(seed: int, epochs: large.Epochs) -> dict[str, float]:
+        accelerator = Accelerator(cpu=True)
+        torch.manual_seed(seed)
+        model = TwoTables(large.FIELDS[:2], dim=16)
+        model, adam = accelerator.prepare(model, torch.optim.Adam(model.parameters(), lr=0.01))
+        parts = {}
+        for part, events in ((1, 15_000), (2, 5_000)):
+            ids, labels = large.clicks(part, events)
+            pairs = torch.from_numpy(np.stack(ids[:2], axis=1))
+            data = TensorDataset(pairs, torch.from_numpy(labels))
+            parts[part] = accelerator.prepare(DataLoader(data, batch_size=200, shuffle=part == 1))
+        for _ in range(epochs.count):
+            epochs.begin(model)
+            for ids, labels in parts[1]:
+                loss = nn.functional.binary_cross_entropy_with_logits(model(ids), labels)
+                adam.zero_grad()
+                accelerator.backward(loss)
+                adam.step()
+        with torch.no_grad():
+            logits, labels = zip(*((model(ids), labels) for ids, labels in parts[2]), strict=True)
+        whole = torch.cat(logits), torch.cat(labels)
+        return {"log loss": nn.functional.binary_cross_entropy_with_logits(*whole).item()}
+
+    quality("accelerate, product of two fields", run, epochs=6)

@@ -14,6 +14,7 @@ from recbole.data.interaction import Interaction
 from recbole.trainer import Trainer
 from recbole.utils import get_model, init_seed
 
+from tests.clients import quality as large
 from tests.clients.shared import check_growing, check_same
 
 MODELS = ("BPR", "NeuMF", "DeepFM")
@@ -36,28 +37,26 @@ CONTEXT = {
     "valid_metric": "AUC",
     "train_neg_sample_args": None,
 }
+NAMES = {"auc": "AUC", "logloss": "log loss", "ndcg@10": "NDCG@10", "recall@10": "Recall@10"}
 
 
 @pytest.fixture(autouse=True)
-def prepared(monkeypatch, tmp_path):
-    """A file of ratings, and the names that RecBole's ``Config`` looks up in NumPy.
-
-    NumPy 2 removed them: without them no RecBole model can be built, with any embedding.
-    """
-    for old, new in {"float_": "float64", "complex_": "complex128", "unicode_": "str_"}.items():
-        monkeypatch.setattr(np, old, getattr(np, new), raising=False)
+def files(tmp_path):
+    """Two files of ratings."""
     draws = np.random.default_rng(0)
-    lines = ["user_id:token\titem_id:token\trating:float"]
-    for user, item in zip(draws.integers(0, 50, 1_000), draws.integers(0, 40, 1_000), strict=True):
-        lines.append(f"u{user}\ti{item}\t{user * item % 5 + 1}")
-    Path(tmp_path, "data", "toy").mkdir(parents=True)
-    Path(tmp_path, "data", "toy", "toy.inter").write_text("\n".join(lines) + "\n")
+    pairs = zip(draws.integers(0, 50, 1_000), draws.integers(0, 40, 1_000), strict=True)
+    toy = [(user, item, user * item % 5 + 1) for user, item in pairs]
+    for name, rows in {"toy": toy, "large": large.ratings()}.items():
+        lines = ["user_id:token\titem_id:token\trating:float"]
+        lines += [f"u{user}\ti{item}\t{rating}" for user, item, rating in rows]
+        Path(tmp_path, "data", name).mkdir(parents=True)
+        Path(tmp_path, "data", name, f"{name}.inter").write_text("\n".join(lines) + "\n")
 
 
-def prepare(name: str) -> tuple[Trainer, Any, Any, Any]:
+def prepare(name: str, dataset: str = "toy", **options: Any) -> tuple[Trainer, Any, Any, Any]:
     """A trainer of a new model, and the parts to train, validate and test on."""
     more = CONTEXT if name == "DeepFM" else {}
-    config = Config(model=name, dataset="toy", config_dict={**CONFIG, **more})
+    config = Config(model=name, dataset=dataset, config_dict={**CONFIG, **more, **options})
     init_seed(config["seed"], reproducibility=True)
     train, valid, test = data_preparation(config, create_dataset(config))
     trainer = Trainer(config, get_model(name)(config, train.dataset))
@@ -91,3 +90,23 @@ def test_default_sizes(embeddings, name):
         return model.eval().predict(Interaction({"user_id": users, "item_id": items}))
 
     check_growing(trainer.model, fit, lambda: prepare(name)[0].model, predict)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_quality(quality, name):
+    def run(seed: int, epochs: large.Epochs) -> dict[str, float]:
+        options = {"seed": seed, "epochs": 1, "train_batch_size": 100, "learning_rate": 0.003}
+        trainer, train, _, test = prepare(name, "large", **options)
+        for _ in range(epochs.count):
+            epochs.begin(trainer.model)
+            trainer.fit(train, saved=False, verbose=False)
+        scores = trainer.evaluate(test, load_best_model=False)
+        names = {
+            "auc": "AUC",
+            "logloss": "log loss",
+            "ndcg@10": "NDCG@10",
+            "recall@10": "Recall@10",
+        }
+        return {names[name]: float(score) for name, score in scores.items() if name in names}
+
+    quality(f"RecBole {name}", run, epochs=25 if name == "BPR" else 10)

@@ -4,43 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
-from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
 from esapn_kernels import ResizableEmbedding
+from tests.clients import quality as large
+from tests.clients.language import IDS, build, learn, train
 from tests.clients.shared import check_same, grow
 
-GPT2 = GPT2Config(
-    vocab_size=100, n_positions=16, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0
-)
-BERT = BertConfig(
-    vocab_size=100,
-    hidden_size=16,
-    num_hidden_layers=1,
-    num_attention_heads=2,
-    intermediate_size=32,
-    max_position_embeddings=16,
-)
-MODELS = {"GPT-2": (GPT2LMHeadModel, GPT2), "BERT": (BertForMaskedLM, BERT)}
-IDS = torch.arange(96).view(8, 12)
-
-
-def build(name: str, tied: bool = True) -> nn.Module:
-    model, config = MODELS[name]
-    torch.manual_seed(0)
-    config = type(config).from_dict({**config.to_dict(), "tie_word_embeddings": tied})
-    return model(config).eval()
-
-
-def train(model: nn.Module, steps: int = 3) -> list[float]:
-    adam, losses = torch.optim.Adam(model.parameters(), lr=1e-2), []
-    for _ in range(steps):
-        loss = model(IDS, labels=IDS).loss
-        adam.zero_grad()
-        loss.backward()
-        adam.step()
-        losses.append(loss.item())
-    return losses
+MODELS = ("GPT-2", "BERT")
 
 
 def load(model: nn.Module) -> nn.Module:
@@ -100,3 +72,34 @@ def test_default_sizes_are_saved_and_loaded(embeddings, name):
     losses += train(loaded, steps=10)
     assert all(value.isfinite().all() for value in loaded.state_dict().values())
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_grown_rows_load_as_a_state_dict(embeddings, name):
+    """``from_pretrained`` compares shapes with those of a model that has not grown, and refuses."""
+    embeddings("default sizes")
+    model = build(name, tied=False)
+    grow(model)
+    model.save_pretrained("saved")
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        type(model).from_pretrained("saved")
+    loaded = build(name, tied=False, seed=1)
+    loaded.load_state_dict(load_file("saved/model.safetensors"))
+    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+    grow(loaded)
+
+
+def test_tied_rows_of_several_sizes_are_refused(embeddings):
+    """In the words of transformers: there is no Parameter to share."""
+    embeddings("default sizes")
+    with pytest.raises(AttributeError, match="`transformer.wte.weight` is neither a parameter"):
+        build("GPT-2")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_quality(quality, name):
+    def run(seed: int, epochs: large.Epochs) -> dict[str, float]:
+        model = build(name, tied=False, tokens=200, dim=32, seed=seed)
+        return {"loss": learn(model, epochs, seed, masked=name == "BERT")}
+
+    quality(f"transformers {name}", run, epochs=5)
