@@ -287,6 +287,53 @@ def test_a_checkpoint_loaded_before_the_step(backend):
     assert moved and all(i % len(SIZES) == 0 for i in moved)
 
 
+def test_a_dense_gradient_beside_rows_that_move(backend):
+    """Rows that were resized are taken out of it, too."""
+    module = make(backend=backend)
+    rows = build("sgd", module)
+    ids = torch.arange(0, N_ROWS, 2)
+    (module(ids).sum() + 3 * module.arena.storage.sum()).backward()
+    grown = module.promote(ids[:9])
+    module(ids[9:]).sum().backward()
+    before = [module.arena.read(i) for i in range(N_ROWS)]
+    rows.step()
+    for i, row in enumerate(before):
+        assert torch.equal(module.arena.read(i), row) == (i in ids[:9][grown].tolist())
+
+
+@pytest.mark.parametrize("rule", ["sgd", "adagrad"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
+def test_a_module_that_changes_its_dtype(dtype, rule, backend):
+    """The gradient that was collected before steps the rows as they are now."""
+    module, other = make(dtype=torch.float32, backend=backend), make(dtype=torch.float32)
+    rows = build(rule, module)
+    for ids, weight in batches(2):
+        loss_of(module, ids, weight).backward()
+        loss_of(other, ids, weight).backward()
+    module.to(dtype)
+    plain = torch.optim.SGD if rule == "sgd" else torch.optim.Adagrad
+    dense = plain([other.arena.storage], lr=0.1, **({"eps": 1e-3} if rule == "adagrad" else {}))
+    for optimizer in (rows, dense):
+        optimizer.step()
+    close = {"rtol": 1e-2, "atol": 1e-2} if dtype == torch.float16 else {}
+    expected = other.arena.storage.to(dtype)
+    torch.testing.assert_close(module.arena.storage, expected, check_dtype=True, **close)
+
+
+def test_memory_that_is_shared(backend):
+    """``share_memory`` between backward and step."""
+    module, other = make(backend=backend), make(backend=backend)
+    optimizers = build("sgd", module), build("sgd", other)
+    for ids, weight in batches(2):
+        loss_of(module, ids, weight).backward()
+        loss_of(other, ids, weight).backward()
+    module.share_memory()
+    assert isinstance(rows_grad(module), RowGradient)
+    for optimizer in optimizers:
+        optimizer.step()
+    assert torch.equal(module.arena.storage, other.arena.storage)
+
+
 @every_rule
 def test_equal_bits_over_20_runs(rule, backend):
     """Accumulated, clipped, with rows that grow."""
@@ -363,10 +410,31 @@ def test_what_a_gradient_is_asked(backend):
         lambda g: g.clamp_(min=0.1),
         lambda g: g.mul_(torch.ones_like(dense)),
         lambda g: g.fill_(1.0),
+        lambda g: g.__setitem__(0, 1.0),
+        lambda g: torch.nan_to_num(g, out=g),
     ):
         with pytest.raises(RuntimeError, match="the rows of the batch alone"):
             write(grad)
         torch.testing.assert_close(grad.to_dense(), before)
+
+
+def test_gradients_that_were_added_up_stay_apart(backend):
+    """What is written to one of them is not in a sum of it, nor the other way round."""
+    module = make(backend=backend)
+    _rows = build("sgd", module)
+    for ids, weight in batches(1):
+        loss_of(module, ids, weight).backward()
+    one = rows_grad(module)
+    none = (one * 1).zero_()
+    total, same, held = one + one, one + none, none.clone().add_(one)
+    expected = one.to_dense()
+    one.mul_(3.0)
+    nn.utils.clip_grads_with_norm_([module.arena.storage], 1.0, one.norm())
+    torch.testing.assert_close(total.to_dense(), 2 * expected)
+    same.mul_(5.0)
+    torch.testing.assert_close(held.to_dense(), expected)
+    torch.testing.assert_close(same.to_dense(), 5 * expected)
+    torch.testing.assert_close(one.norm(), torch.ones_like(one.norm()))
 
 
 def test_a_norm_is_read_of_the_listed_rows(backend, monkeypatch):
@@ -471,7 +539,9 @@ def test_no_ids(backend):
     none = torch.empty(0, dtype=torch.int64)
     for _ in range(2):
         module(none).sum().backward()
-    assert float(rows_grad(module).norm()) == 0
+    for order in (1, 2, float("inf")):
+        assert float(rows_grad(module).norm(order)) == 0
+        assert nn.utils.get_total_norm([rows_grad(module)], order) == 0
     rows.step()
     assert torch.equal(table_of(module), before)
     ids, weight = next(batches(1))
