@@ -287,6 +287,29 @@ def test_a_checkpoint_loaded_before_the_step(backend):
     assert moved and all(i % len(SIZES) == 0 for i in moved)
 
 
+@pytest.mark.parametrize("grows", [False, True])
+def test_a_checkpoint_of_another_length_between_two_passes(grows, backend):
+    """The gradient goes along with the rows, and the next pass adds to it."""
+    small, large = make(backend=backend, initial_size=2), make(backend=backend)
+    module, saved = (small, large) if grows else (large, small)
+    module.chain.data.copy_(saved.chain)
+    rows = build("sgd", module)
+    ids, size = torch.arange(N_ROWS), module.sizes_of()
+    module(ids).sum().backward()
+    module.load_state_dict(saved.state_dict())
+    assert rows_grad(module).shape == module.arena.storage.shape
+    module(ids).sum().backward()
+    saved(ids).sum().backward()
+    passes = 1 + (module.sizes_of() == size).double()
+    before = [module.arena.read(i) for i in ids]
+    nn.utils.clip_grad_norm_(module.parameters(), 1e9)
+    rows.step()
+    starts = module.arena.layout.row_start.tolist()
+    for row, start, count, i in zip(before, starts, passes, ids, strict=True):
+        grad = rows_grad(saved)[start : start + len(row)]
+        torch.testing.assert_close(module.arena.read(i), row - 0.1 * count * grad)
+
+
 def test_a_dense_gradient_beside_rows_that_move(backend):
     """Rows that were resized are taken out of it, too."""
     module = make(backend=backend)
