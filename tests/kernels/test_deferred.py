@@ -645,6 +645,17 @@ def test_another_optimizer_of_the_rows_is_refused(sizes, backend):
     dense.step()  # the hops; the rows have no gradient any more
 
 
+def test_an_immediate_optimizer_leaves_dense_gradients_to_others(backend):
+    """Those of a tied layer, which it does not step."""
+    module = make((DIM,), backend=backend)
+    _rows, dense = build("sgd", module, deferred=False), torch.optim.SGD([module.weight], lr=0.1)
+    ids = torch.tensor([3, 5])
+    F.linear(module(ids), module.weight).sum().backward()
+    before = table_of(module)
+    dense.step()
+    assert (table_of(module) != before).any(1).all()
+
+
 def test_detached(backend):
     """Left by its optimizer, a module has dense gradients again."""
     module = make(backend=backend)
