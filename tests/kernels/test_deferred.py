@@ -209,6 +209,33 @@ def test_grad_scaler(dtype, backend):
     assert torch.equal(table_of(scaled), table_of(other))
 
 
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+@pytest.mark.filterwarnings("ignore:invalid value encountered")  # the interpreter's, of the inf
+def test_grad_scaler_with_another_optimizer(bad, backend):
+    """Where one of them has no finite gradient, neither steps, as the docstring of optim has it."""
+    module, top = make(dtype=torch.float32, backend=backend), nn.Linear(DIM, 1)
+    parameters = [module.chain, *top.parameters()]
+    rows, dense = build("adam", module), torch.optim.Adam(parameters, lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    every = [module.arena.storage, *parameters]
+    for step, (ids, _) in enumerate(batches(3)):
+        before = [parameter.detach().clone() for parameter in every]
+        hook = module.arena.storage.register_hook(lambda g, s=step: g * (bad if s == 1 else 1.0))
+        scaler.scale(top(module(ids)).square().sum()).backward()
+        hook.remove()
+        for optimizer in (rows, dense):
+            scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(every, 1.0)
+        for optimizer in (rows, dense):
+            if norm.isfinite():
+                scaler.step(optimizer)
+            optimizer.zero_grad()
+        scaler.update()
+        for parameter, old in zip(every, before, strict=True):
+            assert torch.equal(parameter, old) == (step == 1)
+    assert scaler.get_scale() == 2.0**9
+
+
 @every_rule
 def test_closures_zero_grad_and_schedules(rule, backend):
     """As any optimizer: a gradient that is kept steps again, one that is zeroed is none."""
