@@ -364,7 +364,7 @@ class SGD(FusedOptimizer):
         >>> rows, dense = SGD(emb, lr=0.1, deferred=True), torch.optim.SGD([emb.chain], lr=0.1)
         >>> (emb(torch.tensor([3, 7])).sum() + emb(torch.tensor([3])).sum()).backward()
         >>> emb.arena.storage.grad
-        RowGradient(shape=(256,), rows=3, dtype=torch.float32)
+        RowGradient(shape=(20,), rows=3, dtype=torch.float32)
         >>> norm = torch.nn.utils.clip_grad_norm_(emb.parameters(), 1.0)
         >>> rows.step()  # steps rows 3 and 7
         >>> dense.step()
