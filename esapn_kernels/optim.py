@@ -39,10 +39,16 @@ but ``arena.storage`` (``weight``).
         scaler.scale(loss(part)).backward()
     for optimizer in (rows, dense):
         scaler.unscale_(optimizer)
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for optimizer in (rows, dense):
-        scaler.step(optimizer)
+        if norm.isfinite():
+            scaler.step(optimizer)
         optimizer.zero_grad()
+    scaler.update()
+
+The scaler judges each optimizer by the gradients that it had at ``unscale_``. Clipping by a norm
+that is NaN makes all gradients NaN afterwards, those of the other optimizer too: hence the ``if``,
+as with any two optimizers.
 
 A row that is resized between backward and ``step`` has no gradient, as it has no state. A dense or
 sparse gradient of the Parameter, as of a second derivative or of a tied layer, steps every row.
@@ -361,7 +367,7 @@ class SGD(FusedOptimizer):
         >>> rows, dense = SGD(emb, lr=0.1, deferred=True), torch.optim.SGD([emb.chain], lr=0.1)
         >>> (emb(torch.tensor([3, 7])).sum() + emb(torch.tensor([3])).sum()).backward()
         >>> emb.arena.storage.grad
-        RowGradient(shape=(256,), rows=3, dtype=torch.float32)
+        RowGradient(shape=(20,), rows=3, dtype=torch.float32)
         >>> norm = torch.nn.utils.clip_grad_norm_(emb.parameters(), 1.0)
         >>> rows.step()  # steps rows 3 and 7
         >>> dense.step()

@@ -49,8 +49,14 @@ _NORMS = {
     _aten.norm.Scalar,
     _aten.norm.ScalarOpt_dim,
 }
-_FOREACH = {_aten._foreach_norm.Scalar, _aten._foreach_mul_.Tensor, _aten._foreach_mul_.Scalar}
+_FOREACH_NORM = _aten._foreach_norm.Scalar
+_FOREACH_SCALINGS = {_aten._foreach_mul_.Tensor, _aten._foreach_mul_.Scalar}
 _UNSCALE = _aten._amp_foreach_non_finite_check_and_unscale_.default
+
+_CANNOT = (
+    "{} cannot write to a gradient that holds the rows of the batch alone: set grad to its "
+    "to_dense() first, or build the optimizer without deferred=True"
+)
 
 
 class RowGradient(Tensor):
@@ -64,7 +70,8 @@ class RowGradient(Tensor):
     Notes:
         The numbers are kept in the dtype of the sums, fp32 (fp64 for fp64 rows), whatever the
         dtype. What is not written for the rows alone runs on :meth:`to_dense`, if it returns a new
-        tensor, and raises if it writes in place. Aliases share their numbers.
+        tensor, and raises if it writes in place; a part (``grad[3]``) is a copy. Aliases share
+        their numbers.
     """
 
     parts: list[CollectedRows]  # shared by aliases
@@ -86,6 +93,17 @@ class RowGradient(Tensor):
     def __repr__(self) -> str:  # type: ignore[override]
         rows = sum(part.ids.numel() for part in self.parts)
         return f"{type(self).__name__}(shape={tuple(self.shape)}, rows={rows}, dtype={self.dtype})"
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        # torch would write to a part of a dense copy.
+        raise RuntimeError(_CANNOT.format("an assignment to a part"))
+
+    def share_memory_(self) -> RowGradient:
+        """The rows' numbers in shared memory; there are no others."""
+        for part in self.parts:
+            for tensor in (part.ids, part.level, part.place, part.values):
+                tensor.share_memory_()
+        return self
 
     @classmethod
     def of(cls, grad: Tensor, layout: Layout) -> RowGradient:
@@ -113,6 +131,13 @@ class RowGradient(Tensor):
             self.parts[:] = [_sum(_together(self.parts, self), self.row_layout)]
         return self.parts[0]
 
+    def written(self) -> Tensor:
+        """The numbers of :meth:`summed`, to be written to: parts may be in other gradients, too."""
+        if len(self.parts) == 1:
+            part = self.parts[0]
+            self.parts[:] = [part._replace(values=part.values.clone())]
+        return self.summed().values
+
     def to_dense(self, *args: Any, **options: Any) -> Tensor:  # type: ignore[override]
         """A plain tensor of this shape and dtype, zero where no row is listed."""
         rows, layout = self.summed(), self.row_layout
@@ -135,10 +160,12 @@ class RowGradient(Tensor):
         mine = args[0]
         if func is _UNSCALE:
             for grad in mine:
-                func([_values(grad)], *args[1:])
+                func([_written(grad)], *args[1:])
             return None
-        if func in _FOREACH and _scales(args[1:]):
-            return func(*tree_map_only(cls, _values, args), **kwargs)
+        if func in _FOREACH_SCALINGS and _scales(args[1:]):
+            return func([_written(grad) for grad in mine], *args[1:])
+        if func is _FOREACH_NORM and _of_all(*args[1:], **kwargs):
+            return func([_measured(grad) for grad in mine], *args[1:], **kwargs)
         if not isinstance(mine, cls):
             return _on_dense(func, args, kwargs)
         if func in _ALIASES:
@@ -153,22 +180,35 @@ class RowGradient(Tensor):
             mine.parts.clear()
             return mine
         if func in _NORMS and _of_all(*args[1:], **kwargs):
-            return func(mine.summed().values, *args[1:], **kwargs)
+            return func(_measured(mine), *args[1:], **kwargs)
         scales = func in _SCALINGS and _scales(args[1:])
         if scales or (func in _CLAMPS and _keeps_zero(*args, **kwargs)):
+            if func._schema.is_mutable:
+                func(mine.written(), *args[1:], **kwargs)
+                return mine
             rows = mine.summed()
             values = func(rows.values, *args[1:], **kwargs)
-            return mine if values is rows.values else mine.holding([rows._replace(values=values)])
+            if values.dtype is rows.values.dtype:
+                return mine.holding([rows._replace(values=values)])
         return _on_dense(func, args, kwargs)
 
 
-def _values(grad: Tensor) -> Tensor:
-    return grad.summed().values if isinstance(grad, RowGradient) else grad
+def _written(grad: Tensor) -> Tensor:
+    return grad.written() if isinstance(grad, RowGradient) else grad
+
+
+def _measured(grad: Tensor) -> Tensor:
+    if not isinstance(grad, RowGradient):
+        return grad
+    values = grad.summed().values
+    # Without a row there are zeros all the same: of nothing torch knows no largest number.
+    return values if values.numel() else values.new_zeros(1)
 
 
 def _scales(others: Sequence[Any]) -> bool:
     """Whether an operator's other arguments are numbers."""
-    return all(not isinstance(o, Tensor) or (o.numel() == 1 and type(o) is Tensor) for o in others)
+    tensors = [other for other in others if isinstance(other, Tensor)]
+    return all(type(o) is Tensor and o.numel() == 1 and o.dim() <= 1 for o in tensors)
 
 
 def _of_all(order: Any = 2, dim: Any = None, keepdim: bool = False, **dtype: Any) -> bool:
@@ -207,14 +247,10 @@ def _add(func: Any, one: Any, other: Any, alpha: Any = 1) -> Any:
 
 
 def _on_dense(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    written = func._schema.arguments
-    for argument, given in zip(written, args, strict=False):
-        info = argument.alias_info
-        if info is not None and info.is_write and _holds(given):
-            raise RuntimeError(
-                f"{func} cannot write to a gradient that holds the rows of the batch alone: set "
-                "grad to its to_dense() first, or build the optimizer without deferred=True"
-            )
+    for at, argument in enumerate(func._schema.arguments):
+        given = args[at] if at < len(args) else kwargs.get(argument.name)
+        if argument.alias_info is not None and argument.alias_info.is_write and _holds(given):
+            raise RuntimeError(_CANNOT.format(func))
     args, kwargs = tree_map_only(RowGradient, RowGradient.to_dense, (args, kwargs))
     return func(*args, **kwargs)
 
@@ -248,6 +284,9 @@ def _together(parts: list[CollectedRows], like: RowGradient) -> CollectedRows:
         none = torch.empty(0, dtype=torch.int64, device=like.device)
         values = torch.empty(0, dtype=compute_dtype(like.dtype), device=like.device)
         return CollectedRows(none, none.to(torch.int8), none, values, True)
+    padded = all(part.padded for part in parts)
+    if not padded:
+        parts = [_listed(part) for part in parts]
     places, before = [], 0
     for part in parts:
         places.append(part.place + before)
@@ -255,7 +294,6 @@ def _together(parts: list[CollectedRows], like: RowGradient) -> CollectedRows:
     ids = torch.cat([part.ids for part in parts])
     level = torch.cat([part.level for part in parts])
     values = torch.cat([part.values for part in parts])
-    padded = all(part.padded for part in parts)
     return CollectedRows(ids, level, torch.cat(places), values, padded)
 
 
@@ -290,6 +328,8 @@ def step_rows(
     storage = storage.detach().view(-1)
     # A layout is the same object until rows move.
     rows = (grad if grad.row_layout is layout else grad.at(layout, storage)).summed()
+    # A module may have changed its dtype since backward.
+    rows = rows._replace(values=rows.values.to(compute_dtype(storage.dtype)))
     backend = resolve_backend(backend, storage.device)
     if backend == "triton":
         launch_row_step(rows, storage, layout, update)

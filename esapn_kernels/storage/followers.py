@@ -201,11 +201,12 @@ class Followers:
         """
         # The optimizers of optim say themselves when to follow.
         declares = hasattr(optimizer, "state_per_element")
-        deferred = self._arena.fused_optimizer
-        if not declares and deferred is not None and self._arena.parameter.grad is not None:
+        own = self._arena.fused_optimizer
+        deferred = own is not None and own.deferred
+        if not declares and deferred and self._arena.parameter.grad is not None:
             raise RuntimeError(
                 f"{type(optimizer).__name__} would step rows that a deferred "
-                f"{type(deferred).__name__} steps: build it on the parameters without "
+                f"{type(own).__name__} steps: build it on the parameters without "
                 "arena.storage (with one size weight)"
             )
         if not declares and optimizer not in self._optimizers:

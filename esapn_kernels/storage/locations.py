@@ -22,7 +22,7 @@ from ..ops.backend import is_capturing, on_large_pages
 from ..ops.checks import is_eager
 from ..ops.layout import Layout, index_dtype, page_elements, place_densely, row_table
 from .checks import digest, fault_of, is_hooked, is_shared, version
-from .followers import Follower, Followers
+from .followers import Follower, Followers, with_dense_gradient
 from .free import FreeLists
 from .rows import Rows
 
@@ -368,6 +368,7 @@ class Locations(nn.Module, Rows):
         super()._save_to_state_dict(*args)
 
     @unrecorded
+    @with_dense_gradient
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, *lists: Any
     ) -> None:

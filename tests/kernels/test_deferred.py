@@ -209,6 +209,33 @@ def test_grad_scaler(dtype, backend):
     assert torch.equal(table_of(scaled), table_of(other))
 
 
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+@pytest.mark.filterwarnings("ignore:invalid value encountered")  # the interpreter's, of the inf
+def test_grad_scaler_with_another_optimizer(bad, backend):
+    """Where one of them has no finite gradient, neither steps, as the docstring of optim has it."""
+    module, top = make(dtype=torch.float32, backend=backend), nn.Linear(DIM, 1)
+    parameters = [module.chain, *top.parameters()]
+    rows, dense = build("adam", module), torch.optim.Adam(parameters, lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    every = [module.arena.storage, *parameters]
+    for step, (ids, _) in enumerate(batches(3)):
+        before = [parameter.detach().clone() for parameter in every]
+        hook = module.arena.storage.register_hook(lambda g, s=step: g * (bad if s == 1 else 1.0))
+        scaler.scale(top(module(ids)).square().sum()).backward()
+        hook.remove()
+        for optimizer in (rows, dense):
+            scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(every, 1.0)
+        for optimizer in (rows, dense):
+            if norm.isfinite():
+                scaler.step(optimizer)
+            optimizer.zero_grad()
+        scaler.update()
+        for parameter, old in zip(every, before, strict=True):
+            assert torch.equal(parameter, old) == (step == 1)
+    assert scaler.get_scale() == 2.0**9
+
+
 @every_rule
 def test_closures_zero_grad_and_schedules(rule, backend):
     """As any optimizer: a gradient that is kept steps again, one that is zeroed is none."""
@@ -285,6 +312,77 @@ def test_a_checkpoint_loaded_before_the_step(backend):
     rows.step()
     moved = {i for i, row in before.items() if not torch.equal(module.arena.read(i), row)}
     assert moved and all(i % len(SIZES) == 0 for i in moved)
+
+
+@pytest.mark.parametrize("grows", [False, True])
+def test_a_checkpoint_of_another_length_between_two_passes(grows, backend):
+    """The gradient goes along with the rows, and the next pass adds to it."""
+    small, large = make(backend=backend, initial_size=2), make(backend=backend)
+    module, saved = (small, large) if grows else (large, small)
+    module.chain.data.copy_(saved.chain)
+    rows = build("sgd", module)
+    ids, size = torch.arange(N_ROWS), module.sizes_of()
+    module(ids).sum().backward()
+    module.load_state_dict(saved.state_dict())
+    assert rows_grad(module).shape == module.arena.storage.shape
+    module(ids).sum().backward()
+    saved(ids).sum().backward()
+    passes = 1 + (module.sizes_of() == size).double()
+    before = [module.arena.read(i) for i in ids]
+    nn.utils.clip_grad_norm_(module.parameters(), 1e9)
+    rows.step()
+    starts = module.arena.layout.row_start.tolist()
+    for row, start, count, i in zip(before, starts, passes, ids, strict=True):
+        grad = rows_grad(saved)[start : start + len(row)]
+        torch.testing.assert_close(module.arena.read(i), row - 0.1 * count * grad)
+
+
+def test_a_dense_gradient_beside_rows_that_move(backend):
+    """Rows that were resized are taken out of it, too."""
+    module = make(backend=backend)
+    rows = build("sgd", module)
+    ids = torch.arange(0, N_ROWS, 2)
+    module(ids).sum().backward()
+    (3 * module.arena.storage.sum()).backward()
+    grown = module.promote(ids[:9])
+    module(ids[9:]).sum().backward()
+    before = [module.arena.read(i) for i in range(N_ROWS)]
+    rows.step()
+    for i, row in enumerate(before):
+        assert torch.equal(module.arena.read(i), row) == (i in ids[:9][grown].tolist())
+
+
+@pytest.mark.parametrize("rule", ["sgd", "adagrad"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
+def test_a_module_that_changes_its_dtype(dtype, rule, backend):
+    """The gradient that was collected before steps the rows as they are now."""
+    module, other = make(dtype=torch.float32, backend=backend), make(dtype=torch.float32)
+    rows = build(rule, module)
+    for ids, weight in batches(2):
+        loss_of(module, ids, weight).backward()
+        loss_of(other, ids, weight).backward()
+    module.to(dtype)
+    plain = torch.optim.SGD if rule == "sgd" else torch.optim.Adagrad
+    dense = plain([other.arena.storage], lr=0.1, **({"eps": 1e-3} if rule == "adagrad" else {}))
+    for optimizer in (rows, dense):
+        optimizer.step()
+    close = {"rtol": 1e-2, "atol": 1e-2} if dtype == torch.float16 else {}
+    expected = other.arena.storage.to(dtype)
+    torch.testing.assert_close(module.arena.storage, expected, check_dtype=True, **close)
+
+
+def test_memory_that_is_shared(backend):
+    """``share_memory`` between backward and step."""
+    module, other = make(backend=backend), make(backend=backend)
+    optimizers = build("sgd", module), build("sgd", other)
+    for ids, weight in batches(2):
+        loss_of(module, ids, weight).backward()
+        loss_of(other, ids, weight).backward()
+    module.share_memory()
+    assert isinstance(rows_grad(module), RowGradient)
+    for optimizer in optimizers:
+        optimizer.step()
+    assert torch.equal(module.arena.storage, other.arena.storage)
 
 
 @every_rule
@@ -368,10 +466,31 @@ def test_what_a_gradient_is_asked(backend):
         lambda g: g.clamp_(min=0.1),
         lambda g: g.mul_(torch.ones_like(dense)),
         lambda g: g.fill_(1.0),
+        lambda g: g.__setitem__(0, 1.0),
+        lambda g: torch.nan_to_num(g, out=g),
     ):
         with pytest.raises(RuntimeError, match="the rows of the batch alone"):
             write(grad)
         torch.testing.assert_close(grad.to_dense(), before)
+
+
+def test_gradients_that_were_added_up_stay_apart(backend):
+    """What is written to one of them is not in a sum of it, nor the other way round."""
+    module = make(backend=backend)
+    _rows = build("sgd", module)
+    for ids, weight in batches(1):
+        loss_of(module, ids, weight).backward()
+    one = rows_grad(module)
+    none = (one * 1).zero_()
+    total, same, held = one + one, one + none, none.clone().add_(one)
+    expected = one.to_dense()
+    one.mul_(3.0)
+    nn.utils.clip_grads_with_norm_([module.arena.storage], 1.0, one.norm())
+    torch.testing.assert_close(total.to_dense(), 2 * expected)
+    same.mul_(5.0)
+    torch.testing.assert_close(held.to_dense(), expected)
+    torch.testing.assert_close(same.to_dense(), 5 * expected)
+    torch.testing.assert_close(one.norm(), torch.ones_like(one.norm()))
 
 
 def test_a_norm_is_read_of_the_listed_rows(backend, monkeypatch):
@@ -476,7 +595,9 @@ def test_no_ids(backend):
     none = torch.empty(0, dtype=torch.int64)
     for _ in range(2):
         module(none).sum().backward()
-    assert float(rows_grad(module).norm()) == 0
+    for order in (1, 2, float("inf")):
+        assert float(rows_grad(module).norm(order)) == 0
+        assert nn.utils.get_total_norm([rows_grad(module)], order) == 0
     rows.step()
     assert torch.equal(table_of(module), before)
     ids, weight = next(batches(1))
@@ -555,6 +676,17 @@ def test_another_optimizer_of_the_rows_is_refused(sizes, backend):
     rows.step()
     rows.zero_grad()
     dense.step()  # the hops; the rows have no gradient any more
+
+
+def test_an_immediate_optimizer_leaves_dense_gradients_to_others(backend):
+    """Those of a tied layer, which it does not step."""
+    module = make((DIM,), backend=backend)
+    _rows, dense = build("sgd", module, deferred=False), torch.optim.SGD([module.weight], lr=0.1)
+    ids = torch.tensor([3, 5])
+    F.linear(module(ids), module.weight).sum().backward()
+    before = table_of(module)
+    dense.step()
+    assert (table_of(module) != before).any(1).all()
 
 
 def test_detached(backend):

@@ -226,6 +226,11 @@ OPTIMIZERS = {
     "adam-shaped": lambda module: optim.AdamW(module, lr=0.1, **CLIPS),
     "gradient": lambda module: None,
 }
+DEFERRED = {
+    "sgd": lambda module: optim.SGD(module, lr=0.1, deferred=True),
+    "rowwise_adagrad": lambda module: optim.Adagrad(module, rowwise=True, deferred=True),
+    "adam-shaped": lambda module: optim.AdamW(module, lr=0.1, deferred=True, **CLIPS),
+}
 
 
 def step_and_promote(rule):
@@ -251,7 +256,7 @@ def compiled_pairs(tmp_path_factory) -> set[tuple[str, str]]:
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     script = str(ROOT / "tests" / "kernels" / "compile_kernels.py")
     rules = "|".join(rule for rule in OPTIMIZERS if rule != "gradient")
-    only = rf"_(rows|sums)_kernel\[\w+-\w+-int32-\d+-({rules})\]"
+    only = rf"_(rows|sums|row_step)_kernel\[\w+-\w+-int32-\d+-(step-)?({rules})\]"
     command = [sys.executable, script, "--write", str(folder), "--only", only]
     subprocess.run(command, env=env, check=True, stdout=subprocess.DEVNULL)
     files = list(folder.glob("*.ttgir"))
@@ -318,6 +323,26 @@ def test_a_step(rule, monkeypatch, compiled_pairs):
     assert len(found.launches) >= 18 and {"_few_runs_kernel", "_hot_kernel"} <= set(found.launches)
     assert {update.finish_rows.__name__} == EXEMPT
     assert bool(found.exempted) is (rule != "gradient") and found.exempted <= compiled_pairs
+
+
+@pytest.mark.parametrize("far", [False, True], ids=["near", "far"])
+@pytest.mark.parametrize("rule", DEFERRED)
+def test_a_deferred_step(rule, far, compiled_pairs):
+    """Gradients of no ids, of more ids than rows, and of rows that move before the step."""
+    size = torch.tensor(SIZES)[torch.arange(60) % len(SIZES)]
+    module = ResizableEmbedding(60, initial_size=size, backend="triton")
+    if far:
+        module.arena.row_start = module.arena.row_start.long()
+    rows = DEFERRED[rule](module)
+    every = torch.cat([torch.arange(60), torch.zeros(40).long()])
+    with sanitized() as found:
+        for ids in (every[:0], every, every[50:]):
+            module(ids).backward(torch.randn(len(ids), SIZES[-1]))
+        module.promote(torch.arange(9))
+        rows.step()
+    assert found.messages() == []
+    assert {"_sums_kernel", "_rows_kernel", "_row_step_kernel"} <= set(found.launches)
+    assert found.exempted and found.exempted <= compiled_pairs
 
 
 def test_rows_that_come_and_go():
