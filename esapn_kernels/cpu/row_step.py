@@ -21,7 +21,7 @@ def sum_rows(rows: CollectedRows, dim: int) -> CollectedRows:
     """The gradients of equal ids added up, in their order; as many places, -1 behind the last id.
 
     Args:
-        rows: padded.
+        rows: of full width.
         dim: the largest size.
 
     Example:

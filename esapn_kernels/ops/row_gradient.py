@@ -266,7 +266,7 @@ def _present(part: CollectedRows, layout: Layout) -> CollectedRows:
     start = layout.row_start.index_select(0, ids.clamp(min=0)).long()
     level = layout.page_level.index_select(0, start.clamp(min=0) // layout.page)
     stay = (ids >= 0) & (start >= 0) & (level == part.level)
-    if part.padded:
+    if part.full_width:
         # Nothing is read by the host: the others stay, as no rows.
         values = part.values.view(-1, layout.dim).masked_fill(~stay[:, None], 0)
         return part._replace(ids=ids.masked_fill(~stay, -1), values=values.view(-1))
@@ -284,8 +284,8 @@ def _together(parts: list[CollectedRows], like: RowGradient) -> CollectedRows:
         none = torch.empty(0, dtype=torch.int64, device=like.device)
         values = torch.empty(0, dtype=compute_dtype(like.dtype), device=like.device)
         return CollectedRows(none, none.to(torch.int8), none, values, True)
-    padded = all(part.padded for part in parts)
-    if not padded:
+    full_width = all(part.full_width for part in parts)
+    if not full_width:
         parts = [_listed(part) for part in parts]
     places, before = [], 0
     for part in parts:
@@ -294,13 +294,13 @@ def _together(parts: list[CollectedRows], like: RowGradient) -> CollectedRows:
     ids = torch.cat([part.ids for part in parts])
     level = torch.cat([part.level for part in parts])
     values = torch.cat([part.values for part in parts])
-    return CollectedRows(ids, level, torch.cat(places), values, padded)
+    return CollectedRows(ids, level, torch.cat(places), values, full_width)
 
 
 def _listed(rows: CollectedRows) -> CollectedRows:
     """As native kernels take them, without -1; rows on a CPU."""
     listed = rows.ids >= 0
-    if not rows.padded or listed.all():
+    if not rows.full_width or listed.all():
         return rows
     return CollectedRows(
         rows.ids[listed], rows.level[listed], rows.place[listed], rows.values, False
@@ -308,7 +308,7 @@ def _listed(rows: CollectedRows) -> CollectedRows:
 
 
 def _sum(rows: CollectedRows, layout: Layout) -> CollectedRows:
-    if rows.padded:
+    if rows.full_width:
         return row_step.sum_rows(rows, layout.dim) if rows.ids.numel() else rows
     return native.sum_rows(_listed(rows), layout)
 

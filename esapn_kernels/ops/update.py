@@ -67,7 +67,7 @@ class CollectedRows(NamedTuple):
         level: int8 ``[R]``.
         place: int64 ``[R]``.
         values: flat, in the dtype of the sums.
-        padded: row ``r`` has its place at ``r D``, and zeros behind its own numbers. Native kernels
+        full_width: row ``r`` has its place at ``r D``, and zeros behind its own numbers. Native kernels
             leave no gap between rows instead.
     """
 
@@ -75,7 +75,7 @@ class CollectedRows(NamedTuple):
     level: Tensor
     place: Tensor
     values: Tensor
-    padded: bool
+    full_width: bool
 
 
 def rule_numbers(
