@@ -67,8 +67,8 @@ class CollectedRows(NamedTuple):
         level: int8 ``[R]``.
         place: int64 ``[R]``.
         values: flat, in the dtype of the sums.
-        full_width: row ``r`` has its place at ``r D``, and zeros behind its own numbers. Native kernels
-            leave no gap between rows instead.
+        full_width: row ``r`` has its place at ``r D``, and zeros behind its own numbers. Native
+            kernels leave no gap between rows instead.
     """
 
     ids: Tensor

@@ -100,7 +100,8 @@ def calls(
         operands = (ids, storage, composed, layout, out_dtype, None, hops)
         yield f"to-{TYPES[out_dtype]}", call(launch_fwd, *operands)
     yield "gradient", call(launch_bwd, grad_out, ids, storage, composed, layout)
-    yield "collect", call(launch_bwd_rows, grad_out, ids, storage, composed, layout)
+    if full:
+        yield "collect", call(launch_bwd_rows, grad_out, ids, storage, composed, layout)
     listed = CollectedRows(
         ids, made(n_ids, dtype=torch.int8), ids, made(n_ids * sizes[-1], dtype=wide), True
     )
