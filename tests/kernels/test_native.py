@@ -102,17 +102,20 @@ def test_rowwise_adam_steps_alike_every_time(raced):
 
 
 @on_a_gpu
+@pytest.mark.parametrize("deferred", [False, True], ids=["immediate", "deferred"])
 @pytest.mark.parametrize("n_ids", [500, 200_000], ids=["small", "grouped"])
-def test_no_step_synchronises(n_ids, no_waiting):
+def test_no_step_synchronises(n_ids, deferred, no_waiting):
     module = mixed()
-    rows = optim.Adam(module, lr=0.01)
+    rows = optim.Adam(module, lr=0.01, deferred=deferred)
     # Drawn before: a batch from pageable memory is waited for.
     drawn = list(itertools.islice(batches(n_ids, 5000), 12))
 
     def step(ids, grad, grow):
-        module(ids).backward(grad)
-        module.promote(grow)
+        for part in (1, 2) if deferred else (1,):
+            module(ids).backward(grad / part)
         rows.step()
+        rows.zero_grad()
+        module.promote(grow)
 
     for batch in drawn[:2]:  # kernels are compiled and the allocator is warm
         step(*batch)
