@@ -585,9 +585,10 @@ class ResizableEmbedding(nn.Embedding):
         """Enlarge the rows of ``ids`` (where ``mask``) to the next size: ``e' = W_k e + b_k``.
 
         An id twice is enlarged once; rows at the largest size stay as they are. On a GPU three
-        kernels, and one that counts the call, without host synchronisation, whatever the number of
-        ids; capturable in a CUDA graph, see :meth:`reserve`. On a CPU the rows that move are found
-        first, and room is made for just these.
+        kernels, and one that counts the call (with tails two that expand them), without host
+        synchronisation, whatever the number of ids; capturable in a CUDA graph, see
+        :meth:`reserve`. On a CPU the rows that move are found first, and room is made for just
+        these.
 
         Args:
             ids: any shape, int32 or int64.

@@ -118,7 +118,7 @@ def make_case(
             the rows of the largest size in use).
         mix: relative number of rows per size; equal by default. Counts are exact up to rounding.
         backend: of the module; :meth:`Case.run` takes one of its own.
-        init: kind of hops; ``linear`` ones have biases. Tails are drawn as those are.
+        init: kind of hops; ``linear`` ones have biases, and so have ``tails``, which are drawn too.
 
     Example:
         >>> case = make_case((2, 4), 10, 5, mix=(4, 1))
@@ -142,7 +142,7 @@ def make_case(
         device=device,
         dtype=dtype,
     )
-    if init == "tails":
+    if init == "tails" and module.chain is not None:
         with torch.no_grad():
             module.chain.uniform_(-0.5, 0.5)
     torch.set_rng_state(state)

@@ -105,7 +105,7 @@ def test_another_length_is_refused(numel, backend):
 
 @pytest.mark.parametrize(
     "sizes, dtype, backend",
-    compared([*LAYOUTS, (PAPER, torch.float32)]),
+    compared([*LAYOUTS, (PAPER, torch.float32), (ODD, torch.float64)]),
     indirect=["backend"],
     ids=name,
 )
