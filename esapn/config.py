@@ -31,7 +31,7 @@ CHOICES = {
     "tower": ("norm", "plain"),
     "head": ("norm", "plain"),
     "row_optimizer": ("adam", "adagrad"),
-    "hops": ("linear", "padded"),
+    "hops": ("linear", "padded", "tails"),
     "state": ("paper", "rich"),
     "advantage": ("raw", "normalised"),
     "acting": ("sample", "argmax"),
@@ -104,14 +104,15 @@ class SearchConfig:
     tower: str = _model("norm", "a tower's output: BatchNorm and tanh, or as it is")
     head: str = _model("norm", "inference layer: BatchNorm and tanh, or one ReLU layer")
     hidden: int = _model(512, "width of the inference layer", "WIDTH")
-    lr: float = _model(1e-3, "Adam's, for all but rows, policies and soft sizes", "RATE")
+    lr: float = _model(1e-3, "Adam's, for all but rows, tails, policies and soft sizes", "RATE")
     row_optimizer: str = _model("adam", "optimizer of the embedding rows")
     row_lr: float = _model(1e-3, "of the row optimizer", "RATE")
 
     method: str = _sizes("esapn", _METHODS, "METHOD")
     sizes: tuple[int, ...] = _sizes((2, 4, 8, 16, 64, 128), "candidate sizes, increasing", "D")
     fixed_size: int = _sizes(128, "size of every row with --method fixed", "D")
-    hops: str = _sizes("linear", "trained W e + b; or zero-padding, with optimizer state")
+    hops: str = _sizes("linear", "trained W e + b; or e, and zeros or learnt B e + b appended")
+    tail_lr: float = _sizes(1e-2, "Adam's, for the B and b of --hops tails", "RATE")
     dwell: float = _sizes(0.0, "IDs grow to size d once they were seen C d^2 times", "C")
     promote_probability: float = _sizes(
         0.5, "--method random: chance to enlarge at a decision", "P"
@@ -150,7 +151,8 @@ class SearchConfig:
         for name, low in {**least, **more}.items():
             if getattr(self, name) < low:
                 _refuse(name, f"must be at least {low}", getattr(self, name))
-        for name in ("lr", "row_lr", "policy_lr", "threshold", "power", "power_scale"):
+        rates = ("lr", "row_lr", "tail_lr", "policy_lr")
+        for name in (*rates, "threshold", "power", "power_scale"):
             if not 0 < getattr(self, name) < math.inf:
                 _refuse(name, "must be positive and finite", getattr(self, name))
         for name in ("init_std", "entropy", "dwell"):

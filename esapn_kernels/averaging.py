@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import swa_utils
 
 from .module import ResizableEmbedding
+from .ops.chain import is_tails
 from .storage.arena import Arena
 
 __all__ = ["AveragedModel", "match_rows"]
@@ -157,4 +158,5 @@ def _kind(table: ResizableEmbedding) -> str:
         return "one size"
     computed = "" if "storage" in rows._parameters else ", computed"
     meta = ", on the meta device" if rows.storage.is_meta else ""
-    return f"{rows.num_rows} rows of the sizes {rows.sizes}{computed}{meta}"
+    tails = ", tails" if is_tails(table.chain, rows.sizes) else ""
+    return f"{rows.num_rows} rows of the sizes {rows.sizes}{tails}{computed}{meta}"

@@ -81,8 +81,8 @@ def replicate(
     dist.all_gather_object(kinds, mine, group=process_group)
     if any(kind != mine for kind in kinds):
         raise RuntimeError(
-            "the ranks' tables differ in number of rows, candidate sizes, dtype, max_elements or "
-            "in what is frozen"
+            "the ranks' tables differ in number of rows, candidate sizes, dtype, max_elements, the "
+            "kind of hops or in what is frozen"
         )
 
     parameters: set[nn.Parameter] = set()
@@ -122,7 +122,8 @@ def _kind(table: ResizableEmbedding) -> tuple[object, ...]:
     flags = [parameter.requires_grad for parameter in table.parameters()]
     rows = table.arena
     limit = rows.max_elements if isinstance(rows, Arena) else None
-    return rows.num_rows, table.sizes, str(rows.parameter.dtype), limit, flags
+    hops = 0 if table.chain is None else table.chain.numel()
+    return rows.num_rows, table.sizes, str(rows.parameter.dtype), limit, hops, flags
 
 
 def _names(tables: dict[str, ResizableEmbedding]) -> Iterator[str]:

@@ -24,7 +24,7 @@ from .arguments import (
 from .bad_ids import BadIds, row_standing_in, stand_in
 from .inputs import as_leaf, look_up_nested
 from .ops.backend import BACKENDS
-from .ops.chain import chain_numel, draw_hops
+from .ops.chain import chain_numel, draw_hops, tails_numel
 from .ops.checks import check_ids
 from .ops.compose import ComposedCache
 from .ops.layout import row_table
@@ -35,6 +35,9 @@ from .storage.table import Table
 from .weight import check_assigned, dense_weight
 
 __all__ = ["ResizableEmbedding"]
+
+INITS = ("linear", "isometric", "padded", "tails")
+"""How hops start."""
 
 
 class ResizableEmbedding(nn.Embedding):
@@ -77,7 +80,10 @@ class ResizableEmbedding(nn.Embedding):
             ``nn.Linear``, uniform in ``+-1/sqrt(d_k)``, like the paper's authors. ``padded``: the
             same with the columns of the identity, so that growing a row appends zeros to it; if
             such hops are not trained (``chain.requires_grad_(False)``), Adagrad's sums of the old
-            numbers go along with a grown row.
+            numbers go along with a grown row. ``tails``: ``e' = [g e; B e + b]`` with ``g =
+            sqrt(d_{k+1} / d_k)`` fixed and ``B``, ``b`` learnt from zero on: what a smaller row
+            lacks is predicted from what it has, and a grown row starts at that prediction.
+            ``chain`` holds ``B`` and ``b`` alone, and Adagrad's sums go along, trained or not.
         backend: ``auto`` | ``triton`` | ``native`` | ``torch`` | ``reference``; ``auto`` takes
             Triton on a GPU, native kernels on a CPU where they are built, and torch elsewhere.
         out_dtype: of the output, rounded once from fp32 sums; default: that of the rows.
@@ -246,7 +252,8 @@ class ResizableEmbedding(nn.Embedding):
             device=device,
             dtype=dtype,
         )
-        self.chain = nn.Parameter(torch.empty(chain_numel(sizes), device=device, dtype=dtype))
+        numel = tails_numel(sizes) if self.init == "tails" else chain_numel(sizes)
+        self.chain = nn.Parameter(torch.empty(numel, device=device, dtype=dtype))
         self._composed = ComposedCache()
 
     def _check_options(self, several: bool) -> None:
@@ -254,8 +261,9 @@ class ResizableEmbedding(nn.Embedding):
         if self.backend not in ("auto", *BACKENDS):
             names = ", ".join(("auto", *BACKENDS[:-1]))
             raise ValueError(f"backend must be {names} or {BACKENDS[-1]}, got {self.backend!r}")
-        if self.init not in ("linear", "isometric", "padded"):
-            raise ValueError(f"init must be linear, isometric or padded, got {self.init!r}")
+        if self.init not in INITS:
+            names = ", ".join(INITS[:-1])
+            raise ValueError(f"init must be {names} or {INITS[-1]}, got {self.init!r}")
         if self.max_norm is not None and several:
             dim = self.embedding_dim
             raise NotImplementedError(
@@ -577,9 +585,10 @@ class ResizableEmbedding(nn.Embedding):
         """Enlarge the rows of ``ids`` (where ``mask``) to the next size: ``e' = W_k e + b_k``.
 
         An id twice is enlarged once; rows at the largest size stay as they are. On a GPU three
-        kernels, and one that counts the call, without host synchronisation, whatever the number of
-        ids; capturable in a CUDA graph, see :meth:`reserve`. On a CPU the rows that move are found
-        first, and room is made for just these.
+        kernels, and one that counts the call (with tails two that expand them), without host
+        synchronisation, whatever the number of ids; capturable in a CUDA graph, see
+        :meth:`reserve`. On a CPU the rows that move are found first, and room is made for just
+        these.
 
         Args:
             ids: any shape, int32 or int64.
@@ -607,8 +616,9 @@ class ResizableEmbedding(nn.Embedding):
             return torch.zeros_like(ids, dtype=torch.bool)
         backend = "torch" if self.backend == "reference" else self.backend
         flat = ids.reshape(-1)
-        # Hops that pad with zeros and stay so: Adagrad's sums go along.
-        carries = self.init == "padded" and not self.chain.requires_grad
+        # Hops that keep a row's numbers, which padded ones that train need not: Adagrad's sums go
+        # along.
+        carries = self.init == "tails" or (self.init == "padded" and not self.chain.requires_grad)
         promote = partial(arena.promote, chain=self.chain, carries=carries, backend=backend)
         if self.agree is None:
             moved = promote(flat, mask=mask)
@@ -721,9 +731,21 @@ class ResizableEmbedding(nn.Embedding):
             if prefix + "weight" in state_dict:
                 args[-1].extend(self._take_table(self.arena, state_dict, prefix))
             # All or nothing: hops without the rows that they belong to would be another table.
+            self._check_kind_of_hops(state_dict.get(prefix + "chain"), prefix)
             if not self.arena.fits(state_dict, prefix + "arena."):
                 return
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _check_kind_of_hops(self, saved: Any, prefix: str) -> None:
+        """Refuse hops of another kind at once: torch would go on and load the rows."""
+        kinds = {chain_numel(self.sizes): "whole hops", tails_numel(self.sizes): "tails"}
+        here = kinds.get(self.chain.numel())
+        there = kinds.get(saved.numel()) if isinstance(saved, Tensor) else None
+        if here and there and here != there:
+            raise RuntimeError(
+                f"{prefix}chain was saved as {there}, and the module has {here}: build it with the "
+                "init of the module that was saved"
+            )
 
     def _take_table(self, arena: Arena, state_dict: Any, prefix: str) -> list[str]:
         """Put rows of several sizes, all at the largest, in the place of a ``weight``, ``[N, D]``.

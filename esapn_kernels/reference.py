@@ -5,11 +5,16 @@ Nothing here is fast and nothing here shares code with the paths it judges. A ro
 
     e_{j+1} = W_j e_j + b_j        W_j in R^{d_{j+1} x d_j},   j = k, ..., n - 2
 
-and the lookup of an ID is its row carried to the last level. All functions take any float dtype.
+and the lookup of an ID is its row carried to the last level. Hops given by their tails alone are
+
+    e_{j+1} = [g_j e_j; B_j e_j + beta_j]        g_j = sqrt(d_{j+1} / d_j)
+
+that is ``W_j = [g_j I; B_j]`` and ``b_j = [0; beta_j]``. All functions take any float dtype.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -25,22 +30,50 @@ __all__ = [
 
 
 def split_chain(chain: Tensor, sizes: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-    """Views ``(W_j, b_j)`` of the packed chain parameter, shapes ``[d_{j+1}, d_j]`` and
-    ``[d_{j+1}]``.
+    """``(W_j, b_j)`` of the packed chain parameter, shapes ``[d_{j+1}, d_j]`` and ``[d_{j+1}]``.
 
-    ``chain`` holds one block ``[W_j | b_j]^T`` of shape ``[d_j + 1, d_{j+1}]`` for every hop.
+    ``chain`` holds one block ``[W_j | b_j]^T`` of shape ``[d_j + 1, d_{j+1}]`` for every hop, of
+    which these are views; or, shorter, one block ``[B_j | beta_j]^T`` of shape
+    ``[d_j + 1, d_{j+1} - d_j]``.
 
     >>> (w, b), = split_chain(torch.tensor([1.0, 2.0, 3.0, 4.0]), (1, 2))
     >>> w.tolist(), b.tolist()
     ([[1.0], [2.0]], [3.0, 4.0])
+    >>> (w, b), = split_chain(torch.tensor([3.0, 5.0, 7.0, 9.0, 11.0, 13.0]), (1, 4))
+    >>> w.tolist(), b.tolist()
+    ([[2.0], [3.0], [5.0], [7.0]], [0.0, 9.0, 11.0, 13.0])
     """
     hops = []
     offset = 0
+    tails = _holds_tails(chain, sizes)
     for d_in, d_out in zip(sizes, sizes[1:], strict=False):
+        if tails:
+            rest = d_out - d_in
+            block = chain[offset : offset + (d_in + 1) * rest].view(d_in + 1, rest)
+            kept = math.sqrt(d_out / d_in) * torch.eye(d_in).to(chain)
+            nothing = torch.zeros(d_in).to(chain)
+            hops.append((torch.cat([kept, block[:d_in].t()]), torch.cat([nothing, block[d_in]])))
+            offset += (d_in + 1) * rest
+            continue
         block = chain[offset : offset + (d_in + 1) * d_out].view(d_in + 1, d_out)
         hops.append((block[:d_in].t(), block[d_in]))
         offset += (d_in + 1) * d_out
     return hops
+
+
+def _holds_tails(chain: Tensor, sizes: Sequence[int]) -> bool:
+    numbers = sum((a + 1) * b for a, b in zip(sizes, sizes[1:], strict=False))
+    return chain.numel() < numbers
+
+
+def _pack(hops: Sequence[tuple[Tensor, Tensor]], chain: Tensor, sizes: Sequence[int]) -> Tensor:
+    """``(W_j, b_j)`` as ``chain`` is packed; of the fixed part of tails nothing is kept."""
+    tails = _holds_tails(chain, sizes)
+    packed = [chain.new_zeros(0)]
+    for (weight, bias), d_in in zip(hops, sizes, strict=False):
+        block = torch.cat([weight.t(), bias[None]])
+        packed.append((block[:, d_in:] if tails else block).reshape(-1))
+    return torch.cat(packed)
 
 
 def _row(storage: Tensor, start: int, dim: int) -> Tensor:
@@ -95,8 +128,7 @@ def lookup_grad_reference(
     """
     hops = split_chain(chain, sizes)
     grad_storage = torch.zeros_like(storage)
-    grad_chain = torch.zeros_like(chain)
-    grad_hops = split_chain(grad_chain, sizes)
+    grad_hops = [(torch.zeros_like(weight), torch.zeros_like(bias)) for weight, bias in hops]
     for i, g in zip(ids.reshape(-1).tolist(), grad_out.reshape(-1, sizes[-1]), strict=True):
         start, level = _locate(i, row_start, page_level, page)
         path = [_row(storage, start, sizes[level])]
@@ -107,7 +139,7 @@ def lookup_grad_reference(
             grad_hops[j][1].add_(g)
             g = hops[j][0].t() @ g
         _row(grad_storage, start, sizes[level]).add_(g)
-    return grad_storage, grad_chain
+    return grad_storage, _pack(grad_hops, chain, sizes)
 
 
 def promote_reference(row: Tensor, level: int, chain: Tensor, sizes: Sequence[int]) -> Tensor:

@@ -105,6 +105,7 @@ def make_case(
     *,
     mix: Sequence[float] | None = None,
     backend: str = "auto",
+    init: str = "linear",
 ) -> Case:
     """Build a module whose rows have mixed sizes, and ids to look up.
 
@@ -117,6 +118,7 @@ def make_case(
             the rows of the largest size in use).
         mix: relative number of rows per size; equal by default. Counts are exact up to rounding.
         backend: of the module; :meth:`Case.run` takes one of its own.
+        init: kind of hops; ``linear`` ones have biases, and so have ``tails``, which are drawn too.
 
     Example:
         >>> case = make_case((2, 4), 10, 5, mix=(4, 1))
@@ -135,12 +137,14 @@ def make_case(
         num_rows,
         sizes=sizes,
         initial_size=torch.tensor(sizes)[level],
-        # Biases too, which isometric hops have none of.
-        init="linear",
+        init=init,
         backend=backend,
         device=device,
         dtype=dtype,
     )
+    if init == "tails" and module.chain is not None:
+        with torch.no_grad():
+            module.chain.uniform_(-0.5, 0.5)
     torch.set_rng_state(state)
     ids = _traffic(traffic, level, n_ids, generator) if n_ids else torch.zeros(0, dtype=torch.long)
     grad_out = torch.randn(n_ids, sizes[-1], generator=generator)

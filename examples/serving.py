@@ -66,7 +66,7 @@ def read(
         if path.suffix == ".pt2":
             found[name] = torch.export.load(path).module()(ids)
         elif path.suffix == ".safetensors":
-            fresh = ResizableEmbedding(emb.num_embeddings, sizes=emb.sizes)
+            fresh = ResizableEmbedding(emb.num_embeddings, sizes=emb.sizes, init=emb.init)
             fresh.load_state_dict(load_file(path))
             found[name] = fresh(ids)
         else:

@@ -59,6 +59,10 @@ class Recommender(nn.Module):
         """The parameters that hold embedding rows."""
         return []
 
+    def tails(self) -> list[nn.Parameter]:
+        """The parameters of hops that learn the appended numbers of a row alone."""
+        return []
+
     def soft_parameters(self) -> list[nn.Parameter]:
         """The parameters that set soft sizes."""
         return []

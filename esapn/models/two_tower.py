@@ -36,7 +36,8 @@ class TwoTower(Recommender):
         init_std: rows start as N(0, init_std^2), at the smallest size.
         plain: no BatchNorm and tanh on the towers.
         plain_head: no BatchNorm in the inference layer, and ReLU in place of tanh.
-        hops: ``linear``: trained, as published; ``padded``: fixed, a grown row appends zeros.
+        hops: ``linear``: trained, as published; ``padded``: fixed, a grown row appends zeros;
+            ``tails``: it appends ``B e + b``, which are trained.
 
     Example:
         >>> model = TwoTower(10, 20, sizes=(2, 4), n_outputs=1, hidden=8)
@@ -82,6 +83,11 @@ class TwoTower(Recommender):
     def rows(self) -> list[Tensor]:
         """What holds the rows of both tables."""
         return [table.arena.parameter for table in self.tables().values()]
+
+    def tails(self) -> list[nn.Parameter]:
+        """Those of both tables, with ``hops="tails"`` and several sizes."""
+        tables = (t for t in self.tables().values() if t.init == "tails")
+        return [table.chain for table in tables if table.chain is not None]
 
     def row_optimizer(self, name: str, lr: float) -> torch.optim.Optimizer:
         """Adam over all rows, or an Adagrad that steps in the backward pass of the lookup."""

@@ -106,7 +106,7 @@ def build_model(config: SearchConfig, stream: Stream) -> Recommender:
 
 
 def _optimizers(config: SearchConfig, model: Recommender) -> list[torch.optim.Optimizer]:
-    """One of the soft sizes, one of the rows if their settings differ, and one of all the rest."""
+    """Of soft sizes, of rows if their settings differ, of tails, and one of all the rest."""
     built: list[torch.optim.Optimizer] = []
     rows, soft = model.rows(), model.soft_parameters()
     apart = {id(p) for p in soft}
@@ -115,6 +115,9 @@ def _optimizers(config: SearchConfig, model: Recommender) -> list[torch.optim.Op
     if rows and (config.row_optimizer, config.row_lr) != ("adam", config.lr):
         built.append(model.row_optimizer(config.row_optimizer, config.row_lr))
         apart |= {id(p) for p in rows}
+    if tails := model.tails():
+        built.append(torch.optim.Adam(tails, lr=config.tail_lr, fused=True))
+        apart |= {id(p) for p in tails}
     rest = [p for p in model.parameters() if id(p) not in apart and p.requires_grad]
     if rest:
         built.append(torch.optim.Adam(rest, lr=config.lr, fused=True))

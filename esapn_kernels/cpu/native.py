@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..ops.backend import native
-from ..ops.chain import chain_numel, compute_dtype
+from ..ops.chain import chain_numel, compute_dtype, full_chain, gather_tails, tails_numel
 from ..ops.checks import check_ids
 from ..ops.layout import Layout
 from ..ops.update import CollectedRows, Update
@@ -61,16 +61,20 @@ def packed(sizes: tuple[int, ...]) -> bytes:
     return struct.pack(f"{len(sizes)}q", *sizes)
 
 
-_chain_numel = functools.cache(chain_numel)
+@functools.cache
+def _lengths(sizes: tuple[int, ...]) -> tuple[int, int]:
+    """Of packed hops, and of tails."""
+    return chain_numel(sizes), tails_numel(sizes)
 
 
-def _packed_hops(chain: Tensor, sizes: Sequence[int]) -> bytes:
-    """The sizes, as the kernels of the chain take them."""
-    sizes = tuple(sizes)
-    if chain.numel() != _chain_numel(sizes):
-        expected = f"{_chain_numel(sizes)} numbers for sizes {sizes}"
-        raise RuntimeError(f"the packed hops must be {expected}, got {chain.numel()}")
-    return packed(sizes)
+def _packed_hops(chain: Tensor, sizes: tuple[int, ...]) -> tuple[bytes, bool]:
+    """The sizes, as the kernels of the chain take them, and whether it holds tails."""
+    numel = chain.numel()
+    full, tails = _lengths(sizes)
+    if numel not in (full, tails):
+        expected = f"{full} numbers for sizes {sizes}, or {tails} of tails"
+        raise RuntimeError(f"the packed hops must be {expected}, got {numel}")
+    return packed(sizes), numel != full
 
 
 def _table(layout: Layout, ids: Tensor, elements: int) -> tuple[int | bytes, ...]:
@@ -400,11 +404,14 @@ def lookup_bwd_update(
 
 def compose(chain: Tensor, sizes: Sequence[int]) -> Tensor:
     """``[K, D]``: see :func:`esapn_kernels.ops.compose.compose`."""
-    chain = _in_dtype_of_sums(chain.detach().resolve_neg(), chain).contiguous()
-    sizes_of_hops = _packed_hops(chain, sizes)
+    chain = chain.detach().resolve_neg()
+    if chain.element_size() == 2:
+        chain = full_chain(chain, sizes)  # whose g is rounded as well
+    chain = _in_dtype_of_sums(chain, chain).contiguous()
+    sizes_of_hops = _packed_hops(chain, tuple(sizes))
     composed = chain.new_empty((sum(sizes[:-1]) + len(sizes) - 1, sizes[-1]))
     operands = (DTYPE[chain.dtype], chain.data_ptr(), composed.data_ptr())
-    native.compose(sizes_of_hops, *operands)
+    native.compose(*sizes_of_hops, *operands)
     return composed
 
 
@@ -412,9 +419,14 @@ def compose_bwd(
     grad_composed: Tensor, chain: Tensor, composed: Tensor, sizes: Sequence[int]
 ) -> Tensor:
     """Shape and dtype of ``chain``: see :func:`esapn_kernels.ops.compose.compose_bwd`."""
-    hops = chain.detach().resolve_neg().to(composed.dtype).contiguous()
+    hops = chain.detach().resolve_neg()
+    if hops.dtype is not composed.dtype:
+        hops = full_chain(hops, sizes).to(composed.dtype)
+    hops = hops.contiguous()
     grad_composed, grad_chain = grad_composed.contiguous(), torch.empty_like(hops)
     tensors = (grad_composed, hops, composed, grad_chain)
     addresses = [tensor.data_ptr() for tensor in tensors]
-    native.compose_bwd(_packed_hops(hops, sizes), DTYPE[hops.dtype], *addresses)
+    native.compose_bwd(*_packed_hops(hops, tuple(sizes)), DTYPE[hops.dtype], *addresses)
+    if grad_chain.numel() != chain.numel():
+        grad_chain = gather_tails(grad_chain, sizes)
     return grad_chain.to(chain.dtype)

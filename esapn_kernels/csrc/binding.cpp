@@ -9,7 +9,7 @@
 #include "kernels.h"
 
 // Of these functions' arguments; ops/backend.py takes no module of another number.
-#define ESAPN_INTERFACE 2
+#define ESAPN_INTERFACE 3
 
 namespace {
 
@@ -255,6 +255,7 @@ PyObject* compose(PyObject*, PyObject* const* values, Py_ssize_t count) {
   const int64_t* sizes;
   int n;
   arguments.sizes(sizes, n);
+  const bool tails = arguments.small() != 0;
   const int dtype = arguments.small();
   const void* chain = arguments.address();
   void* composed = arguments.address();
@@ -262,7 +263,7 @@ PyObject* compose(PyObject*, PyObject* const* values, Py_ssize_t count) {
   if (arguments.failed()) return nullptr;
   int status;
   Py_BEGIN_ALLOW_THREADS
-  status = chosen->compose[dtype == F64](sizes, n, chain, composed);
+  status = chosen->compose[dtype == F64](sizes, n, tails, chain, composed);
   Py_END_ALLOW_THREADS
   return answer(status);
 }
@@ -272,6 +273,7 @@ PyObject* compose_bwd(PyObject*, PyObject* const* values, Py_ssize_t count) {
   const int64_t* sizes;
   int n;
   arguments.sizes(sizes, n);
+  const bool tails = arguments.small() != 0;
   const int dtype = arguments.small();
   const void* grad_composed = arguments.address();
   const void* chain = arguments.address();
@@ -282,7 +284,7 @@ PyObject* compose_bwd(PyObject*, PyObject* const* values, Py_ssize_t count) {
   if (arguments.failed()) return nullptr;
   int status;
   Py_BEGIN_ALLOW_THREADS
-  status = chosen->compose_bwd[dtype == F64](sizes, n, grad_composed, chain, composed, grad_chain);
+  status = chosen->compose_bwd[dtype == F64](sizes, n, tails, grad_composed, chain, composed, grad_chain);
   Py_END_ALLOW_THREADS
   return answer(status);
 }
@@ -407,9 +409,9 @@ PyMethodDef methods[] = {
     {"step_rows", fast(step_rows), METH_FASTCALL,
      "(table, ids, level, place, gradients, storage, dtype, threads, update)"},
     {"count_elements", fast(count_elements), METH_FASTCALL, "(table, ids, padding): of the distinct rows"},
-    {"compose", fast(compose), METH_FASTCALL, "(sizes, dtype, chain, composed)"},
+    {"compose", fast(compose), METH_FASTCALL, "(sizes, tails, dtype, chain, composed)"},
     {"compose_bwd", fast(compose_bwd), METH_FASTCALL,
-     "(sizes, dtype, grad_composed, chain, composed, grad_chain)"},
+     "(sizes, tails, dtype, grad_composed, chain, composed, grad_chain)"},
     {"find_movers", fast(find_movers), METH_FASTCALL,
      "(table, ids, mask, call, moved, movers): the rows that move, by the level that they leave"},
     {"move_rows", fast(move_rows), METH_FASTCALL,

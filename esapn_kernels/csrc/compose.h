@@ -1,16 +1,30 @@
 // The chain and its reverse (ops/compose.py holds the recursions). Mirrors gpu/compose.py. Inside the
 // namespace of an instruction set.
+//
+// With `tails` the chain holds [B_k | b_k]^T, [d_k + 1, d_{k+1} - d_k], of the hops W_k = [g I; B_k] and
+// b_k = [0; b_k]: the first d_k of d_{k+1} columns are `kept`, a multiple of the row, and take no product.
+
+// to_r += factor * from_r, rows of one stride.
+template <class A>
+static void add_multiple(A* __restrict to, const A* __restrict from, A factor, int64_t numel) {
+  for (int64_t c = 0; c < numel; c++) to[c] += factor * from[c];
+}
+
+template <class A>
+ESAPN_INLINE A gain(int64_t d, int64_t next) {
+  return A(root(double(next) / double(d)));
+}
 
 // [K, D] from the packed hops: A_k = T_k A'_{k+1} + [0; c_{k+1}], k = n - 2 ... 0.
 template <class A>
-static int compose(const int64_t* sizes, int n, const void* chain_memory, void* composed_memory) {
+static int compose(const int64_t* sizes, int n, bool tails, const void* chain_memory, void* composed_memory) {
   const A* chain = static_cast<const A*>(chain_memory);
   A* composed = static_cast<A*>(composed_memory);
   const int64_t D = sizes[n - 1], stride = padded_width<A>(D);
   int64_t rows = 0, hop = 0;
   for (int k = 0; k + 1 < n; k++) {
     rows += sizes[k] + 1;
-    hop += (sizes[k] + 1) * sizes[k + 1];
+    hop += (sizes[k] + 1) * (sizes[k + 1] - (tails ? sizes[k] : 0));
   }
   const bool padded = stride != D;
   Buffer memory(Buffer::padded<A>(stride) + (padded ? Buffer::padded<A>(rows * stride) : 0));
@@ -20,13 +34,17 @@ static int compose(const int64_t* sizes, int n, const void* chain_memory, void* 
   A* work = padded ? memory.take<A>(rows * stride) : composed;
   int64_t block = rows;
   for (int k = n - 2; k >= 0; k--) {
-    const int64_t d = sizes[k], next = sizes[k + 1];
-    hop -= (d + 1) * next;
+    const int64_t d = sizes[k], next = sizes[k + 1], kept = tails ? d : 0, width = next - kept;
+    hop -= (d + 1) * width;
     block -= d + 1;
     const A* t = chain + hop;
     A* y = work + block * stride;
     if (k == n - 2) {
-      copy_rows(y, stride, t, D, d + 1);
+      if (!tails) copy_rows(y, stride, t, D, d + 1);
+      for (int64_t r = 0; r < (tails ? d + 1 : 0); r++) {
+        for (int64_t c = 0; c < d; c++) y[r * stride + c] = c == r ? gain<A>(d, next) : A(0);
+        copy_rows(y + r * stride + d, stride - d, t + r * width, width, 1);
+      }
       continue;
     }
     const A* m = y + (d + 1) * stride;
@@ -35,14 +53,15 @@ static int compose(const int64_t* sizes, int n, const void* chain_memory, void* 
       const A* e[TILE_ROWS];
       A* z[TILE_ROWS];
       for (int i = 0; i < count; i++) {
-        e[i] = t + (r + i) * next;
+        e[i] = t + (r + i) * width;
         z[i] = y + (r + i) * stride;
       }
-      affine<A, false>(count, e, m, stride, zero, z, stride, next);
+      affine<A, false>(count, e, m + kept * stride, stride, zero, z, stride, width);
     }
-    const A* bias = t + d * next;
+    if (tails) add_multiple(y, m, gain<A>(d, next), d * stride);
+    const A* bias = t + d * width;
     A* last = y + d * stride;
-    affine<A, false>(1, &bias, m, stride, m + next * stride, &last, stride, next);
+    affine<A, false>(1, &bias, m + kept * stride, stride, m + next * stride, &last, stride, width);
   }
   if (padded) copy_rows(composed, D, work, stride, rows);
   return OK;
@@ -52,8 +71,8 @@ static int compose(const int64_t* sizes, int n, const void* chain_memory, void* 
 //   dT_k = G_k A'_{k+1}^T,   G_{k+1} = dA_{k+1} + T_k^{+T} G_k
 // Rows of zeros take part in no product: zero times what is not finite is not a number.
 template <class A>
-static int compose_bwd(const int64_t* sizes, int n, const void* grad_memory, const void* chain_memory,
-                       const void* composed_memory, void* grad_chain_memory) {
+static int compose_bwd(const int64_t* sizes, int n, bool tails, const void* grad_memory,
+                       const void* chain_memory, const void* composed_memory, void* grad_chain_memory) {
   const A* chain = static_cast<const A*>(chain_memory);
   A* grad_chain = static_cast<A*>(grad_chain_memory);
   const int64_t D = sizes[n - 1], stride = padded_width<A>(D);
@@ -75,14 +94,14 @@ static int compose_bwd(const int64_t* sizes, int n, const void* grad_memory, con
   const A** g = memory.take<const A*>(largest + 1);
   int64_t block = 0, hop = 0;
   for (int k = 0; k + 1 < n; k++) {
-    const int64_t d = sizes[k], next = sizes[k + 1];
+    const int64_t d = sizes[k], next = sizes[k + 1], kept = tails ? d : 0, width = next - kept;
     const A* G = grad + block * stride;
     const A* T = chain + hop;
     A* dT = grad_chain + hop;
     block += d + 1;
-    hop += (d + 1) * next;
+    hop += (d + 1) * width;
     if (k == n - 2) {
-      copy_rows(dT, D, G, stride, d + 1);
+      copy_rows(dT, width, G + kept, stride, d + 1);
       break;
     }
     int used = 0;
@@ -90,23 +109,24 @@ static int compose_bwd(const int64_t* sizes, int n, const void* grad_memory, con
       int different = 0;
       for (int64_t c = 0; c < stride; c++) different |= G[r * stride + c] != 0;
       if (!different) {
-        for (int64_t j = 0; j < next; j++) dT[r * next + j] = 0;
+        for (int64_t j = 0; j < width; j++) dT[r * width + j] = 0;
         continue;
       }
-      e[used] = T + r * next;
+      e[used] = T + r * width;
       g[used++] = G + r * stride;
     }
-    Projection<A> down{composed + block * stride, stride, stride, next};
+    Projection<A> down{composed + (block + kept) * stride, stride, stride, width};
     down.turn(turned);
-    const int64_t width = down.columns();
+    const int64_t apart = down.columns();
     for (int r = 0; r < used; r += TILE_ROWS) {
       const int count = used - r < TILE_ROWS ? used - r : TILE_ROWS;
-      project(down, g + r, count, found, width);
+      project(down, g + r, count, found, apart);
       for (int i = 0; i < count; i++)
-        for (int64_t j = 0; j < next; j++) dT[(e[r + i] - T) + j] = found[i * width + j];
+        for (int64_t j = 0; j < width; j++) dT[(e[r + i] - T) + j] = found[i * apart + j];
     }
     A* H = grad + block * stride;
-    outer(H, stride, e, g, used, stride, next);
+    if (tails) add_multiple(H, G, gain<A>(d, next), d * stride);
+    outer(H + kept * stride, stride, e, g, used, stride, width);
     const A* last = G + d * stride;
     add_rows(H + next * stride, &last, 1, stride);
   }

@@ -26,6 +26,9 @@ On a CPU a loop over the hops carries G_j itself.
 A bias is added, never multiplied by a 1 among zeros, and rows of zeros take part in no product: a
 hop that is not finite spreads no further than through the rows that pass it.
 
+Tails (:mod:`.chain`) are expanded first, and their gradient, columns of ``dT_k``, is gathered last.
+The native kernels do both as they go, without the products of the fixed part.
+
 Costs ``2 sum (d_k + 1) d_{k+1} D`` FLOP once per weight version (0.4 MFLOP for the default
 sizes), against 18,768 FLOP per row of size 2 for the chain itself.
 """
@@ -41,7 +44,7 @@ from ..cpu import compose as cpu
 from ..cpu import native as native_cpu
 from ..gpu.compose import launch_compose, launch_compose_bwd
 from .backend import NATIVE_ERROR, native, runs_native
-from .chain import compute_dtype, operand_offsets
+from .chain import compute_dtype, full_chain, gather_tails, operand_offsets
 from .checks import is_opaque
 
 __all__ = ["ComposedCache", "compose", "compose_bwd"]
@@ -73,20 +76,25 @@ def _(grad_composed, chain, composed, sizes, backend):
 
 
 def _compose(chain: Tensor, sizes: Sequence[int], backend: str) -> Tensor:
+    if runs_native(backend):
+        return native_cpu.compose(chain, sizes)
+    chain = full_chain(chain.detach(), sizes)
     if backend == "triton":
-        return launch_compose(chain.detach().contiguous(), sizes)
-    run = native_cpu.compose if runs_native(backend) else cpu.compose
-    return run(chain, sizes)
+        return launch_compose(chain.contiguous(), sizes)
+    return cpu.compose(chain, sizes)
 
 
 def _compose_bwd(
     grad_composed: Tensor, chain: Tensor, composed: Tensor, sizes: Sequence[int], backend: str
 ) -> Tensor:
+    if runs_native(backend):
+        return native_cpu.compose_bwd(grad_composed, chain, composed, sizes)
+    full = full_chain(chain.detach(), sizes)
     if backend == "triton":
-        grad_composed, chain = grad_composed.contiguous(), chain.detach().contiguous()
-        return launch_compose_bwd(grad_composed, chain, composed, sizes)
-    run = native_cpu.compose_bwd if runs_native(backend) else cpu.compose_bwd
-    return run(grad_composed, chain, composed, sizes)
+        grad = launch_compose_bwd(grad_composed.contiguous(), full.contiguous(), composed, sizes)
+    else:
+        grad = cpu.compose_bwd(grad_composed, full, composed, sizes)
+    return grad if full.numel() == chain.numel() else gather_tails(grad, sizes)
 
 
 def _is_traced(chain: Tensor, backend: str) -> bool:
@@ -98,7 +106,8 @@ def compose(chain: Tensor, sizes: Sequence[int], *, backend: str = "torch") -> T
     """Compose the packed chain into one affine map per level; no gradient is recorded.
 
     Args:
-        chain: packed hops, ``[sum_k (d_k + 1) d_{k+1}]``, any float dtype.
+        chain: packed hops, ``[sum_k (d_k + 1) d_{k+1}]``, or tails, ``[sum_k (d_k + 1) (d_{k+1} -
+            d_k)]``; any float dtype.
         sizes: increasing sizes ``d_0 < ... < d_{n-1}``.
         backend: ``triton`` for one launch, ``native`` for one call, ``torch`` (and ``reference``)
             for a product per hop.

@@ -14,6 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from .chain import full_chain
 from .compose import compose
 
 __all__ = ["LevelMap", "drawn", "level_maps", "nearest"]
@@ -52,7 +53,7 @@ def level_maps(chain: Tensor, sizes: Sequence[int]) -> list[LevelMap]:
     """The maps of all levels but the last, whose rows are their outputs.
 
     Args:
-        chain: packed hops, any float dtype.
+        chain: packed hops or tails, any float dtype.
         sizes: increasing sizes ``d_0 < ... < d_{n-1}``.
 
     Example:
@@ -60,7 +61,8 @@ def level_maps(chain: Tensor, sizes: Sequence[int]) -> list[LevelMap]:
         >>> level.matrix.tolist(), level.offset.tolist()
         ([[1.0], [2.0]], [3.0, 4.0])
     """
-    blocks = compose(chain.detach().double(), sizes).split([d + 1 for d in sizes[:-1]])
+    hops = full_chain(chain.detach(), sizes).double()
+    blocks = compose(hops, sizes).split([d + 1 for d in sizes[:-1]])
     precision = torch.finfo(chain.dtype).eps
     return [LevelMap(block[:-1].t(), block[-1], precision) for block in blocks]
 

@@ -26,7 +26,7 @@ from ..gpu.lookup_bwd import launch_bwd, launch_bwd_rows, launch_bwd_update
 from ..gpu.lookup_fwd import launch_fwd
 from ..reference import lookup_reference
 from .backend import own_precision, resolve_backend, runs_native
-from .chain import compute_dtype, split_chain
+from .chain import compute_dtype, full_chain, split_chain
 from .checks import check_out, is_eager, is_opaque
 from .compose import ComposedCache, compose, compose_bwd
 from .layout import Layout
@@ -171,7 +171,8 @@ def _(grad_out, ids, storage, composed, row_start, page_level, sizes, page, back
 
 def _formula(ids: Tensor, storage: Tensor, chain: Tensor, layout: Layout) -> Tensor:
     """The lookup hop by hop for all ids at once, in operators that torch differentiates itself."""
-    storage, chain = storage.to(compute_dtype(storage.dtype)), chain.to(compute_dtype(chain.dtype))
+    chain = full_chain(chain, layout.sizes).to(compute_dtype(chain.dtype))
+    storage = storage.to(compute_dtype(storage.dtype))
     start = layout.row_start[ids].long()
     level = layout.page_level[start // layout.page]
     y = storage.new_zeros(*ids.shape, layout.sizes[0])
@@ -527,7 +528,7 @@ def lookup(
             the native and the torch backend; they fail an assertion on a GPU, and interpreted
             kernels give zeros.
         storage: all rows, flat ``[capacity]``, fp32 / bf16 / fp16 / fp64; gradient flows (dense).
-        chain: packed hops (see ``chain``), same dtype; gradient flows.
+        chain: packed hops or tails (see ``chain``), same dtype; gradient flows.
         layout: where the rows lie.
         options: see :class:`Options`.
         backend: ``auto`` (Triton on a GPU, native kernels on a CPU where they are built, torch
@@ -581,7 +582,7 @@ def lookup(
     hops = None
     if eager and backend == "triton" and _groups(flat, storage, layout):
         # The launch that counts the levels of the ids composes the hops as well.
-        hops = chain.detach().contiguous()
+        hops = full_chain(chain.detach(), layout.sizes).contiguous()
         composed = empty_composed(hops, layout.sizes)
     elif cache is not None and eager and backend != "triton" and device.type == "cpu":
         composed = cache(chain, layout.sizes, backend)

@@ -21,6 +21,7 @@ from ..cpu import resize as cpu
 from ..cpu.resize import Movers
 from ..gpu.resize import launch_free, launch_insert, launch_promote
 from .backend import runs_native
+from .chain import full_chain
 from .checks import check_ids, is_opaque
 from .layout import Filled, Layout, Places
 
@@ -65,7 +66,7 @@ def promote(
             the Triton backend passes over ids out of range as well.
         mask: bool ``[R]`` or ``None``.
         storage: flat ``[capacity]``; the new rows are written.
-        chain: packed hops, dtype of ``storage``.
+        chain: packed hops or tails, dtype of ``storage``.
         places: locations and free lists; brought up to date. The Triton backend moves the rows that
             fit, by level and then in the order of ``ids``; the others need room for all.
         states, per_id: in the layout of ``storage``, and ``[N]``: fresh where rows moved.
@@ -74,6 +75,7 @@ def promote(
     Returns:
         Bool ``[R]``: True where the position named a row that moved.
     """
+    chain = full_chain(chain, places.layout.sizes)
     if movers is None:
         return launch_promote(ids, mask, storage, chain, places, states, per_id)
     _KERNELS[movers.backend].promote(movers, storage, chain, places, states, per_id)

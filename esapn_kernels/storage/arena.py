@@ -286,10 +286,10 @@ class Arena(Locations):
 
         Args:
             ids: int ``[R]``, in range (the Triton backend passes over ids that are not).
-            chain: packed hops.
+            chain: packed hops or tails.
             mask: bool ``[R]``.
-            carries: the hops pad with zeros and are not trained: Adagrad's sums go along, see
-                ``followers``.
+            carries: the hops keep a row's numbers, as padded ones that are not trained and tails
+                do: Adagrad's sums go along, see ``followers``.
             backend: ``auto`` | ``triton`` | ``native`` | ``torch``.
 
         Returns:
@@ -528,7 +528,7 @@ class Arena(Locations):
 
         Args:
             other: an arena of as many ids and the same sizes, on any device.
-            chain: packed hops, by which rows that are longer there are carried up.
+            chain: packed hops or tails, by which rows that are longer there are carried up.
 
         Raises:
             RuntimeError: ``max_elements`` does not allow it, the rows are shared with other

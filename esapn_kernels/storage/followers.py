@@ -13,13 +13,16 @@ from construction on, and say themselves which of their state goes with rows
 Documented behaviour: the state of a *resized* row starts afresh (zero; Adagrad's configured
 ``initial_accumulator_value``, Rprop's ``lr``), as that of a row never seen; the state of every
 other row is untouched wherever the row moves. The shared step counter of Adam goes on. There is one
-exception, Adagrad's sums under zero-padding hops that are not trained,
+exception, Adagrad's sums under hops that keep a row's numbers: zero-padding hops that are not
+trained (``B = 0``, ``b = 0``), and tails, trained or not,
 
-    e' = [g e; 0],   g = sqrt(d_{k+1} / d_k)        dL/de_j = g dL/de'_j   (j < d_k)
+    e' = [g e; B e + b],   g = sqrt(d_{k+1} / d_k)
+    dL/de_j = g dL/de'_j + (B^T dL/de'_tail)_j      (j < d_k)
 
-where the sum of squared gradients of the old numbers carries over exactly, ``s'_j = s_j / g^2``,
-and only the new numbers start afresh: without it, a grown row moves by the whole learning rate
-again.
+where the sum of squared gradients of the old numbers carries over, ``s'_j = s_j / g^2``, and only
+the new numbers start afresh: without it, a grown row moves by the whole learning rate again. While
+``B = 0`` this is the sum that the larger row would have had, exactly. Once tails have been learnt
+it is not: what came by way of ``B`` stays in ``s_j``, although ``e'_j`` has no such gradient.
 """
 
 from __future__ import annotations
@@ -141,8 +144,8 @@ class Followers:
         Reads nothing on the host where ``ids`` are on a GPU.
 
         Args:
-            ids: int ``[R]``, as they were given to a promotion by zero-padding hops; ``N`` in place
-                of ids out of range.
+            ids: int ``[R]``, as they were given to a promotion by hops that keep a row's numbers;
+                ``N`` in place of ids out of range.
             start, level: ``[R]``, where the rows lay before it.
             moved: bool ``[R]``, what it returned.
             row_size: int64 ``[n]``, the sizes.

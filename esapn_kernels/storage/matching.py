@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..ops.backend import own_precision
-from ..ops.chain import compute_dtype, hop_blocks
+from ..ops.chain import compute_dtype, full_chain, hop_blocks
 from ..ops.layout import Filled, Layout, gather_rows, row_table
 
 __all__ = ["Moving", "find_moving"]
@@ -56,9 +56,10 @@ def find_moving(
             :class:`~esapn_kernels.ops.layout.Places`.
         storage: the rows as ``mine`` has them.
         states: what goes with them; fresh where a row is resized.
-        chain: packed hops.
+        chain: packed hops or tails.
         source: the rows as ``theirs`` has them, on any device.
     """
+    chain = full_chain(chain, mine.sizes)
     ids = _differing(mine, theirs).nonzero()[:, 0]
     (old, was), (new, now) = (_located(ids, layout) for layout in (mine, theirs))
     found = Moving(ids[was != now], [], [[] for _ in range(1 + len(states))])

@@ -30,6 +30,7 @@ PUBLISHED = {
     "row_optimizer": "adam",
     "row_lr": 1e-3,
     "hops": "linear",
+    "tail_lr": 1e-2,
     "state": "paper",
     "advantage": "raw",
     "acting": "sample",
@@ -47,7 +48,7 @@ REFUSED = [
     ("patience", -1),
     *(
         (name, value)
-        for name in ("lr", "row_lr", "policy_lr", "threshold", "power", "power_scale")
+        for name in ("lr", "row_lr", "tail_lr", "policy_lr", "threshold", "power", "power_scale")
         for value in (0.0, -1e-3, math.nan, math.inf)
     ),
     *(

@@ -236,6 +236,7 @@ VARIANTS = {
     "rich": {"state": "rich"},
     "argmax": {"acting": "argmax"},
     "tuned": {"row_optimizer": "adagrad", "hops": "padded", "tower": "plain", "head": "plain"},
+    "tails": {"row_optimizer": "adagrad", "hops": "tails"},
     "random": {"method": "random"},
     "thresholds": {"method": "thresholds", "threshold": 2.0},
     "power": {"method": "power"},

@@ -64,7 +64,7 @@ class Adam:
 
 
 class Adagrad:
-    """Adagrad over named tensors; rows that grow by zeros take their sums along."""
+    """Adagrad over named tensors; rows that grow by zeros or tails take their sums along."""
 
     def __init__(self, lr: float) -> None:
         self.lr = lr
@@ -118,7 +118,12 @@ class SlowSide:
         self.name, self.sizes, self.config = field.name, config.sizes, config
         embedding = field.embedding
         self.rows = {i: leaf(embedding.arena.read(i)) for i in range(embedding.num_embeddings)}
-        self.hops = [(leaf(w), leaf(b)) for w, b in split_chain(embedding.chain, self.sizes)]
+        self.learnt = [(leaf(w), leaf(b)) for w, b in split_chain(embedding.chain, self.sizes)]
+        if config.hops == "tails":
+            self.learnt = [
+                (leaf(w[d:]), leaf(b[d:]))
+                for (w, b), d in zip(self.learnt, self.sizes, strict=False)
+            ]
         self.policy = leaves(field.policy)
         self.adam = Adam(config.policy_lr)
         self.losses: dict = defaultdict(list)  # of an ID, oldest first
@@ -126,6 +131,17 @@ class SlowSide:
         self.seen: dict = {}
         self.rewards: list = []  # moments of every batch that has any
         self.y = torch.empty(0)
+
+    @property
+    def hops(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        if self.config.hops != "tails":
+            return self.learnt
+        found = []
+        for weight, bias in self.learnt:
+            more, d = weight.shape
+            kept = math.sqrt((d + more) / d) * torch.eye(d)
+            found.append((torch.cat([kept, weight]), torch.cat([torch.zeros(d), bias])))
+        return found
 
     def carried(self, index: int) -> torch.Tensor:
         row = self.rows[index]
@@ -209,6 +225,7 @@ class SlowSearch:
             if name.startswith(("user_norm", "item_norm", "inference"))
         }
         self.adam = Adam(run.config.lr)
+        self.tails_adam = Adam(run.config.tail_lr)
         adagrad = run.config.row_optimizer == "adagrad"
         self.row_optimizer = Adagrad(run.config.row_lr) if adagrad else Adam(run.config.row_lr)
         self.generator = torch.Generator().manual_seed(run.config.seed)
@@ -304,16 +321,19 @@ class SlowSearch:
 
     def learn(self, losses: torch.Tensor) -> None:
         rows: dict = {}
+        tails: dict = {}
         rest = dict(self.head)
         for side in self.sides:
             rows |= {(side.name, i): row for i, row in side.rows.items()}
             if self.config.hops == "padded":  # as they were made
                 continue
-            for k, (weight, bias) in enumerate(side.hops):
-                rest |= {(side.name, "W", k): weight, (side.name, "b", k): bias}
-        gradients = gradients_of(losses.sum(), rows | rest)
+            into = tails if self.config.hops == "tails" else rest
+            for k, (weight, bias) in enumerate(side.learnt):
+                into |= {(side.name, "W", k): weight, (side.name, "b", k): bias}
+        gradients = gradients_of(losses.sum(), rows | rest | tails)
         self.row_optimizer.step(rows, gradients)
         self.adam.step(rest, gradients)
+        self.tails_adam.step(tails, gradients)
 
 
 TUNED = {
@@ -333,6 +353,7 @@ VARIANTS = {
     "rich": {"state": "rich"},
     "all": {"state": "rich", "advantage": "normalised", "entropy": 0.1} | TUNED,
     "argmax": {"acting": "argmax"},
+    "tails": TUNED | {"hops": "tails", "tail_lr": 0.03},
 }
 
 

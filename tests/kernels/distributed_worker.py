@@ -21,9 +21,9 @@ SIZES, ROWS, STEPS, BATCH = (2, 3, 8), 40, 8, 6
 
 
 class Model(nn.Module):
-    def __init__(self):
+    def __init__(self, init="isometric"):
         super().__init__()
-        self.table = ResizableEmbedding(ROWS, sizes=SIZES, dtype=torch.float64)
+        self.table = ResizableEmbedding(ROWS, sizes=SIZES, dtype=torch.float64, init=init)
         self.head = nn.Linear(8, 2, dtype=torch.float64)
         self.register_buffer("seen", torch.zeros(()))
 
@@ -62,9 +62,9 @@ def train(model, wrapped, rank, accumulate=1):
     return result_of(model, optimizer, lengths=lengths)
 
 
-def ddp(rank, accumulate=1):
+def ddp(rank, accumulate=1, init="isometric"):
     torch.manual_seed(rank)  # rank 0's numbers win
-    model = Model()
+    model = Model(init)
     replicate(model)
     return train(model, DistributedDataParallel(model), rank, accumulate)
 
@@ -73,10 +73,14 @@ def ddp_accumulate(rank):
     return ddp(rank, accumulate=2)
 
 
-def alone(world, accumulate=1):
+def ddp_tails(rank):
+    return ddp(rank, init="tails")
+
+
+def alone(world, accumulate=1, init="isometric"):
     """What one process does with the batches of all ranks."""
     torch.manual_seed(0)
-    model = Model()
+    model = Model(init)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
     for step in range(STEPS):
         optimizer.zero_grad()
@@ -217,6 +221,7 @@ def differing(rank):
         {"dtype": [torch.float32, torch.float64][rank]},
         {"max_elements": [None, 10_000][rank]},
         {"_freeze": bool(rank)},
+        {"init": ["padded", "tails"][rank]},
     ):
         try:
             replicate(ResizableEmbedding(**{"num_embeddings": 10, "sizes": SIZES, **options}))

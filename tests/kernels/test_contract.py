@@ -135,7 +135,7 @@ def test_initialisations():
     for size, (weight, bias) in zip(sizes, split_chain(linear.chain, sizes), strict=False):
         for values in (weight, bias):
             assert 0.8 * size**-0.5 < values.abs().max() <= size**-0.5
-    with pytest.raises(ValueError, match="linear, isometric or padded"):
+    with pytest.raises(ValueError, match="linear, isometric, padded or tails"):
         ResizableEmbedding(3, init="xavier")
 
 
@@ -712,7 +712,7 @@ def test_options_set_later():
         assert_same_state(module, before)
     module = RAGGED(N, D)
     module.init = "xavier"
-    with pytest.raises(ValueError, match="linear, isometric or padded"):
+    with pytest.raises(ValueError, match="linear, isometric, padded or tails"):
         module.reset_parameters()
     theirs, ours = nn.Embedding(N, D), RAGGED(N, D)
     for made in (theirs, ours):

@@ -92,10 +92,11 @@ def test_the_instruction_sets(isa):
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=name)
+@pytest.mark.parametrize("init", ["linear", "tails"])
 @every_dtype
-def test_against_the_definition(sizes, dtype, isa, nan_empty):
+def test_against_the_definition(sizes, dtype, init, isa, nan_empty):
     # Ids that occur once, a few times and often; tiles and blocks that are not full.
-    case = make_case(sizes, 40, 70, dtype, traffic="zipf")
+    case = make_case(sizes, 40, 70, dtype, traffic="zipf", init=init)
     exact, eager = case.expected(), case.expected(dtype)
     for part, a, x, e in zip(PARTS, case.run("native"), exact, eager, strict=True):
         assert_matches(a, x, e, name=part)
@@ -343,7 +344,8 @@ sizes_of_any = st.sets(st.integers(1, 130), min_size=1, max_size=6).map(lambda s
 def lookups(draw, dtypes=DTYPES):
     """A case whose ids are few or many, drawn from few rows or from all; and a padding index."""
     sizes, n_rows = draw(sizes_of_any), draw(st.integers(1, 60))
-    case = make_case(sizes, n_rows, 0, draw(st.sampled_from(dtypes)), seed=draw(st.integers(0, 99)))
+    kind = {"seed": draw(st.integers(0, 99)), "init": draw(st.sampled_from(["linear", "tails"]))}
+    case = make_case(sizes, n_rows, 0, draw(st.sampled_from(dtypes)), **kind)
     generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
     pool = draw(st.integers(1, n_rows))
     ids = torch.randint(pool, (draw(st.one_of(st.integers(0, 20), st.integers(0, 600))),))
@@ -582,7 +584,8 @@ def test_ids_of_another_kind(index):
 def test_hops_of_another_length(cut):
     case = make_case(SMALL, 30, 20)
     storage, chain = case.leaves()
-    words = f"^the packed hops must be {chain.numel()} numbers for sizes \\(2, 3, 8\\), got "
+    sizes = "\\(2, 3, 8\\), or 23 of tails"
+    words = f"^the packed hops must be {chain.numel()} numbers for sizes {sizes}, got "
     for wrong in (chain[cut], torch.cat([chain, chain])):
         with pytest.raises(RuntimeError, match=words):
             lookup(case.ids, storage, wrong, case.layout, backend="native")

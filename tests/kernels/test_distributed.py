@@ -26,6 +26,7 @@ pytestmark = pytest.mark.skipif(
 CASES = [
     "ddp",
     "ddp_accumulate",
+    "ddp_tails",
     "buffers",
     "buffers_of_ddp",
     "fsdp",
@@ -107,14 +108,17 @@ def assert_same(one, other, close=False):
             assert torch.equal(value, other[key]), key
 
 
-@pytest.mark.parametrize("case, accumulate", [("ddp", 1), ("ddp_accumulate", 2)])
-def test_two_ranks_train_as_one(case, accumulate, worker, results):
+@pytest.mark.parametrize(
+    "case, options",
+    [("ddp", {}), ("ddp_accumulate", {"accumulate": 2}), ("ddp_tails", {"init": "tails"})],
+)
+def test_two_ranks_train_as_one(case, options, worker, results):
     """DDP, ids and promotions of each rank's own: the same bits, and those of one process."""
     first, second = results(case)
     assert first["lengths"][-1] > first["lengths"][0], "the arena did not grow"
     for part in ("state", "adam"):
         assert_same(first[part], second[part])
-    expected = worker.alone(2, accumulate)
+    expected = worker.alone(2, **options)
     assert_same(first["state"], expected["state"], close=True)
     assert_same(first["adam"], expected["adam"], close=True)
 
@@ -189,7 +193,7 @@ def test_refused(tmp_path):
 
 def test_ranks_with_other_tables_are_refused(results):
     for rank in results("differing"):
-        assert len(rank["said"]) == 4 and all("differ" in text for text in rank["said"])
+        assert len(rank["said"]) == 5 and all("differ" in text for text in rank["said"])
 
 
 def test_a_frozen_table_is_averaged_once_it_trains(results):

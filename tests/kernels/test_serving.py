@@ -15,8 +15,11 @@ SIZES = (2, 3, 8)
 N = 50
 
 
-def grown(dtype=torch.float32, compacted=False):
-    module = ResizableEmbedding(N, sizes=SIZES, dtype=dtype)
+def grown(dtype=torch.float32, compacted=False, init="isometric"):
+    module = ResizableEmbedding(N, sizes=SIZES, dtype=dtype, init=init)
+    if init == "tails":
+        with torch.no_grad():
+            module.chain.normal_()
     module.promote(torch.arange(0, N, 2))
     module.promote(torch.arange(0, N, 4))
     if compacted:
@@ -36,14 +39,15 @@ def block(words):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
 @pytest.mark.parametrize("compacted", [False, True])
+@pytest.mark.parametrize("init", ["isometric", "tails"])
 @pytest.mark.parametrize("sizes", [SIZES, (3, 8)], ids=str)
-def test_the_reader_on_the_page(dtype, compacted, sizes, tmp_path):
+def test_the_reader_on_the_page(dtype, compacted, init, sizes, tmp_path):
     """The very text of the page writes the file and reads it."""
     pytest.importorskip("safetensors")
     emb = (
-        grown(dtype, compacted)
+        grown(dtype, compacted, init)
         if sizes == SIZES
-        else ResizableEmbedding(N, sizes=sizes, dtype=dtype)
+        else ResizableEmbedding(N, sizes=sizes, dtype=dtype, init=init)
     )
     path = tmp_path / "emb.safetensors"
     scope = {"emb": emb}

@@ -256,7 +256,7 @@ DRAWS = {
 }
 
 
-@pytest.mark.parametrize("init", ["linear", "isometric", "padded"])
+@pytest.mark.parametrize("init", ["linear", "isometric", "padded", "tails"])
 @params(DRAWS)
 def test_draws_have_their_spread_at_every_size(case, init):
     """And the numbers of torch at the largest size, from the same random stream."""

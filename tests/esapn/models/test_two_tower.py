@@ -123,6 +123,16 @@ def test_padded_hops_stay_as_they_were_made():
     assert linear.user.init == "linear" and linear.user.chain.requires_grad
 
 
+def test_tails_are_trained():
+    model = TwoTower(12, 9, sizes=(1, 3, 4), n_outputs=1, hidden=6, hops="tails", plain=True)
+    assert [id(p) for p in model.tails()] == [id(t.chain) for t in (model.user, model.item)]
+    assert all(chain.requires_grad and not chain.any() for chain in model.tails())
+    model(torch.tensor([0, 3]), torch.tensor([8, 1])).sum().backward()
+    assert all(chain.grad.any() for chain in model.tails())
+    for options in ({"sizes": (4,), "hops": "tails"}, {"sizes": (1, 4)}):
+        assert not TwoTower(12, 9, n_outputs=1, hidden=6, **options).tails()
+
+
 def test_batch_statistics_are_those_of_the_selected_rows():
     model = mixed_model(1)
     user, item = torch.tensor([0, 3, 11, 6]), torch.tensor([8, 1, 0, 2])

@@ -36,6 +36,8 @@ VARIANTS = [{"method": method} for method in METHODS] + [
     {"state": "rich", "advantage": "normalised", "entropy": 0.1},
     {"row_optimizer": "adagrad", "hops": "linear"},
     {"row_optimizer": "adam", "row_lr": 0.02, "hops": "padded"},
+    {"row_optimizer": "adagrad", "hops": "tails"},
+    {"row_optimizer": "adam", "hops": "tails"},
     {"method": "darts", "row_optimizer": "adam", "row_lr": 0.02},
 ]
 every_variant = pytest.mark.parametrize(
@@ -172,6 +174,20 @@ def test_a_tuned_run_has_adagrad_rows_that_keep_their_sums():
     run.search.grow = watched
     run.walk()
     assert set(grown) == {2, 4} and torch.equal(table.chain, chain)
+
+
+@both_modes
+def test_tails_have_an_optimizer_of_their_own(mode):
+    run = tiny(mode, hops="tails", tail_lr=0.7, lr=1e-3)
+    tails = {id(p) for p in run.model.tails()}
+    (adam,) = [o for o in run.optimizers if {id(p) for p in o.param_groups[0]["params"]} & tails]
+    assert type(adam) is torch.optim.Adam and adam.param_groups[0]["lr"] == 0.7
+    assert {id(p) for p in adam.param_groups[0]["params"]} == tails and len(tails) == 2
+    every = [id(p) for o in run.optimizers[mode == "tuned" :] for p in o.param_groups[0]["params"]]
+    rows = [id(p) for p in run.model.rows()] if mode == "tuned" else []
+    assert sorted(every + rows) == sorted(id(p) for p in run.model.parameters())
+    run.walk()
+    assert all(chain.any() for chain in run.model.tails())
 
 
 @pytest.mark.parametrize("method", ["darts", "autoemb"])
