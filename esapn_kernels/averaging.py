@@ -5,6 +5,7 @@ as rows have grown, so an average of such a model first takes the sizes and the 
 model's rows have (:func:`match_rows`), and only then are numbers averaged, by torch's own code.
 
     e_avg <- W_k e_avg + b_k              where a row has grown: the hops are those of the average
+    e_avg <- e                            where it has shrunk
     e_avg <- decay e_avg + (1 - decay) e  as for every other row
 """
 
@@ -43,7 +44,7 @@ class AveragedModel(swa_utils.AveragedModel):
         output of the average is the average of the outputs; with hops that are, it is that of the
         averaged rows and hops, as of every layer that torch averages.
 
-        A row that is shorter in the model than in the average, as after a checkpoint was loaded,
+        A row that is shorter in the model than in the average, after a demotion or a checkpoint,
         begins anew with the model's numbers, and so does one that the average has not. An id that
         lost its row loses its average; if it got a row again before the next update, nothing was
         seen of it, and the average goes on.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -187,13 +187,27 @@ class ResizableEmbeddingCollection(nn.Module):
             ids: feature -> ids of any shape.
             masks: feature -> bool, shape of its ids, for the features to be masked.
         """
+        return self._hop(self.rows.promote, ids, masks)
+
+    def demote(
+        self, ids: Mapping[str, Tensor], masks: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """:meth:`ResizableEmbedding.demote`; as :meth:`promote`."""
+        return self._hop(self.rows.demote, ids, masks)
+
+    def _hop(
+        self,
+        move: Callable[..., Tensor],
+        ids: Mapping[str, Tensor],
+        masks: Mapping[str, Tensor] | None,
+    ) -> dict[str, Tensor]:
         whole = self._checked(ids)
         masks = {} if masks is None else masks
         unknown = [feature for feature in masks if feature not in ids]
         if unknown:
             raise KeyError(f"masks of features without ids: {unknown}")
         if not masks:
-            return self._apart(self.rows.promote(whole), ids)
+            return self._apart(move(whole), ids)
         parts = []
         for feature, part in ids.items():
             mask = masks.get(feature)
@@ -205,7 +219,7 @@ class ResizableEmbeddingCollection(nn.Module):
                     f"got {mask.dtype} of shape {list(mask.shape)}"
                 )
             parts.append(mask.reshape(-1))
-        return self._apart(self.rows.promote(whole, torch.cat(parts)), ids)
+        return self._apart(move(whole, torch.cat(parts)), ids)
 
     def resize(self, ids: Mapping[str, Tensor], size: int) -> dict[str, Tensor]:
         """:meth:`ResizableEmbedding.resize` of rows of several tables at once."""

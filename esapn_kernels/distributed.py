@@ -1,9 +1,9 @@
-"""Data parallelism: tables that stay the same on every rank while their rows grow.
+"""Data parallelism: tables that stay the same on every rank while their rows change size.
 
 ``DistributedDataParallel`` lays out its buckets once and broadcasts rank 0's buffers, and FSDP2
 shards a Parameter by its shape; storage that grows, and locations that say where rows are, suit
 neither. So the tables are left out of both and kept equal here: their gradients are averaged, and
-every promotion is one that all ranks make together.
+every promotion and demotion is one that all ranks make together.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def replicate(
     It sends rank 0's tables, sizes included, to all ranks, and from then on
 
     - averages the gradients of rows and hops over the ranks, in backward;
-    - makes ``promote`` and ``resize`` collective: every rank calls them equally often, each with
-      ids of its own (or none), and all ranks enlarge the rows that any of them names;
+    - makes ``promote``, ``demote`` and ``resize`` collective: every rank calls them equally often,
+      each with ids of its own (or none), and all ranks resize the rows that any of them names;
     - has DDP pass over the tables' parameters and buffers.
 
     Args:
@@ -53,7 +53,8 @@ def replicate(
 
     Notes:
         As in DDP without ``find_unused_parameters``, every rank must look up every table in every
-        backward. If one rank refuses its arguments to ``promote``, all raise and nothing changes.
+        backward. If one rank refuses its arguments to one of these calls, all raise and
+        nothing changes.
         ``resize`` takes the same size on all ranks; ``compact``, ``reserve``, ``reset_parameters``
         and ``load_state_dict`` are called alike on all. A copy of a replica is none. Gathering the
         ids of a promotion waits for the device.
@@ -162,7 +163,7 @@ class _Averaging:
 
 
 class _Agreement:
-    """The ids that any rank promotes, in the order of the ranks, on every rank."""
+    """The ids that any rank resizes, in the order of the ranks, on every rank."""
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         self.group = group

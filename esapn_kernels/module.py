@@ -1,4 +1,4 @@
-"""``ResizableEmbedding``: an embedding whose rows have their own sizes and grow."""
+"""``ResizableEmbedding``: an embedding whose rows have their own sizes, and change them."""
 
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ class ResizableEmbedding(nn.Embedding):
     with ``k`` the row's level, counted from 0, and ``D = d_{n-1}`` the largest size.
 
     A row is stored at its own size only. ``promote`` replaces ``e`` by ``W_k e + b_k``, so the
-    output does not change at that moment. The row values train through ``arena.storage``, one flat
+    output does not change at that moment; ``demote`` takes the row of the size below whose output
+    is nearest. The row values train through ``arena.storage``, one flat
     Parameter whose identity never changes, the hops through ``chain``, their packed Parameter.
 
     Takes what ``nn.Embedding`` takes, in its order; what is ours is keyword-only. With one size it
@@ -80,7 +81,7 @@ class ResizableEmbedding(nn.Embedding):
             ``nn.Linear``, uniform in ``+-1/sqrt(d_k)``, like the paper's authors. ``padded``: the
             same with the columns of the identity, so that growing a row appends zeros to it; if
             such hops are not trained (``chain.requires_grad_(False)``), Adagrad's sums of the old
-            numbers go along with a grown row. ``tails``: ``e' = [g e; B e + b]`` with ``g =
+            numbers go along with a resized row. ``tails``: ``e' = [g e; B e + b]`` with ``g =
             sqrt(d_{k+1} / d_k)`` fixed and ``B``, ``b`` learnt from zero on: what a smaller row
             lacks is predicted from what it has, and a grown row starts at that prediction.
             ``chain`` holds ``B`` and ``b`` alone, and Adagrad's sums go along, trained or not.
@@ -88,7 +89,7 @@ class ResizableEmbedding(nn.Embedding):
             Triton on a GPU, native kernels on a CPU where they are built, and torch elsewhere.
         out_dtype: of the output, rounded once from fp32 sums; default: that of the rows.
         max_elements: the rows never take more than so many numbers (whole pages of them). Then a
-            row that cannot grow stays: on a CPU ``promote`` raises before anything moves, on a GPU
+            row that cannot move stays: on a CPU ``promote`` raises before anything moves, on a GPU
             its mask says so. Default: no limit.
         on_bad_ids: ``raise``, or a row that stands in for every id outside ``[0, N)``, negative
             ones too: such an id is looked up, trained and promoted as if it were that row's.
@@ -338,7 +339,7 @@ class ResizableEmbedding(nn.Embedding):
         Args:
             embeddings: ``[N, D]``; fp32, bf16, fp16 or fp64 for several sizes, any for one.
             freeze: no gradient.
-            sizes: candidate sizes; default: ``D`` alone, because rows only grow.
+            sizes: candidate sizes; default: ``D`` alone, at which all rows start.
             options: the constructor's other keywords.
 
         Raises:
@@ -605,11 +606,54 @@ class ResizableEmbedding(nn.Embedding):
                 of range is passed over, and False in what is returned.
             ValueError: a mask of another shape or dtype.
         """
+        return self._hop(ids, mask, down=False)
+
+    def demote(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Shrink the rows of ``ids`` (where ``mask``) to the size below: to the nearest output.
+
+            e' = argmin |M_k e' + c_k - y| = M_k^+ (y - c_k)        y = M_{k+1} e + c_{k+1}
+
+        with ``y(x) = M_k e_x + c_k`` the whole way up from level ``k``. Several demotions are as
+        near as one solve for the last of their sizes. What lies outside of the smaller size's
+        outputs is lost: a row that was promoted and has not been trained since comes back up to
+        rounding, where hops only pad with zeros by a ``g`` that is a power of two to the bit.
+
+        As :meth:`promote` otherwise: an id twice shrinks once, state starts afresh (Adagrad's sums
+        of the numbers that stay go along where :meth:`promote` carries them), pending gradients of
+        the rows are dropped. The maps are solved for at every call, in fp64, by torch calls that
+        depend on neither ids nor rows. On a GPU the host does not wait for them, and they can be
+        captured; no GPU has confirmed either. The padding row keeps its size.
+
+        Args:
+            ids: any shape, int32 or int64.
+            mask: bool, shape of ``ids``; default: all.
+
+        Returns:
+            Bool, shape of ``ids``: True where the row was shrunk by this call. False: masked out,
+            the padding row, of the smallest size already, or no room was left. Of replicas (see
+            ``distributed``) every rank demotes what any of them demotes.
+
+        Raises:
+            IndexError, RuntimeError, ValueError: as for :meth:`promote`; nothing is changed.
+
+        Example:
+            >>> emb = ResizableEmbedding(10, sizes=(2, 4, 8), initial_size=8)
+            >>> emb.demote(torch.tensor([3, 7])).tolist(), emb.sizes_of(torch.tensor([3, 4])).tolist()
+            ([True, True], [4, 8])
+        """
+        return self._hop(ids, mask, down=True)
+
+    def _hop(self, ids: Tensor, mask: Tensor | None, *, down: bool) -> Tensor:
+        """``promote`` or ``demote``."""
         with self._checks_on_all_ranks():
             ids = self._in_range(ids)
             check_ids(ids, self.arena.num_rows)
             if mask is not None:
                 check_mask(mask, ids)
+            if down and self.padding_idx is not None:
+                kept = ids != self.padding_idx
+                mask = kept if mask is None else mask & kept
+            if mask is not None:
                 mask = mask.reshape(-1)
         arena = self.arena
         if isinstance(arena, Table):
@@ -619,15 +663,20 @@ class ResizableEmbedding(nn.Embedding):
         # Hops that keep a row's numbers, which padded ones that train need not: Adagrad's sums go
         # along.
         carries = self.init == "tails" or (self.init == "padded" and not self.chain.requires_grad)
-        promote = partial(arena.promote, chain=self.chain, carries=carries, backend=backend)
+        move = partial(
+            arena.demote if down else arena.promote,
+            chain=self.chain,
+            carries=carries,
+            backend=backend,
+        )
         if self.agree is None:
-            moved = promote(flat, mask=mask)
+            moved = move(flat, mask=mask)
         else:
             gathered = self.agree(flat if mask is None else flat[mask])
-            enlarged = promote(gathered)
+            resized = move(gathered)
             # The host's bounds of the counters differ between ranks; growth must not.
             arena.forget_counters()
-            moved = torch.isin(flat, gathered[enlarged])
+            moved = torch.isin(flat, gathered[resized])
         return moved.view(ids.shape)
 
     @contextlib.contextmanager
@@ -642,10 +691,10 @@ class ResizableEmbedding(nn.Embedding):
             raise
 
     def reserve(self, rows: int) -> None:
-        """Make room so that ``rows`` more rows can be enlarged, in any number of calls.
+        """Make room so that ``rows`` more rows can be resized, in any number of calls.
 
-        For use before a CUDA graph captures :meth:`promote`: from then on the arena does not grow
-        by itself. A row that goes up two sizes counts twice.
+        For use before a CUDA graph captures :meth:`promote` or :meth:`demote`: from then on the
+        arena does not grow by itself. A row that goes up two sizes counts twice.
 
         Raises:
             RuntimeError: a graph is being captured.
@@ -654,28 +703,27 @@ class ResizableEmbedding(nn.Embedding):
             self.arena.reserve(rows)
 
     def resize(self, ids: Tensor, size: int) -> Tensor:
-        """Enlarge the rows of ``ids`` to ``size``, hop by hop; rows of that size stay as they are.
+        """Promote or demote the rows of ``ids`` to ``size``, hop by hop; the padding row stays.
+
+        Rows that are larger shrink first, so that others find their room. On a GPU it waits.
 
         Returns:
-            Bool, shape of ``ids``: True where the row is of ``size`` now. False: no room was left.
+            Bool, shape of ``ids``: True where the row is of ``size`` now. False: no room was left,
+            or the padding row.
 
         Raises:
-            ValueError: ``size`` is not a candidate, or a row other than the padding row is larger
-                than ``size`` (rows only grow); nothing is changed.
+            ValueError: ``size`` is not a candidate; nothing is changed.
             IndexError, RuntimeError: as for :meth:`forward`; nothing is changed.
         """
         with self._checks_on_all_ranks():
             target = level_of(size, self.sizes)
             ids = self._in_range(ids)
             check_ids(ids, self.arena.num_rows)
-            level = self.arena.level(ids)
-            if self.padding_idx is not None:
-                level = level.masked_fill(ids == self.padding_idx, target)
-            if bool((level > target).any()):
-                largest = self.sizes[int(level.max())]
-                raise ValueError(f"rows only grow: cannot resize a row of size {largest} to {size}")
-        # At least once: promote is a collective call of all replicas.
-        for _ in range(max(target, 1)):
+        # Of replicas every rank makes the same calls, which are collective.
+        if self.agree is not None or bool((self.arena.level(ids) > target).any()):
+            for _ in range(len(self.sizes) - 1 - target):
+                self.demote(ids, self.arena.level(ids) > target)
+        for _ in range(target):
             self.promote(ids, self.arena.level(ids) < target)
         return self.arena.level(ids) == target
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "demote_reference",
     "lookup_grad_reference",
     "lookup_reference",
     "promote_reference",
@@ -146,6 +147,25 @@ def promote_reference(row: Tensor, level: int, chain: Tensor, sizes: Sequence[in
     """The row one level up, ``W_k e + b_k``: its lookup does not change (ESAPN, SIGIR 2020)."""
     weight, bias = split_chain(chain, sizes)[level]
     return weight @ row + bias
+
+
+def demote_reference(row: Tensor, level: int, chain: Tensor, sizes: Sequence[int]) -> Tensor:
+    """The row one level down whose output is nearest to the row's, by a dense solve in fp64.
+
+    >>> chain = torch.tensor([1.0, 2.0, 3.0, 4.0])  # outputs of size 1: (3, 4) + e (1, 2)
+    >>> demote_reference(torch.tensor([6.0, 5.0]), 1, chain, (1, 2))
+    tensor([1.])
+    """
+    def output(e: Tensor, k: int) -> Tensor:
+        for weight, bias in split_chain(chain.to(e), sizes)[k:]:
+            e = weight @ e + bias
+        return e
+
+    units = torch.eye(sizes[level - 1], dtype=torch.float64, device=row.device)
+    origin = output(0 * units[0], level - 1)
+    matrix = torch.stack([output(unit, level - 1) - origin for unit in units], 1)
+    distance = output(row, level).double() - origin
+    return torch.linalg.lstsq(matrix, distance[:, None], driver="gelsd").solution[:, 0].to(row)
 
 
 def update_reference(

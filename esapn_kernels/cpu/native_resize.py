@@ -18,9 +18,9 @@ from ..ops.layout import Filled, Layout, Places
 from .native import DTYPE, address, packed
 from .resize import Movers, fill_rows
 
-__all__ = ["find_movers", "free", "insert", "promote"]
+__all__ = ["find_movers", "free", "hop", "insert"]
 
-_CALL = {"promote": 0, "insert": 1, "free": 2}
+_CALL = {"promote": 0, "insert": 1, "free": 2, "demote": 3}
 
 
 def find_movers(ids: Tensor, mask: Tensor | None, layout: Layout, call: str) -> Movers:
@@ -48,7 +48,8 @@ def find_movers(ids: Tensor, mask: Tensor | None, layout: Layout, call: str) -> 
     return Movers(moved, per_level, "native", (found,))
 
 
-def promote(
+def hop(
+    call: str,
     movers: Movers,
     storage: Tensor,
     chain: Tensor,
@@ -56,24 +57,24 @@ def promote(
     states: Filled,
     per_id: Filled,
 ) -> None:
-    """See :func:`esapn_kernels.ops.resize.promote`.
+    """``promote`` or ``demote``, see :mod:`esapn_kernels.ops.resize`.
 
     Raises:
         RuntimeError: there is no room for all of them; nothing is changed.
     """
     hops = chain.to(compute_dtype(storage.dtype)).contiguous()
-    _move("promote", movers, places, storage, hops, states, per_id)
+    _move(call, movers, places, storage, hops, states, per_id)
 
 
 def insert(
     movers: Movers, level: int, storage: Tensor, places: Places, states: Filled, per_id: Filled
 ) -> None:
-    """See :func:`esapn_kernels.ops.resize.insert`. Raises as :func:`promote`."""
+    """See :func:`esapn_kernels.ops.resize.insert`. Raises as :func:`hop`."""
     _move("insert", movers, places, storage, None, states, per_id, level)
 
 
 def free(movers: Movers, storage: Tensor, places: Places) -> None:
-    """See :func:`esapn_kernels.ops.resize.free`. Raises as :func:`promote`."""
+    """See :func:`esapn_kernels.ops.resize.free`. Raises as :func:`hop`."""
     _move("free", movers, places, storage)
 
 

@@ -16,7 +16,7 @@ from ..ops.chain import compute_dtype, hop_blocks
 from ..ops.layout import Filled, Layout, Places, gather_rows, row_table
 from .lookup import by_level
 
-__all__ = ["Movers", "fill_rows", "find_movers", "free", "insert", "promote", "promote_rows"]
+__all__ = ["Movers", "carry_rows", "fill_rows", "find_movers", "free", "hop", "insert"]
 
 
 class Movers(NamedTuple):
@@ -41,7 +41,7 @@ def find_movers(ids: Tensor, mask: Tensor | None, layout: Layout, call: str) -> 
     if call == "insert":
         moved = level < 0
     else:
-        moved = (level >= 0) & (level < len(layout.sizes) - (call == "promote"))
+        moved = (level >= (call == "demote")) & (level < len(layout.sizes) - (call == "promote"))
     if mask is not None:
         moved &= mask
     # One decision per id, and an order that does not depend on that of ids.
@@ -53,7 +53,8 @@ def find_movers(ids: Tensor, mask: Tensor | None, layout: Layout, call: str) -> 
     return Movers(moved, per_level, "torch", (distinct, source))
 
 
-def promote(
+def hop(
+    call: str,
     movers: Movers,
     storage: Tensor,
     chain: Tensor,
@@ -61,12 +62,13 @@ def promote(
     states: Filled,
     per_id: Filled,
 ) -> None:
-    """See :func:`esapn_kernels.ops.resize.promote`; there is room for all of them."""
+    """``promote`` or ``demote``, see :mod:`esapn_kernels.ops.resize`; there is room for all."""
     layout, (ids, source) = places.layout, movers.found
+    step = 1 if call == "promote" else -1
     old_start = layout.row_start[ids].long()
-    new_start = _take(places, source + 1)
-    promote_rows(storage, chain, old_start, new_start, source, layout.sizes)
-    fill_rows(states, new_start, source + 1, layout.sizes)
+    new_start = _take(places, source + step)
+    carry_rows(storage, chain, old_start, new_start, source, layout.sizes, step)
+    fill_rows(states, new_start, source + step, layout.sizes)
     _place(ids, new_start, layout, per_id)
     _give(places, old_start, source)
     places.moves.add_(1)
@@ -138,23 +140,27 @@ def _give(places: Places, start: Tensor, level: Tensor) -> None:
         places.free_count[k] += at.numel()
 
 
-def promote_rows(
+def carry_rows(
     storage: Tensor,
     chain: Tensor,
     old_start: Tensor,
     new_start: Tensor,
     level: Tensor,
     sizes: Sequence[int],
+    step: int = 1,
 ) -> None:
-    """``storage[new] = W_k storage[old] + b_k`` for every entry with ``new_start >= 0``."""
+    """``storage[new] = W_k storage[old] + b_k`` for every entry with ``new_start >= 0``.
+
+    ``step`` -1: one level down, and ``chain`` holds down hops.
+    """
     dtype = compute_dtype(storage.dtype)
-    hops = hop_blocks(chain, sizes)
+    hops = hop_blocks(chain, sizes[::step])
     with own_precision(storage):
-        for k, at in by_level(level.where(new_start >= 0, -1), len(hops)):
-            hop = hops[k].to(dtype)
+        for k, at in by_level(level.where(new_start >= 0, -1), len(sizes)):
+            hop = hops[k if step > 0 else -k].to(dtype)
             rows = gather_rows(storage, old_start[at], sizes[k]).to(dtype)
             rows = torch.addmm(hop[-1], rows, hop[:-1]).to(storage.dtype)
-            row_table(storage, sizes[k + 1]).index_copy_(0, new_start[at].long(), rows)
+            row_table(storage, sizes[k + step]).index_copy_(0, new_start[at].long(), rows)
 
 
 def fill_rows(targets: Filled, start: Tensor, level: Tensor, sizes: Sequence[int]) -> None:

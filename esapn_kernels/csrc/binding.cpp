@@ -9,7 +9,7 @@
 #include "kernels.h"
 
 // Of these functions' arguments; ops/backend.py takes no module of another number.
-#define ESAPN_INTERFACE 3
+#define ESAPN_INTERFACE 4
 
 namespace {
 
@@ -336,7 +336,7 @@ PyObject* move_rows(PyObject*, PyObject* const* values, Py_ssize_t count) {
   if (!arguments.failed() && resize.movers.total(resize.table.n)) {
     arguments.needs(resize.storage);
     arguments.needs(resize.table.row_start);
-    if (resize.call == PROMOTE) arguments.needs(resize.chain);
+    if (resize.hops()) arguments.needs(resize.chain);
   }
   if (arguments.failed()) return nullptr;
   int status = OUT_OF_RANGE;

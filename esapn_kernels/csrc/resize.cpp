@@ -43,7 +43,7 @@ class Seen {
 
 bool moves(Call call, int level, int n) {
   if (call == INSERT) return level < 0;
-  return level >= 0 && level < (call == PROMOTE ? n - 1 : n);
+  return level >= (call == DEMOTE) && level < (call == PROMOTE ? n - 1 : n);
 }
 
 template <class I>

@@ -6,7 +6,7 @@
 
 namespace esapn {
 
-enum Call : int { PROMOTE, INSERT, FREE };
+enum Call : int { PROMOTE, INSERT, FREE, DEMOTE };
 
 // The distinct rows that a call moves, by the level that they leave and then in the order of ids.
 struct Movers {
@@ -46,14 +46,17 @@ struct Resize {
   Places places;
   char* storage;
   int dtype;
-  const void* chain;  // the hops, in the dtype of the sums
+  const void* chain;  // DEMOTE: down hops, the last level's first; else the hops; in the dtype of the sums
   const Fill* states;
   int n_states;
   const Fill* per_id;
   int n_per_id;
 
   // The level of the rows that take places when rows of level k move.
-  ESAPN_INLINE int enters(int k) const { return call == PROMOTE ? k + 1 : target; }
+  ESAPN_INLINE int enters(int k) const { return hops() ? k + (call == PROMOTE ? 1 : -1) : target; }
+
+  // Whether rows keep their numbers, carried to another level.
+  ESAPN_INLINE bool hops() const { return call == PROMOTE || call == DEMOTE; }
 };
 
 // Writes the movers, into memory for n + 2 ids.count numbers, and where ids name one of them: `moved`,

@@ -1,4 +1,4 @@
-// Rows that move: e' = W_k e + b_k, or zeros, at their new places, and fresh state. Mirrors _move_kernel and
+// Rows that move: e' = W_k e + b_k, up or down, or zeros, at their new places, and fresh state. Mirrors _move_kernel and
 // _fill_rows_kernel of gpu/resize.py. Inside the namespace of an instruction set.
 //
 // On one thread: rows that move are a small part of a batch, places are handed out one after the other,
@@ -88,11 +88,11 @@ static int move_rows(const Resize& resize) {
   const Table& table = resize.table;
   const int64_t total = resize.movers.total(table.n), D = table.dim(), stride = padded_width<A>(D);
   int64_t pads = 0;
-  if (resize.call == PROMOTE)
-    for (int k = 0; k + 1 < table.n; k++) {
-      const int64_t numel = (table.sizes[k] + 1) * padded_width<A>(table.sizes[k + 1]);
-      if (resize.movers.count[k] && numel > pads) pads = numel;
-    }
+  for (int k = 0; k < table.n; k++) {
+    if (!resize.hops() || !resize.movers.count[k]) continue;
+    const int64_t numel = (table.sizes[k] + 1) * padded_width<A>(table.sizes[resize.enters(k)]);
+    if (numel > pads) pads = numel;
+  }
   Buffer memory(Buffer::padded<int64_t>(total) + Buffer::padded<A>(TILE_ROWS * D) +
                 Buffer::padded<A>(TILE_ROWS * stride) + Buffer::padded<A>(pads));
   if (!memory.ok()) return NO_MEMORY;
@@ -107,12 +107,15 @@ static int move_rows(const Resize& resize) {
   A* wide = memory.take<A>(TILE_ROWS * D);
   A* result = memory.take<A>(TILE_ROWS * stride);
   const Moving<A> moving{resize, new_start, wide, result, memory.take<A>(pads)};
-  const A* hop = resize.call == PROMOTE ? static_cast<const A*>(resize.chain) : nullptr;
+  const A* hop = resize.hops() ? static_cast<const A*>(resize.chain) : nullptr;
+  if (resize.call == DEMOTE)
+    for (int k = 1; k < table.n; k++) hop += (table.sizes[k] + 1) * table.sizes[k - 1];
   int64_t at = 0;
   for (int k = 0; k < table.n; k++) {
+    if (resize.call == DEMOTE && k) hop -= (table.sizes[k] + 1) * table.sizes[k - 1];
     if (resize.movers.count[k]) moving.level(k, at, at + resize.movers.count[k], hop);
     at += resize.movers.count[k];
-    if (hop && k + 1 < table.n) hop += (table.sizes[k] + 1) * table.sizes[k + 1];
+    if (resize.call == PROMOTE && k + 1 < table.n) hop += (table.sizes[k] + 1) * table.sizes[k + 1];
   }
   settle_rows(resize, new_start);
   return OK;

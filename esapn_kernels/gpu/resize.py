@@ -1,6 +1,7 @@
-"""Rows that move one level up, rows that begin, rows that go; and rows that start afresh.
+"""Rows that move one level up or down, rows that begin, rows that go; and that start afresh.
 
     promote:  e' = W_k e + b_k      e in R^{d_k} at its old place, e' in R^{d_{k+1}} at its new one
+    demote:   e' = D_k [e; 1]       e in R^{d_{k+1}}, e' in R^{d_k}: the same by down hops
     insert:   e' = 0                an id without a row gets one
     free:                           an id's row is given back
 
@@ -16,7 +17,7 @@ Three launches for any number of ids, R positions in ``ids``, nothing read by th
     move    rows, state and locations are written, old rows put on their level's stack
 
 The first owners of a group move as far as rows, pages and room on the old level's stack reach; the
-others stay, lower levels first. Old rows go on the stacks one launch after new ones were taken from
+others stay, lower levels first, of a demotion higher ones. Old rows go on the stacks one launch after new ones were taken from
 them, so no row is read and handed on at once, and new rows were free before, hence disjoint from
 all old ones.
 
@@ -36,7 +37,7 @@ from ..ops.layout import UNCLAIMED, Filled, Places
 from . import launch
 from .launch import block_constants, kernel_constants
 
-__all__ = ["launch_fill", "launch_free", "launch_insert", "launch_promote"]
+__all__ = ["launch_demote", "launch_fill", "launch_free", "launch_insert", "launch_promote"]
 
 CLAIM_IDS = 256
 """Positions that a program of the first launch looks at."""
@@ -63,6 +64,7 @@ def _claim_kernel(
     N_LEVELS: tl.constexpr,
     TAKE: tl.constexpr,
     GIVE: tl.constexpr,
+    HOP: tl.constexpr,
     MASKED: tl.constexpr,
     BLOCK_IDS: tl.constexpr,
 ):
@@ -76,8 +78,10 @@ def _claim_kernel(
     level = tl.load(page_level_ptr + (start >> page_shift), mask=start >= 0, other=-1).to(tl.int32)
     group = level
     if TAKE:
-        if GIVE:
+        if HOP > 0:
             group = tl.where(level < N_LEVELS - 1, level, -1)
+        elif HOP < 0:
+            group = tl.where(level > 0, level, -1)
         else:
             group = tl.where(mask_id & (level < 0), target, -1)
     tl.store(group_ptr + offs, group.to(group_ptr.dtype.element_ty), mask=inside)
@@ -137,8 +141,10 @@ def _scan_kernel(
     give_at = tl.zeros([LEVELS], dtype=tl.int64)
     height_after = tl.zeros([LEVELS], dtype=tl.int64)
     pages = tl.load(free_count_ptr + len(SIZES))
-    height = tl.load(free_count_ptr)
-    for g in tl.static_range(len(SIZES)):
+    # A group takes from the stack of the one that follows: down hops go from the last level on.
+    height = tl.load(free_count_ptr + (len(SIZES) - 1 if HOP < 0 else 0))
+    for i in tl.static_range(len(SIZES)):
+        g: tl.constexpr = len(SIZES) - 1 - i if HOP < 0 else i
         count = tl.sum(tl.where(levels == g, need, 0), axis=0).to(tl.int64)
         if GIVE:
             if not TAKE:
@@ -147,7 +153,7 @@ def _scan_kernel(
             count = tl.minimum(count, tl.load(free_base_ptr + g + 1) - base - height)
             give_at = tl.where(levels == g, base + height, give_at)
         next_height = height
-        if TAKE and g + HOP < len(SIZES):
+        if TAKE and g + HOP < len(SIZES) and g + HOP >= 0:
             free = tl.load(free_count_ptr + g + HOP)
             per = (1 << page_shift) // SIZES[g + HOP]
             count = tl.minimum(count, free + pages * per)
@@ -185,7 +191,7 @@ def _scan_kernel(
     tl.debug_barrier()
 
     if TAKE:
-        for g in tl.static_range(len(SIZES) - HOP):
+        for g in tl.static_range(1 if HOP < 0 else 0, len(SIZES) - (HOP > 0)):
             free = tl.sum(tl.where(levels == g, held, 0), axis=0)
             base = tl.load(free_base_ptr + g + HOP)
             per = (1 << page_shift) // SIZES[g + HOP]
@@ -327,13 +333,15 @@ def _move_kernel(
 
     if TAKE and GIVE:
         hop = 0
-        for k in tl.static_range(len(SIZES) - 1):
+        for i in tl.static_range(len(SIZES) - 1):
+            # Hops lie in the order in which a row passes them.
+            k: tl.constexpr = len(SIZES) - 1 - i if HOP < 0 else i
             mask_level = (group == k) & mask_go
             if tl.max(mask_level.to(tl.int32), axis=0) > 0:
-                for n in range(0, SIZES[k + 1], BLOCK_DIM):
+                for n in range(0, SIZES[k + HOP], BLOCK_DIM):
                     offs_dim = n + tl.arange(0, BLOCK_DIM)
-                    mask_dim = offs_dim < SIZES[k + 1]
-                    bias_ptr = chain_ptr + hop + SIZES[k] * SIZES[k + 1]
+                    mask_dim = offs_dim < SIZES[k + HOP]
+                    bias_ptr = chain_ptr + hop + SIZES[k] * SIZES[k + HOP]
                     bias = tl.load(bias_ptr + offs_dim, mask=mask_dim, other=0.0).to(ACC)
                     acc = tl.zeros([BLOCK_ROWS, BLOCK_DIM], dtype=ACC) + bias[None, :]
                     for j in range(0, SIZES[k], BLOCK_K):
@@ -345,7 +353,7 @@ def _move_kernel(
                             other=0.0,
                         ).to(ACC)  # [BLOCK_ROWS, BLOCK_K]
                         w = tl.load(
-                            chain_ptr + hop + offs_k[:, None] * SIZES[k + 1] + offs_dim[None, :],
+                            chain_ptr + hop + offs_k[:, None] * SIZES[k + HOP] + offs_dim[None, :],
                             mask=mask_k[:, None] & mask_dim[None, :],
                             other=0.0,
                         ).to(ACC)  # [BLOCK_K, BLOCK_DIM]
@@ -355,7 +363,7 @@ def _move_kernel(
                         acc.to(storage_ptr.dtype.element_ty),
                         mask=mask_level[:, None] & mask_dim[None, :],
                     )
-            hop += (SIZES[k] + 1) * SIZES[k + 1]
+            hop += (SIZES[k] + 1) * SIZES[k + HOP]
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -393,7 +401,20 @@ def launch_promote(
 
     Up to four ``states`` and one of ``per_id`` cost no further launch.
     """
-    return _launch(ids, mask, storage, chain, places, states, per_id, (True, True))
+    return _launch(ids, mask, storage, chain, places, states, per_id, (True, True), hop=1)
+
+
+def launch_demote(
+    ids: Tensor,
+    mask: Tensor | None,
+    storage: Tensor,
+    down: Tensor,
+    places: Places,
+    states: Filled,
+    per_id: Filled,
+) -> Tensor:
+    """Move rows one level down by the hops of ``fit.down_hops``; else :func:`launch_promote`."""
+    return _launch(ids, mask, storage, down, places, states, per_id, (True, True), hop=-1)
 
 
 def launch_insert(
@@ -423,14 +444,14 @@ def _launch(
     per_id: Filled,
     action: tuple[bool, bool],
     target: int = 0,
+    hop: int = 0,
 ) -> Tensor:
     layout, owner, moves = places.layout, places.owner, places.moves
     assert owner is not None
     sizes, n_ids, n_rows = layout.sizes, ids.numel(), owner.numel()
     take, give = action
-    hop = int(take and give)
     moved = torch.empty(n_ids, dtype=torch.bool, device=ids.device)
-    if not n_ids or not n_rows or len(sizes) == hop:
+    if not n_ids or not n_rows or len(sizes) == abs(hop):
         moves.add_(1)
         return moved.fill_(False)
     ids = ids.contiguous()
@@ -438,7 +459,7 @@ def _launch(
     padded = -(-n_ids // 16) * 16
     work = torch.empty(5, padded, dtype=layout.row_start.dtype, device=ids.device)
     group, old_start, first, rank, new_start = work.unbind(0)
-    flags: dict[str, Any] = {"TAKE": take, "GIVE": give}
+    flags: dict[str, Any] = {"TAKE": take, "GIVE": give, "HOP": hop}
     launch_kernel(
         _claim_kernel,
         (launch.cdiv(n_ids, CLAIM_IDS),),
@@ -462,7 +483,7 @@ def _launch(
     )
     scan = launch.choose_scan(len(sizes))
     plan = torch.empty(4, scan["LEVELS"], dtype=torch.int64, device=ids.device)
-    flags.update(HOP=hop, UNCLAIMED=UNCLAIMED)
+    flags["UNCLAIMED"] = UNCLAIMED
     launch_kernel(
         _scan_kernel,
         (1,),

@@ -3,6 +3,7 @@
 The output of a row ``e`` of level ``k`` is ``M_k e + c_k`` in R^D (see :mod:`.compose`), with
 ``D > d_k``: few outputs can be met exactly. :func:`nearest` takes values and meets them as well as
 the level allows; :func:`drawn` takes random numbers and meets their mean and their variance.
+:func:`down_hops` takes the outputs of the rows one level above, as one matrix per level.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .chain import full_chain
+from .chain import compute_dtype, full_chain
 from .compose import compose
 
-__all__ = ["LevelMap", "drawn", "level_maps", "nearest"]
+__all__ = ["LevelMap", "down_hops", "drawn", "level_maps", "nearest"]
+
+_RIDGE = 1e-12
 
 
 @dataclass(frozen=True)
@@ -119,3 +122,64 @@ def drawn(draft: Tensor, level: LevelMap) -> Tensor:
     mean = draft.mean(1, keepdim=True)
     deviation = draft[:, : level.matrix.shape[1]] - mean
     return nearest(mean.expand_as(draft), level) + level.spread * deviation
+
+
+def down_hops(chain: Tensor, sizes: Sequence[int]) -> Tensor:
+    """The maps by which rows go one level down, to the nearest output.
+
+        e' = argmin |M_k e' + c_k - (M_{k+1} e + c_{k+1})| = M_k^+ (M_{k+1} e + c_{k+1} - c_k)
+
+    Outputs of level ``k`` are among those of level ``k + 1``, so several hops down are as near as
+    one solve for all of them. Solved in fp64, from the normal equations with a ridge of
+    ``1e-12 |M_k|_F^2`` and two refinements that take its error away, so that hops without full rank
+    have a solution too. Nothing is read on the host. Where both maps only scale numbers and append
+    zeros, as padded hops and tails of zeros do, ``D_k`` does nothing but multiply ``e_j`` by ``1/g``.
+
+    Args:
+        chain: packed hops or tails, any float dtype.
+        sizes: increasing sizes ``d_0 < ... < d_{n-1}``.
+
+    Returns:
+        One block ``D_k = [M_k^+ M_{k+1} | M_k^+ (c_{k+1} - c_k)]^T``, ``[d_{k+1} + 1, d_k]``, per
+        level below the last, ``k = n - 2 ... 0``: packed as the chain of the sizes in reverse. fp32,
+        of an fp64 chain fp64.
+
+    Example:
+        >>> down_hops(torch.tensor([1.0, 2.0, 3.0, 4.0]), (1, 2))  # (e_0 + 2 e_1 - 11) / 5
+        tensor([ 0.2000,  0.4000, -2.2000])
+    """
+    hops = full_chain(chain.detach(), sizes).double()
+    dim = sizes[-1]
+    # The last level's rows are their outputs.
+    last = torch.eye(dim + 1, dim, dtype=torch.float64, device=chain.device)
+    maps = [*compose(hops, sizes).split([d + 1 for d in sizes[:-1]]), last]
+    blocks = []
+    for wide, narrow in zip(maps[:0:-1], maps[-2::-1], strict=True):
+        target = wide.clone()
+        target[-1] -= narrow[-1]
+        blocks.append(_solved(narrow[:-1], target).reshape(-1))
+    return torch.cat(blocks or [last.new_empty(0)]).to(compute_dtype(chain.dtype))
+
+
+def _solved(rows: Tensor, target: Tensor) -> Tensor:
+    """``X`` with ``X rows`` nearest to ``target``: ``M^T`` is ``rows``, ``[d, D]``."""
+    gram = rows @ rows.t()
+    ridge = _RIDGE * gram.diagonal().sum()
+    ridge = torch.where(ridge > 0, ridge, 1.0)
+    gram.diagonal().add_(ridge)
+    factor = torch.linalg.cholesky_ex(gram).L
+
+    def step(residual: Tensor) -> Tensor:
+        half = torch.linalg.solve_triangular(factor, rows @ residual.t(), upper=False)
+        return torch.linalg.solve_triangular(factor.t(), half, upper=True).t()
+
+    found = step(target)
+    for _ in range(2):
+        found = found + step(target - found @ rows)
+    # Without products where there is nothing to sum: by its own quotient, exactly.
+    kept, gain = target.diagonal()[: len(rows)], rows.diagonal()
+    plain = target.new_zeros(found.shape)
+    plain.diagonal()[: len(rows)] = kept / gain
+    scales = torch.count_nonzero(rows) == torch.count_nonzero(gain)
+    scales &= torch.count_nonzero(target) == torch.count_nonzero(target.diagonal())
+    return torch.where(scales & gain.all(), plain, found)

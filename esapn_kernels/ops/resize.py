@@ -1,10 +1,12 @@
 """Rows that change their size: the operators that move them, on any backend.
 
     promote   e' = W_k e + b_k      the row leaves level k for level k + 1
+    demote    e' = D_k [e; 1]       it leaves level k + 1 for level k, D_k of ``fit.down_hops``
     insert    e' = 0                an id without a row gets one
     free                            an id's row is given back
 
-A promotion changes no output: ``M_k e + c_k = M_{k+1} (W_k e + b_k) + c_{k+1}``. All of them take
+A promotion changes no output: ``M_k e + c_k = M_{k+1} (W_k e + b_k) + c_{k+1}``. A demotion takes
+the nearest output that the smaller size has, and is the same move by another matrix. All of them take
 rows from the free lists of :class:`~esapn_kernels.ops.layout.Places` and give rows back to them;
 the caller has made room (``storage.Arena``). Where the host can read which rows move, it finds them
 before, and makes room for just these. Source: Liu et al., SIGIR 2020.
@@ -19,13 +21,14 @@ from torch import Tensor
 from ..cpu import native_resize as native
 from ..cpu import resize as cpu
 from ..cpu.resize import Movers
-from ..gpu.resize import launch_free, launch_insert, launch_promote
+from ..gpu.resize import launch_demote, launch_free, launch_insert, launch_promote
 from .backend import runs_native
 from .chain import full_chain
 from .checks import check_ids, is_opaque
+from .fit import down_hops
 from .layout import Filled, Layout, Places
 
-__all__ = ["Movers", "find_movers", "free", "insert", "promote"]
+__all__ = ["Movers", "demote", "find_movers", "free", "insert", "promote"]
 
 _KERNELS: Any = {"native": native, "torch": cpu}
 
@@ -39,7 +42,8 @@ def find_movers(
         ids: int ``[R]``, in range.
         mask: bool ``[R]`` or ``None``.
         layout: with the sinks of :class:`~esapn_kernels.ops.layout.Places`.
-        call: ``promote``: rows below the last level; ``insert``: ids without a row; ``free``: rows.
+        call: ``promote``: rows below the last level; ``demote``: rows above the first; ``insert``:
+            ids without a row; ``free``: rows.
         backend: ``native`` | ``torch``.
     """
     places = layout.row_start
@@ -78,7 +82,28 @@ def promote(
     chain = full_chain(chain, places.layout.sizes)
     if movers is None:
         return launch_promote(ids, mask, storage, chain, places, states, per_id)
-    _KERNELS[movers.backend].promote(movers, storage, chain, places, states, per_id)
+    _KERNELS[movers.backend].hop("promote", movers, storage, chain, places, states, per_id)
+    return movers.moved
+
+
+def demote(
+    ids: Tensor,
+    mask: Tensor | None,
+    storage: Tensor,
+    chain: Tensor,
+    places: Places,
+    states: Filled,
+    per_id: Filled,
+    movers: Movers | None = None,
+) -> Tensor:
+    """Move the rows of ``ids`` (where ``mask``) one level down; else as :func:`promote`.
+
+    Rows of the first level stay.
+    """
+    down = down_hops(chain, places.layout.sizes)
+    if movers is None:
+        return launch_demote(ids, mask, storage, down, places, states, per_id)
+    _KERNELS[movers.backend].hop("demote", movers, storage, down, places, states, per_id)
     return movers.moved
 
 

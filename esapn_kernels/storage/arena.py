@@ -245,7 +245,7 @@ class Arena(Locations):
         all replays before capturing; reserving again may move the arena, then capture anew.
 
         Args:
-            rows: rows to be promoted or inserted, counted once for every level they go up.
+            rows: rows to be resized or inserted, counted once for every level they go.
 
         Raises:
             RuntimeError: ``max_elements`` does not allow it, or a graph is being captured; nothing
@@ -301,14 +301,46 @@ class Arena(Locations):
                 processes; no row is changed. Within ``max_elements`` the Triton backend moves the
                 rows that fit, by level and then in the order of ``ids``.
         """
+        return self._hop("promote", ids, chain, mask, carries, backend)
+
+    @unrecorded
+    @with_dense_gradient
+    def demote(
+        self,
+        ids: Tensor,
+        chain: Tensor,
+        mask: Tensor | None = None,
+        *,
+        carries: bool = False,
+        backend: str = "auto",
+    ) -> Tensor:
+        """Move the rows of ``ids`` (where ``mask``) one level down, to the nearest output.
+
+        As :meth:`promote`; rows at the first level stay, and within ``max_elements`` the Triton
+        backend takes rows of higher levels first.
+        """
+        return self._hop("demote", ids, chain, mask, carries, backend)
+
+    def _hop(
+        self,
+        call: str,
+        ids: Tensor,
+        chain: Tensor,
+        mask: Tensor | None,
+        carries: bool,
+        backend: str,
+    ) -> Tensor:
+        """``promote`` or ``demote``."""
         backend = resolve_backend(backend, ids.device)
         self._check_accepted()
+        step = 1 if call == "promote" else -1
         exact = movers = None
         if backend != "triton":
-            movers = self._find_movers(ids, mask, "promote", backend)
-            if not any(movers.per_level):
+            movers = self._find_movers(ids, mask, call, backend)
+            given = movers.per_level
+            if not any(given):
                 return movers.moved
-            exact = [0, *movers.per_level[:-1]], movers.per_level
+            exact = ([0, *given[:-1]] if step > 0 else [*given[1:], 0]), given
         before = None
         if carries:
             in_range = (ids >= 0) & (ids < self.num_rows)
@@ -317,10 +349,11 @@ class Arena(Locations):
         places = self._begin(ids.numel(), exact=exact)
         operands = ids, mask, self.storage.detach(), chain.detach(), places
         states = self.followers.fresh()
-        moved = resize.promote(*operands, *states, movers)
+        move = resize.promote if step > 0 else resize.demote
+        moved = move(*operands, *states, movers)
         self._end()
         if before is not None:
-            self.followers.carry(*before, moved, places.row_size)
+            self.followers.carry(*before, moved, places.row_size, step)
         return moved
 
     @unrecorded
@@ -391,7 +424,7 @@ class Arena(Locations):
         """
         layout = Layout(self.row_start, self.page_level, self.sizes, self.page)
         movers = resize.find_movers(ids, mask, layout, call, backend=backend)
-        if call != "promote" and sum(movers.per_level) != ids.numel():
+        if call in ("insert", "free") and sum(movers.per_level) != ids.numel():
             if ids.numel() != ids.unique().numel():
                 raise ValueError(f"{call} takes distinct ids")
             raise ValueError(f"{call} takes ids that have {'no' if call == 'insert' else 'a'} row")

@@ -22,7 +22,8 @@ trained (``B = 0``, ``b = 0``), and tails, trained or not,
 where the sum of squared gradients of the old numbers carries over, ``s'_j = s_j / g^2``, and only
 the new numbers start afresh: without it, a grown row moves by the whole learning rate again. While
 ``B = 0`` this is the sum that the larger row would have had, exactly. Once tails have been learnt
-it is not: what came by way of ``B`` stays in ``s_j``, although ``e'_j`` has no such gradient.
+it is not: what came by way of ``B`` stays in ``s_j``, although ``e'_j`` has no such gradient. A
+demotion is the reverse: ``s_j = g^2 s'_j``, and the sums of the other numbers go.
 """
 
 from __future__ import annotations
@@ -137,18 +138,25 @@ class Followers:
         return sum(f.tensor.untyped_storage().nbytes() for f in found)
 
     def carry(
-        self, ids: Tensor, start: Tensor, level: Tensor, moved: Tensor, row_size: Tensor
+        self,
+        ids: Tensor,
+        start: Tensor,
+        level: Tensor,
+        moved: Tensor,
+        row_size: Tensor,
+        step: int = 1,
     ) -> None:
-        """Adagrad's sums of promoted rows, ``s'_j = s_j d_k / d_{k+1}`` for ``j < d_k``.
+        """Adagrad's sums of resized rows, ``s'_j = s_j d / d'`` for the numbers of both.
 
         Reads nothing on the host where ``ids`` are on a GPU.
 
         Args:
-            ids: int ``[R]``, as they were given to a promotion by hops that keep a row's numbers;
-                ``N`` in place of ids out of range.
+            ids: int ``[R]``, as they were given to a promotion or demotion by hops that keep a
+                row's numbers; ``N`` in place of ids out of range.
             start, level: ``[R]``, where the rows lay before it.
             moved: bool ``[R]``, what it returned.
             row_size: int64 ``[n]``, the sizes.
+            step: 1 of a promotion, -1 of a demotion.
         """
         sums = [follower for follower in self.per_element() if follower.name == SUM]
         if not sums or not self._arena.parameter.numel():
@@ -159,16 +167,16 @@ class Followers:
             ids, start, level, moved = ids[kept], start[kept], level[kept], moved[kept]
         moved = moved & _first_of_equal(ids, moved, layout.num_rows)
         width = row_size[level.clamp(min=0)]
-        grown = row_size[(level + 1).clamp(max=len(layout.sizes) - 1)]
+        now = row_size[(level + step).clamp(min=0, max=len(layout.sizes) - 1)]
         column = torch.arange(layout.dim, device=ids.device)
-        carried = moved[:, None] & (column < width[:, None])
+        carried = moved[:, None] & (column < torch.minimum(width, now)[:, None])
         new_start = layout.row_start[ids.clamp(max=layout.num_rows - 1)]
         for follower in sums:
             flat = follower.tensor
-            # Promoted rows left their old places as they were: no row of the call enters them.
+            # Resized rows left their old places as they were: no row of the call enters them.
             old = flat[_elements(start, column, flat)]
             dtype = compute_dtype(flat.dtype)
-            ratio = (width.to(dtype) / grown)[:, None]
+            ratio = (width.to(dtype) / now)[:, None]
             # Beyond what a fresh row has, so that adding is setting; the rest adds nothing.
             value = torch.where(carried, old.to(dtype) * ratio - follower.fresh, 0.0)
             into = _elements(new_start, column, flat)

@@ -16,7 +16,13 @@ from esapn_kernels.gpu.compose import launch_compose, launch_compose_bwd
 from esapn_kernels.gpu.launch import groups_ids
 from esapn_kernels.gpu.lookup_bwd import launch_bwd, launch_bwd_rows, launch_bwd_update
 from esapn_kernels.gpu.lookup_fwd import launch_fwd
-from esapn_kernels.gpu.resize import launch_fill, launch_free, launch_insert, launch_promote
+from esapn_kernels.gpu.resize import (
+    launch_demote,
+    launch_fill,
+    launch_free,
+    launch_insert,
+    launch_promote,
+)
 from esapn_kernels.gpu.row_step import launch_row_step
 from esapn_kernels.ops.backend import launch_kernel
 from esapn_kernels.ops.chain import chain_numel, compute_dtype
@@ -139,6 +145,8 @@ def calls(
     per_ids = [(made(N_ROWS, dtype=torch.int32), 0.0)]
     mask = made(n_ids, dtype=torch.bool)
     yield "promote", call(launch_promote, ids, mask, storage, chain, places, states, per_ids)
+    down = made(chain_numel(sizes[::-1]), dtype=wide)
+    yield "demote", call(launch_demote, ids, mask, storage, down, places, states, per_ids)
     yield "insert", call(launch_insert, ids, 0, storage, places, states, per_ids)
     yield "free", call(launch_free, ids, storage, places)
     yield "fill", call(launch_fill, [(state, 0.25)], ids, ids, sizes)

@@ -249,14 +249,14 @@ def test_update_takes_expanded_gradients():
 
 
 def test_rows_promoted_in_any_alignment():
-    """``promote_rows`` for rows that begin anywhere: the value of the chain's hop."""
+    """``carry_rows`` for rows that begin anywhere: the value of the chain's hop."""
     sizes = (2, 3)
     storage = torch.arange(32.0)
     chain = torch.randn(9)
     old, new = torch.tensor([1, 5]), torch.tensor([19, -1])
     before = storage.clone()
     weight, bias = chain[:6].view(2, 3), chain[6:]
-    resize.promote_rows(storage, chain, old, new, torch.zeros(2, dtype=torch.int8), sizes)
+    resize.carry_rows(storage, chain, old, new, torch.zeros(2, dtype=torch.int8), sizes)
     torch.testing.assert_close(storage[19:22], before[1:3] @ weight + bias)
     untouched = torch.ones(32, dtype=torch.bool)
     untouched[19:22] = False

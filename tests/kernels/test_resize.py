@@ -6,7 +6,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 from esapn_kernels import ResizableEmbedding
-from esapn_kernels.cpu.resize import fill_rows, promote_rows
+from esapn_kernels.cpu.resize import carry_rows, fill_rows
 from esapn_kernels.gpu import launch, resize
 from esapn_kernels.gpu.resize import launch_fill
 from esapn_kernels.ops import backend as backends
@@ -152,7 +152,7 @@ def test_the_cpu_path_writes_new_rows_only(dtype, device, nan_empty):
     storage[written] = float("nan")
     before = storage.clone()
     chain = case.module.chain.detach()
-    promote_rows(storage, chain, old, new, level, case.module.sizes)
+    carry_rows(storage, chain, old, new, level, case.module.sizes)
     assert written.any() and storage[written].isfinite().all()
     assert torch.equal(storage[~written], before[~written])
 
