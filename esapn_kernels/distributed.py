@@ -173,7 +173,9 @@ class _Agreement:
         count = torch.tensor([-1 if refused else ids.numel()], device=ids.device)
         numbers = torch.cat(self._gathered(count)).tolist()
         if min(numbers) < 0:
-            raise RuntimeError("another rank raised an error in promote: nothing was changed")
+            raise RuntimeError(
+                "another rank raised an error in promote or demote: nothing was changed"
+            )
         padded = ids.new_zeros(max(numbers), dtype=torch.int64)
         padded[: ids.numel()] = ids
         parts = zip(self._gathered(padded), numbers, strict=True)

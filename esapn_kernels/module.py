@@ -613,16 +613,19 @@ class ResizableEmbedding(nn.Embedding):
 
             e' = argmin |M_k e' + c_k - y| = M_k^+ (y - c_k)        y = M_{k+1} e + c_{k+1}
 
-        with ``y(x) = M_k e_x + c_k`` the whole way up from level ``k``. Several demotions are as
-        near as one solve for the last of their sizes. What lies outside of the smaller size's
-        outputs is lost: a row that was promoted and has not been trained since comes back up to
-        rounding, where hops only pad with zeros by a ``g`` that is a power of two to the bit.
+        with ``y = M_k e + c_k`` the output of a row of level ``k``. Several demotions are as near
+        as one solve for the last of their sizes. A row that was promoted, and neither it nor the
+        hops trained since, comes back up to rounding; to the bit where the hops only pad (tails
+        while they are zeros, too) and ``g`` is a power of two.
 
-        As :meth:`promote` otherwise: an id twice shrinks once, state starts afresh (Adagrad's sums
-        of the numbers that stay go along where :meth:`promote` carries them), pending gradients of
-        the rows are dropped. The maps are solved for at every call, in fp64, by torch calls that
-        depend on neither ids nor rows. On a GPU the host does not wait for them, and they can be
-        captured; no GPU has confirmed either. The padding row keeps its size.
+        As :meth:`promote` otherwise: an id twice shrinks once; state starts afresh, Adagrad's sums
+        of the numbers that stay go along where :meth:`promote` carries them; pending gradients of
+        the rows are dropped. A place for the smaller row is taken before that of the larger one is
+        given back, also within ``max_elements``.
+
+        The maps of all levels are solved for at every call, in fp64, by torch calls. On a GPU three
+        kernels move the rows then. By construction the host waits for none of this and a CUDA
+        graph can capture it, as :meth:`promote`; no GPU has confirmed either.
 
         Args:
             ids: any shape, int32 or int64.
@@ -638,8 +641,10 @@ class ResizableEmbedding(nn.Embedding):
 
         Example:
             >>> emb = ResizableEmbedding(10, sizes=(2, 4, 8), initial_size=8)
-            >>> emb.demote(torch.tensor([3, 7])).tolist(), emb.sizes_of(torch.tensor([3, 4])).tolist()
-            ([True, True], [4, 8])
+            >>> emb.demote(torch.tensor([3, 7])).tolist()
+            [True, True]
+            >>> emb.sizes_of(torch.tensor([3, 4])).tolist()
+            [4, 8]
         """
         return self._hop(ids, mask, down=True)
 

@@ -156,15 +156,15 @@ def demote_reference(row: Tensor, level: int, chain: Tensor, sizes: Sequence[int
     >>> demote_reference(torch.tensor([6.0, 5.0]), 1, chain, (1, 2))
     tensor([1.])
     """
-    def output(e: Tensor, k: int) -> Tensor:
-        for weight, bias in split_chain(chain.to(e), sizes)[k:]:
-            e = weight @ e + bias
-        return e
-
-    units = torch.eye(sizes[level - 1], dtype=torch.float64, device=row.device)
-    origin = output(0 * units[0], level - 1)
-    matrix = torch.stack([output(unit, level - 1) - origin for unit in units], 1)
-    distance = output(row, level).double() - origin
+    wide = row
+    for weight, bias in split_chain(chain, sizes)[level:]:
+        wide = weight @ wide + bias
+    below = sizes[level - 1]
+    matrix = torch.eye(below, dtype=torch.float64, device=row.device)
+    offset = torch.zeros(below, dtype=torch.float64, device=row.device)
+    for weight, bias in split_chain(chain.double(), sizes)[level - 1 :]:
+        matrix, offset = weight @ matrix, weight @ offset + bias
+    distance = wide.double() - offset
     return torch.linalg.lstsq(matrix, distance[:, None], driver="gelsd").solution[:, 0].to(row)
 
 

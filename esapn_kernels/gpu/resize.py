@@ -17,9 +17,9 @@ Three launches for any number of ids, R positions in ``ids``, nothing read by th
     move    rows, state and locations are written, old rows put on their level's stack
 
 The first owners of a group move as far as rows, pages and room on the old level's stack reach; the
-others stay, lower levels first, of a demotion higher ones. Old rows go on the stacks one launch after new ones were taken from
-them, so no row is read and handed on at once, and new rows were free before, hence disjoint from
-all old ones.
+others stay, lower levels first, of a demotion higher ones. Old rows go on the stacks one launch
+after new ones were taken from them, so no row is read and handed on at once, and new rows were free
+before, hence disjoint from all old ones.
 
 Source: Liu et al., SIGIR 2020.
 """
@@ -142,9 +142,11 @@ def _scan_kernel(
     height_after = tl.zeros([LEVELS], dtype=tl.int64)
     pages = tl.load(free_count_ptr + len(SIZES))
     # A group takes from the stack of the one that follows: down hops go from the last level on.
-    height = tl.load(free_count_ptr + (len(SIZES) - 1 if HOP < 0 else 0))
-    for i in tl.static_range(len(SIZES)):
-        g: tl.constexpr = len(SIZES) - 1 - i if HOP < 0 else i
+    FIRST: tl.constexpr = len(SIZES) - 1 if HOP < 0 else 0
+    END: tl.constexpr = -1 if HOP < 0 else len(SIZES)
+    STEP: tl.constexpr = -1 if HOP < 0 else 1
+    height = tl.load(free_count_ptr + FIRST)
+    for g in tl.static_range(FIRST, END, STEP):
         count = tl.sum(tl.where(levels == g, need, 0), axis=0).to(tl.int64)
         if GIVE:
             if not TAKE:
@@ -191,7 +193,9 @@ def _scan_kernel(
     tl.debug_barrier()
 
     if TAKE:
-        for g in tl.static_range(1 if HOP < 0 else 0, len(SIZES) - (HOP > 0)):
+        BEGIN: tl.constexpr = 1 if HOP < 0 else 0
+        STOP: tl.constexpr = len(SIZES) - 1 if HOP > 0 else len(SIZES)
+        for g in tl.static_range(BEGIN, STOP):
             free = tl.sum(tl.where(levels == g, held, 0), axis=0)
             base = tl.load(free_base_ptr + g + HOP)
             per = (1 << page_shift) // SIZES[g + HOP]
@@ -332,10 +336,11 @@ def _move_kernel(
     tl.store(row_start_ptr + ids, new_start.to(row_start_ptr.dtype.element_ty), mask=mask_go)
 
     if TAKE and GIVE:
+        # Hops lie in the order in which a row passes them.
+        FIRST: tl.constexpr = 0 if HOP > 0 else len(SIZES) - 1
+        END: tl.constexpr = len(SIZES) - 1 if HOP > 0 else 0
         hop = 0
-        for i in tl.static_range(len(SIZES) - 1):
-            # Hops lie in the order in which a row passes them.
-            k: tl.constexpr = len(SIZES) - 1 - i if HOP < 0 else i
+        for k in tl.static_range(FIRST, END, HOP):
             mask_level = (group == k) & mask_go
             if tl.max(mask_level.to(tl.int32), axis=0) > 0:
                 for n in range(0, SIZES[k + HOP], BLOCK_DIM):

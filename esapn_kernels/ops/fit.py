@@ -133,7 +133,7 @@ def down_hops(chain: Tensor, sizes: Sequence[int]) -> Tensor:
     one solve for all of them. Solved in fp64, from the normal equations with a ridge of
     ``1e-12 |M_k|_F^2`` and two refinements that take its error away, so that hops without full rank
     have a solution too. Nothing is read on the host. Where both maps only scale numbers and append
-    zeros, as padded hops and tails of zeros do, ``D_k`` does nothing but multiply ``e_j`` by ``1/g``.
+    zeros, as padded hops and tails of zeros do, ``D_k`` only multiplies ``e_j`` by ``1/g``.
 
     Args:
         chain: packed hops or tails, any float dtype.
@@ -141,8 +141,8 @@ def down_hops(chain: Tensor, sizes: Sequence[int]) -> Tensor:
 
     Returns:
         One block ``D_k = [M_k^+ M_{k+1} | M_k^+ (c_{k+1} - c_k)]^T``, ``[d_{k+1} + 1, d_k]``, per
-        level below the last, ``k = n - 2 ... 0``: packed as the chain of the sizes in reverse. fp32,
-        of an fp64 chain fp64.
+        level below the last, ``k = n - 2 ... 0``: packed as the chain of the sizes in reverse.
+        fp32, of an fp64 chain fp64.
 
     Example:
         >>> down_hops(torch.tensor([1.0, 2.0, 3.0, 4.0]), (1, 2))  # (e_0 + 2 e_1 - 11) / 5

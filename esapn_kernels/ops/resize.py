@@ -6,10 +6,10 @@
     free                            an id's row is given back
 
 A promotion changes no output: ``M_k e + c_k = M_{k+1} (W_k e + b_k) + c_{k+1}``. A demotion takes
-the nearest output that the smaller size has, and is the same move by another matrix. All of them take
-rows from the free lists of :class:`~esapn_kernels.ops.layout.Places` and give rows back to them;
-the caller has made room (``storage.Arena``). Where the host can read which rows move, it finds them
-before, and makes room for just these. Source: Liu et al., SIGIR 2020.
+the nearest output that the smaller size has, and is the same move by another matrix. All of them
+take rows from the free lists of :class:`~esapn_kernels.ops.layout.Places` and give rows back to
+them; the caller has made room (``storage.Arena``). Where the host can read which rows move, it
+finds them before, and makes room for just these. Source: Liu et al., SIGIR 2020.
 """
 
 from __future__ import annotations

@@ -159,6 +159,30 @@ def masks(rank):
     return {"moved": moved, "nothing": nothing, "resized": resized, "sizes": model.table.sizes_of()}
 
 
+def demoted(rank):
+    """What any rank demotes, all do; rows and optimizer state stay equal."""
+    torch.manual_seed(0)
+    model = Model()
+    replicate(model)
+    ids = torch.arange(rank, ROWS, 3 + rank)
+    resized = model.table.resize(ids, 8)
+    model(torch.arange(ROWS)).square().sum().backward()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+    optimizer.step()
+    mask = ids % 2 == 0 if rank == 0 else None
+    moved = model.table.demote(ids, mask)
+    nothing = model.table.demote(ids[:0])
+    sizes = model.table.sizes_of()
+    said = None
+    try:
+        model.table.demote(torch.tensor([ROWS if rank else 0]))
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"
+    shrunk = model.table.resize(ids[:2] if rank else ids[:0], 2)
+    more = {"ids": ids, "resized": resized, "moved": moved, "nothing": nothing}
+    return result_of(model, optimizer, sizes=sizes, said=said, shrunk=shrunk, **more)
+
+
 def refusal(rank):
     """One rank's bad ids: both raise, and none has changed."""
     torch.manual_seed(0)

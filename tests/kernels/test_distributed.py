@@ -32,6 +32,7 @@ CASES = [
     "fsdp",
     "adopt",
     "masks",
+    "demoted",
     "refusal",
     "differing",
     "thawed",
@@ -155,6 +156,24 @@ def test_masks_of_promotions(results):
     assert first["resized"].tolist() == [[True, True]] and second["resized"].shape == (0,)
     assert torch.equal(first["sizes"], second["sizes"])
     assert first["sizes"][:10].tolist() == [2, 8, 8, 3, 2, 2, 2, 3, 2, 3]
+
+
+def test_demotions_are_made_together(results):
+    first, second = results("demoted")
+    assert_same(first["state"], second["state"])
+    assert_same(first["adam"], second["adam"])
+    wanted = set(first["ids"].tolist()) | set(second["ids"].tolist())
+    # Rank 0 masks its odd ids, but for those that rank 1 names.
+    shrunk = {i for i in first["ids"].tolist() if i % 2 == 0} | set(second["ids"].tolist())
+    assert shrunk < wanted
+    expected = [3 if i in shrunk else 8 if i in wanted else 2 for i in range(40)]
+    assert first["sizes"].tolist() == second["sizes"].tolist() == expected
+    for rank in (first, second):
+        assert rank["resized"].all() and rank["nothing"].shape == (0,)
+        assert rank["moved"].tolist() == [i in shrunk for i in rank["ids"].tolist()]
+    assert first["said"].startswith("RuntimeError: another rank")
+    assert second["said"].startswith("IndexError")
+    assert first["shrunk"].shape == (0,) and second["shrunk"].tolist() == [True, True]
 
 
 def test_a_refusal_is_everybodys(results):

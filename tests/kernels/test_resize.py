@@ -675,10 +675,11 @@ def test_native_kernels_do_what_the_torch_path_does(dtype, data):
     index = data.draw(st.sampled_from([torch.int32, torch.int64]))
     known = st.integers(0, 59)
     for _ in range(data.draw(st.integers(1, 5))):
-        what = data.draw(st.sampled_from(["promote", "promote", "insert", "free"]))
-        ids = data.draw(st.lists(known, max_size=90, unique=what != "promote"))
+        what = data.draw(st.sampled_from(["promote", "promote", "demote", "insert", "free"]))
+        hops = what in ("promote", "demote")
+        ids = data.draw(st.lists(known, max_size=90, unique=not hops))
         level = twins.arenas["torch"][0].level().tolist()
-        if what == "promote":
+        if hops:
             size = len(ids)
             mask = data.draw(st.none() | st.lists(st.booleans(), min_size=size, max_size=size))
             mask = None if mask is None else torch.tensor(mask, dtype=torch.bool)
@@ -697,6 +698,8 @@ def test_every_instruction_set(sizes, dtype, instructions):
     for _ in sizes:
         twins.call("promote", every, twins.chain)
     last = twins.arenas["native"][0].level() == len(sizes) - 1
+    twins.call("demote", every[:50], twins.chain)
+    twins.call("promote", every[:50], twins.chain)
     assert twins.call("free", last.nonzero()[:, 0]).all()
     assert twins.call("insert", last.nonzero()[:, 0], 0).all()
 
