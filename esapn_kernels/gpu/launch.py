@@ -312,12 +312,15 @@ def choose_fwd(dim: int, dtype: torch.dtype) -> FwdConfig:
 
 
 @lru_cache
-def choose_promote(dim: int, dtype: torch.dtype) -> LaunchConfig:
+def choose_promote(dim: int, dtype: torch.dtype, down: bool = False) -> LaunchConfig:
     """Rows are few and every hop has its own shape: one modest tile for all.
 
-    Tiles 64 columns wide spill beside the fills of four states.
+    Tiles 64 columns wide spill beside the fills of four states, and so do 32 of fp64 on the way
+    down.
     """
-    return LaunchConfig(16, 16 if dtype == torch.float64 else 32, _block_dim(dim, 32), 4)
+    if dtype == torch.float64:
+        return LaunchConfig(16, 16, _block_dim(dim, 16 if down else 32), 4)
+    return LaunchConfig(16, 32, _block_dim(dim, 32), 4)
 
 
 @lru_cache

@@ -511,7 +511,7 @@ def _launch(
         **scan,
         enable_fp_fusion=True,
     )
-    config = launch.choose_promote(sizes[-1], storage.dtype)
+    config = launch.choose_promote(sizes[-1], storage.dtype, hop < 0)
     kept, kept_ids = states[:_STATES], per_id[:1]
     tensors = [tensor for tensor, _ in kept] + [storage] * (_STATES - len(kept))
     launch_kernel(
