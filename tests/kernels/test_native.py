@@ -169,6 +169,44 @@ def test_a_whole_step_in_a_graph(n_ids):
 
 
 @on_a_gpu
+@pytest.mark.parametrize("init", ["isometric", "tails"])
+def test_no_demotion_synchronises(init, no_waiting):
+    module = ResizableEmbedding(5000, initial_size=SIZES[-1], init=init, device="cuda")
+    ids = torch.arange(5000, device="cuda")
+    module.demote(ids[:9])  # kernels are compiled and the allocator is warm
+    with no_waiting():
+        for step in range(2, len(SIZES) + 1):
+            module.demote(ids, ids % step == 0)
+    assert module.sizes_of().unique().numel() == len(SIZES)
+
+
+@on_a_gpu
+def test_a_demotion_in_a_graph():
+    """Captured once, replayed with other ids and another chain."""
+    module = ResizableEmbedding(5000, initial_size=SIZES[-1], device="cuda")
+    module.reserve(20_000)
+    ids = torch.arange(1000, device="cuda")
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        module.demote(ids)
+    torch.cuda.current_stream().wait_stream(side)
+    twin = copy.deepcopy(module)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        moved = module.demote(ids)
+    for _ in range(4):
+        ids.copy_(torch.randint(5000, (1000,), device="cuda"))
+        for each in (module, twin):
+            each.chain.data.mul_(1.1)
+        graph.replay()
+        assert torch.equal(moved, twin.demote(ids))
+    every = torch.arange(5000, device="cuda")
+    assert torch.equal(module.sizes_of(), twin.sizes_of())
+    torch.testing.assert_close(module(every), twin(every))
+
+
+@on_a_gpu
 @pytest.mark.parametrize("traffic", ["uniform", "zipf"])
 def test_equal_bits_over_20_runs(traffic):
     mix = (1, 10, 17, 29, 21, 51)
