@@ -296,6 +296,28 @@ def test_two_runs_agree_in_every_bit(backend, device):
         assert torch.equal(value, states[1][key]), key
 
 
+CONTEXTS = {
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "inference": torch.inference_mode,
+    "no-grad": torch.no_grad,
+    "another-device": lambda: torch.device("meta"),
+}
+
+
+@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("context", CONTEXTS.values(), ids=CONTEXTS.keys())
+def test_where_it_is_called_is_of_no_consequence(context, host):
+    one, two = (make_case(SMALL, 9, 0, backend=host).module for _ in range(2))
+    ids = torch.arange(9)
+    with context():
+        assert one.demote(ids).any()
+    two.demote(ids)
+    for key, value in one.state_dict().items():
+        assert torch.equal(value, two.state_dict()[key]), key
+    one(ids).sum().backward()
+    assert one.arena.storage.grad.any()
+
+
 # ---- places -------------------------------------------------------------------------------------
 
 
