@@ -1,5 +1,5 @@
-// Rows that move: e' = W_k e + b_k, up or down, or zeros, at their new places, and fresh state. Mirrors _move_kernel and
-// _fill_rows_kernel of gpu/resize.py. Inside the namespace of an instruction set.
+// Rows that move: e' = W_k e + b_k, up or down, or zeros, at their new places, and fresh state. Mirrors
+// _move_kernel and _fill_rows_kernel of gpu/resize.py. Inside the namespace of an instruction set.
 //
 // On one thread: rows that move are a small part of a batch, places are handed out one after the other,
 // and half of the rest is memory, which threads share.

@@ -75,7 +75,7 @@ ESAPN_INLINE bool is_adam(int rule) { return rule == ADAM || rule == ROWWISE_ADA
 
 struct Update {
   int rule;
-  void* target;           // WRITE: [capacity], SPARSE: values, dtype of the storage; COLLECT: values, dtype of the sums
+  void* target;           // WRITE: [capacity], SPARSE: values, dtype of the storage; COLLECT: values, of the sums
   int64_t* elements;      // SPARSE: the element of every value
   const double* numbers;  // [11], as rule_numbers gives them
   void *moment, *square;  // [capacity], dtype of the sums
