@@ -130,10 +130,12 @@ def down_hops(chain: Tensor, sizes: Sequence[int]) -> Tensor:
         e' = argmin |M_k e' + c_k - (M_{k+1} e + c_{k+1})| = M_k^+ (M_{k+1} e + c_{k+1} - c_k)
 
     Outputs of level ``k`` are among those of level ``k + 1``, so several hops down are as near as
-    one solve for all of them. Solved in fp64, from the normal equations with a ridge of
-    ``1e-12 |M_k|_F^2`` and two refinements that take its error away, so that hops without full rank
-    have a solution too. Nothing is read on the host. Where both maps only scale numbers and append
-    zeros, as padded hops and tails of zeros do, ``D_k`` only multiplies ``e_j`` by ``1/g``.
+    one solve for all of them. Solved in fp64, from the normal equations with a ridge and two
+    refinements that take its error away, so that hops without full rank have a solution too. The
+    ridge is ``1e-12 |M_k|_F^2``, of a 16-bit chain ``eps^2 |M_k|_F^2 / d_k``: what a row gains by
+    smaller singular values is less than what its rounding loses. Nothing is read on the host. Where
+    both maps only scale numbers and append zeros, as padded hops and tails of zeros do, ``D_k``
+    only multiplies ``e_j`` by ``1/g``.
 
     Args:
         chain: packed hops or tails, any float dtype.
@@ -153,18 +155,20 @@ def down_hops(chain: Tensor, sizes: Sequence[int]) -> Tensor:
     # The last level's rows are their outputs.
     last = torch.eye(dim + 1, dim, dtype=torch.float64, device=chain.device)
     maps = [*compose(hops, sizes).split([d + 1 for d in sizes[:-1]]), last]
+    eps = torch.finfo(chain.dtype).eps
     blocks = []
     for wide, narrow in zip(maps[:0:-1], maps[-2::-1], strict=True):
         target = wide.clone()
         target[-1] -= narrow[-1]
-        blocks.append(_solved(narrow[:-1], target).reshape(-1))
+        ridge = max(_RIDGE, eps**2 / (len(narrow) - 1))
+        blocks.append(_solved(narrow[:-1], target, ridge).reshape(-1))
     return torch.cat(blocks or [last.new_empty(0)]).to(compute_dtype(chain.dtype))
 
 
-def _solved(rows: Tensor, target: Tensor) -> Tensor:
+def _solved(rows: Tensor, target: Tensor, relative: float) -> Tensor:
     """``X`` with ``X rows`` nearest to ``target``: ``M^T`` is ``rows``, ``[d, D]``."""
     gram = rows @ rows.t()
-    ridge = _RIDGE * gram.diagonal().sum()
+    ridge = relative * gram.diagonal().sum()
     ridge = torch.where(ridge > 0, ridge, 1.0)
     gram.diagonal().add_(ridge)
     factor = torch.linalg.cholesky_ex(gram).L

@@ -151,6 +151,19 @@ def test_hops_without_full_rank(scale):
     torch.testing.assert_close(weight @ found, weight @ nearest, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=name)
+@pytest.mark.parametrize("small", [1e-3, 1e-5])
+def test_16_bit_hops_that_are_nearly_without_full_rank(small, dtype):
+    """The row of the exact solve is so long that its rounding, or overflow, is the output."""
+    module = ResizableEmbedding(100, sizes=(2, 3), initial_size=3, dtype=dtype)
+    with torch.no_grad():
+        module.chain.copy_(torch.tensor([1, 1, 0, 1, 1, small, 0, 0, 0]))
+    wanted, ids = outputs(module), torch.arange(100)
+    assert module.demote(ids).all()
+    rest = (outputs(module) - wanted).norm(dim=1)
+    assert (rest <= wanted.norm(dim=1) * (1 + 4 * torch.finfo(dtype).eps)).all()
+
+
 def test_the_host_reads_nothing_of_the_hops():
     """A tensor without numbers raises where they are asked for."""
     with FakeTensorMode():
