@@ -18,6 +18,8 @@ __all__ = [
 ]
 
 _SIZES = (2, 4, 8, 16, 64, 128)
+# A page says its level in an int8.
+_MOST = 128
 
 
 def default_sizes(embedding_dim: int | None) -> Sequence[int]:
@@ -35,7 +37,7 @@ def check_sizes(sizes: Sequence[int]) -> tuple[int, ...]:
     """``sizes`` as a tuple.
 
     Raises:
-        ValueError: they are not strictly increasing positive integers.
+        ValueError: they are not strictly increasing positive integers, or more than 128.
     """
     sizes = tuple(sizes)
     whole = all(isinstance(d, int) and not isinstance(d, bool) for d in sizes)
@@ -45,6 +47,8 @@ def check_sizes(sizes: Sequence[int]) -> tuple[int, ...]:
         raise ValueError(f"sizes must be positive integers, got {list(sizes)}")
     if any(a >= b for a, b in zip(sizes, sizes[1:], strict=False)):
         raise ValueError(f"sizes must be strictly increasing, got {list(sizes)}")
+    if len(sizes) > _MOST:
+        raise ValueError(f"there may be at most {_MOST} sizes, got {len(sizes)}")
     return sizes
 
 

@@ -188,6 +188,7 @@ def test_misuse_raises_and_changes_nothing(call, error):
 BAD_ARGUMENTS = {
     "not-increasing": {"sizes": (4, 2)},
     "twice": {"sizes": (2, 2)},
+    "more-levels-than-int8-has": {"sizes": tuple(range(1, 130))},
     "zero": {"sizes": (0, 2)},
     "negative": {"sizes": (-1, 2)},
     "empty": {"sizes": ()},
