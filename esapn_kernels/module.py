@@ -655,8 +655,9 @@ class ResizableEmbedding(nn.Embedding):
             check_ids(ids, self.arena.num_rows)
             if mask is not None:
                 check_mask(mask, ids)
-            if down and self.padding_idx is not None:
-                kept = ids != self.padding_idx
+            padding_idx = self._options(self.arena.num_rows).padding_idx if down else None
+            if padding_idx is not None:
+                kept = ids != padding_idx
                 mask = kept if mask is None else mask & kept
             if mask is not None:
                 mask = mask.reshape(-1)

@@ -267,6 +267,12 @@ def test_the_padding_row_stays(kind, backend, device):
     assert module.sizes_of().tolist() == [2, 2, 2, 2, 8, 2]
 
 
+def test_a_padding_row_that_is_set_later():
+    module = ResizableEmbedding(6, sizes=SMALL, initial_size=8)
+    module.padding_idx = -2  # counts from the end, as for lookups
+    assert module.demote(torch.arange(6)).tolist() == [True] * 4 + [False, True]
+
+
 def test_rows_that_stand_in():
     module = ResizableEmbedding(6, sizes=SMALL, initial_size=8, on_bad_ids=-1)
     assert module.demote(torch.tensor([77, 0, -3])).all()
