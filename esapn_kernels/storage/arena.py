@@ -352,6 +352,7 @@ class Arena(Locations):
         move = resize.promote if step > 0 else resize.demote
         moved = move(*operands, *states, movers)
         self._end()
+        self.followers.note_fresh(ids, moved)
         if before is not None:
             self.followers.carry(*before, moved, places.row_size, step)
         return moved
@@ -385,6 +386,7 @@ class Arena(Locations):
         operands = ids, level, self.storage.detach(), places
         moved = resize.insert(*operands, *self.followers.fresh(), movers)
         self._end()
+        self.followers.note_fresh(ids, moved)
         return moved
 
     @unrecorded

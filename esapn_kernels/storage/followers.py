@@ -195,6 +195,18 @@ class Followers:
             layout = self._arena.layout
             self._loaded = layout.row_start.clone(), layout.page_level.clone()
 
+    def note_fresh(self, ids: Tensor, moved: Tensor) -> None:
+        """Rows of ``ids`` are others where ``moved``, and no checkpoint has state of them.
+
+        Their size does not say so: a row may have gone up and down again.
+        """
+        if self._loaded is None or not ids.numel() or not self._loaded[0].numel():
+            return
+        start = self._loaded[0]
+        # The least value stays, so that ids may come twice; the host reads nothing.
+        value = torch.where(moved, -1, torch.iinfo(start.dtype).max).to(start.dtype)
+        start.scatter_reduce_(0, ids.long().clamp(0, len(start) - 1), value, "amin")
+
     def forget_layout(self) -> None:
         """State goes with the rows from now on: an optimizer has stepped, or all of it is fresh."""
         self._was_loaded, self._loaded = False, None

@@ -564,6 +564,32 @@ def test_torchs_optimizers(make):
     assert all(row.isfinite().all() for row in rows_of(module))
 
 
+def test_a_loaded_row_that_comes_back_to_its_size_starts_afresh():
+    """Before the first step of a loaded optimizer, which shows its state."""
+    ids = torch.arange(6)
+    modules = [ResizableEmbedding(6, sizes=SMALL, initial_size=3) for _ in range(2)]
+    optimizers = [torch.optim.Adam(module.parameters(), lr=0.1) for module in modules]
+    modules[0](ids).square().sum().backward()
+    optimizers[0].step()
+    for own, saved in (modules, optimizers):
+        saved.load_state_dict(copy.deepcopy(own.state_dict()))
+    for module, optimizer in zip(modules, optimizers, strict=True):
+        module.promote(ids[:2])
+        module.demote(torch.tensor([1, 1, 4]), torch.tensor([True, False, True]))
+        module.promote(ids[4:5])
+        module.arena.free(ids[5:])
+        module.arena.insert(ids[5:], 1)
+        optimizer.zero_grad()
+        module(ids).square().sum().backward()
+        optimizer.step()
+    for index in range(6):
+        expected, found = (
+            state_of(optimizer, module, index, "exp_avg_sq")
+            for module, optimizer in zip(modules, optimizers, strict=True)
+        )
+        assert torch.equal(found, expected), index
+
+
 @pytest.mark.parametrize("host", HOSTS)
 @pytest.mark.parametrize("init", ["padded", "tails"])
 @pytest.mark.parametrize("beginning", [0.0, 0.5])
