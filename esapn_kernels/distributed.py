@@ -147,7 +147,7 @@ def _send(table: ResizableEmbedding, group: dist.ProcessGroup | None) -> None:
         table.load_state_dict(state)
     if isinstance(table.arena, Arena):
         # Rows freed in another order would take other places, and the arenas grow apart.
-        table.arena.forget_free_lists()
+        table.arena.forget_free_places()
 
 
 class _Averaging:

@@ -733,10 +733,17 @@ class ResizableEmbedding(nn.Embedding):
             self.promote(ids, self.arena.level(ids) < target)
         return self.arena.level(ids) == target
 
-    def compact(self) -> None:
-        """Close the holes that moved rows left: the fewest pages that hold the rows."""
-        if isinstance(self.arena, Arena):
-            self.arena.compact()
+    def compact(self, rows: int | None = None) -> int:
+        """Close the holes that moved rows left: the fewest pages that hold the rows.
+
+        Args:
+            rows: look at so many rows only, from where the last such call stopped, and keep the
+                memory: a step of bounded time between two steps of training.
+
+        Returns:
+            How many rows moved.
+        """
+        return self.arena.compact(rows) if isinstance(self.arena, Arena) else 0
 
     def memory_report(self) -> MemoryReport:
         """Bytes really allocated, part by part; see :class:`MemoryReport`."""

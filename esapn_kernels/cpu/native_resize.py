@@ -8,17 +8,18 @@ from __future__ import annotations
 import functools
 import struct
 import sys
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ..ops.backend import native
 from ..ops.chain import compute_dtype
-from ..ops.layout import Filled, Layout, Places
+from ..ops.layout import Filled, Layout, TakenPlaces
 from .native import DTYPE, address, packed
-from .resize import Movers, fill_rows
+from .resize import Movers, fill_rows, shift_rows
 
-__all__ = ["find_movers", "free", "hop", "insert"]
+__all__ = ["find_movers", "find_places", "free", "hop", "insert", "lower_rows"]
 
 _CALL = {"promote": 0, "insert": 1, "free": 2, "demote": 3}
 
@@ -53,7 +54,7 @@ def hop(
     movers: Movers,
     storage: Tensor,
     chain: Tensor,
-    places: Places,
+    places: TakenPlaces,
     states: Filled,
     per_id: Filled,
 ) -> None:
@@ -67,21 +68,58 @@ def hop(
 
 
 def insert(
-    movers: Movers, level: int, storage: Tensor, places: Places, states: Filled, per_id: Filled
+    movers: Movers, level: int, storage: Tensor, places: TakenPlaces, states: Filled, per_id: Filled
 ) -> None:
     """See :func:`esapn_kernels.ops.resize.insert`. Raises as :func:`hop`."""
     _move("insert", movers, places, storage, None, states, per_id, level)
 
 
-def free(movers: Movers, storage: Tensor, places: Places) -> None:
+def free(movers: Movers, storage: Tensor, places: TakenPlaces) -> None:
     """See :func:`esapn_kernels.ops.resize.free`. Raises as :func:`hop`."""
     _move("free", movers, places, storage)
+
+
+def find_places(places: TakenPlaces) -> None:
+    """Derive all tensors of ``places`` from its layout; pages without a row become free.
+
+    Raises:
+        RuntimeError: rows lie in one place, or in free pages.
+    """
+    native.find_places(*_table(places.layout), *_bits(places))
+
+
+def lower_rows(places: TakenPlaces, ids: range, tensors: Sequence[Tensor]) -> int:
+    """Move the rows of ``ids`` to lower pages of their levels, where these have free places.
+
+    One after the other; ``tensors``, in the layout of the storage, go with them. Returns how many
+    moved.
+    """
+    layout = places.layout
+    old, new = torch.empty(2, len(ids), dtype=torch.int64, device="cpu")
+    plain = [t for t in tensors if _is_plain(t)]
+    words = [word for t in plain for word in (t.data_ptr(), t.element_size())]
+    moved: int = native.lower_rows(
+        *_table(layout),
+        *_bits(places),
+        ids.start,
+        ids.stop,
+        struct.pack(f"{len(words)}Q", *words),
+        old.data_ptr(),
+        new.data_ptr(),
+    )
+    written = layout.row_start, *plain
+    torch.autograd.graph.increment_version([t for t in written if not t.is_inference()])
+    if moved and len(plain) < len(tensors):
+        other = [t for t in tensors if not _is_plain(t)]
+        old, new = old[:moved], new[:moved]
+        shift_rows(other, old, new, layout.page_level[new // layout.page].long(), layout.sizes)
+    return moved
 
 
 def _move(
     call: str,
     movers: Movers,
-    places: Places,
+    places: TakenPlaces,
     storage: Tensor,
     chain: Tensor | None = None,
     states: Filled = (),
@@ -96,10 +134,7 @@ def _move(
         _CALL[call],
         level,
         found.data_ptr(),
-        places.free_rows.data_ptr(),
-        places.free_pages.data_ptr(),
-        places.free_count.data_ptr(),
-        places.free_base.data_ptr(),
+        *_bits(places),
         places.moves.data_ptr(),
         storage.data_ptr(),
         DTYPE[storage.dtype],
@@ -133,16 +168,31 @@ def _table(layout: Layout) -> tuple[int | bytes, ...]:
     )
 
 
+def _bits(places: TakenPlaces) -> tuple[int, ...]:
+    return (
+        places.taken.data_ptr(),
+        places.used.data_ptr(),
+        places.vacant.data_ptr(),
+        places.free_count.data_ptr(),
+        places.lowest.data_ptr(),
+        places.taken.shape[1],
+    )
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether kernels write it: not where numbers are a subclass's own affair, or lie apart."""
+    plain = type(tensor) in (Tensor, nn.Parameter)
+    return plain and tensor.is_contiguous() and tensor.element_size() <= 8
+
+
 def _fills(targets: Filled) -> tuple[bytes, list[Tensor], Filled]:
     """What the kernels are told of ``targets``, whose tensors they write, and the other targets."""
     words: list[int] = []
     written: list[Tensor] = []
     other = []
     for tensor, fresh in targets:
-        item = tensor.element_size()
-        # Not where numbers are a subclass's own affair, or lie apart.
-        if type(tensor) in (Tensor, nn.Parameter) and tensor.is_contiguous() and item <= 8:
-            words += (tensor.data_ptr(), item, _pattern(tensor.dtype, fresh))
+        if _is_plain(tensor):
+            words += (tensor.data_ptr(), tensor.element_size(), _pattern(tensor.dtype, fresh))
             written.append(tensor)
         else:
             other.append((tensor, fresh))

@@ -16,7 +16,16 @@ from ..ops.chain import compute_dtype, hop_blocks
 from ..ops.layout import Filled, Layout, Places, gather_rows, row_table
 from .lookup import by_level
 
-__all__ = ["Movers", "carry_rows", "fill_rows", "find_movers", "free", "hop", "insert"]
+__all__ = [
+    "Movers",
+    "carry_rows",
+    "fill_rows",
+    "find_movers",
+    "free",
+    "hop",
+    "insert",
+    "shift_rows",
+]
 
 
 class Movers(NamedTuple):
@@ -169,3 +178,19 @@ def fill_rows(targets: Filled, start: Tensor, level: Tensor, sizes: Sequence[int
         elements = start[at].long()[:, None] + torch.arange(sizes[k], device=start.device)
         for tensor, value in targets:
             tensor[elements] = value
+
+
+def shift_rows(
+    tensors: Sequence[Tensor], old: Tensor, new: Tensor, level: Tensor, sizes: Sequence[int]
+) -> None:
+    """Copy the rows ``(old, level)`` of every tensor to ``new``: read all, then write them."""
+    groups = list(by_level(level, len(sizes)))
+    if not groups:
+        return
+    column = torch.arange(sizes[-1], device=old.device)
+    read, written = (
+        torch.cat([(start[at].long()[:, None] + column[: sizes[k]]).view(-1) for k, at in groups])
+        for start in (old, new)
+    )
+    for tensor in tensors:
+        tensor[written] = tensor[read]

@@ -9,7 +9,7 @@
 #include "kernels.h"
 
 // Of these functions' arguments; ops/backend.py takes no module of another number.
-#define ESAPN_INTERFACE 4
+#define ESAPN_INTERFACE 5
 
 namespace {
 
@@ -82,11 +82,32 @@ class Arguments {
     movers.id = movers.count + n;
     return movers;
   }
+  // The bits of a table's places, and what is counted of them.
+  Places places(const Table& table) {
+    Places places{};
+    places.table = table;
+    places.taken = static_cast<uint64_t*>(address());
+    places.used = static_cast<int32_t*>(address());
+    places.vacant = static_cast<int8_t*>(address());
+    places.free = static_cast<int64_t*>(address());
+    places.lowest = static_cast<int64_t*>(address());
+    places.words = integer();
+    needs(places.free);
+    if (table.rows) needs(table.row_start);
+    if (table.capacity) needs(table.page_level);
+    return places;
+  }
   const Fill* fills(int& count) {
     Py_ssize_t length;
     const char* data = bytes(length);
     count = int(length / Py_ssize_t(sizeof(Fill)));
     return reinterpret_cast<const Fill*>(data);
+  }
+  const Moved* moved(int& count) {
+    Py_ssize_t length;
+    const char* data = bytes(length);
+    count = int(length / Py_ssize_t(sizeof(Moved)));
+    return reinterpret_cast<const Moved*>(data);
   }
   void sizes(const int64_t*& sizes, int& n) {
     Py_ssize_t length;
@@ -322,11 +343,9 @@ PyObject* move_rows(PyObject*, PyObject* const* values, Py_ssize_t count) {
   resize.call = Call(arguments.small());
   resize.target = arguments.small();
   resize.movers = arguments.movers(resize.table.n);
-  resize.places.free_rows = arguments.address();
-  resize.places.free_pages = static_cast<int32_t*>(arguments.address());
-  resize.places.free_count = static_cast<int64_t*>(arguments.address());
-  resize.places.free_base = static_cast<const int64_t*>(arguments.address());
-  resize.places.moves = static_cast<int64_t*>(arguments.address());
+  Places places = arguments.places(resize.table);
+  resize.places = &places;
+  resize.moves = static_cast<int64_t*>(arguments.address());
   resize.storage = static_cast<char*>(arguments.address());
   resize.dtype = arguments.small();
   resize.chain = arguments.address();
@@ -346,6 +365,36 @@ PyObject* move_rows(PyObject*, PyObject* const* values, Py_ssize_t count) {
     status = chosen->move_rows[resize.dtype == F64](resize);
   Py_END_ALLOW_THREADS
   return answer(status);
+}
+
+PyObject* find_places(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  Arguments arguments(values, count);
+  Places places = arguments.places(arguments.table());
+  if (arguments.failed()) return nullptr;
+  int status;
+  Py_BEGIN_ALLOW_THREADS
+  status = places.find();
+  Py_END_ALLOW_THREADS
+  return answer(status);
+}
+
+PyObject* lower_rows(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  Arguments arguments(values, count);
+  Places places = arguments.places(arguments.table());
+  const int64_t first = arguments.integer(), end = arguments.integer();
+  int n_moved;
+  const Moved* moved = arguments.moved(n_moved);
+  int64_t* from = static_cast<int64_t*>(arguments.address());
+  int64_t* to = static_cast<int64_t*>(arguments.address());
+  if (first < end) arguments.needs(from);
+  for (int t = 0; t < n_moved; t++) arguments.needs(moved[t].target);
+  if (arguments.failed()) return nullptr;
+  if (first < 0 || end > places.table.rows) return answer(OUT_OF_RANGE);
+  int64_t rows;
+  Py_BEGIN_ALLOW_THREADS
+  rows = esapn::lower_rows(places, first, end, moved, n_moved, from, to);
+  Py_END_ALLOW_THREADS
+  return PyLong_FromLongLong(rows);
 }
 
 PyObject* equal_bytes(PyObject*, PyObject* const* values, Py_ssize_t count) {
@@ -415,7 +464,10 @@ PyMethodDef methods[] = {
     {"find_movers", fast(find_movers), METH_FASTCALL,
      "(table, ids, mask, call, moved, movers): the rows that move, by the level that they leave"},
     {"move_rows", fast(move_rows), METH_FASTCALL,
-     "(table, call, target, movers, places, storage, dtype, chain, states, per_id)"},
+     "(table, call, target, movers, places, moves, storage, dtype, chain, states, per_id)"},
+    {"find_places", fast(find_places), METH_FASTCALL, "(table, places): derived from where the rows lie"},
+    {"lower_rows", fast(lower_rows), METH_FASTCALL,
+     "(table, places, first, end, moved, from, to): rows go to lower pages of their level; returns their number"},
     {"equal_bytes", fast(equal_bytes), METH_FASTCALL, "(one, other, length)"},
     {"use_large_pages", fast(use_large_pages), METH_FASTCALL, "(memory, bytes): where it is much"},
     {"instruction_sets", instruction_sets, METH_NOARGS, "Those that this machine runs, the widest first."},

@@ -47,36 +47,11 @@ bool moves(Call call, int level, int n) {
 }
 
 template <class I>
-void take(const Resize& resize, int64_t* start) {
-  const Table& table = resize.table;
-  int8_t* page_level = const_cast<int8_t*>(table.page_level);
-  int64_t& pages = resize.places.free_count[table.n];
-  for (int k = 0; k < table.n; k++) {
-    if (!resize.movers.count[k]) continue;
-    const int to = resize.enters(k);
-    const int64_t d = table.sizes[to], per = table.page / d;
-    I* stack = static_cast<I*>(resize.places.free_rows) + resize.places.free_base[to];
-    int64_t& height = resize.places.free_count[to];
-    for (int64_t i = 0; i < resize.movers.count[k]; i++) {
-      if (!height) {
-        const int64_t page = resize.places.free_pages[--pages];
-        page_level[page] = int8_t(to);
-        while (height < per) {
-          stack[height] = I(page * table.page + (per - 1 - height) * d);
-          height++;
-        }
-      }
-      *start++ = int64_t(stack[--height]);
-    }
-  }
-}
-
-template <class I>
 void settle(const Resize& resize, const int64_t* start) {
   const Movers& movers = resize.movers;
   I* row_start = static_cast<I*>(const_cast<void*>(resize.table.row_start));
   const int64_t total = movers.total(resize.table.n);
-  ++*resize.places.moves;
+  ++*resize.moves;
   for (int64_t i = 0; i < total; i++) {
     if (i + 16 < total) {
       const int64_t ahead = movers.id[i + 16];
@@ -92,10 +67,8 @@ void settle(const Resize& resize, const int64_t* start) {
   }
   if (resize.call == INSERT) return;
   const int64_t* left = movers.start;
-  for (int k = 0; k < resize.table.n; k++) {
-    I* stack = static_cast<I*>(resize.places.free_rows) + resize.places.free_base[k];
-    for (int64_t i = 0; i < movers.count[k]; i++) stack[resize.places.free_count[k]++] = I(*left++);
-  }
+  for (int k = 0; k < resize.table.n; k++)
+    for (const int64_t* last = left + movers.count[k]; left < last; left++) resize.places->give(*left, k);
 }
 
 }  // namespace
@@ -145,25 +118,22 @@ Status find_movers(Movers& movers, uint8_t* moved, const Table& table, const Ids
 }
 
 Status check_room(const Resize& resize) {
+  if (resize.call == FREE) return OK;
   const int n = resize.table.n;
-  const int64_t *count = resize.movers.count, *base = resize.places.free_base;
+  const int64_t *count = resize.movers.count, *free = resize.places->free;
   int64_t taken[MAX_LEVELS] = {}, pages = 0;
   for (int k = 0; k < n; k++)
-    if (count[k] && resize.call != FREE) taken[resize.enters(k)] += count[k];
+    if (count[k]) taken[resize.enters(k)] += count[k];
   for (int k = 0; k < n; k++) {
-    const int64_t height = resize.places.free_count[k], per = resize.table.page / resize.table.sizes[k];
-    const int64_t fresh = taken[k] > height ? (taken[k] - height + per - 1) / per : 0;
-    const int64_t after = height + fresh * per - taken[k] + (resize.call == INSERT ? 0 : count[k]);
-    // A fresh page's rows all stand on the stack at first.
-    const int64_t highest = fresh && per > after ? per : after;
-    if (highest > base[k + 1] - base[k]) return NO_ROOM;
-    pages += fresh;
+    const int64_t per = resize.table.page / resize.table.sizes[k];
+    if (taken[k] > free[k]) pages += (taken[k] - free[k] + per - 1) / per;
   }
-  return pages > resize.places.free_count[n] ? NO_ROOM : OK;
+  return pages > free[n] ? NO_ROOM : OK;
 }
 
 void take_rows(const Resize& resize, int64_t* start) {
-  return resize.table.wide_start ? take<int64_t>(resize, start) : take<int32_t>(resize, start);
+  for (int k = 0; k < resize.table.n; k++)
+    for (int64_t i = 0; i < resize.movers.count[k]; i++) *start++ = resize.places->take(resize.enters(k));
 }
 
 void settle_rows(const Resize& resize, const int64_t* start) {

@@ -2,7 +2,7 @@
 // _claim_kernel and _scan_kernel of gpu/resize.py; resize_move.h is the rest.
 #pragma once
 #include "parallel.h"
-#include "table.h"
+#include "places.h"
 
 namespace esapn {
 
@@ -21,15 +21,6 @@ struct Movers {
   }
 };
 
-// Stacks of free rows and pages; see ops/layout.py: Places.
-struct Places {
-  void* free_rows;  // int32 or int64, as row_start
-  int32_t* free_pages;
-  int64_t* free_count;
-  const int64_t* free_base;
-  int64_t* moves;
-};
-
 // A tensor whose rows (or the number of an id) start afresh: `bits` again and again, `item` bytes a number.
 struct Fill {
   char* target;
@@ -43,7 +34,8 @@ struct Resize {
   int target;  // INSERT: the level of the new rows
   Table table;
   Movers movers;
-  Places places;
+  Places* places;
+  int64_t* moves;  // calls so far
   char* storage;
   int dtype;
   const void* chain;  // DEMOTE: down hops, the last level's first; else the hops; in the dtype of the sums
@@ -64,7 +56,7 @@ struct Resize {
 Status find_movers(Movers& movers, uint8_t* moved, const Table& table, const Ids& ids, const uint8_t* mask,
                    Call call);
 
-// NO_ROOM: there are too few free rows and pages, or a stack would be too high.
+// NO_ROOM: there are too few free places and pages.
 Status check_room(const Resize& resize);
 
 // Takes a place for every mover.

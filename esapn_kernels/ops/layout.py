@@ -19,8 +19,10 @@ from torch import Tensor
 __all__ = [
     "UNCLAIMED",
     "Filled",
+    "FreePlaces",
     "Layout",
     "Places",
+    "TakenPlaces",
     "gather_rows",
     "index_dtype",
     "page_elements",
@@ -89,7 +91,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Places:
-    """A layout together with the free rows and pages that moving rows take and give back.
+    """A layout together with stacks of the free rows and pages, which moving rows take and give.
 
     Attributes:
         layout: brought up to date, in place, where rows move. ``row_start`` ``[N + 1]`` and
@@ -113,6 +115,34 @@ class Places:
     rows_per_page: Tensor
     owner: Tensor | None
     moves: Tensor
+
+
+@dataclass(frozen=True)
+class TakenPlaces:
+    """A layout together with a bit for each place, by which native kernels find free ones.
+
+    Attributes:
+        layout: brought up to date, in place, where rows move; with sinks, as in :class:`Places`.
+        taken: int64 ``[pages, words]``, bit ``i % 64`` of word ``i // 64`` for place ``i``.
+        used: int32 ``[pages]``, rows in the page.
+        vacant: int8 ``[pages]``, a page's level while it has a free place; -1: free, -2: full.
+        free_count: int64 ``[n + 1]``, free places of every level, then free pages.
+        lowest: int64 ``[n + 1]``, no page before this one has such a place, or is free.
+        moves: as in :class:`Places`.
+    """
+
+    layout: Layout
+    taken: Tensor
+    used: Tensor
+    vacant: Tensor
+    free_count: Tensor
+    lowest: Tensor
+    moves: Tensor
+
+
+FreePlaces = Places | TakenPlaces
+"""What rows that move work on; the Triton backend and torch on the former, native kernels on the
+latter."""
 
 
 def page_elements(sizes: Sequence[int], num_rows: int = 1 << 30) -> int:

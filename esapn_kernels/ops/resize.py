@@ -7,30 +7,49 @@
 
 A promotion changes no output: ``M_k e + c_k = M_{k+1} (W_k e + b_k) + c_{k+1}``. A demotion takes
 the nearest output that the smaller size has, and is the same move by another matrix. All of them
-take rows from the free lists of :class:`~esapn_kernels.ops.layout.Places` and give rows back to
-them; the caller has made room (``storage.Arena``). Where the host can read which rows move, it
-finds them before, and makes room for just these. Source: Liu et al., SIGIR 2020.
+take free places and give places back: native kernels by the bits of
+:class:`~esapn_kernels.ops.layout.TakenPlaces`, the others by the stacks of
+:class:`~esapn_kernels.ops.layout.Places`. The caller has made room (``storage.Arena``). Where the
+host can read which rows move, it finds them before, and makes room for just these. Source: Liu et
+al., SIGIR 2020.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
 from ..cpu import native_resize as native
 from ..cpu import resize as cpu
-from ..cpu.resize import Movers
+from ..cpu.native_resize import find_places, lower_rows
+from ..cpu.resize import Movers, shift_rows
 from ..gpu.resize import launch_demote, launch_free, launch_insert, launch_promote
 from .backend import runs_native
 from .chain import full_chain
 from .checks import check_ids, is_opaque
 from .fit import down_hops
-from .layout import Filled, Layout, Places
+from .layout import Filled, FreePlaces, Layout, Places
 
-__all__ = ["Movers", "demote", "find_movers", "free", "insert", "promote"]
+__all__ = [
+    "Movers",
+    "demote",
+    "find_movers",
+    "find_places",
+    "free",
+    "insert",
+    "is_native",
+    "lower_rows",
+    "promote",
+    "shift_rows",
+]
 
 _KERNELS: Any = {"native": native, "torch": cpu}
+
+
+def is_native(backend: str, row_start: Tensor) -> bool:
+    """Whether native kernels move rows that lie at ``row_start``, should ``backend`` say so."""
+    return runs_native(backend) and row_start.is_cpu and not is_opaque(row_start)
 
 
 def find_movers(
@@ -46,8 +65,7 @@ def find_movers(
             ids without a row; ``free``: rows.
         backend: ``native`` | ``torch``.
     """
-    places = layout.row_start
-    if runs_native(backend) and places.is_cpu and not is_opaque(places):
+    if is_native(backend, layout.row_start):
         check_ids(ids, layout.num_rows, read=False)
         return native.find_movers(ids, mask, layout, call)
     return cpu.find_movers(ids, mask, layout, call)
@@ -58,7 +76,7 @@ def promote(
     mask: Tensor | None,
     storage: Tensor,
     chain: Tensor,
-    places: Places,
+    places: FreePlaces,
     states: Filled,
     per_id: Filled,
     movers: Movers | None = None,
@@ -81,7 +99,7 @@ def promote(
     """
     chain = full_chain(chain, places.layout.sizes)
     if movers is None:
-        return launch_promote(ids, mask, storage, chain, places, states, per_id)
+        return launch_promote(ids, mask, storage, chain, cast(Places, places), states, per_id)
     _KERNELS[movers.backend].hop("promote", movers, storage, chain, places, states, per_id)
     return movers.moved
 
@@ -91,7 +109,7 @@ def demote(
     mask: Tensor | None,
     storage: Tensor,
     chain: Tensor,
-    places: Places,
+    places: FreePlaces,
     states: Filled,
     per_id: Filled,
     movers: Movers | None = None,
@@ -102,7 +120,7 @@ def demote(
     """
     down = down_hops(chain, places.layout.sizes)
     if movers is None:
-        return launch_demote(ids, mask, storage, down, places, states, per_id)
+        return launch_demote(ids, mask, storage, down, cast(Places, places), states, per_id)
     _KERNELS[movers.backend].hop("demote", movers, storage, down, places, states, per_id)
     return movers.moved
 
@@ -111,21 +129,21 @@ def insert(
     ids: Tensor,
     level: int,
     storage: Tensor,
-    places: Places,
+    places: FreePlaces,
     states: Filled,
     per_id: Filled,
     movers: Movers | None = None,
 ) -> Tensor:
     """Give ``ids`` without a row a zero row of ``level``; else as :func:`promote`."""
     if movers is None:
-        return launch_insert(ids, level, storage, places, states, per_id)
+        return launch_insert(ids, level, storage, cast(Places, places), states, per_id)
     _KERNELS[movers.backend].insert(movers, level, storage, places, states, per_id)
     return movers.moved
 
 
-def free(ids: Tensor, storage: Tensor, places: Places, movers: Movers | None = None) -> Tensor:
+def free(ids: Tensor, storage: Tensor, places: FreePlaces, movers: Movers | None = None) -> Tensor:
     """Give the rows of ``ids`` back; their ids have none afterwards. Else as :func:`promote`."""
     if movers is None:
-        return launch_free(ids, storage, places)
+        return launch_free(ids, storage, cast(Places, places))
     _KERNELS[movers.backend].free(movers, storage, places)
     return movers.moved

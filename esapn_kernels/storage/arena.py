@@ -4,9 +4,9 @@
     page_level   0             2             1             -1                 int8, one per page
     row_start   [0, 2, 4, P, P + 8, ...]                                      int32, one per row
 
-A row is found by its first element; its level is that of its page. Which rows and pages are free
-follows from that (``free``): it is derived before the first row moves, and no checkpoint holds it.
-A page whose rows are all free can serve another level (``reclaim``); ``compact`` closes every hole.
+A row is found by its first element; its level is that of its page. Which places and pages are free
+follows from that (``room``): it is derived before the first row moves, and no checkpoint holds it.
+A page whose rows have all gone serves any level; ``compact`` closes every hole.
 
 ``storage``, ``row_start`` and ``page_level`` are the same objects as long as the arena lives. Rows
 move in place; where the arena grows or shrinks, all three get new memory in one go. The objects
@@ -26,24 +26,23 @@ what the report says.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ..ops import resize
-from ..ops.backend import host_reads, is_capturing, on_large_pages, resolve_backend
-from ..ops.layout import Layout, Places, gather_rows, index_dtype
+from ..ops.backend import on_large_pages, resolve_backend
+from ..ops.layout import FreePlaces, Layout
 from ..ops.memory import ArenaBytes
 from .followers import with_dense_gradient
-from .free import FreeLists
-from .locations import Locations, unrecorded
+from .locations import unrecorded
 from .matching import find_moving
+from .room import Room
 
 __all__ = ["Arena"]
 
 
-class Arena(Locations):
+class Arena(Room):
     """Rows ``0 .. num_rows - 1``, each at one of ``sizes``, in one flat Parameter.
 
     Args:
@@ -61,13 +60,6 @@ class Arena(Locations):
     For its tensors, and how they are checked, see :class:`~.locations.Locations`.
     """
 
-    def level(self, ids: Tensor | None = None) -> Tensor:
-        """Level of every row of ``ids`` (of all rows), int64; -1 where there is no row."""
-        self._check_accepted()
-        start = self.row_start[:-1] if ids is None else self.row_start[ids]
-        # No row: -1 // page is -1, the sink, which always holds -1.
-        return self.page_level[start // self.page].long()
-
     def bytes(self) -> ArenaBytes:
         """Exact bytes: the first three parts sum to what the tensors' allocations hold."""
         level = self.level()
@@ -78,196 +70,6 @@ class Arena(Locations):
         locations = sum(b.untyped_storage().nbytes() for b in self.buffers(recurse=False))
         scratch = 0 if self._free is None else self._free.bytes()
         return ArenaBytes(payload, allocated - payload, locations, scratch)
-
-    def forget_counters(self) -> None:
-        """Read the free lists' counters anew, once, before the next row moves.
-
-        For replicas, whose hosts must hold the same bounds.
-        """
-        if self._free is not None:
-            self._free.ledger.see([])
-
-    def forget_free_lists(self) -> None:
-        """Derive the free lists anew, before the next row moves: for replicas of one state."""
-        self._free = None
-
-    def free_places(self) -> list[Tensor]:
-        """Starts of the free rows of every level, and the free pages, what is taken first last.
-
-        A state dict does not hold their order: a loaded arena takes the lowest places first. So
-        rows that move later lie elsewhere than in the arena that was saved, unless it also takes
-        the order, by :meth:`order_free_places`. No output depends on it.
-        """
-        self._check_accepted()
-        return [stack.clone() for stack in self._free_lists().stacks()]
-
-    @unrecorded
-    def order_free_places(self, places: Sequence[Tensor]) -> None:
-        """Take the order that :meth:`free_places` of an arena of the same layout gave.
-
-        Raises:
-            ValueError: other rows or pages are free; nothing is changed.
-        """
-        self._check_accepted()
-        self._free_lists().reorder(places)
-
-    def _free_lists(self) -> FreeLists:
-        """Free rows and pages; derived from the locations where they are not known."""
-        if self._free is None:
-            if is_capturing(self.storage):
-                raise RuntimeError("call reserve before capturing a graph in which rows move")
-            self._free = FreeLists(self.row_start, self.page_level, self.sizes, self.page)
-        return self._free
-
-    def _pages_allowed(self) -> int:
-        """Pages by which the arena may still grow."""
-        if self.max_elements is None:
-            return 1 << 62
-        return max(self.max_elements // self.page - (self.page_level.numel() - 1), 0)
-
-    def _make_room(
-        self,
-        rows: int,
-        *,
-        takes: bool = True,
-        strict: bool = False,
-        exact: tuple[list[int], list[int]] | None = None,
-    ) -> None:
-        """Grow, if ``rows`` more rows might not find room, as far as ``max_elements`` allows.
-
-        Args:
-            rows: rows that move, at most.
-            takes: whether they take places; rows that are freed only give theirs back.
-            strict: refuse where ``max_elements`` allows less, and grow by no more than is missing.
-            exact: the rows that every level takes and gives back. Where the bounds of the ledger do
-                not suffice these decide, strictly.
-
-        Raises:
-            RuntimeError: ``max_elements`` allows less, where that is refused.
-        """
-        free = self._free_lists()
-        free.ledger.refresh(free.count, read=host_reads(free.count))
-        missing, heights = free.ledger.worst(rows)
-        missing = missing if takes else 0
-        suffices = missing <= 0 and all(h <= r for h, r in zip(heights, free.room, strict=True))
-        if exact is not None and not suffices:
-            taken, given = exact
-            missing, heights = self._needs(taken, given)
-            rows = max(sum(taken), sum(given))
-        if missing > self._pages_allowed() and (strict or exact is not None):
-            raise RuntimeError(
-                f"the arena is full: {rows} more rows may need {missing} more pages of {self.page} "
-                f"elements, max_elements={self.max_elements} allows {self._pages_allowed()}"
-            )
-        if missing > 0:
-            self._grow(missing, at_once=strict)
-        self._grow_stacks(heights)
-
-    def _needs(self, taken: list[int], given: list[int]) -> tuple[int, list[int]]:
-        """Pages missing for rows of every level, and how high their stacks will stand at most."""
-        pages = self._pages_for(taken)
-        if int(self._free_lists().count[-1]) < pages:
-            self.reclaim()
-            pages = self._pages_for(taken)
-        free = self._free_lists()
-        counts = free.count.tolist()
-        free.ledger.see(counts)
-        levels = zip(counts[:-1], self.rows_per_page, given, strict=True)
-        return pages - counts[-1], [max(count, per) + give for count, per, give in levels]
-
-    def _pages_for(self, taken: list[int]) -> int:
-        """Fresh pages that so many rows of every level need beyond those on the stacks."""
-        counts = self._free_lists().count.tolist()
-        levels = zip(taken, counts, self.rows_per_page, strict=False)
-        return sum(-(-max(take - free, 0) // per) for take, free, per in levels)
-
-    def _begin(
-        self,
-        rows: int,
-        *,
-        takes: bool = True,
-        exact: tuple[list[int], list[int]] | None = None,
-    ) -> Places:
-        """What a call that moves up to ``rows`` rows works on; see :meth:`_make_room`.
-
-        The backends that say their ``exact`` needs have no use for ``owner``. They need room for
-        all rows, so they grow the arena after a capture too; during one they cannot run.
-        """
-        self._check_movable()
-        self.followers.remember_layout()
-        is_exact = exact is not None
-        free = self._free_lists()
-        if is_capturing(self.storage) and not is_exact:
-            # The graph holds the addresses: from here on nothing is replaced unasked. It counts its
-            # replays itself, and fills the scratch at every one.
-            self._captured, self._counted = True, None
-            owner = free.owner
-            if owner is None:
-                owner = free.new_owner(self.num_rows)
-        else:
-            if is_exact or not self._captured:
-                rows = min(rows, self.num_rows)
-                self._make_room(rows, takes=takes, exact=exact)
-                free = self._free_lists()
-                free.ledger.promise(rows)
-            if not is_exact and free.owner is None:
-                free.owner = free.new_owner(self.num_rows)
-            owner = free.owner
-        # The operators count, and ``_end`` does: should a kernel fail, what it wrote is looked at.
-        self._digest = None
-        if not is_exact:
-            torch.autograd.graph.increment_version(self.moves)
-        layout = Layout(self.row_start, self.page_level, self.sizes, self.page)
-        return free.at(layout, owner, self.moves)
-
-    def _count_move(self) -> None:
-        self._digest = None
-        self.moves.add_(1)
-        if self._counted is not None:
-            self._counted += 1
-
-    def _end(self) -> None:
-        """Count what was counted; request the counters, where the host does not read them."""
-        if self._counted is not None:
-            self._counted += 1
-        self._remember()
-        free = self._free_lists()
-        if not host_reads(free.count) and not is_capturing(self.storage):
-            free.ledger.request(free.count)
-
-    @unrecorded
-    @with_dense_gradient
-    def reserve(self, rows: int) -> None:
-        """Make room so that ``rows`` more rows can move, in any number of calls.
-
-        A promotion grows the arena by itself, except while a CUDA graph is captured and after that,
-        because the graph holds the addresses: rows that find no room stay as they are. Reserve for
-        all replays before capturing; reserving again may move the arena, then capture anew.
-
-        Args:
-            rows: rows to be resized or inserted, counted once for every level they go.
-
-        Raises:
-            RuntimeError: ``max_elements`` does not allow it, or a graph is being captured; nothing
-                is changed.
-
-        Notes:
-            Waits for the device only before the first row moves, and once a promotion was captured:
-            the host cannot know how often the graph was replayed.
-        """
-        if is_capturing(self.storage):
-            raise RuntimeError("reserve before capturing a graph, not while it is captured")
-        self._check_accepted()
-        self.followers.remember_layout()  # a graph would record the copying
-        free = self._free_lists()
-        if self._captured:
-            free.ledger.see(free.count.tolist())
-            self._counted = int(self.moves)
-        self._make_room(rows, strict=True)
-        self._captured = False
-        free = self._free_lists()
-        if free.owner is None and not host_reads(self.storage):
-            free.owner = free.new_owner(self.num_rows)
 
     @unrecorded
     @with_dense_gradient
@@ -334,19 +136,23 @@ class Arena(Locations):
         backend = resolve_backend(backend, ids.device)
         self._check_accepted()
         step = 1 if call == "promote" else -1
-        exact = movers = None
+        movers = None
         if backend != "triton":
             movers = self._find_movers(ids, mask, call, backend)
             given = movers.per_level
             if not any(given):
                 return movers.moved
-            exact = ([0, *given[:-1]] if step > 0 else [*given[1:], 0]), given
+            taken = [0, *given[:-1]] if step > 0 else [*given[1:], 0]
         before = None
         if carries:
             in_range = (ids >= 0) & (ids < self.num_rows)
             known = torch.where(in_range, ids, self.num_rows)  # else the sink, without a row
             before = known, self.row_start[known], self.level(known)
-        places = self._begin(ids.numel(), exact=exact)
+        places: FreePlaces
+        if movers is None:
+            places = self._begin_unread(ids.numel())
+        else:
+            places = self._begin(taken, given, movers.backend)
         operands = ids, mask, self.storage.detach(), chain.detach(), places
         states = self.followers.fresh()
         move = resize.promote if step > 0 else resize.demote
@@ -354,7 +160,7 @@ class Arena(Locations):
         self._end()
         self.followers.note_fresh(ids, moved)
         if before is not None:
-            self.followers.carry(*before, moved, places.row_size, step)
+            self.followers.carry(*before, moved, self.row_size, step)
         return moved
 
     @unrecorded
@@ -377,12 +183,14 @@ class Arena(Locations):
         """
         backend = resolve_backend(backend, ids.device)
         self._check_accepted()
-        exact = movers = None
-        if backend != "triton":
+        movers = None
+        places: FreePlaces
+        if backend == "triton":
+            places = self._begin_unread(ids.numel())
+        else:
             movers = self._find_movers(ids, None, "insert", backend)
             taken = [ids.numel() if k == level else 0 for k in range(len(self.sizes))]
-            exact = taken, [0] * len(taken)
-        places = self._begin(ids.numel(), exact=exact)
+            places = self._begin(taken, [0] * len(taken), movers.backend)
         operands = ids, level, self.storage.detach(), places
         moved = resize.insert(*operands, *self.followers.fresh(), movers)
         self._end()
@@ -407,11 +215,13 @@ class Arena(Locations):
         """
         backend = resolve_backend(backend, ids.device)
         self._check_accepted()
-        exact = movers = None
-        if backend != "triton":
+        movers = None
+        places: FreePlaces
+        if backend == "triton":
+            places = self._begin_unread(ids.numel(), takes=False)
+        else:
             movers = self._find_movers(ids, None, "free", backend)
-            exact = [0] * len(self.sizes), movers.per_level
-        places = self._begin(ids.numel(), takes=False, exact=exact)
+            places = self._begin([0] * len(self.sizes), movers.per_level, movers.backend)
         moved = resize.free(ids, self.storage.detach(), places, movers)
         self._end()
         return moved
@@ -431,72 +241,6 @@ class Arena(Locations):
                 raise ValueError(f"{call} takes distinct ids")
             raise ValueError(f"{call} takes ids that have {'no' if call == 'insert' else 'a'} row")
         return movers
-
-    def _grow(self, pages: int, *, at_once: bool = False) -> None:
-        """Add pages; an eighth at least unless ``at_once``, at most what is allowed."""
-        old = self.page_level.numel() - 1
-        # Amortised growth, with at most that much slack.
-        pages = min(pages if at_once else max(pages, old // 8), self._pages_allowed())
-        if not pages:
-            return
-        free, numel = self._free_lists(), (old + pages) * self.page
-        self._refuse_replacing(numel)
-        index = index_dtype(numel)
-        storage = on_large_pages(self.storage.detach().new_zeros(numel))
-        storage[: self.storage.numel()] = self.storage.detach()
-        grown = self._fresh_followers(numel)
-        for follower, value in grown:
-            value[: follower.tensor.numel()] = follower.tensor
-        row_start = self.row_start.to(index, copy=True)
-        page_level = self.page_level.new_full((old + pages + 1,), -1)
-        page_level[:old] = self.page_level[:old]
-        lists = free.with_pages(old, pages, index)
-        self._replace(storage, row_start, page_level, grown)
-        free.add_pages(pages, *lists)
-
-    def _grow_stacks(self, heights: Sequence[int]) -> None:
-        # No stack holds more rows than the pages do.
-        pages = self.page_level.numel() - 1
-        limits = zip(heights, self.rows_per_page, strict=True)
-        self._free_lists().reach([min(h, pages * per) for h, per in limits])
-
-    @unrecorded
-    def reclaim(self) -> int:
-        """Return pages without a row in use to the page stack; gives their number."""
-        self._check_accepted()
-        pages = self.page_level.numel() - 1
-        start = self.row_start[self.row_start >= 0].long()
-        used = torch.bincount(start // self.page, minlength=pages) > 0
-        found = (~used & (self.page_level[:-1] >= 0)).nonzero()[:, 0]
-        if len(found):
-            self._check_movable()
-            self._count_move()
-            self.page_level[found] = -1
-            self._free = None
-            self._remember()
-        return len(found)
-
-    @unrecorded
-    @with_dense_gradient
-    def compact(self) -> None:
-        """Rewrite the arena without holes: the fewest pages that hold the rows in use."""
-        self.followers.remember_layout()
-        level, device = self.level(), self.storage.device
-        old_start = self.row_start[:-1].long()
-        starts, page_level = (t.to(device) for t in self._place(level.cpu()))
-        numel = (len(page_level) - 1) * self.page
-        self._refuse_replacing(numel)
-        storage = on_large_pages(self.storage.detach().new_zeros(numel))
-        grown = self._fresh_followers(numel)
-        for old, packed in [(self.storage.detach(), storage), *((f.tensor, v) for f, v in grown)]:
-            for k, dim in enumerate(self.sizes):
-                mine = (level == k).nonzero()[:, 0]
-                if len(mine):
-                    into = starts[mine].long()[:, None] + torch.arange(dim, device=device)
-                    packed[into] = gather_rows(old, old_start[mine], dim)
-        self._count_move()
-        self._replace(storage, starts, page_level, grown)
-        self._free = None
 
     @unrecorded
     def lies_as(self, other: Arena) -> bool:

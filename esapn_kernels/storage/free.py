@@ -1,13 +1,14 @@
-"""Which rows and pages of an arena are free, as stacks on the device.
+"""Which rows and pages of an arena are free, as stacks on the device: for Triton, and for torch.
 
     rows     |level 0: 6 4 2 0 . .|level 1: 40 32 .|...|sink|    starts of free rows, lowest on top
     base      0                    6                             where every level's segment begins
-    pages    |9 8 7|sink|                                        numbers of free pages
+    pages    |9 8 7 . . .|sink|                                  numbers of free pages
     count    [4, 2, ..., 3]                                      heights: of every level, of pages
 
 All of it follows from where the rows lie, so it is derived when rows are first to move and no
 checkpoint holds it. Free are the places of a level's pages in which no row starts, and the pages of
-level -1. Rows and pages are taken from the tops by prefix sums, on the device (``ops.resize``).
+level -1. Rows and pages are taken from the tops by prefix sums, on the device (``ops.resize``). The
+places of a page whose rows have all gone stay on their level's stack until ``release``.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class FreeLists:
         room: length of every level's segment.
         owner: int32 ``[N]``, scratch of the Triton backend, once it has moved rows.
         ledger: what the host knows of ``count``.
+        given: rows that were given back since the last :meth:`release`, at most.
     """
 
     def __init__(
@@ -53,7 +55,9 @@ class FreeLists:
         ]
         pages = (page_level[:-1] < 0).nonzero()[:, 0].flip(0)
         self.rows = row_start.new_zeros(1)
-        self.pages = torch.cat([pages, pages.new_zeros(1)]).to(torch.int32)
+        # The stack of pages holds all of them, should they become free.
+        self.pages = page_level.new_zeros(page_level.shape, dtype=torch.int32)
+        self.pages[: len(pages)] = pages
         # A level's stack holds at least a page of rows: the leftover of the page in use.
         self.lay([max(len(rows), per) for rows, per in zip(stacks, self._per, strict=True)], stacks)
         counts = [*(len(rows) for rows in stacks), len(pages)]
@@ -62,6 +66,7 @@ class FreeLists:
         self.rows_per_page = _upload(self._per, row_start.device)
         self.owner: Tensor | None = None
         self.ledger = Ledger(self._per, counts)
+        self.given = 0
 
     def _places(self, k: int, start: Tensor, pages: Tensor) -> Tensor:
         """Free starts in the ``pages`` of level ``k``, whose rows are at ``start``; lowest last."""
@@ -119,6 +124,54 @@ class FreeLists:
             held.append(self.owner)
         return sum(t.untyped_storage().nbytes() for t in held)
 
+    def missing(self, taken: Sequence[int]) -> int:
+        """Pages missing for so many rows of every level; below 0 where some are left. Reads."""
+        *free, pages = self.count.tolist()
+        levels = zip(taken, free, self._per, strict=True)
+        return sum(-(-max(take - left, 0) // per) for take, left, per in levels) - pages
+
+    def release(self, page_level: Tensor) -> None:
+        """Pages whose places are all free become free pages. The host does not wait."""
+        self.given = 0
+        device, sink = self.rows.device, page_level.numel() - 1
+        number = torch.arange(sink + 1, dtype=torch.int32, device=device)
+        for k, stack in enumerate(self.rows[:-1].split(self.room)):
+            held = torch.arange(len(stack), device=device) < self.count[k]
+            page = torch.where(held, stack // self.page, sink).long()
+            places = torch.zeros_like(number).index_add_(0, page, torch.ones_like(page).int())
+            empty = places == self._per[k]
+            empty[-1] = False
+            stays = held & ~empty[page]
+            # What is on no stack any more goes to the entry behind.
+            to = torch.where(stays, stays.cumsum(0) - 1, len(stack))
+            kept = stack.new_zeros(len(stack) + 1).index_copy_(0, to, stack)
+            stack.copy_(kept[:-1])
+            to = torch.where(empty, self.count[-1] + empty.cumsum(0) - 1, sink)
+            self.pages.index_copy_(0, to, number)
+            page_level.masked_fill_(empty, -1)
+            freed = empty.sum()
+            self.count[k] -= freed * self._per[k]
+            self.count[-1] += freed
+
+    def lower(self, start: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
+        """Give the rows ``(start, level)`` free places before them, the last rows the first places.
+
+        Returns:
+            Positions in ``start`` of the rows that go, and where they go, int64. Reads the device.
+        """
+        positions, places = [], []
+        stacks = zip(self.rows[:-1].split(self.room), self.count[:-1].tolist(), strict=True)
+        for k, (stack, height) in enumerate(stacks):
+            mine = (level == k).nonzero()[:, 0]
+            free = stack[:height].sort().values
+            begins, order = start[mine].to(free).sort(descending=True)
+            n = min(height, len(mine))
+            go = int((free[:n] < begins[:n]).sum())
+            positions.append(mine[order[:go]])
+            places.append(free[:go].long())
+            stack[:height] = torch.cat([free[go:], begins[:go]]).sort(descending=True).values
+        return torch.cat(positions), torch.cat(places)
+
     def with_pages(self, first: int, pages: int, index: torch.dtype) -> tuple[Tensor, Tensor]:
         """``rows`` in ``index``, ``pages`` with ``first``, ... as well, which are taken last."""
         # Below the old ones, which are copied with what lies above their top: the height of the
@@ -128,9 +181,9 @@ class FreeLists:
         )
         return self.rows.to(index), torch.cat([fresh, self.pages])
 
-    def add_pages(self, pages: int, rows: Tensor, stack: Tensor) -> None:
+    def add_pages(self, pages: int, grown: Sequence[Tensor]) -> None:
         """Take what :meth:`with_pages` gave for so many pages."""
-        self.rows, self.pages = rows, stack
+        self.rows, self.pages = grown
         self.count[-1] += pages
         self.ledger.grow(pages)
 

@@ -25,6 +25,7 @@ from .checks import digest, fault_of, is_hooked, is_shared, version
 from .followers import Follower, Followers, with_dense_gradient
 from .free import FreeLists
 from .rows import Rows
+from .taken import TakenBits
 
 __all__ = ["Locations", "unrecorded"]
 
@@ -82,7 +83,7 @@ class Locations(nn.Module, Rows):
     moves: Tensor
     followers: Followers
     _initial_level: Tensor | None
-    _free: FreeLists | None
+    _free: FreeLists | TakenBits | None
     # A CUDA graph that moves rows holds the addresses.
     _captured: bool = False
     # The tensors last accepted, how often row_start and moves were written to then, the layout.

@@ -30,7 +30,7 @@ def pages_of(arena):
 
 
 def stack(arena, k):
-    free = arena._free_lists()
+    free = arena._stacks()
     begin = int(free.base[k])
     return free.rows[begin : begin + int(free.count[k])].tolist()
 
@@ -40,7 +40,7 @@ def check_accounts(arena):
     page_level = arena.page_level.tolist()
     assert page_level.pop() == -1 and int(arena.row_start[-1]) == -1
     assert arena.storage.shape == (len(page_level) * arena.page,)
-    free = arena._free_lists()
+    free = arena._stacks()
     height = int(free.count[-1])
     assert 0 <= height < free.pages.numel()
     free_pages = free.pages[:height].tolist()
@@ -225,7 +225,7 @@ class History(RuleBasedStateMachine):
     def reclaim(self):
         in_use = {s // self.arena.page for s in self.arena.row_start[:-1].tolist() if s >= 0}
         self.arena.reclaim()
-        free = int(self.arena._free_lists().count[-1])
+        free = int(self.arena._stacks().count[-1])
         assert free == pages_of(self.arena) - len(in_use)
         assert self.arena.reclaim() == 0
 
@@ -419,7 +419,7 @@ def on_a_device(monkeypatch):
 
     def unread(run):
         def wrapper(arena, *args, **kwargs):
-            snapshot = arena._free_lists().ledger.snapshot  # deriving them looks once
+            snapshot = arena._stacks().ledger.snapshot  # deriving them looks once
             allowed = [] if snapshot is None else [snapshot.values]
 
             def watched(read):
@@ -624,7 +624,7 @@ def test_growth_keeps_what_the_stacks_hold(on_a_device, device):
     arena.reclaim()
     arena._grow(3)
     before = [stack(arena, 0), stack(arena, 1)]
-    height = int(arena._free_lists().count[-1])
+    height = int(arena._stacks().count[-1])
     pages = arena._free.pages[:height].tolist()
     arena._grow_stacks([1000, 10])
     assert [stack(arena, 0), stack(arena, 1)] == before

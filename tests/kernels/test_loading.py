@@ -75,7 +75,7 @@ def test_free_places_are_derived_lowest_first():
         rows, pages = free_places(other.arena)
         if other is not module:
             assert other.arena._free is None
-        free = other.arena._free_lists()
+        free = other.arena._stacks()
         base, counts = free.base.tolist(), free.count.tolist()
         stacks = [free.rows[b : b + c].tolist() for b, c in zip(base, counts, strict=False)]
         stacks[-1] = free.pages[: counts[-1]].tolist()
@@ -104,12 +104,12 @@ def test_what_was_derived_is_derived_anew(move):
     module = mixed()
     module.arena.reclaim()
     module.arena.free(IDS[60:])
-    first = module.arena._free_lists()
+    first = module.arena._stacks()
     move(module)
     module.arena.layout  # noqa: B018 - looks at the tensors
     assert module.arena._free is not first
     rows, pages = free_places(module.arena)
-    assert module.arena._free_lists().count.tolist() == [*map(len, rows), len(pages)]
+    assert module.arena._stacks().count.tolist() == [*map(len, rows), len(pages)]
 
 
 def test_a_resumed_run_has_the_same_bits():
@@ -378,7 +378,7 @@ def test_to_empty_makes_the_initial_layout():
 def test_functional_call_keeps_what_is_known():
     """Another storage for one call is no other table."""
     module = mixed()
-    free = module.arena._free_lists()
+    free = module.arena._stacks()
     doubled = {"arena.storage": 2 * module.arena.storage}
     out = torch.func.functional_call(module, doubled, (IDS[60:],))
     assert torch.equal(out, 2 * module(IDS[60:])) and module.arena._free is free

@@ -251,7 +251,7 @@ class Free:
 
     def __init__(self, arena):
         self.arena = arena
-        free = arena._free_lists()
+        free = arena._stacks()
         *self.rows, self.pages = free.count.tolist()
         base = free.base.tolist()
         self.room = [b - a for a, b in zip(base, base[1:], strict=False)]
@@ -291,7 +291,7 @@ def consistent(arena):
     owner = torch.zeros(arena.storage.numel(), dtype=torch.int64)
     level = arena.level().tolist()
     starts = [(s, k) for s, k in zip(arena.row_start[:-1].tolist(), level, strict=True) if s >= 0]
-    free = arena._free_lists()
+    free = arena._stacks()
     for k, (begin, end) in enumerate(zip(free.base[:-1], free.base[1:], strict=True)):
         count = int(free.count[k])
         assert 0 <= count <= end - begin
@@ -567,7 +567,7 @@ def test_rows_past_two_to_the_31(backend, device, monkeypatch):
     arena.page_level = torch.full((pages + 1,), -1, dtype=torch.int8, device=device)
     arena.page_level[-3] = 0
     assert arena.level().tolist() == [0] * 4  # the tensors are looked at, and accepted
-    free = arena._free_lists()
+    free = arena._stacks()
     free.pages = torch.tensor([pages - 1, 0], dtype=torch.int32, device=device)
     free.count[:] = torch.tensor([0, 0, 1])
     monkeypatch.setattr(Arena, "_make_room", lambda arena, rows, **_: None)
@@ -643,7 +643,7 @@ class Twins:
     def check(self):
         (one, _), (two, _) = self.arenas.values()
         assert torch.equal(one.level(), two.level()) and one.bytes() == two.bytes()
-        assert torch.equal(one._free_lists().count, two._free_lists().count)
+        assert torch.equal(one._stacks().count, two._free_lists().count)
         consistent(two)
         tolerance = {torch.float64: 1e-13, torch.float32: 1e-5}.get(one.storage.dtype, 2e-2)
         elements = []
@@ -705,7 +705,7 @@ def test_every_instruction_set(sizes, dtype, instructions):
 
 
 def everything(arena):
-    free = arena._free_lists()
+    free = arena._stacks()
     tensors = [*arena.parameters(), *arena.buffers(), free.rows, free.pages, free.count]
     return [tensor.detach().clone() for tensor in tensors]
 

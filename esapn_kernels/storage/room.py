@@ -1,0 +1,416 @@
+"""Room for rows that move: free places and pages, growth, and compaction in bounded steps.
+
+    a row comes    to a free place of its level, else to a free page, else the arena grows
+    a row goes     its place is free for its level; a page without rows is free for any level
+    compact        rows move to lower pages of their level until all but one are full, free pages
+                   gather at the end, and their memory is given back
+
+Which places are free follows from where the rows lie and is derived before the first row moves:
+as bits for native kernels (``taken``), as stacks on the device for the others (``free``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ..ops import resize
+from ..ops.backend import host_reads, is_capturing, on_large_pages, resolve_backend
+from ..ops.layout import FreePlaces, Layout, Places, index_dtype
+from .followers import with_dense_gradient
+from .free import FreeLists
+from .locations import Locations, unrecorded
+from .taken import TakenBits
+
+__all__ = ["Room"]
+
+_STEP = 1 << 16
+"""Rows, or elements of pages, that compaction moves at a time."""
+
+
+class Room(Locations):
+    """An arena's places: which are free, and how it grows and shrinks.
+
+    The arguments are those of :class:`~esapn_kernels.storage.arena.Arena`.
+    """
+
+    # The id that compaction in steps goes on from.
+    _next = 0
+
+    def level(self, ids: Tensor | None = None) -> Tensor:
+        """Level of every row of ``ids`` (of all rows), int64; -1 where there is no row."""
+        self._check_accepted()
+        start = self.row_start[:-1] if ids is None else self.row_start[ids]
+        # No row: -1 // page is -1, the sink, which always holds -1.
+        return self.page_level[start // self.page].long()
+
+    def rows_per_level(self) -> list[int]:
+        """Number of rows of every level."""
+        level = self.level()
+        return torch.bincount(level[level >= 0], minlength=len(self.sizes)).tolist()
+
+    def forget_counters(self) -> None:
+        """Read the counters of the stacks anew, once, before the next row moves.
+
+        For replicas, whose hosts must hold the same bounds.
+        """
+        if isinstance(self._free, FreeLists):
+            self._free.ledger.see([])
+
+    def forget_free_places(self) -> None:
+        """Derive the free places anew, before the next row moves: for replicas of one state."""
+        self._free = None
+
+    def free_places(self) -> list[Tensor]:
+        """The stacks of free places, and of free pages, what is taken first last; or nothing.
+
+        Nothing where the lowest places are taken first, as native kernels always do, and an arena
+        in which no row has moved yet. A state dict does not hold the order of stacks: a loaded
+        arena takes the lowest places first. So rows that move later lie elsewhere than in the arena
+        that was saved, unless it also takes the order, by :meth:`order_free_places`. No output
+        depends on it.
+        """
+        self._check_accepted()
+        if not isinstance(self._free, FreeLists):
+            return []
+        return [stack.clone() for stack in self._free.stacks()]
+
+    @unrecorded
+    def order_free_places(self, places: Sequence[Tensor]) -> None:
+        """Take the order that :meth:`free_places` of an arena of the same layout gave.
+
+        Raises:
+            ValueError: other rows or pages are free; nothing is changed.
+        """
+        self._check_accepted()
+        if places:
+            self._stacks().reorder(places)
+        else:
+            self._free = None
+
+    def _layout_with_sinks(self) -> Layout:
+        return Layout(self.row_start, self.page_level, self.sizes, self.page)
+
+    def _stacks(self) -> FreeLists:
+        """Free places on stacks, derived where they are not known so."""
+        if not isinstance(self._free, FreeLists):
+            if is_capturing(self.storage):
+                raise RuntimeError("call reserve before capturing a graph in which rows move")
+            self._free = FreeLists(self.row_start, self.page_level, self.sizes, self.page)
+        return self._free
+
+    def _bits(self) -> TakenBits:
+        """Free places by bits, derived where they are not known so."""
+        if not isinstance(self._free, TakenBits):
+            self._free = TakenBits(self._layout_with_sinks())
+        return self._free
+
+    def _free_places(self) -> FreeLists | TakenBits:
+        """Free places as they are known, else as the backend that is chosen here takes them."""
+        if self._free is not None:
+            return self._free
+        backend = resolve_backend("auto", self.storage.device)
+        return self._bits() if resize.is_native(backend, self.row_start) else self._stacks()
+
+    def _pages_allowed(self) -> int:
+        """Pages by which the arena may still grow."""
+        if self.max_elements is None:
+            return 1 << 62
+        return max(self.max_elements // self.page - (self.page_level.numel() - 1), 0)
+
+    def _grow_for(self, rows: int, missing: int, *, strict: bool) -> None:
+        """Grow by the ``missing`` pages of so many rows, as far as ``max_elements`` allows.
+
+        Args:
+            strict: refuse where ``max_elements`` allows less.
+
+        Raises:
+            RuntimeError: ``max_elements`` allows less, where that is refused.
+        """
+        if strict and missing > self._pages_allowed():
+            raise RuntimeError(
+                f"the arena is full: {rows} more rows may need {missing} more pages of {self.page} "
+                f"elements, max_elements={self.max_elements} allows {self._pages_allowed()}"
+            )
+        if missing > 0:
+            self._grow(missing)
+
+    def _begin(self, taken: list[int], given: list[int], backend: str) -> FreePlaces:
+        """What a call works on that takes and gives so many rows of every level; there is room.
+
+        Raises:
+            RuntimeError: ``max_elements`` does not allow it; nothing is changed.
+        """
+        self._check_movable()
+        self.followers.remember_layout()
+        rows = max(sum(taken), sum(given))
+        if backend == "native":
+            self._grow_for(rows, self._bits().missing(taken), strict=True)
+            self._digest = None
+            return self._bits().at(self._layout_with_sinks(), self.moves)
+        stacks = self._stacks()
+        missing = stacks.missing(taken)
+        if missing > 0:
+            stacks.release(self.page_level)
+            missing = stacks.missing(taken)
+        self._grow_for(rows, missing, strict=True)
+        counts = stacks.count.tolist()
+        levels = zip(counts[:-1], self.rows_per_page, given, strict=True)
+        self._grow_stacks([max(count, per) + give for count, per, give in levels])
+        stacks.ledger.see(counts)
+        stacks.ledger.promise(rows)
+        self._digest = None
+        return stacks.at(self._layout_with_sinks(), None, self.moves)
+
+    def _make_room(self, rows: int, *, takes: bool = True, strict: bool = False) -> None:
+        """Grow, if ``rows`` more rows might not find room on the stacks; the host does not wait.
+
+        Args:
+            rows: rows that move, at most.
+            takes: whether they take places; rows that are freed only give theirs back.
+            strict: refuse where ``max_elements`` allows less.
+
+        Raises:
+            RuntimeError: ``max_elements`` allows less, where that is refused.
+        """
+        stacks = self._stacks()
+        reads = host_reads(stacks.count)
+        stacks.ledger.refresh(stacks.count, read=reads)
+        missing, heights = stacks.ledger.worst(rows)
+        if takes and missing > 0 and (reads or stacks.given >= max(self.rows_per_page)):
+            stacks.release(self.page_level)
+            stacks.ledger.refresh(stacks.count, read=reads)
+            missing, heights = stacks.ledger.worst(rows)
+        if takes:
+            self._grow_for(rows, missing, strict=strict)
+        self._grow_stacks(heights)
+
+    def _begin_unread(self, rows: int, *, takes: bool = True) -> Places:
+        """What a call of the Triton backend works on that moves up to ``rows`` rows.
+
+        See :meth:`_make_room`. A captured graph holds the addresses: during the capture and from
+        then on nothing is replaced unasked.
+        """
+        self._check_movable()
+        self.followers.remember_layout()
+        stacks = self._stacks()
+        if is_capturing(self.storage):
+            # The graph counts its replays itself, and fills the scratch at every one.
+            self._captured, self._counted = True, None
+            owner = stacks.owner
+            if owner is None:
+                owner = stacks.new_owner(self.num_rows)
+        else:
+            if not self._captured:
+                rows = min(rows, self.num_rows)
+                self._make_room(rows, takes=takes)
+                stacks.ledger.promise(rows)
+                stacks.given += rows
+            if stacks.owner is None:
+                stacks.owner = stacks.new_owner(self.num_rows)
+            owner = stacks.owner
+        # The operators count, and ``_end`` does: should a kernel fail, what it wrote is looked at.
+        self._digest = None
+        torch.autograd.graph.increment_version(self.moves)
+        return stacks.at(self._layout_with_sinks(), owner, self.moves)
+
+    def _count_move(self) -> None:
+        self._digest = None
+        self.moves.add_(1)
+        if self._counted is not None:
+            self._counted += 1
+
+    def _end(self) -> None:
+        """Count what was counted; request the counters, where the host does not read them."""
+        if self._counted is not None:
+            self._counted += 1
+        self._remember()
+        free = self._free
+        if not isinstance(free, FreeLists) or host_reads(free.count):
+            return
+        if not is_capturing(self.storage):
+            free.ledger.request(free.count)
+
+    @unrecorded
+    @with_dense_gradient
+    def reserve(self, rows: int) -> None:
+        """Make room so that ``rows`` more rows can move, in any number of calls.
+
+        A promotion grows the arena by itself, except while a CUDA graph is captured and after that,
+        because the graph holds the addresses: rows that find no room stay as they are. Reserve for
+        all replays before capturing; reserving again may move the arena, then capture anew.
+
+        Args:
+            rows: rows to be resized or inserted, counted once for every level they go.
+
+        Raises:
+            RuntimeError: ``max_elements`` does not allow it, or a graph is being captured; nothing
+                is changed.
+
+        Notes:
+            Waits for the device only before the first row moves, and once a promotion was captured:
+            the host cannot know how often the graph was replayed.
+        """
+        if is_capturing(self.storage):
+            raise RuntimeError("reserve before capturing a graph, not while it is captured")
+        self._check_accepted()
+        self.followers.remember_layout()  # a graph would record the copying
+        free = self._free_places()
+        if isinstance(free, TakenBits):
+            # No more than is missing; the larger the row, the fewer in a page.
+            opened = -(-rows // min(self.rows_per_page)) + len(self.sizes)
+            self._grow_for(rows, opened + free.missing([0] * len(self.sizes)), strict=True)
+            return
+        if self._captured:
+            free.ledger.see(free.count.tolist())
+            self._counted = int(self.moves)
+        self._make_room(rows, strict=True)
+        self._captured = False
+        free = self._stacks()
+        if free.owner is None and not host_reads(self.storage):
+            free.owner = free.new_owner(self.num_rows)
+
+    def _grow(self, pages: int, *, at_once: bool = False) -> None:
+        """Add pages; an eighth at least unless ``at_once``, at most what is allowed."""
+        old = self.page_level.numel() - 1
+        # Amortised growth, with at most that much slack.
+        pages = min(pages if at_once else max(pages, old // 8), self._pages_allowed())
+        if not pages:
+            return
+        free, numel = self._free_places(), (old + pages) * self.page
+        self._refuse_replacing(numel)
+        index = index_dtype(numel)
+        storage = on_large_pages(self.storage.detach().new_zeros(numel))
+        storage[: self.storage.numel()] = self.storage.detach()
+        grown = self._fresh_followers(numel)
+        for follower, value in grown:
+            value[: follower.tensor.numel()] = follower.tensor
+        row_start = self.row_start.to(index, copy=True)
+        page_level = self.page_level.new_full((old + pages + 1,), -1)
+        page_level[:old] = self.page_level[:old]
+        lists = free.with_pages(old, pages, index)
+        self._replace(storage, row_start, page_level, grown)
+        free.add_pages(pages, lists)
+
+    def _grow_stacks(self, heights: Sequence[int]) -> None:
+        # No stack holds more rows than the pages do.
+        pages = self.page_level.numel() - 1
+        limits = zip(heights, self.rows_per_page, strict=True)
+        self._stacks().reach([min(h, pages * per) for h, per in limits])
+
+    @unrecorded
+    def reclaim(self) -> int:
+        """Give pages without a row to any level that needs one; gives their number.
+
+        Native kernels do so as soon as a page's last row goes, the others where pages run short.
+        """
+        self._check_accepted()
+        free = self._free_places()
+        if isinstance(free, TakenBits):
+            return 0
+        before = int(free.count[-1])
+        free.release(self.page_level)
+        found = int(free.count[-1]) - before
+        if found:
+            free.ledger.see([])
+            self._count_move()
+            self._remember()
+        return found
+
+    @unrecorded
+    @with_dense_gradient
+    def compact(self, rows: int | None = None) -> int:
+        """Move rows to lower pages of their levels, until all pages but one of each are full.
+
+        Args:
+            rows: how many rows are looked at, from where the last such call stopped, so that a step
+                takes bounded time; pages that become empty serve any level. ``num_rows`` looked at
+                while no others move, and no hole is left. Default: all rows, then the memory of
+                free pages is given back.
+
+        Returns:
+            How many rows moved.
+
+        Raises:
+            RuntimeError: rows are shared with other processes, or computed; nothing is changed.
+        """
+        self._check_accepted()
+        self._check_movable()
+        self.followers.remember_layout()
+        if rows is not None:
+            first = self._next if self._next < self.num_rows else 0
+            end = min(first + rows, self.num_rows)
+            self._next = end % max(self.num_rows, 1)
+            return self._close_holes(range(first, end))
+        counts = self.rows_per_level()
+        pages = sum(-(-c // per) for c, per in zip(counts, self.rows_per_page, strict=True))
+        self._refuse_replacing(pages * self.page)
+        moved = sum(self._close_holes(ids) for ids in self._steps())
+        free = self._free_places()
+        if isinstance(free, FreeLists):
+            free.release(self.page_level)
+        self._give_back(pages)
+        return moved
+
+    def _steps(self) -> Iterator[range]:
+        """All ids, some at a time."""
+        for first in range(0, self.num_rows, _STEP):
+            yield range(first, min(first + _STEP, self.num_rows))
+
+    def _moving(self) -> list[Tensor]:
+        """``storage`` and what goes with it."""
+        return [self.storage.detach(), *(f.tensor for f in self.followers.per_element())]
+
+    def _close_holes(self, ids: range) -> int:
+        """Move the rows of ``ids`` to free places of their levels in lower pages."""
+        free = self._free_places()
+        if isinstance(free, TakenBits):
+            places = free.at(self._layout_with_sinks(), self.moves)
+            moved = resize.lower_rows(places, ids, self._moving())
+        else:
+            start = self.row_start[ids.start : ids.stop]
+            level = self.page_level[start // self.page].long()
+            at, new = free.lower(start, level)
+            moved = len(at)
+            resize.shift_rows(self._moving(), start[at], new, level[at], self.sizes)
+            start[at] = new.to(start.dtype)
+        if moved:
+            self._count_move()
+            self._remember()
+        return moved
+
+    def _give_back(self, pages: int) -> None:
+        """Move the pages in use to the front, which are so many; give the others' memory back."""
+        level = self.page_level[:-1]
+        numel = pages * self.page
+        high = (level[pages:] >= 0).nonzero()[:, 0] + pages
+        low = (level[:pages] < 0).nonzero()[:, 0]
+        if len(high):
+            step = max(_STEP // self.page, 1)
+            for tensor in self._moving():
+                table = tensor.view(-1, self.page)
+                for source, target in zip(high.split(step), low.split(step), strict=True):
+                    table[target] = table[source]
+            by = torch.zeros_like(self.page_level, dtype=self.row_start.dtype)
+            by[high] = ((low - high) * self.page).to(by.dtype)
+            for ids in self._steps():
+                start = self.row_start[ids.start : ids.stop]
+                start += by[start // self.page]  # of an id without a row: the sink's, 0
+            level[low] = level[high]
+            level[high] = -1
+            self._count_move()
+            self._remember()
+        self._free = None
+        if numel < self.storage.numel():
+            kept = [
+                (follower, on_large_pages(follower.tensor[:numel].clone()))
+                for follower in self.followers.per_element()
+            ]
+            storage = on_large_pages(self.storage.detach()[:numel].clone())
+            row_start = self.row_start.to(index_dtype(numel), copy=True)
+            page_level = self.page_level.new_full((pages + 1,), -1)
+            page_level[:pages] = level[:pages]
+            self._count_move()
+            self._replace(storage, row_start, page_level, kept)
