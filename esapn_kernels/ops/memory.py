@@ -13,7 +13,8 @@ class ArenaBytes:
 
     ``payload``: rows in use, ``sum_x d(x) * itemsize``. ``slack``: the rest of ``storage`` (free
     rows, page tails, free pages). ``locations``: row starts, page levels, sizes. ``scratch``: once
-    rows have moved, the free lists and, by the Triton backend, 4 bytes per row; training memory
+    rows have moved, what says which places are free (a bit a place on a CPU with native kernels,
+    else stacks) and, by the Triton backend, 4 bytes per row; training memory
     like optimizer state, in no checkpoint and not in ``total``.
     """
 
@@ -34,8 +35,8 @@ class MemoryReport:
 
     ``serving`` (what inference needs) = ``payload`` + ``slack`` + ``locations`` + ``chain``;
     ``fixed`` = ``num_embeddings * D * itemsize``, the plain ``nn.Embedding``. Only training takes
-    ``optimizer`` (state that follows the rows) and ``scratch`` (the free lists once rows have
-    moved, and 4 bytes per row on a GPU). What a call allocates and frees is in none of them.
+    ``optimizer`` (state that follows the rows) and ``scratch`` (which places are free, once rows
+    have moved, and 4 bytes per row on a GPU). What a call allocates and frees is in none of them.
     """
 
     payload: int
