@@ -33,6 +33,7 @@ from esapn_kernels.info import collect
 SIZES = (2, 4, 8, 16, 64, 128)
 TENTHS = 10
 Call = Callable[[], int]
+Move = Callable[[Tensor], Tensor]
 
 
 def table(rows: int, generator: torch.Generator) -> ResizableEmbedding:
@@ -76,7 +77,11 @@ def tide_calls(module: ResizableEmbedding, ids: int, generator: torch.Generator)
     while True:
         for move in (module.promote, module.demote):
             for batch in some(rows, len(rows) // 2, generator).split(ids):
-                yield lambda move=move, batch=batch: int(move(batch).sum())
+
+                def call(move: Move = move, batch: Tensor = batch) -> int:
+                    return int(move(batch).sum())
+
+                yield call
 
 
 def measure(
