@@ -342,7 +342,7 @@ class Arena(Locations):
                 return movers.moved
             exact = ([0, *given[:-1]] if step > 0 else [*given[1:], 0]), given
         before = None
-        if carries:
+        if carries and self.followers.has_sums():
             in_range = (ids >= 0) & (ids < self.num_rows)
             known = torch.where(in_range, ids, self.num_rows)  # else the sink, without a row
             before = known, self.row_start[known], self.level(known)
