@@ -4,15 +4,16 @@
 
 Pairs of calls in one process, in turns of alternating order: medians, and the ratio of the two
 times turn by turn with its quartiles. The paper's mix of sizes; rows, hops and gradients are
-random. Both kinds of hops carry the same rows alike: padded ones are the whole of what tails stand for.
+random. Both kinds of hops carry the same rows alike: padded ones are the whole of what tails are.
 
-    forward              without gradient; hops unchanged
-    step                 forward, backward with SGD fused into it, torch's fused SGD on the hops
-    hops changed         forwards of 64 ids, each after a write to the hops, which counts
-    compose, reverse     the operators alone: from hops to a map of every size, and their gradient
-    demotion             10,240 rows one size down, Adam's moments with them, on a fresh copy every
-                         time, over the promotion that had brought them up
-    solve                the maps down from all sizes, over that demotion
+    forward         without gradient; hops unchanged
+    step            forward, backward with SGD fused into it, torch's fused SGD on the hops
+    hops changed    forwards of 64 ids, each after a write to the hops, which counts
+    compose, compose_bwd    the operators alone: hops to a map of every size, and their gradient
+    promotion       10,240 rows one size up, Adam's moments with them, on a fresh copy every time
+    demotion        the same rows down again; the first one on its hops
+    another         the same after a demotion of other rows, hops unchanged since
+    solve           for the maps down from all sizes, which the first demotion holds
 
 Before anything is timed, outputs and gradients are compared with float64, and outputs of rows that
 went up and down with what they were. On a CPU one thread is timed by its CPU time, with glibc's
@@ -28,8 +29,8 @@ import itertools
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -97,14 +98,25 @@ class Line:
     gate_error: float
 
     @classmethod
-    def of(cls, over: Row, under: Row, aim: float | None = None) -> Line:
+    def of(cls, what: str, over: Row, under: Row, aim: float | None = None) -> Line:
         """Of two rows timed in the same turns."""
         ratios = [a / b for a, b in zip(over.samples_ms, under.samples_ms, strict=True)]
         q1, ratio, q3 = statistics.quantiles(ratios, n=4, method="inclusive")
-        names = over.mode, over.ids, over.traffic, over.provider, under.provider, len(ratios)
-        times = [1e3 * statistics.median(row.samples_ms) for row in (over, under)]
-        error = max(row.gate_error or 0.0 for row in (over, under))
-        return cls(*names, *times, ratio, q1, q3, aim, error)
+        return cls(
+            what,
+            over.ids,
+            over.traffic,
+            over.provider,
+            under.provider,
+            turns=len(ratios),
+            over_us=1e3 * statistics.median(over.samples_ms),
+            under_us=1e3 * statistics.median(under.samples_ms),
+            ratio=ratio,
+            q1=q1,
+            q3=q3,
+            aim=aim,
+            gate_error=max(row.gate_error or 0.0 for row in (over, under)),
+        )
 
     @property
     def status(self) -> str:
@@ -153,20 +165,10 @@ class Tables:
             found[kind] = largest_error(kind, errors, self.limit)
         return found
 
-    def entry(
-        self,
-        what: str,
-        kind: str,
-        ids: int,
-        region: Callable[[int, Any], Any],
-        error: float,
-        traffic: str = "",
-        **more: Any,
-    ) -> Entry:
-        """What is timed, and the row for it."""
+    def row(self, name: str, ids: int, traffic: str, error: float) -> Row:
+        """For the times of a call."""
         rows = len(self.spec)
-        row = Row(self.spec.name, rows, traffic, ids, ids, what, kind, 0, gate_error=error)
-        return Entry(row, region, **more)
+        return Row(self.spec.name, rows, traffic, ids, ids, "", name, 0, gate_error=error)
 
 
 def measure_lookups(
@@ -177,7 +179,7 @@ def measure_lookups(
     number = _BATCHES if ids < _FEWER else None
     work = make_workload(tables.spec, traffic, ids, tables.device, generator, number)
     grad, errors = work.grad.to(tables.dtype), tables.check(work.batches[0])
-    more: dict[str, Any] = {"traffic": traffic, "calls": max(1, _IDS_A_TURN // ids)}
+    calls = max(1, _IDS_A_TURN // ids)
 
     def forward(kind: str) -> Entry:
         ours = tables.of[kind]
@@ -185,8 +187,8 @@ def measure_lookups(
         def region(call: int, _: Any) -> Tensor:
             return ours(work.batch(call))
 
-        options = {"around": torch.no_grad, **more}
-        return tables.entry("forward", kind, ids, region, errors[kind], **options)
+        row = tables.row(kind, ids, traffic, errors[kind])
+        return Entry(row, region, around=torch.no_grad, calls=calls)
 
     def step(kind: str) -> Entry:
         step = fused_step(copy.deepcopy(tables.of[kind]), "sgd")
@@ -195,10 +197,11 @@ def measure_lookups(
         def region(call: int, _: Any) -> Tensor:
             return step(work.batch(call), grad)
 
-        return tables.entry("step", kind, ids, region, errors[kind], **more)
+        return Entry(tables.row(kind, ids, traffic, errors[kind]), region, calls=calls)
 
-    for make in (forward, step):
-        yield Line.of(*timer.measure([make(kind) for kind in KINDS], turns), AIM)
+    for what, make in (("forward", forward), ("step", step)):
+        tails, padded = timer.measure([make(kind) for kind in KINDS], turns)
+        yield Line.of(what, tails, padded, AIM)
 
 
 def measure_composition(tables: Tables, timer: Timer, turns: int) -> Iterator[Line]:
@@ -217,77 +220,107 @@ def measure_composition(tables: Tables, timer: Timer, turns: int) -> Iterator[Li
             chain.copy_(values[call % 2])
             return ours(work.batch(call))
 
-        more = {"traffic": "uniform", "calls": _IDS_A_TURN // FEW}
-        return tables.entry("hops changed", kind, FEW, region, errors[kind], **more)
+        row = tables.row(kind, FEW, "uniform", errors[kind])
+        return Entry(row, region, calls=_IDS_A_TURN // FEW)
 
-    def operator(kind: str) -> Entry:
+    def forth(kind: str) -> Entry:
         chain = tables.of[kind].module.chain.detach()
 
         def region(call: int, _: Any) -> Tensor:
             return compose(chain, SIZES, backend=backend)
 
-        return tables.entry("compose", kind, 0, region, errors[kind], calls=_CALLS)
+        return Entry(tables.row(kind, 0, "", errors[kind]), region, calls=_CALLS)
 
-    def reverse(kind: str) -> Entry:
+    def back(kind: str) -> Entry:
         chain = tables.of[kind].module.chain.detach()
         composed = compose(chain, SIZES, backend=backend)
         generator.manual_seed(tables.seed)
-        gradient = torch.randn(composed.shape, generator=generator).to(composed)
+        grad = torch.randn(composed.shape, generator=generator).to(composed)
 
         def region(call: int, _: Any) -> Tensor:
-            return compose_bwd(gradient, chain, composed, SIZES, backend=backend)
+            return compose_bwd(grad, chain, composed, SIZES, backend=backend)
 
-        return tables.entry("reverse", kind, 0, region, errors[kind], calls=_CALLS)
+        return Entry(tables.row(kind, 0, "", errors[kind]), region, calls=_CALLS)
 
-    for make in (changed, operator, reverse):
-        yield Line.of(*timer.measure([make(kind) for kind in KINDS], turns), AIM)
+    for what, make in (("hops changed", changed), ("compose", forth), ("compose_bwd", back)):
+        tails, padded = timer.measure([make(kind) for kind in KINDS], turns)
+        yield Line.of(what, tails, padded, AIM)
 
 
-def measure_demotion(tables: Tables, kind: str, timer: Timer, turns: int) -> Iterator[Line]:
-    """A demotion over the promotion before it, and the share of its solve.
+class Moves:
+    """One kind of hops, with rows to promote and the same rows to demote.
 
     Raises:
         GateError: rows that went up and down have other outputs than before.
     """
-    generator = torch.Generator().manual_seed(tables.seed)
-    ids, *_ = draw_batches(tables.spec, tables.device, generator)
-    below = tables.of[kind]
-    above = Ready.copy_of(below, len(ids)).ours
-    with torch.no_grad():
-        wanted = below(ids).double()
-        moved = above.module.promote(ids).all() and above.module.demote(ids).all()
-        errors = {"rows that went up and down": relative_error(above(ids), wanted)}
-        if not moved:
-            raise GateError(f"{kind}: rows were left where they are")
-    error = largest_error(kind, errors, tables.limit)
-    above.module.promote(ids)
-    chain = below.module.chain.detach()
 
-    def fresh(of: Ours) -> Callable[[int], Ready]:
-        return lambda turn: Ready.copy_of(of, len(ids))
+    def __init__(self, tables: Tables, kind: str) -> None:
+        generator = torch.Generator().manual_seed(tables.seed)
+        self.ids, *_ = draw_batches(tables.spec, tables.device, generator)
+        self.tables, self.kind, self.below = tables, kind, tables.of[kind]
+        rest = torch.ones(len(tables.spec), dtype=torch.bool)
+        rest[self.ids.cpu()] = False
+        # One row of every size that has one to spare.
+        sized = [(rest & (tables.spec.sizes == d)).nonzero()[:1, 0] for d in SIZES[1:]]
+        self.others = torch.cat(sized).to(tables.device)
+        self.above = Ready.copy_of(self.below, 2 * len(self.ids)).ours
+        module = self.above.module
+        with torch.no_grad():
+            wanted = self.below(self.ids).double()
+            if not bool(module.promote(self.ids).all() and module.demote(self.ids).all()):
+                raise GateError(f"{kind}: rows were left where they are")
+            found = self.above(self.ids)
+        errors = {"outputs of rows that went up and down": relative_error(found, wanted)}
+        self.error = largest_error(kind, errors, tables.limit)
+        module.promote(self.ids)
 
-    promotion = tables.entry(
-        f"{kind} hops",
-        "promotion",
-        len(ids),
-        lambda turn, ready: ready.ours.module.promote(ids),
-        error,
-        prepare=fresh(below),
-    )
-    demotion = tables.entry(
-        f"{kind} hops",
-        "demotion",
-        len(ids),
-        lambda turn, ready: ready.ours.module.demote(ids),
-        error,
-        prepare=fresh(above),
-    )
-    solve = tables.entry(
-        f"{kind} hops", "solve", len(ids), lambda turn, _: down_hops(chain, SIZES), error
-    )
-    up, down, solved = timer.measure([promotion, demotion, solve], turns)
-    yield Line.of(down, up)
-    yield Line.of(solved, down)
+    def entries(self) -> list[Entry]:
+        """A promotion, a demotion, one after another on the same hops, and the solve alone."""
+        chain = self.below.module.chain.detach()
+
+        def up(turn: int, ready: Ready) -> Tensor:
+            return ready.promote(self.ids)
+
+        def down(turn: int, ready: Ready) -> Tensor:
+            moved: Tensor = ready.ours.module.demote(self.ids)
+            return moved
+
+        def below(turn: int) -> Ready:
+            return Ready.copy_of(self.below, len(self.ids))
+
+        def above(turn: int) -> Ready:
+            return Ready.copy_of(self.above, 2 * len(self.ids))
+
+        def later(turn: int) -> Ready:
+            ready = above(turn)
+            ready.ours.module.demote(self.others)
+            return ready
+
+        def solve(turn: int, _: Any) -> Tensor:
+            return down_hops(chain, SIZES)
+
+        def row(name: str) -> Row:
+            return self.tables.row(name, len(self.ids), "", self.error)
+
+        return [
+            Entry(row("promotion"), up, below),
+            Entry(row("demotion"), down, above),
+            Entry(row("another"), down, later),
+            Entry(row("solve"), solve),
+        ]
+
+
+def measure_moves(tables: Tables, timer: Timer, turns: int) -> Iterator[Line]:
+    """Promotions, tails over padded; demotions over promotions, and the share of the solve."""
+    moves = [Moves(tables, kind) for kind in KINDS]
+    rows = timer.measure([entry for each in moves for entry in each.entries()], turns)
+    found = dict(zip(KINDS, (rows[: len(rows) // 2], rows[len(rows) // 2 :]), strict=True))
+    tails, padded = (replace(rows[0], provider=kind) for kind, rows in found.items())
+    yield Line.of("promotion", tails, padded, AIM)
+    for kind, (up, down, another, solve) in found.items():
+        yield Line.of(f"{kind} hops", down, up)
+        yield Line.of(f"{kind} hops", another, up)
+        yield Line.of(f"{kind} hops", solve, down)
 
 
 def measure(tables: Tables, ids: Sequence[int], turns: int) -> Iterator[Line]:
@@ -304,8 +337,7 @@ def measure(tables: Tables, ids: Sequence[int], turns: int) -> Iterator[Line]:
         for number, traffic in itertools.product(ids, TRAFFIC):
             yield from measure_lookups(tables, number, traffic, timer, turns)
         yield from measure_composition(tables, timer, turns)
-        for kind in KINDS:
-            yield from measure_demotion(tables, kind, timer, turns)
+        yield from measure_moves(tables, timer, turns)
 
 
 HEADING = (
