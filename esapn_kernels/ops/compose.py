@@ -47,7 +47,7 @@ from .backend import NATIVE_ERROR, native, runs_native
 from .chain import compute_dtype, full_chain, gather_tails, operand_offsets
 from .checks import is_opaque
 
-__all__ = ["ComposedCache", "compose", "compose_bwd"]
+__all__ = ["ComposedCache", "compose", "compose_bwd", "same_bytes"]
 
 
 @torch.library.custom_op("esapn_kernels::compose", mutates_args=())
@@ -172,7 +172,7 @@ class ComposedCache:
         """``compose(chain, sizes)``, not to be written to; chain on a CPU, in plain eager code."""
         if self._kept is not None:
             kept_backend, kept_sizes, seen, composed = self._kept
-            if kept_backend == backend and kept_sizes == sizes and _same_bytes(seen, chain):
+            if kept_backend == backend and kept_sizes == sizes and same_bytes(seen, chain):
                 return composed
         if torch.is_inference_mode_enabled():
             # What it made could not be saved for a backward outside of it.
@@ -191,7 +191,8 @@ class ComposedCache:
         return ComposedCache, ()
 
 
-def _same_bytes(seen: Tensor, chain: Tensor) -> bool:
+def same_bytes(seen: Tensor, chain: Tensor) -> bool:
+    """Whether a contiguous copy of a chain still has its numbers; both on a CPU."""
     if seen.dtype != chain.dtype or seen.numel() != chain.numel():
         return False
     if NATIVE_ERROR is None and chain.is_contiguous() and not chain.is_neg():

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from ..ops import resize
 from ..ops.backend import host_reads, is_capturing, on_large_pages, resolve_backend
+from ..ops.fit import DownHops
 from ..ops.layout import Layout, Places, gather_rows, index_dtype
 from ..ops.memory import ArenaBytes
 from .followers import with_dense_gradient
@@ -349,8 +350,11 @@ class Arena(Locations):
         places = self._begin(ids.numel(), exact=exact)
         operands = ids, mask, self.storage.detach(), chain.detach(), places
         states = self.followers.fresh()
-        move = resize.promote if step > 0 else resize.demote
-        moved = move(*operands, *states, movers)
+        if step > 0:
+            moved = resize.promote(*operands, *states, movers)
+        else:
+            self._down = self._down or DownHops()
+            moved = resize.demote(*operands, *states, movers, self._down)
         self._end()
         self.followers.note_fresh(ids, moved)
         if before is not None:
