@@ -129,7 +129,8 @@ class Tables:
 
     def __init__(self, spec: TableSpec, device: torch.device, dtype: torch.dtype, seed: int):
         self.spec, self.device, self.dtype, self.seed = spec, device, dtype, seed
-        self.limit = TOLERANCE if dtype.itemsize > 2 else BF16_TOLERANCE
+        # Of 16 bits, what is summed has been rounded as well.
+        self.limit = TOLERANCE if dtype.itemsize > 2 else 4 * BF16_TOLERANCE
         torch.manual_seed(seed)
         self.of = {
             kind: Ours(spec, device, dtype, make=partial(ResizableEmbedding, init=kind))
