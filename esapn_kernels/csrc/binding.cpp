@@ -263,7 +263,7 @@ PyObject* compose(PyObject*, PyObject* const* values, Py_ssize_t count) {
   if (arguments.failed()) return nullptr;
   int status;
   Py_BEGIN_ALLOW_THREADS
-  status = chosen->compose[dtype == F64](sizes, n, tails, chain, composed);
+  status = chosen->compose[dtype == F64](sizes, n, tails, chain, dtype, composed);
   Py_END_ALLOW_THREADS
   return answer(status);
 }
@@ -284,7 +284,8 @@ PyObject* compose_bwd(PyObject*, PyObject* const* values, Py_ssize_t count) {
   if (arguments.failed()) return nullptr;
   int status;
   Py_BEGIN_ALLOW_THREADS
-  status = chosen->compose_bwd[dtype == F64](sizes, n, tails, grad_composed, chain, composed, grad_chain);
+  status = chosen->compose_bwd[dtype == F64](sizes, n, tails, grad_composed, chain, dtype, composed,
+                                             grad_chain);
   Py_END_ALLOW_THREADS
   return answer(status);
 }

@@ -199,7 +199,10 @@ def test_maps_solved_one_by_one_have_the_same_bits(init, dtype, solves):
     chain = make_case(PAPER, 3, 0, dtype, init=init).module.chain.detach()
     wanted = down_hops(chain, PAPER)
     assert solves == list(PAPER[:-1])
-    down, shapes = DownHops(), [(a + 1) * b for a, b in zip(PAPER[:0:-1], PAPER[-2::-1], strict=True)]
+    down, shapes = (
+        DownHops(),
+        [(a + 1) * b for a, b in zip(PAPER[:0:-1], PAPER[-2::-1], strict=True)],
+    )
     solves.clear()
     for levels in ([2], [0, 2, 4]):
         found = down(chain, PAPER, levels).split(shapes)
