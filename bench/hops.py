@@ -11,9 +11,9 @@ random. Both kinds of hops carry the same rows alike: padded ones are the whole 
     hops changed    forwards of 64 ids, each after a write to the hops, which counts
     compose, compose_bwd    the operators alone: hops to a map of every size, and their gradient
     promotion       10,240 rows one size up, Adam's moments with them, on a fresh copy every time
-    demotion        the same rows down again; the first one on its hops
-    another         the same after a demotion of other rows, hops unchanged since
-    solve           for the maps down from all sizes, which the first demotion holds
+    demotion        the same rows down again, the first demotion on these hops
+    another         the same after a demotion of other rows: on a CPU their maps are known by then
+    solve           for the maps from all sizes, which is a part of the first demotion
 
 Before anything is timed, outputs and gradients are compared with float64, and outputs of rows that
 went up and down with what they were. On a CPU one thread is timed by its CPU time, with glibc's

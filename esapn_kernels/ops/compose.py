@@ -27,7 +27,8 @@ A bias is added, never multiplied by a 1 among zeros, and rows of zeros take par
 hop that is not finite spreads no further than through the rows that pass it.
 
 Tails (:mod:`.chain`) are expanded first, and their gradient, columns of ``dT_k``, is gathered last.
-The native kernels do both as they go, without the products of the fixed part.
+The native kernels do both as they go, without the products of the fixed part unless tails are of 16
+bits.
 
 Costs ``2 sum (d_k + 1) d_{k+1} D`` FLOP once per weight version (0.4 MFLOP for the default
 sizes), against 18,768 FLOP per row of size 2 for the chain itself.
