@@ -74,9 +74,10 @@ OUT ?= runs/gpu
 gpu: ## on a GPU: races, tests, times and memory checks in under nine minutes, into OUT (runs/gpu)
 	@$(PYTHON) bench/gpu.py --out $(OUT)
 
-gpu-bench: ## on a GPU: the lookup benchmark, into OUT
+gpu-bench: ## on a GPU: the benchmarks of the lookup, and of tails and demotion, into OUT
 	@mkdir -p $(OUT)
 	@PYTHONPATH=$(CURDIR) $(PYTHON) bench/lookup.py --ids 65536 1048576 --repeats 20 --out $(OUT)/lookup.json
+	@PYTHONPATH=$(CURDIR) $(PYTHON) bench/hops.py --device cuda --ids 500 1048576 --turns 20 --out $(OUT)/hops.json
 
 docs: $(STAMP) ## write the API reference to build/api, from the docstrings
 	@rm -rf build/api

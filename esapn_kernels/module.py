@@ -623,9 +623,10 @@ class ResizableEmbedding(nn.Embedding):
         the rows are dropped. A place for the smaller row is taken before that of the larger one is
         given back, also within ``max_elements``.
 
-        The maps of all levels are solved for at every call, in fp64, by torch calls. On a GPU three
-        kernels move the rows then. By construction the host waits for none of this and a CUDA
-        graph can capture it, as :meth:`promote`; no GPU has confirmed either.
+        The maps are solved for in fp64, by torch calls. On a CPU those from the sizes that rows
+        leave, and kept as long as the hops have the same numbers; on a GPU all of them at every
+        call, and three kernels move the rows then. By construction the host waits for none of this
+        and a CUDA graph can capture it, as :meth:`promote`; no GPU has confirmed either.
 
         Args:
             ids: any shape, int32 or int64.

@@ -404,12 +404,10 @@ def lookup_bwd_update(
 
 def compose(chain: Tensor, sizes: Sequence[int]) -> Tensor:
     """``[K, D]``: see :func:`esapn_kernels.ops.compose.compose`."""
-    chain = chain.detach().resolve_neg()
-    if chain.element_size() == 2:
-        chain = full_chain(chain, sizes)  # whose g is rounded as well
-    chain = _in_dtype_of_sums(chain, chain).contiguous()
+    chain = chain.detach().resolve_neg().contiguous()
     sizes_of_hops = _packed_hops(chain, tuple(sizes))
-    composed = chain.new_empty((sum(sizes[:-1]) + len(sizes) - 1, sizes[-1]))
+    shape = sum(sizes[:-1]) + len(sizes) - 1, sizes[-1]
+    composed = chain.new_empty(shape, dtype=compute_dtype(chain.dtype))
     operands = (DTYPE[chain.dtype], chain.data_ptr(), composed.data_ptr())
     native.compose(*sizes_of_hops, *operands)
     return composed
@@ -420,7 +418,7 @@ def compose_bwd(
 ) -> Tensor:
     """Shape and dtype of ``chain``: see :func:`esapn_kernels.ops.compose.compose_bwd`."""
     hops = chain.detach().resolve_neg()
-    if hops.dtype is not composed.dtype:
+    if composed.dtype is not compute_dtype(hops.dtype):
         hops = full_chain(hops, sizes).to(composed.dtype)
     hops = hops.contiguous()
     grad_composed, grad_chain = grad_composed.contiguous(), torch.empty_like(hops)

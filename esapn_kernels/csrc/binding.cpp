@@ -9,7 +9,7 @@
 #include "kernels.h"
 
 // Of these functions' arguments; ops/backend.py takes no module of another number.
-#define ESAPN_INTERFACE 5
+#define ESAPN_INTERFACE 6
 
 namespace {
 
@@ -284,7 +284,7 @@ PyObject* compose(PyObject*, PyObject* const* values, Py_ssize_t count) {
   if (arguments.failed()) return nullptr;
   int status;
   Py_BEGIN_ALLOW_THREADS
-  status = chosen->compose[dtype == F64](sizes, n, tails, chain, composed);
+  status = chosen->compose[dtype == F64](sizes, n, tails, chain, dtype, composed);
   Py_END_ALLOW_THREADS
   return answer(status);
 }
@@ -305,7 +305,8 @@ PyObject* compose_bwd(PyObject*, PyObject* const* values, Py_ssize_t count) {
   if (arguments.failed()) return nullptr;
   int status;
   Py_BEGIN_ALLOW_THREADS
-  status = chosen->compose_bwd[dtype == F64](sizes, n, tails, grad_composed, chain, composed, grad_chain);
+  status = chosen->compose_bwd[dtype == F64](sizes, n, tails, grad_composed, chain, dtype, composed,
+                                             grad_chain);
   Py_END_ALLOW_THREADS
   return answer(status);
 }

@@ -3,6 +3,8 @@
 //
 // With `tails` the chain holds [B_k | b_k]^T, [d_k + 1, d_{k+1} - d_k], of the hops W_k = [g I; B_k] and
 // b_k = [0; b_k]: the first d_k of d_{k+1} columns are `kept`, a multiple of the row, and take no product.
+// A chain of 16 bits is widened first, and its tails to whole hops with a `g` of 16 bits; products with its
+// zeros keep the bits of a chain that is whole.
 
 // to_r += factor * from_r, rows of one stride.
 template <class A>
@@ -15,9 +17,53 @@ ESAPN_INLINE A gain(int64_t d, int64_t next) {
   return A(root(double(next) / double(d)));
 }
 
+static int64_t hops_numel(const int64_t* sizes, int n) {
+  int64_t numel = 0;
+  for (int k = 0; k + 1 < n; k++) numel += (sizes[k] + 1) * sizes[k + 1];
+  return numel;
+}
+
+// Whole hops as A, from hops or tails of 16 bits.
+template <class A>
+static void widen_hops(A* to, const int64_t* sizes, int n, bool tails, const void* memory, int dtype) {
+  const uint16_t* from = static_cast<const uint16_t*>(memory);
+  if (!tails) return widen(to, from, dtype, hops_numel(sizes, n));
+  for (int k = 0; k + 1 < n; k++) {
+    const int64_t d = sizes[k], next = sizes[k + 1];
+    A g[8] = {gain<A>(d, next)};  // as many as these functions may take at a time
+    uint16_t rounded[8];
+    narrow(rounded, g, dtype, 1);
+    widen(g, rounded, dtype, 1);
+    for (int64_t r = 0; r <= d; r++, to += next, from += next - d) {
+      for (int64_t c = 0; c < d; c++) to[c] = c == r ? g[0] : A(0);
+      widen(to + d, from, dtype, next - d);
+    }
+  }
+}
+
+// The reverse, of gradients.
+template <class A>
+static void narrow_hops(void* memory, const int64_t* sizes, int n, bool tails, const A* from, int dtype) {
+  uint16_t* to = static_cast<uint16_t*>(memory);
+  if (!tails) return narrow(to, from, dtype, hops_numel(sizes, n));
+  for (int k = 0; k + 1 < n; k++) {
+    const int64_t d = sizes[k], next = sizes[k + 1];
+    for (int64_t r = 0; r <= d; r++, to += next - d, from += next) narrow(to, from + d, dtype, next - d);
+  }
+}
+
 // [K, D] from the packed hops: A_k = T_k A'_{k+1} + [0; c_{k+1}], k = n - 2 ... 0.
 template <class A>
-static int compose(const int64_t* sizes, int n, bool tails, const void* chain_memory, void* composed_memory) {
+static int compose(const int64_t* sizes, int n, bool tails, const void* chain_memory, int dtype,
+                   void* composed_memory) {
+  if (itemsize(dtype) == 2) {
+    const int64_t whole = hops_numel(sizes, n);
+    Buffer widened(Buffer::padded<A>(whole));
+    if (!widened.ok()) return NO_MEMORY;
+    A* hops = widened.take<A>(whole);
+    widen_hops(hops, sizes, n, tails, chain_memory, dtype);
+    return compose<A>(sizes, n, false, hops, DTYPE_OF<A>, composed_memory);
+  }
   const A* chain = static_cast<const A*>(chain_memory);
   A* composed = static_cast<A*>(composed_memory);
   const int64_t D = sizes[n - 1], stride = padded_width<A>(D);
@@ -72,7 +118,20 @@ static int compose(const int64_t* sizes, int n, bool tails, const void* chain_me
 // Rows of zeros take part in no product: zero times what is not finite is not a number.
 template <class A>
 static int compose_bwd(const int64_t* sizes, int n, bool tails, const void* grad_memory,
-                       const void* chain_memory, const void* composed_memory, void* grad_chain_memory) {
+                       const void* chain_memory, int dtype, const void* composed_memory,
+                       void* grad_chain_memory) {
+  if (itemsize(dtype) == 2) {
+    const int64_t whole = hops_numel(sizes, n);
+    Buffer widened(2 * Buffer::padded<A>(whole));
+    if (!widened.ok()) return NO_MEMORY;
+    A* hops = widened.take<A>(whole);
+    A* found = widened.take<A>(whole);
+    widen_hops(hops, sizes, n, tails, chain_memory, dtype);
+    const int status =
+        compose_bwd<A>(sizes, n, false, grad_memory, hops, DTYPE_OF<A>, composed_memory, found);
+    if (status == OK) narrow_hops(grad_chain_memory, sizes, n, tails, found, dtype);
+    return status;
+  }
   const A* chain = static_cast<const A*>(chain_memory);
   A* grad_chain = static_cast<A*>(grad_chain_memory);
   const int64_t D = sizes[n - 1], stride = padded_width<A>(D);

@@ -16,9 +16,10 @@ struct Kernels {
                        const void* composed, void* grad_composed, const Update&, int64_t padding, int threads);
   int (*step_rows[2])(const Table&, const Ids&, const int8_t* level, const int64_t* place, const void* values,
                       void* storage, int dtype, const Update&, int threads);
-  int (*compose[2])(const int64_t* sizes, int n, bool tails, const void* chain, void* composed);
+  int (*compose[2])(const int64_t* sizes, int n, bool tails, const void* chain, int dtype,
+                    void* composed);
   int (*compose_bwd[2])(const int64_t* sizes, int n, bool tails, const void* grad_composed, const void* chain,
-                        const void* composed, void* grad_chain);
+                        int dtype, const void* composed, void* grad_chain);
   int (*move_rows[2])(const Resize&);
 };
 

@@ -78,7 +78,7 @@ NATIVE_ERROR: str | None = None
 """Why the native kernels cannot be used, ``None`` where they can."""
 
 
-_INTERFACE = 5  # csrc/binding.cpp has the same
+_INTERFACE = 6  # csrc/binding.cpp has the same
 _AGAIN = "make install builds them in a checkout, and pip install wherever g++ or clang is"
 
 

@@ -27,7 +27,8 @@ A bias is added, never multiplied by a 1 among zeros, and rows of zeros take par
 hop that is not finite spreads no further than through the rows that pass it.
 
 Tails (:mod:`.chain`) are expanded first, and their gradient, columns of ``dT_k``, is gathered last.
-The native kernels do both as they go, without the products of the fixed part.
+The native kernels do both as they go, without the products of the fixed part unless tails are of 16
+bits.
 
 Costs ``2 sum (d_k + 1) d_{k+1} D`` FLOP once per weight version (0.4 MFLOP for the default
 sizes), against 18,768 FLOP per row of size 2 for the chain itself.
@@ -47,7 +48,7 @@ from .backend import NATIVE_ERROR, native, runs_native
 from .chain import compute_dtype, full_chain, gather_tails, operand_offsets
 from .checks import is_opaque
 
-__all__ = ["ComposedCache", "compose", "compose_bwd"]
+__all__ = ["ComposedCache", "compose", "compose_bwd", "same_bytes"]
 
 
 @torch.library.custom_op("esapn_kernels::compose", mutates_args=())
@@ -172,7 +173,7 @@ class ComposedCache:
         """``compose(chain, sizes)``, not to be written to; chain on a CPU, in plain eager code."""
         if self._kept is not None:
             kept_backend, kept_sizes, seen, composed = self._kept
-            if kept_backend == backend and kept_sizes == sizes and _same_bytes(seen, chain):
+            if kept_backend == backend and kept_sizes == sizes and same_bytes(seen, chain):
                 return composed
         if torch.is_inference_mode_enabled():
             # What it made could not be saved for a backward outside of it.
@@ -191,7 +192,8 @@ class ComposedCache:
         return ComposedCache, ()
 
 
-def _same_bytes(seen: Tensor, chain: Tensor) -> bool:
+def same_bytes(seen: Tensor, chain: Tensor) -> bool:
+    """Whether a contiguous copy of a chain still has its numbers; both on a CPU."""
     if seen.dtype != chain.dtype or seen.numel() != chain.numel():
         return False
     if NATIVE_ERROR is None and chain.is_contiguous() and not chain.is_neg():

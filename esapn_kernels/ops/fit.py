@@ -8,7 +8,7 @@ the level allows; :func:`drawn` takes random numbers and meets their mean and th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from .chain import compute_dtype, full_chain
-from .compose import compose
+from .compose import compose, same_bytes
 
-__all__ = ["LevelMap", "down_hops", "drawn", "level_maps", "nearest"]
+__all__ = ["DownHops", "LevelMap", "down_hops", "drawn", "level_maps", "nearest"]
 
 _RIDGE = 1e-12
 
@@ -150,19 +150,72 @@ def down_hops(chain: Tensor, sizes: Sequence[int]) -> Tensor:
         >>> down_hops(torch.tensor([1.0, 2.0, 3.0, 4.0]), (1, 2))  # (e_0 + 2 e_1 - 11) / 5
         tensor([ 0.2000,  0.4000, -2.2000])
     """
+    return _packed(_solve(chain, sizes, range(len(sizes) - 1)), chain, sizes)
+
+
+class DownHops:
+    """:func:`down_hops` of one arena's chain on a CPU: of levels that rows go down to, once.
+
+    What was solved is used again as long as the chain's numbers are the same, which are compared as
+    in :class:`~.compose.ComposedCache`.
+    """
+
+    def __init__(self) -> None:
+        self._kept: tuple[Tensor, dict[int, Tensor]] | None = None
+
+    def __call__(self, chain: Tensor, sizes: Sequence[int], levels: Iterable[int]) -> Tensor:
+        """``down_hops(chain, sizes)``, with zeros for levels that were never asked for.
+
+        Args:
+            chain: on a CPU, in plain eager code.
+            sizes: the same at every call.
+            levels: ``k`` of the ``D_k`` that are needed.
+
+        Example:
+            >>> chain, down = torch.tensor([1.0, 2.0, 3.0, 4.0]), DownHops()
+            >>> down(chain, (1, 2), [])
+            tensor([0., 0., 0.])
+            >>> down(chain, (1, 2), [0])
+            tensor([ 0.2000,  0.4000, -2.2000])
+        """
+        kept = self._kept
+        if kept is None or not same_bytes(kept[0], chain):
+            # What is solved for is what is compared, should another thread write to the chain.
+            seen = chain.detach().resolve_neg().clone(memory_format=torch.contiguous_format)
+            self._kept = kept = seen, {}
+        seen, blocks = kept
+        blocks |= _solve(seen, sizes, [k for k in levels if k not in blocks])
+        return _packed(blocks, chain, sizes)
+
+
+def _packed(blocks: dict[int, Tensor], chain: Tensor, sizes: Sequence[int]) -> Tensor:
+    """The blocks of all levels, zeros for those that are missing."""
+    dtype = compute_dtype(chain.dtype)
+    parts = [
+        blocks[k] if k in blocks else chain.new_zeros((sizes[k + 1] + 1) * sizes[k], dtype=dtype)
+        for k in range(len(sizes) - 2, -1, -1)
+    ]
+    return torch.cat(parts) if parts else chain.new_empty(0, dtype=dtype)
+
+
+def _solve(chain: Tensor, sizes: Sequence[int], levels: Sequence[int]) -> dict[int, Tensor]:
+    """``D_k`` of the levels ``k``, in one row each."""
+    if not levels:
+        return {}
     hops = full_chain(chain.detach(), sizes).double()
     dim = sizes[-1]
     # The last level's rows are their outputs.
     last = torch.eye(dim + 1, dim, dtype=torch.float64, device=chain.device)
     maps = [*compose(hops, sizes).split([d + 1 for d in sizes[:-1]]), last]
     eps = torch.finfo(chain.dtype).eps
-    blocks = []
-    for wide, narrow in zip(maps[:0:-1], maps[-2::-1], strict=True):
-        target = wide.clone()
+    blocks = {}
+    for k in levels:
+        narrow, target = maps[k], maps[k + 1].clone()
         target[-1] -= narrow[-1]
         ridge = max(_RIDGE, eps**2 / (len(narrow) - 1))
-        blocks.append(_solved(narrow[:-1], target, ridge).reshape(-1))
-    return torch.cat(blocks or [last.new_empty(0)]).to(compute_dtype(chain.dtype))
+        found = _solved(narrow[:-1], target, ridge).reshape(-1)
+        blocks[k] = found.to(compute_dtype(chain.dtype))
+    return blocks
 
 
 def _solved(rows: Tensor, target: Tensor, relative: float) -> Tensor:

@@ -27,8 +27,8 @@ from ..cpu.resize import Movers, shift_rows
 from ..gpu.resize import launch_demote, launch_free, launch_insert, launch_promote
 from .backend import runs_native
 from .chain import full_chain
-from .checks import check_ids, is_opaque
-from .fit import down_hops
+from .checks import check_ids, is_eager, is_opaque
+from .fit import DownHops, down_hops
 from .layout import Filled, FreePlaces, Layout, Places
 
 __all__ = [
@@ -113,12 +113,17 @@ def demote(
     states: Filled,
     per_id: Filled,
     movers: Movers | None = None,
+    kept: DownHops | None = None,
 ) -> Tensor:
     """Move the rows of ``ids`` (where ``mask``) one level down; else as :func:`promote`.
 
-    Rows of the first level stay.
+    Rows of the first level stay. ``kept``: the solution of earlier calls for the same arena.
     """
-    down = down_hops(chain, places.layout.sizes)
+    sizes = places.layout.sizes
+    if movers is not None and kept is not None and chain.is_cpu and is_eager():
+        down = kept(chain, sizes, [k for k, rows in enumerate(movers.per_level[1:]) if rows])
+    else:
+        down = down_hops(chain, sizes)
     if movers is None:
         return launch_demote(ids, mask, storage, down, cast(Places, places), states, per_id)
     _KERNELS[movers.backend].hop("demote", movers, storage, down, places, states, per_id)

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from ..ops import resize
 from ..ops.backend import on_large_pages, resolve_backend
+from ..ops.fit import DownHops
 from ..ops.layout import FreePlaces, Layout
 from ..ops.memory import ArenaBytes
 from .followers import with_dense_gradient
@@ -144,7 +145,7 @@ class Arena(Room):
                 return movers.moved
             taken = [0, *given[:-1]] if step > 0 else [*given[1:], 0]
         before = None
-        if carries:
+        if carries and self.followers.has_sums():
             in_range = (ids >= 0) & (ids < self.num_rows)
             known = torch.where(in_range, ids, self.num_rows)  # else the sink, without a row
             before = known, self.row_start[known], self.level(known)
@@ -155,8 +156,11 @@ class Arena(Room):
             places = self._begin(taken, given, movers.backend)
         operands = ids, mask, self.storage.detach(), chain.detach(), places
         states = self.followers.fresh()
-        move = resize.promote if step > 0 else resize.demote
-        moved = move(*operands, *states, movers)
+        if step > 0:
+            moved = resize.promote(*operands, *states, movers)
+        else:
+            self._down = self._down or DownHops()
+            moved = resize.demote(*operands, *states, movers, self._down)
         self._end()
         self.followers.note_fresh(ids, moved)
         if before is not None:

@@ -137,6 +137,13 @@ class Followers:
         found += self.per_id()
         return sum(f.tensor.untyped_storage().nbytes() for f in found)
 
+    def has_sums(self) -> bool:
+        """Whether there is something to :meth:`carry`."""
+        return bool(self._sums())
+
+    def _sums(self) -> list[Follower]:
+        return [follower for follower in self.per_element() if follower.name == SUM]
+
     def carry(
         self,
         ids: Tensor,
@@ -158,7 +165,7 @@ class Followers:
             row_size: int64 ``[n]``, the sizes.
             step: 1 of a promotion, -1 of a demotion.
         """
-        sums = [follower for follower in self.per_element() if follower.name == SUM]
+        sums = self._sums()
         if not sums or not self._arena.parameter.numel():
             return
         layout = self._arena.layout

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..ops.backend import is_capturing, on_large_pages
 from ..ops.checks import is_eager
+from ..ops.fit import DownHops
 from ..ops.layout import Layout, index_dtype, page_elements, place_densely, row_table
 from .checks import digest, fault_of, is_hooked, is_shared, version
 from .followers import Follower, Followers, with_dense_gradient
@@ -84,6 +85,8 @@ class Locations(nn.Module, Rows):
     followers: Followers
     _initial_level: Tensor | None
     _free: FreeLists | TakenBits | None
+    # What demotions have solved for.
+    _down: DownHops | None = None
     # A CUDA graph that moves rows holds the addresses.
     _captured: bool = False
     # The tensors last accepted, how often row_start and moves were written to then, the layout.
@@ -491,8 +494,10 @@ class Locations(nn.Module, Rows):
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_mixed()
-        # A copy has no fused optimizer, and its own free lists.
-        alone = dict.fromkeys(("_fused", "_free", "_held", "_digest", "_alike", "followers"))
+        # A copy has no fused optimizer, and its own free lists and solutions.
+        alone = dict.fromkeys(
+            ("_fused", "_free", "_down", "_held", "_digest", "_alike", "followers")
+        )
         alone["_captured"] = False
         counted = int(self.moves) if self._counted is None else self._counted
         accepted = self._is_written() is False

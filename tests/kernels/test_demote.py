@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import pickle
 import random
 
 import hypothesis.strategies as st
@@ -19,8 +20,9 @@ from esapn_kernels import (
 )
 from esapn_kernels.averaging import match_rows
 from esapn_kernels.cpu.resize import carry_rows
+from esapn_kernels.ops import fit
 from esapn_kernels.ops.chain import chain_numel, expand_tails, tails_numel
-from esapn_kernels.ops.fit import down_hops
+from esapn_kernels.ops.fit import DownHops, down_hops
 from esapn_kernels.reference import demote_reference, lookup_reference, split_chain
 from esapn_kernels.storage import locations
 from esapn_kernels.storage.arena import Arena
@@ -176,6 +178,65 @@ def test_the_host_reads_nothing_of_the_hops():
 def test_tails_are_their_whole_hops():
     tails = torch.randn(tails_numel(SMALL)).double()
     assert torch.equal(down_hops(tails, SMALL), down_hops(expand_tails(tails, SMALL), SMALL))
+
+
+@pytest.fixture
+def solves(monkeypatch):
+    """The sizes of the maps that are solved for from now on."""
+    found, solved = [], fit._solved
+
+    def counted(rows, *args):
+        found.append(len(rows))
+        return solved(rows, *args)
+
+    monkeypatch.setattr(fit, "_solved", counted)
+    return found
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("init", ["linear", "tails"])
+def test_maps_solved_one_by_one_have_the_same_bits(init, dtype, solves):
+    chain = make_case(PAPER, 3, 0, dtype, init=init).module.chain.detach()
+    wanted = down_hops(chain, PAPER)
+    assert solves == list(PAPER[:-1])
+    down, shapes = (
+        DownHops(),
+        [(a + 1) * b for a, b in zip(PAPER[:0:-1], PAPER[-2::-1], strict=True)],
+    )
+    solves.clear()
+    for levels in ([2], [0, 2, 4]):
+        found = down(chain, PAPER, levels).split(shapes)
+        for k, part, whole in zip(range(4, -1, -1), found, wanted.split(shapes), strict=True):
+            assert torch.equal(part, whole if k in levels else torch.zeros_like(part))
+    assert down(chain, PAPER, [1, 3]).equal(wanted) and solves == [8, 2, 64, 4, 16]
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_maps_are_solved_for_where_rows_need_them(host, solves):
+    """Again after the hops were written to, by whatever way; a copy solves for itself."""
+    module = make_case(SMALL, 12, 0, backend=host, mix=(0, 0, 1)).module
+
+    def demote(ids, module=module):
+        rows, levels, chain = rows_of(module), module.arena.level(), module.chain.detach()
+        assert module.demote(torch.tensor(ids)).all()
+        for i in ids:
+            expected = demote_reference(rows[i].double(), int(levels[i]), chain.double(), SMALL)
+            torch.testing.assert_close(module.arena.read(i), expected.float())
+        said = list(solves)
+        solves.clear()
+        return said
+
+    assert not module.demote(torch.tensor([], dtype=torch.int64)).any() and not solves
+    assert demote([0, 1]) == [3] and demote([2, 3]) == []
+    assert demote([0, 4]) == [2] and demote([1, 5]) == []
+    twin = copy.deepcopy(module)
+    module.chain.data.mul_(0.9)  # no version counter says so
+    assert demote([6, 2]) == [2, 3] and demote([3, 7]) == []
+    assert demote([6], twin) == [3]
+    module.load_state_dict(twin.state_dict())
+    assert demote([8]) == [3] and demote([9]) == []
+    pickled = pickle.loads(pickle.dumps(module))
+    assert demote([10], pickled) == [3]
 
 
 def test_the_torch_path_writes_new_rows_only(nan_empty):

@@ -32,7 +32,17 @@ from esapn_kernels.ops.lookup import Options, lookup
 from esapn_kernels.reference import lookup_reference, promote_reference
 from esapn_kernels.reference import split_chain as split_reference
 from esapn_kernels.testing import assert_matches, make_case
-from tests.kernels.layouts import DTYPES, HOSTS, ODD, PAPER, SMALL, TINY, compared, name
+from tests.kernels.layouts import (
+    DTYPES,
+    HOSTS,
+    NEEDS_NATIVE,
+    ODD,
+    PAPER,
+    SMALL,
+    TINY,
+    compared,
+    name,
+)
 
 LAYOUTS = [(SMALL, torch.float32), (TINY, torch.float64), (SMALL, torch.bfloat16)]
 N = 24
@@ -465,6 +475,25 @@ def test_bags_and_collections():
     assert torch.equal(torch.cat([found["a"], found["b"]]), tables.rows(IDS))
     bag(lines).sum().backward()
     assert bag.chain.grad.any()
+
+
+@NEEDS_NATIVE
+@pytest.mark.parametrize("sizes", [(3,), (1, 2), SMALL, ODD, PAPER], ids=name)
+@pytest.mark.parametrize("packed", ["tails", "hops"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=name)
+def test_native_kernels_widen_16_bits_to_the_bits_of_whole_hops(dtype, packed, sizes):
+    """Whose ``g`` is of 16 bits, too; gradients are rounded once."""
+    numel = tails_numel(sizes) if packed == "tails" else chain_numel(sizes)
+    chain = torch.randn(numel).to(dtype)
+    whole = full_chain(chain, sizes).float()
+    composed = compose(chain, sizes, backend="native")
+    assert torch.equal(composed, compose(whole, sizes, backend="native"))
+    sent = torch.randn_like(composed)
+    found = compose_bwd(sent.clone(), chain, composed, sizes, backend="native")
+    wanted = compose_bwd(sent.clone(), whole, composed, sizes, backend="native")
+    assert found.dtype == dtype and found.shape == chain.shape
+    wanted = wanted if whole.numel() == numel else gather_tails(wanted, sizes)
+    assert torch.equal(found, wanted.to(dtype))
 
 
 def test_unchanged_tails_are_composed_once(monkeypatch):
