@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from .inputs import look_up_nested
 from .ops.checks import is_eager
+from .ops.counts import DeviceCount
 
 __all__ = ["BadIds", "row_standing_in", "stand_in"]
 
@@ -42,53 +43,36 @@ def row_standing_in(on_bad_ids: str | int, num_rows: int) -> int:
     return int(on_bad_ids) % num_rows
 
 
-class BadIds:
-    """How many ids of lookups were out of range: a number on every device where ids were.
+class BadIds(DeviceCount):
+    """How many ids of lookups were out of range.
 
-    Its tensors are no buffers: they are not saved, not broadcast, and a GPU is waited for in
-    :meth:`total` only. Replicas of ``nn.DataParallel`` share this object; a copy starts with the
-    count of the original and goes on by itself.
-
-    Args:
-        count: of the original.
+    Replicas of ``nn.DataParallel`` share this object.
     """
 
     def __init__(self, count: int = 0) -> None:
-        self._before = count
-        self._on: dict[torch.device, Tensor] = {}
+        super().__init__(count)
         self._lock = threading.Lock()
         self._warned = False
 
-    def __reduce__(self) -> tuple[type[BadIds], tuple[int]]:
-        return BadIds, (self.total(),)
-
-    def total(self) -> int:
-        """The count so far; waits for the devices."""
-        return self._before + sum(int(count) for count in self._on.values())
-
-    def prepare(self, device: torch.device) -> None:
-        """Make the number of ``device``, where there is none.
+    def prepare(self, device: torch.device) -> Tensor:
+        """The number of ``device``, which is made where there is none.
 
         Done before the first lookup where it can be, for compiled code would be compiled again.
 
         Raises:
             RuntimeError: a CUDA graph is being captured, every replay of which would set it to 0.
         """
-        if device.type == "meta" or device in self._on:
-            return
-        is_eager_gpu = device.type == "cuda" and not torch.compiler.is_compiling()
-        if is_eager_gpu and torch.cuda.is_current_stream_capturing():
+        eager = device.type == "cuda" and not torch.compiler.is_compiling()
+        if eager and device not in self._on and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "on_bad_ids counts on the device: look up once before a graph is captured"
             )
-        with torch.inference_mode(False):
-            self._on[device] = torch.zeros((), dtype=torch.int64, device=device)
+        return super().prepare(device)
 
     def add(self, number: int, ids: Tensor, num_rows: int, row: int, table: str | None) -> None:
         """Count ``number`` of ``ids``, which the host knows, and warn of the first."""
         with self._lock:
-            self.prepare(ids.device)
-            self._on[ids.device] += number
+            self.prepare(ids.device).add_(number)
             warned, self._warned = self._warned, True
         if not warned:
             of = "" if table is None else f" of table {table!r}"
@@ -103,8 +87,7 @@ class BadIds:
         # What is traced once is no lookup.
         traced = torch.compiler.is_exporting() or torch.jit.is_tracing()
         if not traced and not bad.is_meta and not isinstance(bad, FakeTensor):
-            self.prepare(bad.device)
-            self._on[bad.device].add_(bad.sum())
+            self.prepare(bad.device).add_(bad.sum())
 
 
 def _level_of_user() -> int:
