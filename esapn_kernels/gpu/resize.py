@@ -13,7 +13,8 @@ Three launches for any number of ids, R positions in ``ids``, nothing read by th
             group = the level that it leaves (insert: enters), -1: nothing to do       [R]
     scan    one program ranks the owners of every group in the order of their positions and hands
             out rows: free rows of the level's stack from its top, then rows of fresh pages; the
-            rest of the last page goes on the stack. It settles every counter, and counts the call.
+            rest of the last page goes on the stack. It settles every counter, and counts the call
+            and the rows that find no room.
     move    rows, state and locations are written, old rows put on their level's stack
 
 The first owners of a group move as far as rows, pages and room on the old level's stack reach; the
@@ -104,6 +105,7 @@ def _scan_kernel(
     free_count_ptr,
     free_base_ptr,
     moves_ptr,
+    refused_ptr,
     n_ids,
     page_shift,
     SIZES: tl.constexpr,
@@ -117,6 +119,7 @@ def _scan_kernel(
     levels = tl.arange(0, LEVELS)
     index = new_start_ptr.dtype.element_ty
     calls = tl.load(moves_ptr)
+    refused = tl.load(refused_ptr)
 
     # Rank of every owner in its group, and how many rows every group needs.
     need = tl.zeros([LEVELS], dtype=tl.int32)
@@ -213,6 +216,7 @@ def _scan_kernel(
         tl.store(free_count_ptr + len(SIZES), pages)
     tl.store(free_count_ptr + levels, height_after, mask=levels < len(SIZES))
     tl.store(moves_ptr, calls + 1)
+    tl.store(refused_ptr, refused + tl.sum(need.to(tl.int64) - moves, axis=0))
 
 
 @triton.jit
@@ -504,6 +508,7 @@ def _launch(
         places.free_count,
         places.free_base,
         moves,
+        places.refused,
         n_ids,
         layout.page_shift,
         SIZES=sizes,

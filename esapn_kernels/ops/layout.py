@@ -104,6 +104,7 @@ class Places:
         owner: int32 ``[N]``, ``UNCLAIMED`` everywhere before a call and after it; only the Triton
             backend has one.
         moves: int64, the calls by which rows may have moved; every operator counts on.
+        refused: int64, rows that found no room so far; the Triton backend counts on.
     """
 
     layout: Layout
@@ -115,6 +116,7 @@ class Places:
     rows_per_page: Tensor
     owner: Tensor | None
     moves: Tensor
+    refused: Tensor
 
 
 @dataclass(frozen=True)

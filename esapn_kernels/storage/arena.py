@@ -140,6 +140,9 @@ class Arena(Room):
         movers = None
         if backend != "triton":
             movers = self._find_movers(ids, mask, call, backend)
+            if self.keeps_cap:
+                enters = [k + step for k in range(len(self.sizes))]
+                movers = self._that_fit(movers, ids, call, enters)
             given = movers.per_level
             if not any(given):
                 return movers.moved
@@ -193,7 +196,10 @@ class Arena(Room):
             places = self._begin_unread(ids.numel())
         else:
             movers = self._find_movers(ids, None, "insert", backend)
-            taken = [ids.numel() if k == level else 0 for k in range(len(self.sizes))]
+            if self.keeps_cap:
+                movers = self._that_fit(movers, ids, "insert", [level] * len(self.sizes))
+            taken = [0] * len(self.sizes)
+            taken[level] = sum(movers.per_level)
             places = self._begin(taken, [0] * len(taken), movers.backend)
         operands = ids, level, self.storage.detach(), places
         moved = resize.insert(*operands, *self.followers.fresh(), movers)

@@ -98,7 +98,7 @@ class FreeLists:
         for mine, given in zip(present, stacks, strict=True):
             mine.copy_(given)
 
-    def at(self, layout: Layout, owner: Tensor | None, moves: Tensor) -> Places:
+    def at(self, layout: Layout, owner: Tensor | None, moves: Tensor, refused: Tensor) -> Places:
         """What rows that move on ``layout`` work on; only the Triton backend has an ``owner``."""
         return Places(
             layout,
@@ -110,6 +110,7 @@ class FreeLists:
             self.rows_per_page,
             owner,
             moves,
+            refused,
         )
 
     def new_owner(self, num_rows: int) -> Tensor:

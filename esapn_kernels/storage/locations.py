@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..ops.backend import is_capturing, on_large_pages
 from ..ops.checks import is_eager
+from ..ops.counts import DeviceCount
 from ..ops.fit import DownHops
 from ..ops.layout import Layout, index_dtype, page_elements, place_densely, row_table
 from .checks import digest, fault_of, is_hooked, is_shared, version
@@ -75,6 +76,8 @@ class Locations(nn.Module, Rows):
         row_size: int64 ``[n]``: the sizes, so that a checkpoint says what its levels are.
         moves: int64, calls by which rows may have moved; in no checkpoint. A copy that is updated
             in place (an average of parameters) tells from it that its rows lie elsewhere.
+        refusals: how many rows did not move, because ``max_elements`` left no room; in no
+            checkpoint.
     """
 
     storage: nn.Parameter
@@ -83,6 +86,7 @@ class Locations(nn.Module, Rows):
     row_size: Tensor
     moves: Tensor
     followers: Followers
+    refusals: DeviceCount
     _initial_level: Tensor | None
     _free: FreeLists | TakenBits | None
     # What demotions have solved for.
@@ -125,6 +129,7 @@ class Locations(nn.Module, Rows):
         # On the meta device there are no locations: to_empty makes them, and needs to know.
         self._initial_level = level if self.storage.is_meta else None
         self.followers = Followers(self)
+        self.refusals = DeviceCount()
 
     def _place(self, level: Tensor) -> tuple[Tensor, Tensor]:
         """``row_start`` and ``page_level`` of the densest placement, sinks and all, on the CPU.

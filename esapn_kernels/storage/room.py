@@ -36,6 +36,8 @@ class Room(Locations):
     The arguments are those of :class:`~esapn_kernels.storage.arena.Arena`.
     """
 
+    # Whether rows without room stay, on a CPU too, and the storage has the size of its cap.
+    keeps_cap = False
     # The id that compaction in steps goes on from.
     _next = 0
 
@@ -137,6 +139,40 @@ class Room(Locations):
         if missing > 0:
             self._grow(missing)
 
+    def _that_fit(
+        self, movers: resize.Movers, ids: Tensor, call: str, enters: Sequence[int]
+    ) -> resize.Movers:
+        """Those of the movers that find room; the others are counted as refused.
+
+        As in the Triton backend, by level, of a demotion from the last one on, and then in the
+        order in which they were found.
+
+        Args:
+            movers: what :func:`~esapn_kernels.ops.resize.find_movers` found for ``ids``.
+            call: ``promote``, ``demote`` or ``insert``.
+            enters: by level the level that its rows take places of; -1: none of them moves.
+        """
+        free = self._bits() if movers.backend == "native" else self._stacks()
+        if isinstance(free, FreeLists):
+            free.release(self.page_level)
+        *places, pages = free.count.tolist()
+        pages += self._pages_allowed()
+        fit = list(movers.per_level)
+        for k in range(len(fit))[:: -1 if call == "demote" else 1]:
+            if not fit[k]:
+                continue
+            per, left = self.rows_per_page[enters[k]], places[enters[k]]
+            fit[k] = min(fit[k], left + pages * per)
+            pages -= -(-max(fit[k] - left, 0) // per)
+        refused = sum(movers.per_level) - sum(fit)
+        if not refused:
+            return movers
+        self.refusals.prepare(self.storage.device).add_(refused)
+        first = resize.first_movers(movers, fit)
+        layout = self._layout_with_sinks()
+        found = resize.find_movers(first, None, layout, call, backend=movers.backend)
+        return found._replace(moved=movers.moved & torch.isin(ids, first))
+
     def _begin(self, taken: list[int], given: list[int], backend: str) -> FreePlaces:
         """What a call works on that takes and gives so many rows of every level; there is room.
 
@@ -162,7 +198,8 @@ class Room(Locations):
         stacks.ledger.see(counts)
         stacks.ledger.promise(rows)
         self._digest = None
-        return stacks.at(self._layout_with_sinks(), None, self.moves)
+        refused = self.refusals.prepare(self.storage.device)
+        return stacks.at(self._layout_with_sinks(), None, self.moves, refused)
 
     def _make_room(self, rows: int, *, takes: bool = True, strict: bool = False) -> None:
         """Grow, if ``rows`` more rows might not find room on the stacks; the host does not wait.
@@ -214,7 +251,8 @@ class Room(Locations):
         # The operators count, and ``_end`` does: should a kernel fail, what it wrote is looked at.
         self._digest = None
         torch.autograd.graph.increment_version(self.moves)
-        return stacks.at(self._layout_with_sinks(), owner, self.moves)
+        refused = self.refusals.prepare(self.storage.device)
+        return stacks.at(self._layout_with_sinks(), owner, self.moves, refused)
 
     def _count_move(self) -> None:
         self._digest = None

@@ -137,7 +137,7 @@ def calls(
         *(made(len(sizes) + 1, dtype=torch.int64) for _ in range(2)),
         *(made(len(sizes), dtype=torch.int64) for _ in range(2)),
         made(N_ROWS, dtype=torch.int32),
-        made(1, dtype=torch.int64),
+        *(made(1, dtype=torch.int64) for _ in range(2)),
     )
     # Gradient and Adam's moments, and one more; the step that last touched an id.
     state = made(capacity, dtype=wide)
