@@ -64,15 +64,17 @@ class Arena(Locations):
     def level(self, ids: Tensor | None = None) -> Tensor:
         """Level of every row of ``ids`` (of all rows), int64; -1 where there is no row."""
         self._check_accepted()
-        start = self.row_start[:-1] if ids is None else self.row_start[ids]
+        if ids is None:
+            level = torch.empty(self.num_rows, dtype=torch.int64, device=self.row_start.device)
+            for part, found in self.levels():
+                level[part] = found
+            return level
         # No row: -1 // page is -1, the sink, which always holds -1.
-        return self.page_level[start // self.page].long()
+        return self.page_level[self.row_start[ids] // self.page].long()
 
     def bytes(self) -> ArenaBytes:
         """Exact bytes: the first three parts sum to what the tensors' allocations hold."""
-        level = self.level()
-        counts = torch.bincount(level[level >= 0], minlength=len(self.sizes)).tolist()
-        elements = sum(c * d for c, d in zip(counts, self.sizes, strict=True))
+        elements = sum(c * d for c, d in zip(self.count_rows(), self.sizes, strict=True))
         payload = elements * self.storage.element_size()
         allocated = self.storage.untyped_storage().nbytes()
         locations = sum(b.untyped_storage().nbytes() for b in self.buffers(recurse=False))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,15 @@ from torch import Tensor, nn
 
 from ..ops.backend import is_capturing, on_large_pages
 from ..ops.checks import is_eager
-from ..ops.layout import Layout, index_dtype, page_elements, place_densely, row_table
+from ..ops.layout import (
+    Layout,
+    chunks,
+    count_levels,
+    index_dtype,
+    page_elements,
+    place_densely,
+    write_rows,
+)
 from .checks import digest, fault_of, is_hooked, is_shared, version
 from .followers import Follower, Followers, with_dense_gradient
 from .free import FreeLists
@@ -81,7 +89,7 @@ class Locations(nn.Module, Rows):
     row_size: Tensor
     moves: Tensor
     followers: Followers
-    _initial_level: Tensor | None
+    _initial_level: int | Tensor | None
     _free: FreeLists | None
     # A CUDA graph that moves rows holds the addresses.
     _captured: bool = False
@@ -110,10 +118,9 @@ class Locations(nn.Module, Rows):
         self.sizes = tuple(sizes)
         self.page = page_elements(self.sizes, num_rows)
         self.rows_per_page = [self.page // d for d in self.sizes]
-        if not isinstance(level, Tensor):
-            level = torch.full((num_rows,), level, dtype=torch.int8, device="cpu")
-        level = level.cpu()
-        starts, page_level = self._place(level)
+        if isinstance(level, Tensor):
+            level = level.cpu()
+        starts, page_level = self._place(level, torch.empty(0, device=device).device)
         storage = torch.zeros((len(page_level) - 1) * self.page, device=device, dtype=dtype)
         self.storage = nn.Parameter(on_large_pages(storage))
         self._free = self._held = self._digest = self._alike = None
@@ -122,23 +129,21 @@ class Locations(nn.Module, Rows):
         self._initial_level = level if self.storage.is_meta else None
         self.followers = Followers(self)
 
-    def _place(self, level: Tensor) -> tuple[Tensor, Tensor]:
-        """``row_start`` and ``page_level`` of the densest placement, sinks and all, on the CPU.
+    def _place(
+        self, level: int | Tensor, device: torch.device | str = "cpu"
+    ) -> tuple[Tensor, Tensor]:
+        """``row_start`` and ``page_level`` of the densest placement, see :func:`place_densely`.
 
         Raises:
             ValueError: ``max_elements`` allows fewer pages.
         """
-        with torch.device("cpu"):
-            starts, page_level = place_densely(level, self.sizes, self.page)
-            elements = len(page_level) * self.page
-            if self.max_elements is not None and elements > self.max_elements:
-                raise ValueError(
-                    f"the rows take {elements} elements, max_elements={self.max_elements} "
-                    "allows fewer"
-                )
-            sink = torch.tensor([-1])
-            starts = torch.cat([starts, sink]).to(index_dtype(elements))
-            return starts, torch.cat([page_level, sink.to(torch.int8)])
+        placed = place_densely(level, self.num_rows, self.sizes, self.page, device)
+        elements = (len(placed[1]) - 1) * self.page
+        if self.max_elements is not None and elements > self.max_elements:
+            raise ValueError(
+                f"the rows take {elements} elements, max_elements={self.max_elements} allows fewer"
+            )
+        return placed
 
     def _set_locations(self, row_start: Tensor, page_level: Tensor) -> None:
         """Make every buffer anew."""
@@ -180,7 +185,7 @@ class Locations(nn.Module, Rows):
         super()._apply(keep, recurse)
         self._free = None
         if level is not None and not self.storage.is_meta:
-            self._set_locations(*self._place(level))
+            self._set_locations(*self._place(level, self.storage.device))
             self._initial_level = None
         return self
 
@@ -228,6 +233,20 @@ class Locations(nn.Module, Rows):
 
     def _sliced(self, row_start: Tensor, page_level: Tensor) -> Layout:
         return Layout(row_start[:-1], page_level[:-1], self.sizes, self.page)
+
+    def levels(self) -> Iterator[tuple[slice, Tensor]]:
+        """The levels of all rows, int8, chunk by chunk; -1 where there is no row."""
+        for part in chunks(self.num_rows):
+            # No row: -1 // page is -1, the sink, which always holds -1.
+            yield part, self.page_level[self.row_start[part] // self.page]
+
+    def count_rows(self) -> list[int]:
+        """How many rows every size has."""
+        self._check_accepted()
+        total = torch.zeros(len(self.sizes), dtype=torch.int64, device=self.row_start.device)
+        for _, level in self.levels():
+            total += count_levels(level, len(self.sizes))
+        return total.tolist()
 
     def _tensors(self) -> dict[str, Tensor]:
         """What a checkpoint holds."""
@@ -417,11 +436,9 @@ class Locations(nn.Module, Rows):
         Raises:
             ValueError: ``max_elements`` does not allow it.
         """
-        levels = torch.full((self.num_rows,), len(self.sizes) - 1, dtype=torch.int8, device="cpu")
-        row_start, page_level = (place.to(rows.device) for place in self._place(levels))
+        row_start, page_level = self._place(len(self.sizes) - 1, rows.device)
         storage = rows.detach().new_zeros((len(page_level) - 1) * self.page)
-        if self.num_rows:
-            row_table(storage, self.sizes[-1]).index_copy_(0, row_start[:-1].long(), rows.detach())
+        write_rows(storage, row_start, rows.detach())
         sizes = torch.tensor(self.sizes, device=rows.device)
         state = (storage, row_start, page_level, sizes)
         return dict(zip(self._tensors(), state, strict=True))
