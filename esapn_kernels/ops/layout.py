@@ -33,7 +33,7 @@ __all__ = [
 
 _PAGE = 4096
 _INT32_LIMIT = 2**31 - 1
-_CHUNK = 1 << 20
+_CHUNK = 1 << 18
 
 UNCLAIMED = 2**31 - 1
 """What ``Places.owner`` holds for an id that no position claims."""

@@ -39,6 +39,7 @@ from .followers import with_dense_gradient
 from .free import FreeLists
 from .locations import Locations, unrecorded
 from .matching import find_moving
+from .replacing import is_alone
 
 __all__ = ["Arena"]
 
@@ -444,16 +445,17 @@ class Arena(Locations):
         free, numel = self._free_lists(), (old + pages) * self.page
         self._refuse_replacing(numel)
         index = index_dtype(numel)
-        storage = on_large_pages(self.storage.detach().new_zeros(numel))
-        storage[: self.storage.numel()] = self.storage.detach()
-        grown = self._fresh_followers(numel)
-        for follower, value in grown:
-            value[: follower.tensor.numel()] = follower.tensor
-        row_start = self.row_start.to(index, copy=True)
+        held = self.storage.numel()
+        storage = on_large_pages(self.storage.detach().new_empty(numel))
+        storage[held:] = 0
+        grown = self._fresh_followers(numel, held)
+        row_start = self.row_start.detach()
+        if row_start.dtype != index or not is_alone(self.row_start, views=2):
+            row_start = row_start.to(index, copy=True)
         page_level = self.page_level.new_full((old + pages + 1,), -1)
         page_level[:old] = self.page_level[:old]
         lists = free.with_pages(old, pages, index)
-        self._replace(storage, row_start, page_level, grown)
+        self._replace(storage, row_start, page_level, grown, moves=True)
         free.add_pages(pages, *lists)
 
     def _grow_stacks(self, heights: Sequence[int]) -> None:

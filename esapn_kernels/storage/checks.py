@@ -10,9 +10,6 @@ from torch import Tensor
 from ..ops.backend import host_reads
 from ..ops.layout import chunks
 
-_CHUNK = 1 << 18
-"""Ids at a time: what is computed of them stays in a CPU's caches."""
-
 __all__ = ["digest", "fault_of", "is_hooked", "is_shared", "version"]
 
 
@@ -65,7 +62,7 @@ def _misplaced(
     taken = torch.zeros(numel // page * most + 1, dtype=torch.bool, device=device)
     rows = torch.zeros((), dtype=torch.int64, device=device)
     found = torch.zeros(3, dtype=torch.bool, device=device)
-    for part in chunks(count, _CHUNK):
+    for part in chunks(count):
         start = row_start[part].long()
         inside = (start >= -1) & (start < numel)
         held = inside & (start >= 0)
@@ -100,7 +97,7 @@ def digest(row_start: Tensor) -> Tensor | int:
     Any change of one start changes it: a sum with odd factors, which wraps around.
     """
     total = torch.zeros((), dtype=torch.int64, device=row_start.device)
-    for part in chunks(len(row_start), _CHUNK):
+    for part in chunks(len(row_start)):
         odd = torch.arange(2 * part.start + 1, 2 * part.stop, 2, device=row_start.device)
         total = total + odd.mul_(row_start[part]).sum()
     return int(total) if host_reads(total) and type(total) is Tensor else total

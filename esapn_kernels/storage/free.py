@@ -22,7 +22,7 @@ from .ledger import Ledger
 
 __all__ = ["FreeLists"]
 
-_SLOTS = 1 << 20
+_SLOTS = 1 << 18
 """Places that are looked at together."""
 
 

@@ -32,6 +32,7 @@ from ..ops.layout import (
 from .checks import digest, fault_of, is_hooked, is_shared, version
 from .followers import Follower, Followers, with_dense_gradient
 from .free import FreeLists
+from .replacing import is_alone, is_followed_alone, move_into
 from .rows import Rows
 
 __all__ = ["Locations", "unrecorded"]
@@ -234,9 +235,9 @@ class Locations(nn.Module, Rows):
     def _sliced(self, row_start: Tensor, page_level: Tensor) -> Layout:
         return Layout(row_start[:-1], page_level[:-1], self.sizes, self.page)
 
-    def levels(self) -> Iterator[tuple[slice, Tensor]]:
-        """The levels of all rows, int8, chunk by chunk; -1 where there is no row."""
-        for part in chunks(self.num_rows):
+    def levels(self, size: int = 1 << 18) -> Iterator[tuple[slice, Tensor]]:
+        """The levels of all rows, int8, so many at a time; -1 where there is no row."""
+        for part in chunks(self.num_rows, size):
             # No row: -1 // page is -1, the sink, which always holds -1.
             yield part, self.page_level[self.row_start[part] // self.page]
 
@@ -343,12 +344,14 @@ class Locations(nn.Module, Rows):
         if numel != self.storage.numel() and is_hooked(self.storage):
             raise RuntimeError(_HOOKED)
 
-    def _fresh_followers(self, numel: int) -> list[tuple[Follower, Tensor]]:
-        """Everything that goes with the rows, and memory for it that holds fresh rows."""
-        return [
-            (follower, on_large_pages(follower.tensor.new_full((numel,), follower.fresh)))
-            for follower in self.followers.per_element()
-        ]
+    def _fresh_followers(self, numel: int, begin: int = 0) -> list[tuple[Follower, Tensor]]:
+        """Everything that goes with the rows, and memory for it with fresh rows from ``begin``."""
+        found = []
+        for follower in self.followers.per_element():
+            value = on_large_pages(follower.tensor.new_empty(numel))
+            value[begin:] = follower.fresh
+            found.append((follower, value))
+        return found
 
     def _replace(
         self,
@@ -356,19 +359,37 @@ class Locations(nn.Module, Rows):
         row_start: Tensor,
         page_level: Tensor,
         grown: list[tuple[Follower, Tensor]],
+        *,
+        moves: bool = False,
     ) -> None:
-        """Take new memory, allocated before, for everything; aliases of the old keep it whole."""
+        """Take new memory, allocated before, for everything; aliases of the old keep it whole.
+
+        Args:
+            grown: empty afterwards.
+            moves: the present numbers move to the beginning of what takes their place.
+        """
         # Places saved for a pending backward are no longer where the rows are.
         if not self.storage.is_inference():
             torch.autograd.graph.increment_version(self.storage)
+        data = [storage]
         if storage.shape != self.storage.shape:
             # A graph that is still alive (the last step's loss) holds the node that accumulates
             # into storage, and with it the old shape. Only another dtype makes autograd forget it.
             other = torch.float64 if storage.dtype == torch.float32 else torch.float32
-            self.storage.data = storage.new_empty(0, dtype=other)
-        self.storage.data = storage
-        for follower, value in grown:
+            data.insert(0, storage.new_empty(0, dtype=other))
+        if moves:
+            move_into(storage, self.storage, *data, alone=is_alone(self.storage))
+        else:
+            for tensor in data:
+                self.storage.data = tensor
+        # What is replaced is given back before the next: no follower stays in the list.
+        while grown:
+            follower, value = grown.pop()
+            if moves:
+                alone = is_followed_alone(follower)
+                move_into(value, follower.tensor, alone=alone)
             follower.replace(value)
+            del follower
         self.row_start.data = row_start
         self.page_level.data = page_level
         self._remember()
@@ -418,8 +439,11 @@ class Locations(nn.Module, Rows):
                 self.storage.detach().new_empty(numel),
                 self.row_start.new_empty(self.row_start.shape, dtype=index_dtype(numel)),
                 self.page_level.new_empty(saved["page_level"].shape),
-                self._fresh_followers(numel),
+                self._fresh_followers(numel, numel),
             )
+            # Once the old is given back.
+            for tensor, fresh in self.followers.fresh()[0]:
+                tensor.fill_(fresh)
         present = {prefix + name: tensor for name, tensor in saved.items()}
         if saved:
             self._held = None  # its views would hinder torch from swapping what they are of
