@@ -74,7 +74,7 @@ def _misplaced(
         found |= torch.stack([(~inside).any(), (held & (level < 0)).any(), (held & misfits).any()])
         place = torch.where(held, start // page * most + slot // dim, len(taken) - 1)
         taken.index_fill_(0, place, True)
-        rows += held.sum()
+        rows += torch.count_nonzero(held)
     outside, unpaged, between = found
     faults = {
         "row_start and page_level must end with -1": (row_start[-1] != -1) | (page_level[-1] != -1),
@@ -84,7 +84,7 @@ def _misplaced(
         f"row_start must lie between -1 and {numel - 1}, inside storage": outside,
         "a row of row_start lies in a page that page_level says is free": unpaged,
         "a row of row_start begins or ends between two places of its page": between,
-        "two rows of row_start lie in one place": taken[:-1].sum() != rows,
+        "two rows of row_start lie in one place": torch.count_nonzero(taken[:-1]) != rows,
     }
     faulty = torch.stack(list(faults.values())).tolist()
     return next((why for why, fault in zip(faults, faulty, strict=True) if fault), "")
