@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .ops.layout import chunks
+
 __all__ = [
     "check_floating",
     "check_mask",
@@ -91,12 +93,14 @@ def initial_level(
             raise ValueError(
                 f"initial_size must be one size or [{num_rows}] sizes, got shape {list(size.shape)}"
             )
-        size = size.cpu().contiguous()
         known = torch.tensor(sizes, device="cpu")
-        level = torch.searchsorted(known, size).clamp(max=len(sizes) - 1)
-        if not torch.equal(known[level], size.to(known.dtype)):
-            raise ValueError(f"initial_size holds sizes that are not among {list(sizes)}")
-        level = level.to(torch.int8)
+        level = torch.empty(num_rows, dtype=torch.int8, device="cpu")
+        for part in chunks(num_rows):
+            wanted = size[part].cpu().contiguous()
+            found = torch.searchsorted(known, wanted).clamp(max=len(sizes) - 1)
+            if not torch.equal(known[found], wanted.to(known.dtype)):
+                raise ValueError(f"initial_size holds sizes that are not among {list(sizes)}")
+            level[part] = found
     if padding_idx is not None and len(sizes) > 1:
         if not isinstance(level, Tensor):
             level = torch.full((num_rows,), level, dtype=torch.int8, device="cpu")

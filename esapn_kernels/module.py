@@ -27,7 +27,7 @@ from .ops.backend import BACKENDS
 from .ops.chain import chain_numel, draw_hops, tails_numel
 from .ops.checks import check_ids
 from .ops.compose import ComposedCache
-from .ops.layout import row_table
+from .ops.layout import write_rows
 from .ops.lookup import Options, lookup
 from .ops.memory import MemoryReport
 from .storage.arena import Arena
@@ -288,34 +288,41 @@ class ResizableEmbedding(nn.Embedding):
         The padding row becomes zeros. After ``to_empty`` of a module on the meta device rows have
         their initial sizes.
         """
-        if self.chain is None:
+        arena = self.arena
+        if isinstance(arena, Table):
             self.weight.normal_(0.0, self.init_std)
             self._fill_padding_idx_with_zero()
             return
         self._check_options(several=True)
-        storage = self.arena.storage
+        storage = arena.storage
         if storage.is_meta:
             return
-        level = self.arena.level()
-        start = self.arena.layout.row_start.long()
+        layout = arena.layout
         storage.zero_()
-        for k, dim in enumerate(self.sizes):
-            mine = start[level == k]
-            rows = torch.empty(len(mine), dim, device=storage.device, dtype=storage.dtype)
-            rows.normal_(0.0, self.init_std)
-            if len(mine):
-                row_table(storage, dim).index_copy_(0, mine, rows)
+        for part, level in arena.levels(1 << 20):
+            for k, dim in enumerate(self.sizes):
+                mine = layout.row_start[part][level == k]
+                if not len(mine):
+                    continue
+                first = int(mine[0])
+                if bool((mine[1:] - mine[:-1] == dim).all()):
+                    # They lie side by side, as in a fresh table: no copy.
+                    storage[first : first + len(mine) * dim].normal_(0.0, self.init_std)
+                else:
+                    rows = storage.new_empty(len(mine), dim)
+                    write_rows(storage, mine, rows.normal_(0.0, self.init_std))
         if self.padding_idx is not None:
-            first = int(start[self.padding_idx])
-            storage[first : first + self.sizes[int(level[self.padding_idx])]] = 0
+            first = int(layout.row_start[self.padding_idx])
+            if first >= 0:
+                size = self.sizes[int(layout.page_level[first // layout.page])]
+                storage[first : first + size] = 0
         draw_hops(self.chain, self.sizes, self.init)
 
     @torch.no_grad()
     def _write_rows(self, weight: Tensor) -> None:
         """Set all rows, which are of the largest size, to those of ``weight``."""
         if self.num_embeddings and not weight.is_meta:
-            table = row_table(self.arena.storage, self.embedding_dim)
-            table.index_copy_(0, self.arena.layout.row_start.long(), weight)
+            write_rows(self.arena.storage, self.arena.layout.row_start, weight)
 
     @classmethod
     def from_pretrained(
@@ -750,9 +757,7 @@ class ResizableEmbedding(nn.Embedding):
         """Bytes really allocated, part by part; see :class:`MemoryReport`."""
         parts = self.arena.bytes()
         itemsize = self.arena.storage.element_size()
-        level = self.arena.level()
         chain = 0 if self.chain is None else self.chain.untyped_storage().nbytes()
-        counts = torch.bincount(level[level >= 0], minlength=len(self.sizes)).tolist()
         return MemoryReport(
             payload=parts.payload,
             slack=parts.slack,
@@ -761,7 +766,7 @@ class ResizableEmbedding(nn.Embedding):
             optimizer=self.arena.followers.state_bytes(),
             scratch=parts.scratch,
             fixed=self.arena.num_rows * self.sizes[-1] * itemsize,
-            rows_per_size=dict(zip(self.sizes, counts, strict=True)),
+            rows_per_size=dict(zip(self.sizes, self.arena.count_rows(), strict=True)),
         )
 
     @torch.no_grad()

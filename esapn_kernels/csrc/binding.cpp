@@ -9,7 +9,7 @@
 #include "kernels.h"
 
 // Of these functions' arguments; ops/backend.py takes no module of another number.
-#define ESAPN_INTERFACE 6
+#define ESAPN_INTERFACE 7
 
 namespace {
 
@@ -418,6 +418,31 @@ PyObject* use_large_pages(PyObject*, PyObject* const* values, Py_ssize_t count) 
   Py_RETURN_NONE;
 }
 
+// Python's lock is kept from the count to the last assignment: no other thread takes an alias of the
+// old memory, or reads what has been given back.
+PyObject* move_memory(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  if (count < 7) {
+    PyErr_SetString(PyExc_TypeError, "too few arguments");
+    return nullptr;
+  }
+  Arguments arguments(values + 2, 4);
+  const int64_t alone = arguments.integer();
+  void* to = arguments.address();
+  void* from = arguments.address();
+  const int64_t bytes = arguments.integer();
+  if (arguments.failed()) return nullptr;
+  PyObject* found = PyObject_CallFunctionObjArgs(values[0], values[1], nullptr);
+  if (!found) return nullptr;
+  const int64_t holders = PyLong_AsLongLong(found);
+  Py_DECREF(found);
+  if (PyErr_Occurred()) return nullptr;
+  if (holders != alone) Py_RETURN_FALSE;
+  move_bytes(to, from, bytes);
+  for (Py_ssize_t i = 7; i < count; i++)
+    if (PyObject_SetAttrString(values[6], "data", values[i])) return nullptr;
+  Py_RETURN_TRUE;
+}
+
 PyObject* instruction_sets(PyObject*, PyObject*) {
   PyObject* names = PyList_New(0);
   for (const Kernels* const* kernels = available(); names && *kernels; kernels++) {
@@ -471,6 +496,8 @@ PyMethodDef methods[] = {
      "(table, places, first, end, moved, from, to): rows go to lower pages of their level; returns their number"},
     {"equal_bytes", fast(equal_bytes), METH_FASTCALL, "(one, other, length)"},
     {"use_large_pages", fast(use_large_pages), METH_FASTCALL, "(memory, bytes): where it is much"},
+    {"move_memory", fast(move_memory), METH_FASTCALL,
+     "(holders, storage, alone, to, from, bytes, tensor, *data): where holders(storage) is alone"},
     {"instruction_sets", instruction_sets, METH_NOARGS, "Those that this machine runs, the widest first."},
     {"instruction_set", instruction_set, METH_NOARGS, "The one whose kernels run."},
     {"use", use, METH_O, "Take the kernels of an instruction set; returns the one before."},

@@ -91,6 +91,27 @@ void advise_large_pages(void* memory, int64_t bytes, bool now) {
 #endif
 }
 
+void move_bytes(void* to, void* from, int64_t bytes) {
+  char *const source = static_cast<char*>(from), *const target = static_cast<char*>(to);
+#if defined(__linux__)
+  // Whole pieces of memory, aligned to large pages, of which the system would keep a part.
+  constexpr uintptr_t PIECE = uintptr_t(16) << 20, LARGE_PAGE = uintptr_t(2) << 20;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(from), end = begin + uintptr_t(bytes);
+  uintptr_t kept = (begin + LARGE_PAGE - 1) / LARGE_PAGE * LARGE_PAGE;
+  for (uintptr_t at = begin; at < end;) {
+    const uintptr_t next = end - at > PIECE ? at + PIECE : end;
+    memcpy(target + (at - begin), source + (at - begin), next - at);
+    at = next;
+    const uintptr_t copied = at / LARGE_PAGE * LARGE_PAGE;
+    if (copied <= kept) continue;
+    (void)madvise(reinterpret_cast<void*>(kept), copied - kept, MADV_DONTNEED);
+    kept = copied;
+  }
+#else
+  memcpy(target, source, size_t(bytes));
+#endif
+}
+
 Buffer::Buffer(int64_t bytes) : memory_(nullptr) {
   void* memory = nullptr;
   if (posix_memalign(&memory, 64, size_t(bytes > 0 ? (bytes + 63) / 64 * 64 : 64)) == 0)

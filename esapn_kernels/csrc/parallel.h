@@ -28,6 +28,9 @@ constexpr int64_t LARGE = int64_t(16) << 20;
 // of those that it lies on already. Advice only: where it is not taken, nothing changes.
 void advise_large_pages(void* memory, int64_t bytes, bool now = false);
 
+// Copies in pieces and gives the old pages back to the system as it goes: what they hold is lost.
+void move_bytes(void* to, void* from, int64_t bytes);
+
 // Memory aligned to 64 bytes, not initialised; freed when it goes out of scope.
 class Buffer {
  public:

@@ -24,6 +24,7 @@ __all__ = [
     "host_reads",
     "is_capturing",
     "launch_kernel",
+    "manages_memory",
     "native",
     "on_large_pages",
     "own_precision",
@@ -78,7 +79,7 @@ NATIVE_ERROR: str | None = None
 """Why the native kernels cannot be used, ``None`` where they can."""
 
 
-_INTERFACE = 6  # csrc/binding.cpp has the same
+_INTERFACE = 7  # csrc/binding.cpp has the same
 _AGAIN = "make install builds them in a checkout, and pip install wherever g++ or clang is"
 
 
@@ -202,10 +203,14 @@ def on_large_pages(memory: Tensor) -> Tensor:
 
     Rows are read in any order: on small pages the address of nearly every one has to be looked up.
     """
-    native_runs = NATIVE_ERROR is None and _FORCED != "torch"
-    if native_runs and memory.is_cpu and type(memory) is Tensor:  # fakes have no memory
+    if manages_memory() and memory.is_cpu and type(memory) is Tensor:  # fakes have no memory
         native.use_large_pages(memory.data_ptr(), memory.nbytes)
     return memory
+
+
+def manages_memory() -> bool:
+    """Whether native functions tell the system how the memory of CPU tensors is used."""
+    return NATIVE_ERROR is None and _FORCED != "torch"
 
 
 def is_capturing(tensor: Tensor) -> bool:

@@ -10,7 +10,7 @@ one size, so a row needs no level of its own. Nothing here allocates storage or 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,15 +23,19 @@ __all__ = [
     "Layout",
     "Places",
     "TakenPlaces",
+    "chunks",
+    "count_levels",
     "gather_rows",
     "index_dtype",
     "page_elements",
     "place_densely",
     "row_table",
+    "write_rows",
 ]
 
 _PAGE = 4096
 _INT32_LIMIT = 2**31 - 1
+_CHUNK = 1 << 18
 
 UNCLAIMED = 2**31 - 1
 """What ``Places.owner`` holds for an id that no position claims."""
@@ -172,29 +176,90 @@ def index_dtype(numel: int) -> torch.dtype:
     return torch.int32 if numel <= _INT32_LIMIT else torch.int64
 
 
-def place_densely(level: Tensor, sizes: Sequence[int], page: int) -> tuple[Tensor, Tensor]:
+def chunks(count: int, size: int = _CHUNK) -> Iterator[slice]:
+    """Slices that cover ``count`` ids: what is computed of every id takes little memory at a time.
+
+    >>> list(chunks(5, 2))
+    [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)]
+    """
+    for begin in range(0, count, size):
+        yield slice(begin, min(begin + size, count))
+
+
+def count_levels(level: Tensor, levels: int) -> Tensor:
+    """How many of ``level`` are of each level, int64 ``[levels]``; others are not counted.
+
+    >>> count_levels(torch.tensor([1, -1, 1, 0]), 3)
+    tensor([1, 2, 0])
+    """
+    counted = level.long().clamp(-1, levels).add_(1)
+    return torch.bincount(counted, minlength=levels + 2)[1:-1]
+
+
+def place_densely(
+    level: int | Tensor,
+    num_rows: int,
+    sizes: Sequence[int],
+    page: int,
+    device: torch.device | str = "cpu",
+) -> tuple[Tensor, Tensor]:
     """The densest placement of rows of the given levels, level after level.
 
     Args:
-        level: int ``[N]`` on the CPU; -1: no row.
+        level: of all rows, or an integer tensor ``[N]``; -1: no row.
+        num_rows: ``N``.
         sizes, page: as in :class:`Layout`.
+        device: of the result; that of ``level`` where it is a tensor.
 
     Returns:
-        Row starts int64 ``[N]`` and page levels int8 ``[pages]``.
+        Row starts ``[N + 1]`` and page levels int8 ``[pages + 1]``, as in :class:`Layout` but for
+        the sinks, -1, that they end with.
+
+    >>> place_densely(1, 3, (2, 4), 8)
+    (tensor([ 0,  4,  8, -1], dtype=torch.int32), tensor([ 1,  1, -1], dtype=torch.int8))
     """
-    starts = torch.full((len(level),), -1, dtype=torch.int64, device=level.device)
-    page_level: list[Tensor] = []
-    pages = 0
-    for k, dim in enumerate(sizes):
-        per = page // dim
-        mine = (level == k).nonzero()[:, 0]
-        need = -(-len(mine) // per)
-        slots = torch.arange(need * per, device=level.device)
-        place = (pages + slots // per) * page + slots % per * dim
-        starts[mine] = place[: len(mine)]
-        page_level.append(torch.full((need,), k, dtype=torch.int8, device=level.device))
-        pages += need
-    return starts, torch.cat(page_level)
+    if isinstance(level, Tensor):
+        device, counts = level.device, [0] * len(sizes)
+        for part in chunks(num_rows):
+            found = count_levels(level[part], len(sizes)).tolist()
+            counts = [a + b for a, b in zip(counts, found, strict=True)]
+    else:
+        counts = [num_rows if k == level else 0 for k in range(len(sizes))]
+    pages = [-(-count // (page // dim)) for count, dim in zip(counts, sizes, strict=True)]
+    index = index_dtype(sum(pages) * page)
+    page_level = torch.full((sum(pages) + 1,), -1, dtype=torch.int8, device=device)
+    row_start = torch.empty(num_rows + 1, dtype=index, device=device)
+    row_start[-1:] = -1
+    levels, begin = [], 0
+    for k, (dim, need) in enumerate(zip(sizes, pages, strict=True)):
+        page_level[begin : begin + need] = k
+        if need:
+            levels.append((k, dim, begin * page))
+        begin += need
+    placed = dict.fromkeys(range(len(sizes)), 0)
+    for part in chunks(num_rows):
+        into = row_start[part]
+        if isinstance(level, Tensor):
+            into.fill_(-1)
+            for k, dim, first in levels:
+                mine = (level[part] == k).nonzero()[:, 0]
+                start = torch.arange(placed[k], placed[k] + len(mine), dtype=index, device=device)
+                into[mine] = _nth_start(start, dim, page).add_(first)
+                placed[k] += len(mine)
+        elif levels:
+            torch.arange(part.start, part.stop, dtype=index, device=device, out=into)
+            _nth_start(into, levels[0][1], page)
+        else:
+            into.fill_(-1)
+    return row_start, page_level
+
+
+def _nth_start(n: Tensor, dim: int, page: int) -> Tensor:
+    """Where the ``n``-th of rows of ``dim`` begins in pages that hold such rows alone; in place."""
+    per = page // dim
+    tails = (n // per).mul_(page - per * dim) if page != per * dim else None
+    n.mul_(dim)
+    return n if tails is None else n.add_(tails)
 
 
 def row_table(flat: Tensor, dim: int) -> Tensor:
@@ -208,3 +273,10 @@ def row_table(flat: Tensor, dim: int) -> Tensor:
 def gather_rows(storage: Tensor, start: Tensor, dim: int) -> Tensor:
     """``storage[start_i : start_i + dim]`` as ``[len(start), dim]``, for any alignment."""
     return row_table(storage, dim).index_select(0, start)
+
+
+def write_rows(storage: Tensor, start: Tensor, rows: Tensor) -> None:
+    """Write ``rows``, ``[N, dim]``, to the places that begin at ``start``."""
+    table = row_table(storage, rows.shape[1]) if len(rows) else storage
+    for part in chunks(len(rows)):
+        table.index_copy_(0, start[part].long(), rows[part])

@@ -39,6 +39,7 @@ from .followers import with_dense_gradient
 from .locations import unrecorded
 from .matching import find_moving
 from .room import Room
+from .replacing import is_alone
 
 __all__ = ["Arena"]
 
@@ -63,9 +64,7 @@ class Arena(Room):
 
     def bytes(self) -> ArenaBytes:
         """Exact bytes: the first three parts sum to what the tensors' allocations hold."""
-        level = self.level()
-        counts = torch.bincount(level[level >= 0], minlength=len(self.sizes)).tolist()
-        elements = sum(c * d for c, d in zip(counts, self.sizes, strict=True))
+        elements = sum(c * d for c, d in zip(self.count_rows(), self.sizes, strict=True))
         payload = elements * self.storage.element_size()
         allocated = self.storage.untyped_storage().nbytes()
         locations = sum(b.untyped_storage().nbytes() for b in self.buffers(recurse=False))

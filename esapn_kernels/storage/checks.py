@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..ops.backend import host_reads
+from ..ops.layout import chunks
 
 __all__ = ["digest", "fault_of", "is_hooked", "is_shared", "version"]
 
@@ -52,26 +53,41 @@ def _misplaced(
     row_start: Tensor, page_level: Tensor, numel: int, sizes: Sequence[int], page: int
 ) -> str:
     """Why the numbers of ``row_start`` and ``page_level`` are no places of rows."""
-    page_level = page_level.to(row_start.device)
-    last, start = len(sizes) - 1, row_start[:-1].long()
-    inside = (start >= -1) & (start < numel)
-    held = inside & (start >= 0)
-    start = torch.where(held, start, -1)
-    level = page_level[start // page].long()  # no row: the sink's
-    dim = torch.tensor(sizes, device=start.device)[level.clamp(min=0, max=last)]
-    slot = start % page
-    order = row_start[:-1].sort().values  # in its own dtype: int32 is sorted faster
+    device, last = row_start.device, len(sizes) - 1
+    page_level = page_level.to(device)
+    dims = torch.tensor(sizes, device=device)
+    most = page // sizes[0]  # places in a page, at most
+    count = len(row_start) - 1
+    # One number per place, and one for whatever has none.
+    taken = torch.zeros(numel // page * most + 1, dtype=torch.bool, device=device)
+    rows = torch.zeros((), dtype=torch.int64, device=device)
+    found = torch.zeros(3, dtype=torch.bool, device=device)
+    for part in chunks(count):
+        start = row_start[part].long()
+        inside = (start >= -1) & (start < numel)
+        held = inside & (start >= 0)
+        start = torch.where(held, start, -1)
+        level = page_level[start // page].long()  # no row: the sink's
+        dim = dims[level.clamp(min=0, max=last)]
+        slot = start % page
+        misfits = (slot % dim != 0) | (slot + dim > page)
+        found |= torch.stack([(~inside).any(), (held & (level < 0)).any(), (held & misfits).any()])
+        place = torch.where(held, start // page * most + slot // dim, len(taken) - 1)
+        taken.index_fill_(0, place, True)
+        rows += torch.count_nonzero(held)
+    outside, unpaged, between = found
     faults = {
         "row_start and page_level must end with -1": (row_start[-1] != -1) | (page_level[-1] != -1),
-        f"page_level must lie between -1 and {last}": ((page_level < -1) | (page_level > last)),
-        f"row_start must lie between -1 and {numel - 1}, inside storage": ~inside,
-        "a row of row_start lies in a page that page_level says is free": held & (level < 0),
-        "a row of row_start begins or ends between two places of its page": held
-        & ((slot % dim != 0) | (slot + dim > page)),
-        "two rows of row_start lie in one place": (order[1:] >= 0) & (order[1:] == order[:-1]),
+        f"page_level must lie between -1 and {last}": (
+            (page_level < -1) | (page_level > last)
+        ).any(),
+        f"row_start must lie between -1 and {numel - 1}, inside storage": outside,
+        "a row of row_start lies in a page that page_level says is free": unpaged,
+        "a row of row_start begins or ends between two places of its page": between,
+        "two rows of row_start lie in one place": torch.count_nonzero(taken[:-1]) != rows,
     }
-    found = torch.stack([fault.any() for fault in faults.values()]).tolist()
-    return next((why for why, fault in zip(faults, found, strict=True) if fault), "")
+    faulty = torch.stack(list(faults.values())).tolist()
+    return next((why for why, fault in zip(faults, faulty, strict=True) if fault), "")
 
 
 @torch.no_grad()
@@ -80,8 +96,10 @@ def digest(row_start: Tensor) -> Tensor | int:
 
     Any change of one start changes it: a sum with odd factors, which wraps around.
     """
-    start = row_start.long()
-    total = (start * torch.arange(1, 2 * len(start), 2, device=start.device)).sum()
+    total = torch.zeros((), dtype=torch.int64, device=row_start.device)
+    for part in chunks(len(row_start)):
+        odd = torch.arange(2 * part.start + 1, 2 * part.stop, 2, device=row_start.device)
+        total = total + odd.mul_(row_start[part]).sum()
     return int(total) if host_reads(total) and type(total) is Tensor else total
 
 

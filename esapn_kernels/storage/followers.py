@@ -40,7 +40,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..ops.backend import host_reads
 from ..ops.chain import compute_dtype
-from ..ops.layout import Filled, Layout, row_table
+from ..ops.layout import Filled, Layout, chunks, row_table
 from ..ops.row_gradient import RowGradient
 from ..ops.update import RowStep
 
@@ -322,15 +322,16 @@ def _relocate(state: Tensor, into: Tensor, loaded: tuple[Tensor, Tensor], layout
     row_start, page_level = loaded
     if state.numel() != page_level.numel() * layout.page or not into.numel():
         return
-    old_start, new_start = row_start.long(), layout.row_start.long()
-    old, new = (
-        torch.where(start >= 0, level[start.clamp(min=0) // layout.page], -1)
-        for start, level in ((old_start, page_level), (new_start, layout.page_level))
-    )
-    for k, dim in enumerate(layout.sizes):
-        mine = (old == k) & (new == k)
-        rows = row_table(state, dim).index_select(0, old_start[mine])
-        row_table(into, dim).index_copy_(0, new_start[mine], rows)
+    for part in chunks(layout.num_rows):
+        old_start, new_start = row_start[part].long(), layout.row_start[part].long()
+        old, new = (
+            torch.where(start >= 0, level[start.clamp(min=0) // layout.page], -1)
+            for start, level in ((old_start, page_level), (new_start, layout.page_level))
+        )
+        for k, dim in enumerate(layout.sizes):
+            mine = (old == k) & (new == k)
+            rows = row_table(state, dim).index_select(0, old_start[mine])
+            row_table(into, dim).index_copy_(0, new_start[mine], rows)
 
 
 def _first_of_equal(ids: Tensor, chosen: Tensor, beyond: int) -> Tensor:

@@ -18,10 +18,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..ops.layout import UNCLAIMED, Layout, Places
+from ..ops.layout import UNCLAIMED, Layout, Places, chunks
 from .ledger import Ledger
 
 __all__ = ["FreeLists"]
+
+_SLOTS = 1 << 18
+"""Places that are looked at together."""
 
 
 class FreeLists:
@@ -47,12 +50,12 @@ class FreeLists:
     ) -> None:
         self.sizes, self.page = tuple(sizes), page
         self._per = [page // d for d in sizes]
-        start = row_start[:-1].long()
-        level = page_level[start // page]  # no row: -1, the sink, which holds -1
+        taken = self._taken(row_start, page_level)
         stacks = [
-            self._places(k, start[level == k], (page_level[:-1] == k).nonzero()[:, 0])
+            self._places(k, taken, (page_level[:-1] == k).nonzero()[:, 0].flip(0), row_start.dtype)
             for k in range(len(sizes))
         ]
+        del taken
         pages = (page_level[:-1] < 0).nonzero()[:, 0].flip(0)
         self.rows = row_start.new_zeros(1)
         # The stack of pages holds all of them, should they become free.
@@ -68,14 +71,29 @@ class FreeLists:
         self.ledger = Ledger(self._per, counts)
         self.given = 0
 
-    def _places(self, k: int, start: Tensor, pages: Tensor) -> Tensor:
-        """Free starts in the ``pages`` of level ``k``, whose rows are at ``start``; lowest last."""
+    def _taken(self, row_start: Tensor, page_level: Tensor) -> Tensor:
+        """Whether a row lies there: bool, as many for every page as rows of the first size fit."""
+        most, device = self._per[0], row_start.device
+        dims = torch.tensor(self.sizes, device=device)
+        # One more, for ids without a row.
+        taken = torch.zeros((len(page_level) - 1) * most + 1, dtype=torch.bool, device=device)
+        for part in chunks(len(row_start) - 1):
+            start = row_start[part].long()
+            level = page_level[start // self.page]  # no row: -1, the sink, which holds -1
+            slot = start % self.page // dims[level.clamp(min=0).long()]
+            place = torch.where(level >= 0, start // self.page * most + slot, len(taken) - 1)
+            taken.index_fill_(0, place, True)
+        return taken[:-1].view(-1, most)
+
+    def _places(self, k: int, taken: Tensor, pages: Tensor, index: torch.dtype) -> Tensor:
+        """Free starts in the ``pages`` of level ``k``, of falling numbers; lowest last."""
         per, dim = self._per[k], self.sizes[k]
-        taken = torch.zeros(len(pages) * per, dtype=torch.bool, device=start.device)
-        slot = torch.searchsorted(pages, start // self.page) * per + start % self.page // dim
-        taken[slot] = True
-        free = (~taken).nonzero()[:, 0].flip(0)
-        return pages[free // per] * self.page + free % per * dim
+        found = [pages.new_empty(0, dtype=index)]
+        for part in chunks(len(pages), max(_SLOTS // per, 1)):
+            free = (~taken[pages[part], :per]).flip(1).nonzero()
+            start = pages[part][free[:, 0]] * self.page + (per - 1 - free[:, 1]) * dim
+            found.append(start.to(index))
+        return torch.cat(found)
 
     def stacks(self) -> list[Tensor]:
         """Every level's stack, then that of the pages; what is taken first stands last."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,10 +22,19 @@ from ..ops.backend import is_capturing, on_large_pages
 from ..ops.checks import is_eager
 from ..ops.counts import DeviceCount
 from ..ops.fit import DownHops
-from ..ops.layout import Layout, index_dtype, page_elements, place_densely, row_table
+from ..ops.layout import (
+    Layout,
+    chunks,
+    count_levels,
+    index_dtype,
+    page_elements,
+    place_densely,
+    write_rows,
+)
 from .checks import digest, fault_of, is_hooked, is_shared, version
 from .followers import Follower, Followers, with_dense_gradient
 from .free import FreeLists
+from .replacing import is_alone, is_followed_alone, move_into
 from .rows import Rows
 from .taken import TakenBits
 
@@ -87,7 +96,7 @@ class Locations(nn.Module, Rows):
     moves: Tensor
     followers: Followers
     refusals: DeviceCount
-    _initial_level: Tensor | None
+    _initial_level: int | Tensor | None
     _free: FreeLists | TakenBits | None
     # What demotions have solved for.
     _down: DownHops | None = None
@@ -118,10 +127,9 @@ class Locations(nn.Module, Rows):
         self.sizes = tuple(sizes)
         self.page = page_elements(self.sizes, num_rows)
         self.rows_per_page = [self.page // d for d in self.sizes]
-        if not isinstance(level, Tensor):
-            level = torch.full((num_rows,), level, dtype=torch.int8, device="cpu")
-        level = level.cpu()
-        starts, page_level = self._place(level)
+        if isinstance(level, Tensor):
+            level = level.cpu()
+        starts, page_level = self._place(level, torch.empty(0, device=device).device)
         storage = torch.zeros((len(page_level) - 1) * self.page, device=device, dtype=dtype)
         self.storage = nn.Parameter(on_large_pages(storage))
         self._free = self._held = self._digest = self._alike = None
@@ -131,23 +139,21 @@ class Locations(nn.Module, Rows):
         self.followers = Followers(self)
         self.refusals = DeviceCount()
 
-    def _place(self, level: Tensor) -> tuple[Tensor, Tensor]:
-        """``row_start`` and ``page_level`` of the densest placement, sinks and all, on the CPU.
+    def _place(
+        self, level: int | Tensor, device: torch.device | str = "cpu"
+    ) -> tuple[Tensor, Tensor]:
+        """``row_start`` and ``page_level`` of the densest placement, see :func:`place_densely`.
 
         Raises:
             ValueError: ``max_elements`` allows fewer pages.
         """
-        with torch.device("cpu"):
-            starts, page_level = place_densely(level, self.sizes, self.page)
-            elements = len(page_level) * self.page
-            if self.max_elements is not None and elements > self.max_elements:
-                raise ValueError(
-                    f"the rows take {elements} elements, max_elements={self.max_elements} "
-                    "allows fewer"
-                )
-            sink = torch.tensor([-1])
-            starts = torch.cat([starts, sink]).to(index_dtype(elements))
-            return starts, torch.cat([page_level, sink.to(torch.int8)])
+        placed = place_densely(level, self.num_rows, self.sizes, self.page, device)
+        elements = (len(placed[1]) - 1) * self.page
+        if self.max_elements is not None and elements > self.max_elements:
+            raise ValueError(
+                f"the rows take {elements} elements, max_elements={self.max_elements} allows fewer"
+            )
+        return placed
 
     def _set_locations(self, row_start: Tensor, page_level: Tensor) -> None:
         """Make every buffer anew."""
@@ -189,7 +195,7 @@ class Locations(nn.Module, Rows):
         super()._apply(keep, recurse)
         self._free = None
         if level is not None and not self.storage.is_meta:
-            self._set_locations(*self._place(level))
+            self._set_locations(*self._place(level, self.storage.device))
             self._initial_level = None
         return self
 
@@ -237,6 +243,20 @@ class Locations(nn.Module, Rows):
 
     def _sliced(self, row_start: Tensor, page_level: Tensor) -> Layout:
         return Layout(row_start[:-1], page_level[:-1], self.sizes, self.page)
+
+    def levels(self, size: int = 1 << 18) -> Iterator[tuple[slice, Tensor]]:
+        """The levels of all rows, int8, so many at a time; -1 where there is no row."""
+        for part in chunks(self.num_rows, size):
+            # No row: -1 // page is -1, the sink, which always holds -1.
+            yield part, self.page_level[self.row_start[part] // self.page]
+
+    def count_rows(self) -> list[int]:
+        """How many rows every size has."""
+        self._check_accepted()
+        total = torch.zeros(len(self.sizes), dtype=torch.int64, device=self.row_start.device)
+        for _, level in self.levels():
+            total += count_levels(level, len(self.sizes))
+        return total.tolist()
 
     def _tensors(self) -> dict[str, Tensor]:
         """What a checkpoint holds."""
@@ -333,12 +353,14 @@ class Locations(nn.Module, Rows):
         if numel != self.storage.numel() and is_hooked(self.storage):
             raise RuntimeError(_HOOKED)
 
-    def _fresh_followers(self, numel: int) -> list[tuple[Follower, Tensor]]:
-        """Everything that goes with the rows, and memory for it that holds fresh rows."""
-        return [
-            (follower, on_large_pages(follower.tensor.new_full((numel,), follower.fresh)))
-            for follower in self.followers.per_element()
-        ]
+    def _fresh_followers(self, numel: int, begin: int = 0) -> list[tuple[Follower, Tensor]]:
+        """Everything that goes with the rows, and memory for it with fresh rows from ``begin``."""
+        found = []
+        for follower in self.followers.per_element():
+            value = on_large_pages(follower.tensor.new_empty(numel))
+            value[begin:] = follower.fresh
+            found.append((follower, value))
+        return found
 
     def _replace(
         self,
@@ -346,19 +368,37 @@ class Locations(nn.Module, Rows):
         row_start: Tensor,
         page_level: Tensor,
         grown: list[tuple[Follower, Tensor]],
+        *,
+        moves: bool = False,
     ) -> None:
-        """Take new memory, allocated before, for everything; aliases of the old keep it whole."""
+        """Take new memory, allocated before, for everything; aliases of the old keep it whole.
+
+        Args:
+            grown: empty afterwards.
+            moves: the present numbers move to the beginning of what takes their place.
+        """
         # Places saved for a pending backward are no longer where the rows are.
         if not self.storage.is_inference():
             torch.autograd.graph.increment_version(self.storage)
+        data = [storage]
         if storage.shape != self.storage.shape:
             # A graph that is still alive (the last step's loss) holds the node that accumulates
             # into storage, and with it the old shape. Only another dtype makes autograd forget it.
             other = torch.float64 if storage.dtype == torch.float32 else torch.float32
-            self.storage.data = storage.new_empty(0, dtype=other)
-        self.storage.data = storage
-        for follower, value in grown:
+            data.insert(0, storage.new_empty(0, dtype=other))
+        if moves:
+            move_into(storage, self.storage, *data, alone=is_alone(self.storage))
+        else:
+            for tensor in data:
+                self.storage.data = tensor
+        # What is replaced is given back before the next: no follower stays in the list.
+        while grown:
+            follower, value = grown.pop()
+            if moves:
+                alone = is_followed_alone(follower)
+                move_into(value, follower.tensor, alone=alone)
             follower.replace(value)
+            del follower
         self.row_start.data = row_start
         self.page_level.data = page_level
         self._remember()
@@ -408,8 +448,11 @@ class Locations(nn.Module, Rows):
                 self.storage.detach().new_empty(numel),
                 self.row_start.new_empty(self.row_start.shape, dtype=index_dtype(numel)),
                 self.page_level.new_empty(saved["page_level"].shape),
-                self._fresh_followers(numel),
+                self._fresh_followers(numel, numel),
             )
+            # Once the old is given back.
+            for tensor, fresh in self.followers.fresh()[0]:
+                tensor.fill_(fresh)
         present = {prefix + name: tensor for name, tensor in saved.items()}
         if saved:
             self._held = None  # its views would hinder torch from swapping what they are of
@@ -426,11 +469,9 @@ class Locations(nn.Module, Rows):
         Raises:
             ValueError: ``max_elements`` does not allow it.
         """
-        levels = torch.full((self.num_rows,), len(self.sizes) - 1, dtype=torch.int8, device="cpu")
-        row_start, page_level = (place.to(rows.device) for place in self._place(levels))
+        row_start, page_level = self._place(len(self.sizes) - 1, rows.device)
         storage = rows.detach().new_zeros((len(page_level) - 1) * self.page)
-        if self.num_rows:
-            row_table(storage, self.sizes[-1]).index_copy_(0, row_start[:-1].long(), rows.detach())
+        write_rows(storage, row_start, rows.detach())
         sizes = torch.tensor(self.sizes, device=rows.device)
         state = (storage, row_start, page_level, sizes)
         return dict(zip(self._tensors(), state, strict=True))

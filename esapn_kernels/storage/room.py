@@ -22,6 +22,7 @@ from ..ops.layout import FreePlaces, Layout, Places, index_dtype
 from .followers import with_dense_gradient
 from .free import FreeLists
 from .locations import Locations, unrecorded
+from .replacing import is_alone
 from .taken import TakenBits
 
 __all__ = ["Room"]
@@ -44,14 +45,13 @@ class Room(Locations):
     def level(self, ids: Tensor | None = None) -> Tensor:
         """Level of every row of ``ids`` (of all rows), int64; -1 where there is no row."""
         self._check_accepted()
-        start = self.row_start[:-1] if ids is None else self.row_start[ids]
+        if ids is None:
+            level = torch.empty(self.num_rows, dtype=torch.int64, device=self.row_start.device)
+            for part, found in self.levels():
+                level[part] = found
+            return level
         # No row: -1 // page is -1, the sink, which always holds -1.
-        return self.page_level[start // self.page].long()
-
-    def rows_per_level(self) -> list[int]:
-        """Number of rows of every level."""
-        level = self.level()
-        return torch.bincount(level[level >= 0], minlength=len(self.sizes)).tolist()
+        return self.page_level[self.row_start[ids] // self.page].long()
 
     def forget_counters(self) -> None:
         """Read the counters of the stacks anew, once, before the next row moves.
@@ -319,17 +319,15 @@ class Room(Locations):
             return
         free, numel = self._free_places(), (old + pages) * self.page
         self._refuse_replacing(numel)
-        index = index_dtype(numel)
-        storage = on_large_pages(self.storage.detach().new_zeros(numel))
-        storage[: self.storage.numel()] = self.storage.detach()
-        grown = self._fresh_followers(numel)
-        for follower, value in grown:
-            value[: follower.tensor.numel()] = follower.tensor
-        row_start = self.row_start.to(index, copy=True)
+        held = self.storage.numel()
+        storage = on_large_pages(self.storage.detach().new_empty(numel))
+        storage[held:] = 0
+        grown = self._fresh_followers(numel, held)
+        row_start = self._row_start_for(numel)
         page_level = self.page_level.new_full((old + pages + 1,), -1)
         page_level[:old] = self.page_level[:old]
-        lists = free.with_pages(old, pages, index)
-        self._replace(storage, row_start, page_level, grown)
+        lists = free.with_pages(old, pages, row_start.dtype)
+        self._replace(storage, row_start, page_level, grown, moves=True)
         free.add_pages(pages, lists)
 
     def _grow_stacks(self, heights: Sequence[int]) -> None:
@@ -382,7 +380,7 @@ class Room(Locations):
             end = min(first + rows, self.num_rows)
             self._next = end % max(self.num_rows, 1)
             return self._close_holes(range(first, end))
-        counts = self.rows_per_level()
+        counts = self.count_rows()
         pages = sum(-(-c // per) for c, per in zip(counts, self.rows_per_page, strict=True))
         self._refuse_replacing(pages * self.page)
         moved = sum(self._close_holes(ids) for ids in self._steps())
@@ -442,13 +440,17 @@ class Room(Locations):
             self._remember()
         self._free = None
         if numel < self.storage.numel():
-            kept = [
-                (follower, on_large_pages(follower.tensor[:numel].clone()))
-                for follower in self.followers.per_element()
-            ]
-            storage = on_large_pages(self.storage.detach()[:numel].clone())
-            row_start = self.row_start.to(index_dtype(numel), copy=True)
+            kept = self._fresh_followers(numel, numel)
+            storage = on_large_pages(self.storage.detach().new_empty(numel))
             page_level = self.page_level.new_full((pages + 1,), -1)
             page_level[:pages] = level[:pages]
             self._count_move()
-            self._replace(storage, row_start, page_level, kept)
+            row_start = self._row_start_for(numel)
+            self._replace(storage, row_start, page_level, kept, moves=True)
+
+    def _row_start_for(self, numel: int) -> Tensor:
+        """``row_start`` for a storage of so many elements; a copy, where others hold its memory."""
+        row_start, index = self.row_start.detach(), index_dtype(numel)
+        if row_start.dtype == index and is_alone(self.row_start, views=2):
+            return row_start
+        return row_start.to(index, copy=True)

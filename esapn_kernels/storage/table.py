@@ -96,6 +96,10 @@ class Table(Rows):
         shape = weight.shape[:1] if ids is None else ids.shape
         return torch.zeros(shape, dtype=torch.int64, device=weight.device)
 
+    def count_rows(self) -> list[int]:
+        """How many rows every size has."""
+        return [self.num_rows]
+
     def bytes(self) -> ArenaBytes:
         """Bytes of the rows, of what else the same memory holds, and of computed locations."""
         weight = self.weight

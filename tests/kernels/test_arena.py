@@ -13,8 +13,16 @@ import torch
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from esapn_kernels.ops import layout as layout_file
 from esapn_kernels.ops.chain import chain_numel
-from esapn_kernels.ops.layout import UNCLAIMED, page_elements
+from esapn_kernels.ops.layout import (
+    UNCLAIMED,
+    chunks,
+    count_levels,
+    index_dtype,
+    page_elements,
+    place_densely,
+)
 from esapn_kernels.reference import promote_reference
 from esapn_kernels.storage import arena as arena_file
 from esapn_kernels.storage import locations
@@ -750,3 +758,107 @@ def test_state_survives_torch_save():
         assert torch.equal(fresh.read(i), arena.read(i))
     check_accounts(fresh)
     check_bytes(fresh)
+
+
+# ---- many rows: chunk by chunk ------------------------------------------------------------------
+
+
+MANY = (1 << 18) + 1000
+"""More than a chunk of ids."""
+
+
+def placed(level, sizes, page):
+    """``place_densely`` all at once."""
+    starts = torch.full((len(level),), -1, dtype=torch.int64)
+    page_level = []
+    for k, dim in enumerate(sizes):
+        mine, per = (level == k).nonzero()[:, 0], page // dim
+        slots = torch.arange(len(mine))
+        starts[mine] = (len(page_level) + slots // per) * page + slots % per * dim
+        page_level += [k] * -(-len(mine) // per)
+    sink = torch.tensor([-1])
+    starts = torch.cat([starts, sink]).to(index_dtype(len(page_level) * page))
+    return starts, torch.tensor([*page_level, -1], dtype=torch.int8)
+
+
+def same(given, expected):
+    return all(
+        a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(given, expected, strict=True)
+    )
+
+
+def mixed_levels(n, sizes):
+    """Of every level, of none, and ids without a row."""
+    generator = torch.Generator().manual_seed(len(sizes))
+    return torch.randint(-1, len(sizes), (n,), generator=generator, dtype=torch.int8)
+
+
+@pytest.mark.parametrize("n", [0, 1, 1000, MANY])
+@pytest.mark.parametrize("sizes", [ODD, (7,), (5, 6), (127, 130), PAPER], ids=name)
+def test_places(sizes, n):
+    page = page_elements(sizes, n)
+    level = mixed_levels(n, sizes)
+    assert same(place_densely(level, n, sizes, page), placed(level, sizes, page))
+    for k in (-1, 0, len(sizes) - 1):
+        expected = placed(torch.full((n,), k), sizes, page)
+        assert same(place_densely(k, n, sizes, page), expected)
+        assert same(place_densely(torch.full((n,), k), n, sizes, page), expected)
+
+
+@pytest.mark.parametrize("level", [1, torch.tensor([0, 1, 1, -1, 0])], ids=["one", "each"])
+def test_places_in_int64(level, monkeypatch):
+    narrow, pages = place_densely(level, 5, (3, 5), 8)
+    monkeypatch.setattr(layout_file, "_INT32_LIMIT", 7)
+    wide, same_pages = place_densely(level, 5, (3, 5), 8)
+    assert narrow.dtype == torch.int32 and wide.dtype == torch.int64
+    assert torch.equal(narrow, wide) and torch.equal(pages, same_pages)
+
+
+def test_places_on_the_meta_device():
+    start, pages = place_densely(1, MANY, (3, 5), 8, "meta")
+    expected = place_densely(1, MANY, (3, 5), 8)
+    assert start.is_meta and pages.is_meta
+    assert (start.shape, pages.shape) == tuple(t.shape for t in expected)
+    assert start.dtype == expected[0].dtype
+
+
+def test_chunks_cover_everything_once():
+    parts = list(chunks(MANY))
+    assert len(parts) == 2 and [i for part in parts for i in range(MANY)[part]] == list(range(MANY))
+    assert not list(chunks(0))
+
+
+def test_levels_are_counted():
+    level = mixed_levels(MANY, PAPER)
+    before = level.clone()
+    expected = [int((level == k).sum()) for k in range(len(PAPER))]
+    for given in (level, level.long(), torch.cat([level.int(), torch.tensor([-5, 77])])):
+        assert count_levels(given, len(PAPER)).tolist() == expected
+    assert torch.equal(level, before)
+    highest = torch.tensor([127, -1, 0], dtype=torch.int8)
+    assert count_levels(highest, 128).tolist() == [1, *[0] * 126, 1]
+    arena = Arena(MANY, PAPER, level=level)
+    assert torch.equal(arena.level(), level.long()) and arena.level().dtype == torch.int64
+    assert arena.count_rows() == expected
+    assert arena.bytes().payload == 4 * sum(c * d for c, d in zip(expected, PAPER, strict=True))
+
+
+@pytest.mark.parametrize("sizes", [ODD, PAPER], ids=name)
+def test_free_lists_of_many_rows(sizes):
+    """The free starts of every level, and the free pages, falling."""
+    arena = Arena(MANY, sizes, level=mixed_levels(MANY, sizes))
+    arena.free((arena.level() >= 0).nonzero()[:, 0][::3])
+    arena.forget_free_lists()
+    stacks = arena.free_places()
+    used = set(arena.row_start.tolist())
+    pages = list(enumerate(arena.page_level[:-1].tolist()))
+    for k, dim in enumerate(sizes):
+        places = [
+            p * arena.page + i * dim
+            for p, level in pages
+            if level == k
+            for i in range(arena.page // dim)
+        ]
+        assert stacks[k].tolist() == sorted(set(places) - used, reverse=True)
+        assert stacks[k].dtype == arena.row_start.dtype
+    assert stacks[-1].tolist() == [p for p, level in reversed(pages) if level < 0]

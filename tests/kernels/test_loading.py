@@ -8,8 +8,9 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
-from esapn_kernels import ResizableEmbedding
+from esapn_kernels import ResizableEmbedding, optim
 from esapn_kernels.storage.arena import Arena
+from esapn_kernels.storage.checks import digest, fault_of
 
 SIZES = (2, 4, 8)
 N = 90
@@ -230,6 +231,57 @@ def test_bad_tensors_in_place_are_refused_at_first_use(key, change, words):
     for name in KEYS[1:]:
         module.arena._buffers[name] = getattr(oracle.arena, name)
     works(module, mixed())
+
+
+MANY = (1 << 18) + 1000
+"""More rows than are looked at together."""
+LATE = {
+    "none": ([], [], ""),
+    "twice, far apart": ([3], [MANY - 5], "two rows of row_start lie in one place"),
+    "twice, at the end": ([MANY - 9], [MANY - 5], "two rows of row_start lie in one place"),
+    "outside": ([MANY - 5], 1 << 30, "row_start must lie between -1 and"),
+    "below": ([MANY - 5], -2, "row_start must lie between -1 and"),
+    "between": ([MANY - 5], 1, "begins or ends between two places"),
+    "no rows": ([3, MANY - 5], -1, ""),
+}
+
+
+@pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=["int32", "int64"])
+@pytest.mark.parametrize("ids, value, words", LATE.values(), ids=list(LATE))
+def test_faults_among_many_rows(ids, value, words, index):
+    arena = Arena(MANY, (2, 4, 8), level=torch.arange(MANY) % 3)
+    state = arena.state_dict()
+    start = state["row_start"] = state["row_start"].to(index)
+    start[ids] = start[value] if isinstance(value, list) else value
+    found = fault_of(state, MANY, arena.sizes, arena.page)
+    assert words in found and bool(words) == bool(found)
+
+
+def test_a_digest_of_many_rows():
+    """All at once, in Python's integers; another start, or two that change places, changes it."""
+    start = Arena(MANY, (2, 4, 8), level=torch.arange(MANY) % 3).row_start
+    total = sum((2 * i + 1) * x for i, x in enumerate(start.tolist()))
+    assert digest(start) == (total + (1 << 63)) % (1 << 64) - (1 << 63)
+    for place in (0, MANY - 1):
+        other = start.clone()
+        other[place] += 2
+        assert digest(other) != digest(start)
+    other = start.clone()
+    other[0], other[MANY - 1] = start[MANY - 1], start[0]
+    assert digest(other) != digest(start)
+
+
+def test_a_state_of_another_shape_takes_fresh_state_along():
+    """The rows are those that were saved; what an optimizer holds of them is fresh."""
+    module, source = mixed(), mixed()
+    rows = optim.Adagrad(module, initial_accumulator_value=0.5)
+    module(IDS).sum().backward()
+    source.promote(IDS)
+    source.reserve(500)
+    module.load_state_dict(source.state_dict())
+    state = rows.state[module.arena.storage]["sum"]
+    assert state.shape == module.arena.storage.shape and (state == 0.5).all()
+    works(module, source)
 
 
 def test_a_row_that_ends_behind_its_page_is_refused():

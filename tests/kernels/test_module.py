@@ -150,6 +150,43 @@ def test_resize_goes_hop_by_hop(backend, device):
     assert_same_state(module, state_of(other))
 
 
+def drawn(module, seed):
+    """The rows as one draw for every size gives them, in the order of ids."""
+    arena, start = module.arena, module.arena.row_start[:-1]
+    torch.manual_seed(seed)
+    rows = torch.zeros_like(arena.storage)
+    for k, dim in enumerate(module.sizes):
+        at = start[arena.level() == k].long()[:, None] + torch.arange(dim)
+        rows[at] = torch.empty(len(at), dim, dtype=rows.dtype).normal_(0.0, module.init_std)
+    if module.padding_idx is not None:
+        first = int(start[module.padding_idx])
+        rows[first : first + module.sizes[-1]] = 0
+    return rows
+
+
+@pytest.mark.parametrize("padding_idx", [None, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sizes", [SMALL, ODD, (127, 130)], ids=str)
+@pytest.mark.parametrize("n", [1, 17, 300_000])
+def test_draws(n, sizes, dtype, padding_idx):
+    """One for every size, whether rows lie side by side or not."""
+    if n > 1000 and sizes[0] > 100:
+        n = 1000
+    padding_idx = None if n < 4 else padding_idx
+    mixed = torch.tensor(sizes)[torch.arange(n) * 7 % 5 % len(sizes)]
+    for size in (None, sizes[-1], mixed):
+        torch.manual_seed(5)
+        module = ResizableEmbedding(
+            n, sizes=sizes, initial_size=size, dtype=dtype, padding_idx=padding_idx, init_std=0.3
+        )
+        assert torch.equal(module.arena.storage, drawn(module, 5))
+    module.promote(torch.arange(0, n, 3))
+    module.arena.free(torch.arange(1, n, 4))
+    torch.manual_seed(6)
+    module.reset_parameters()
+    assert torch.equal(module.arena.storage, drawn(module, 6))
+
+
 # ---- refusals --------------------------------------------------------------------------------
 
 IDS = torch.tensor([1, 2])
