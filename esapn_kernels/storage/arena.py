@@ -39,7 +39,6 @@ from .followers import with_dense_gradient
 from .locations import unrecorded
 from .matching import find_moving
 from .room import Room
-from .replacing import is_alone
 
 __all__ = ["Arena"]
 

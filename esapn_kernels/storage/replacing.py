@@ -55,7 +55,7 @@ def is_followed_alone(follower: Follower) -> bool:
 
 
 def move_into(new: Tensor, old: Tensor, *data: Tensor, alone: bool) -> None:
-    """Copy ``old`` to ``new``, what both have room for; then ``old.data`` becomes ``data``, in turn.
+    """Copy ``old`` to ``new``, as far as both go; then ``old.data`` becomes ``data``, in turn.
 
     Args:
         alone: nothing else holds the memory of ``old``, which may be lost.
