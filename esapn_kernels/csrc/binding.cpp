@@ -388,7 +388,7 @@ PyObject* lower_rows(PyObject*, PyObject* const* values, Py_ssize_t count) {
   int64_t* from = static_cast<int64_t*>(arguments.address());
   int64_t* to = static_cast<int64_t*>(arguments.address());
   if (first < end) arguments.needs(from);
-  for (int t = 0; t < n_moved; t++) arguments.needs(moved[t].target);
+  for (int t = 0; t < n_moved && places.table.capacity; t++) arguments.needs(moved[t].target);
   if (arguments.failed()) return nullptr;
   if (first < 0 || end > places.table.rows) return answer(OUT_OF_RANGE);
   int64_t rows;
