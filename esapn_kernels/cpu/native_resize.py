@@ -107,9 +107,11 @@ def lower_rows(places: TakenPlaces, ids: range, tensors: Sequence[Tensor]) -> in
         old.data_ptr(),
         new.data_ptr(),
     )
+    if not moved:
+        return 0
     written = layout.row_start, *plain
     torch.autograd.graph.increment_version([t for t in written if not t.is_inference()])
-    if moved and len(plain) < len(tensors):
+    if len(plain) < len(tensors):
         other = [t for t in tensors if not _is_plain(t)]
         old, new = old[:moved], new[:moved]
         shift_rows(other, old, new, layout.page_level[new // layout.page].long(), layout.sizes)

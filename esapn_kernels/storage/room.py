@@ -376,10 +376,10 @@ class Room(Locations):
         self._check_movable()
         self.followers.remember_layout()
         if rows is not None:
-            first = self._next if self._next < self.num_rows else 0
-            end = min(first + rows, self.num_rows)
-            self._next = end % max(self.num_rows, 1)
-            return self._close_holes(range(first, end))
+            ahead = range(self._next, min(self._next + rows, self.num_rows))
+            begun = range(min(rows - len(ahead), self._next))
+            self._next = (self._next + len(ahead) + len(begun)) % max(self.num_rows, 1)
+            return sum(self._close_holes(ids) for ids in (ahead, begun) if ids)
         counts = self.count_rows()
         pages = sum(-(-c // per) for c, per in zip(counts, self.rows_per_page, strict=True))
         self._refuse_replacing(pages * self.page)
@@ -408,10 +408,12 @@ class Room(Locations):
         else:
             start = self.row_start[ids.start : ids.stop]
             level = self.page_level[start // self.page].long()
+            self._free = None  # derived anew, should memory run out in between
             at, new = free.lower(start, level)
-            moved = len(at)
-            resize.shift_rows(self._moving(), start[at], new, level[at], self.sizes)
-            start[at] = new.to(start.dtype)
+            if moved := len(at):
+                resize.shift_rows(self._moving(), start[at], new, level[at], self.sizes)
+                start[at] = new.to(start.dtype)
+            self._free = free
         if moved:
             self._count_move()
             self._remember()
