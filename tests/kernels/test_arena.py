@@ -24,10 +24,12 @@ from esapn_kernels.ops.layout import (
     place_densely,
 )
 from esapn_kernels.reference import promote_reference
-from esapn_kernels.storage import arena as arena_file
 from esapn_kernels.storage import locations
+from esapn_kernels.storage import room as room_file
 from esapn_kernels.storage.arena import Arena
+from esapn_kernels.storage.free import FreeLists
 from esapn_kernels.storage.ledger import Snapshot
+from esapn_kernels.storage.taken import TakenBits
 from tests.kernels.layouts import HOSTS, NEEDS_NATIVE, ODD, PAPER, SMALL, TINY, name
 
 SIZES = [ODD, (2, 4, 8), (7,), (5, 6), (2, 64), TINY, PAPER]
@@ -38,47 +40,83 @@ def pages_of(arena):
 
 
 def stack(arena, k):
-    free = arena._stacks()
-    begin = int(free.base[k])
-    return free.rows[begin : begin + int(free.count[k])].tolist()
+    return arena._stacks().stacks()[k].tolist()
 
 
 def check_accounts(arena):
-    """Rows in use, free rows, free pages and page tails cover each page exactly once."""
+    """Rows in use, free rows, free pages and page tails cover each page exactly once.
+
+    By what is known of free places, or what would be derived.
+    """
     page_level = arena.page_level.tolist()
     assert page_level.pop() == -1 and int(arena.row_start[-1]) == -1
     assert arena.storage.shape == (len(page_level) * arena.page,)
-    free = arena._stacks()
-    height = int(free.count[-1])
-    assert 0 <= height < free.pages.numel()
-    free_pages = free.pages[:height].tolist()
-    assert sorted(free_pages) == [p for p, k in enumerate(page_level) if k == -1]
-
     held = [[] for _ in page_level]
     for start in arena.row_start[:-1].tolist():
         if start >= 0:
             held[start // arena.page].append(start)
-    for k in range(len(arena.sizes)):
-        count, base = int(free.count[k]), free.base.tolist()
-        assert 0 <= count <= base[k + 1] - base[k]
-        for start in stack(arena, k):
+    free = arena._free
+    if isinstance(free, TakenBits):
+        check_bits(arena, free, page_level, held)
+        return
+    if free is None:
+        free = FreeLists(arena.row_start, arena.page_level, arena.sizes, arena.page)
+    *stacks, free_pages = (stack.tolist() for stack in free.stacks())
+    assert len(free_pages) < free.pages.numel()
+    assert sorted(free_pages) == [p for p, k in enumerate(page_level) if k == -1]
+    base = free.base.tolist()
+    assert [b - a for a, b in itertools.pairwise(base)] == free.room
+    assert base[-1] == free.rows.numel() - 1
+    for k, places in enumerate(stacks):
+        assert 0 <= int(free.count[k]) <= free.room[k]
+        for start in places:
             assert page_level[start // arena.page] == k
             held[start // arena.page].append(start)
-    assert int(free.base[-1]) == free.rows.numel() - 1
-    assert arena.row_start[arena.row_start >= 0].unique().numel() == (arena.row_start >= 0).sum()
     if free.owner is not None:
         assert (free.owner == UNCLAIMED).all()
     for page, (k, starts) in enumerate(zip(page_level, held, strict=True)):
-        slots = arena.rows_per_page[k] if k >= 0 else 0
-        step = arena.sizes[k]
-        assert sorted(starts) == [page * arena.page + i * step for i in range(slots)]
+        assert sorted(starts) == (places_of(arena, page, k) if k >= 0 else [])
+
+
+def places_of(arena, page, level):
+    step = arena.sizes[level]
+    return [page * arena.page + i * step for i in range(arena.rows_per_page[level])]
+
+
+def check_bits(arena, free, page_level, held):
+    """A set bit for every row; pages that hold some have a level, and the counts agree."""
+    n, word = len(arena.sizes), 1 << 64
+    count = [0] * (n + 1)
+    words = free.taken.tolist()
+    assert len(words) == free.used.numel() == free.vacant.numel() == len(page_level)
+    for page, (k, starts) in enumerate(zip(page_level, held, strict=True)):
+        assert len(starts) == int(free.used[page])
+        taken = 0
+        if k < 0:
+            assert not starts and int(free.vacant[page]) == -1
+            count[n] += 1
+        else:
+            places = places_of(arena, page, k)
+            assert starts and len(set(starts)) == len(starts)
+            taken = sum(1 << places.index(start) for start in starts)
+            count[k] += len(places) - len(starts)
+            assert int(free.vacant[page]) == (k if len(starts) < len(places) else -2)
+        assert sum(w % word << 64 * i for i, w in enumerate(words[page])) == taken
+    assert free.count.tolist() == count
+    vacant = free.vacant.tolist()
+    for kind, first in zip([*range(n), -1], free.lowest.tolist(), strict=True):
+        assert 0 <= first <= len(vacant) and kind not in vacant[:first]
 
 
 def scratch_bytes(arena):
-    """What only moving rows takes: the free lists, 4 bytes per row once kernels have moved some."""
+    """What only moving rows takes: bits and counts, or stacks, and what kernels claim ids by."""
     if (free := arena._free) is None:
         return 0
-    n, rows = len(arena.sizes), free.rows.numel() * free.rows.element_size()
+    n = len(arena.sizes)
+    if isinstance(free, TakenBits):
+        words = -(-arena.rows_per_page[0] // 64)
+        return pages_of(arena) * (8 * words + 4 + 1) + 8 * ((n + 1) + (n + 1))
+    rows = free.rows.numel() * free.rows.element_size()
     lists = rows + 4 * free.pages.numel() + 8 * ((n + 1) + (n + 1) + n + n)
     return lists + (0 if free.owner is None else 4 * arena.num_rows)
 
@@ -113,19 +151,43 @@ def with_page(page, *args, **kwargs):
         return Arena(*args, **kwargs)
 
 
+def fewest_pages(arena):
+    """Pages of every level that its rows need."""
+    level = arena.level()
+    counts = torch.bincount(level[level >= 0], minlength=len(arena.sizes)).tolist()
+    return [-(-count // per) for count, per in zip(counts, arena.rows_per_page, strict=True)]
+
+
+def pages_in_use(arena):
+    """Pages of every level that hold a row."""
+    start = arena.row_start[:-1]
+    level = arena.page_level[(start[start >= 0] // arena.page).unique()].long()
+    return torch.bincount(level, minlength=len(arena.sizes)).tolist()
+
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""Of rows that went up, relative to the largest number of the row before."""
+
+FRESH = {"grad": 0.0, "moment": 0.5}
+"""What goes with rows in a history, and what it holds for a fresh one."""
+
+
 class History(RuleBasedStateMachine):
-    """Every operation on an arena beside a plain dict of its rows and of their gradients."""
+    """Every operation on an arena beside plain dicts of its rows and of what goes with them."""
 
     n_rows = 40
     backend = "torch"
     device = torch.device("cpu")
+    dtypes = (torch.float64,)
 
     @initialize(
         sizes=st.sampled_from(SIZES),
         level=st.one_of(st.integers(-1, 6), st.lists(st.integers(-1, 6), min_size=40, max_size=40)),
         spare=st.one_of(st.integers(0, 100), st.just(4096)),
+        data=st.data(),
     )
-    def build(self, sizes, level, spare):
+    def build(self, sizes, level, spare, data):
+        self.dtype = data.draw(st.sampled_from(self.dtypes))
         self.sizes, last = sizes, len(sizes) - 1
         if isinstance(level, list):
             level = torch.tensor([min(k, last) for k in level])
@@ -134,13 +196,36 @@ class History(RuleBasedStateMachine):
         self.page = sizes[-1] + spare
         self.arena = self.fresh(level)
         generator = torch.Generator().manual_seed(0)
-        self.chain = torch.randn(chain_numel(sizes), generator=generator, dtype=torch.float64) * 0.5
+        chain = torch.randn(chain_numel(sizes), generator=generator, dtype=torch.float64) * 0.5
+        self.chain = chain.to(self.dtype)
         self.identity = self.arena.storage
         self.fill_rows(self.held())
 
     def fresh(self, level):
-        options = {"level": level, "dtype": torch.float64, "device": self.device}
+        options = {"level": level, "dtype": self.dtype, "device": self.device}
         return with_page(self.page, self.n_rows, self.sizes, **options)
+
+    def follow(self, grad, state):
+        """A gradient and an optimizer for the arena, which holds numbers per element and per id."""
+        storage = self.arena.storage
+        storage.grad = grad
+        self.optimizer = torch.optim.SGD([storage], lr=0.1)
+        self.optimizer.state_per_element = {"moment": FRESH["moment"]}
+        self.optimizer.state_per_id = {"step": 4.0}
+        self.optimizer.state[storage] = state
+        self.arena.followers.add(self.optimizer)
+
+    def following(self):
+        """What goes with rows, by its name."""
+        storage = self.arena.storage
+        return {"grad": storage.grad, "moment": self.optimizer.state[storage]["moment"]}
+
+    def know_places(self):
+        """Free places are known as the backend takes them."""
+        if self.backend == "native":
+            self.arena._bits()
+        else:
+            self.arena._stacks()
 
     def ids(self, ids):
         return torch.tensor(ids, device=self.device)
@@ -156,20 +241,40 @@ class History(RuleBasedStateMachine):
     def fill_rows(self, ids):
         """Random rows and gradients, in the arena and in the model."""
         arena, generator = self.arena, torch.Generator().manual_seed(1)
-        arena.storage.grad = torch.zeros_like(arena.storage)
-        self.rows, self.grads = {}, {}
+        state = {
+            "moment": torch.zeros_like(arena.storage.detach()),
+            "step": torch.zeros(self.n_rows, device=self.device),
+        }
+        self.follow(torch.zeros_like(arena.storage), state)
+        self.rows, self.states = {}, {key: {} for key in FRESH}
+        self.steps = [0.0] * self.n_rows
         for i in ids:
             start, dim = int(arena.row_start[i]), self.sizes[int(arena.level()[i])]
-            for model, tensor in ((self.rows, arena.storage), (self.grads, arena.storage.grad)):
-                model[i] = torch.randn(dim, generator=generator, dtype=torch.float64)
+            for model, tensor in (
+                (self.rows, arena.storage),
+                *((self.states[key], tensor) for key, tensor in self.following().items()),
+            ):
+                model[i] = torch.randn(dim, generator=generator, dtype=torch.float64).to(self.dtype)
                 tensor.data[start : start + dim] = model[i]
+
+    def resized(self, i, row):
+        """Take ``row`` for that of ``i``, whose state is fresh."""
+        self.rows[i], self.steps[i] = row, 4.0
+        for key, fresh in FRESH.items():
+            self.states[key][i] = torch.full_like(row, fresh)
 
     def grow(self, ids):
         for i in set(ids) & set(self.rows):
             level = self.sizes.index(len(self.rows[i]))
             if level + 1 < len(self.sizes):
-                self.rows[i] = promote_reference(self.rows[i], level, self.chain, self.sizes)
-                self.grads[i] = torch.zeros(self.sizes[level + 1], dtype=torch.float64)
+                row = promote_reference(self.rows[i].double(), level, self.chain, self.sizes)
+                found = self.arena.read(i).cpu()
+                tolerance = TOLERANCE[self.dtype]
+                scale = 1 + float(self.rows[i].double().abs().max())
+                torch.testing.assert_close(
+                    found.double(), row, rtol=tolerance, atol=tolerance * scale
+                )
+                self.resized(i, found)
 
     def some(self, data, ids, *, unique=True):
         return data.draw(st.lists(st.sampled_from(ids), min_size=1, unique=unique))
@@ -182,8 +287,7 @@ class History(RuleBasedStateMachine):
         given = self.arena.insert(self.ids(ids), level, backend=self.backend)
         assert given.all() and given.shape == (len(ids),)
         for i in ids:
-            self.rows[i] = torch.zeros(self.sizes[level], dtype=torch.float64)
-            self.grads[i] = self.rows[i].clone()
+            self.resized(i, torch.zeros(self.sizes[level], dtype=self.dtype))
 
     @rule(data=st.data(), masked=st.booleans())
     @precondition(lambda self: self.rows)
@@ -205,6 +309,7 @@ class History(RuleBasedStateMachine):
         for _ in range(hops):
             self.move(ids)
             self.grow(ids)
+            self.rows_survive()
 
     @rule()
     @precondition(lambda self: self.rows)
@@ -218,28 +323,55 @@ class History(RuleBasedStateMachine):
         ids = self.some(data, sorted(self.rows))
         assert self.arena.free(self.ids(ids), backend=self.backend).all()
         for i in ids:
-            del self.rows[i], self.grads[i]
+            del self.rows[i]
+            for state in self.states.values():
+                del state[i]
 
     @rule()
     def compact(self):
+        self.know_places()
         self.arena.compact()
-        counts = [0] * len(self.sizes)
-        for row in self.rows.values():
-            counts[self.sizes.index(len(row))] += 1
-        per = self.arena.rows_per_page
-        assert pages_of(self.arena) == sum(-(-c // p) for c, p in zip(counts, per, strict=True))
+        assert pages_of(self.arena) == sum(fewest_pages(self.arena))
+
+    @rule(rows=st.integers(1, 45))
+    def compact_in_steps(self, rows):
+        self.know_places()
+        start, shape = self.arena.row_start.clone(), self.arena.storage.shape
+        moved = self.arena.compact(rows)
+        assert moved == int((self.arena.row_start != start).sum()) <= min(rows, self.n_rows)
+        assert (self.arena.row_start <= start).all() and self.arena.storage.shape == shape
+
+    @rule(rows=st.integers(1, 45))
+    def look_at_all(self, rows):
+        """In steps, without other moves: one page of a level has holes, at most."""
+        self.know_places()
+        for _ in range(-(-self.n_rows // rows)):
+            self.arena.compact(rows)
+        assert pages_in_use(self.arena) == fewest_pages(self.arena)
+        assert self.arena.compact(self.n_rows) == 0
+
+    @rule(rows=st.integers(0, 60))
+    def reserve(self, rows):
+        """Room for so many rows: those that exist take it without growth."""
+        self.know_places()
+        self.arena.reserve(rows)
+        shape = self.arena.storage.shape
+        if ids := sorted(self.rows)[:rows]:
+            self.move(ids)
+            self.grow(ids)
+        assert self.arena.storage.shape == shape
 
     @rule()
     def reclaim(self):
+        self.know_places()
         in_use = {s // self.arena.page for s in self.arena.row_start[:-1].tolist() if s >= 0}
         self.arena.reclaim()
-        free = int(self.arena._stacks().count[-1])
-        assert free == pages_of(self.arena) - len(in_use)
+        assert int(self.arena._free.count[-1]) == pages_of(self.arena) - len(in_use)
         assert self.arena.reclaim() == 0
 
     @rule(through=st.sampled_from(["deepcopy", "pickle", "state_dict"]))
     def copy(self, through):
-        grad = self.arena.storage.grad
+        grad, state = self.arena.storage.grad, self.optimizer.state[self.arena.storage]
         if through == "state_dict":
             fresh = self.fresh(0)
             fresh.load_state_dict(self.arena.state_dict())
@@ -248,7 +380,7 @@ class History(RuleBasedStateMachine):
             self.arena = pickle.loads(pickle.dumps(self.arena))
         else:
             self.arena = copy.deepcopy(self.arena)
-        self.arena.storage.grad = grad
+        self.follow(grad, state)
         self.identity = self.arena.storage
 
     @invariant()
@@ -261,19 +393,22 @@ class History(RuleBasedStateMachine):
     def rows_survive(self):
         if not hasattr(self, "arena"):
             return
-        arena = self.arena
-        assert arena.storage is self.identity and arena.storage.grad.shape == arena.storage.shape
+        arena, following = self.arena, self.following()
+        assert arena.storage is self.identity
+        assert all(tensor.shape == arena.storage.shape for tensor in following.values())
         assert self.held() == sorted(self.rows)
+        assert self.optimizer.state[arena.storage]["step"].tolist() == self.steps
         free = torch.ones_like(arena.storage, dtype=torch.bool)
         for i, row in self.rows.items():
-            torch.testing.assert_close(arena.read(i).cpu(), row, rtol=1e-12, atol=1e-12)
+            assert torch.equal(arena.read(i).cpu(), row)
             start = int(arena.row_start[i])
             free[start : start + len(row)] = False
-            grad = arena.storage.grad[start : start + len(row)].cpu()
-            assert torch.equal(grad, self.grads[i])
+            for key, tensor in following.items():
+                found = tensor[start : start + len(row)].cpu()
+                assert torch.equal(found, self.states[key][i]), key
         # Nothing of what lies between the rows may ever reach one.
-        arena.storage.data[free] = float("nan")
-        arena.storage.grad[free] = float("nan")
+        for tensor in (arena.storage.data, *following.values()):
+            tensor[free] = float("nan")
 
 
 class NativeHistory(History):
@@ -303,7 +438,8 @@ class DeviceHistory(KernelHistory):
         super().__init__()
         arrives = random.Random(0)
         self.patches = [
-            mock.patch.object(arena_file, "host_reads", return_value=False),
+            mock.patch.object(room_file, "host_reads", return_value=False),
+            mock.patch.object(room_file, "resolve_backend", return_value="triton"),
             arriving(lambda: arrives.random() < 0.3),
         ]
         for patch in self.patches:
@@ -423,7 +559,8 @@ def test_many_small_promotions(sizes, spare_pages, host):
 @pytest.fixture
 def on_a_device(monkeypatch):
     """Where looking costs: the host's part of a call may read no tensor but a snapshot."""
-    monkeypatch.setattr(arena_file, "host_reads", lambda tensor: False)
+    monkeypatch.setattr(room_file, "host_reads", lambda tensor: False)
+    monkeypatch.setattr(room_file, "resolve_backend", lambda *_: "triton")
 
     def unread(run):
         def wrapper(arena, *args, **kwargs):
@@ -444,7 +581,7 @@ def on_a_device(monkeypatch):
 
         return wrapper
 
-    for part in ("_begin", "_end"):
+    for part in ("_begin_unread", "_end"):
         monkeypatch.setattr(Arena, part, unread(getattr(Arena, part)))
 
 
@@ -510,7 +647,7 @@ def test_reserved_room_does(captured, on_a_device, device, monkeypatch):
     arena.reserve(300)
     shape, base = arena.storage.shape, arena._free.base
     if captured:
-        monkeypatch.setattr(arena_file, "is_capturing", lambda tensor: True)
+        monkeypatch.setattr(room_file, "is_capturing", lambda tensor: True)
         with pytest.raises(RuntimeError, match="before capturing"):
             arena.reserve(1)
     order = torch.cat([torch.arange(150), torch.arange(150).flip(0)])
@@ -529,7 +666,7 @@ def test_nothing_grows_while_captured_nor_after(on_a_device, device):
     chain = torch.randn(chain_numel(sizes), device=device)
     arena.reserve(20)
     shape, ids = arena.storage.shape, torch.arange(100, device=device)
-    capturing = mock.patch.object(arena_file, "is_capturing", return_value=True)
+    capturing = mock.patch.object(room_file, "is_capturing", return_value=True)
     with capturing:
         moved = arena.promote(ids, chain, backend="triton")
         assert arena._free.ledger.snapshot is None
@@ -551,11 +688,12 @@ def test_nothing_grows_while_captured_nor_after(on_a_device, device):
 def test_free_places_are_found_before_a_capture(device):
     arena = Arena(10, (2, 8), device=device)
     chain, ids = torch.zeros(chain_numel((2, 8)), device=device), torch.arange(3, device=device)
-    capturing = mock.patch.object(arena_file, "is_capturing", return_value=True)
+    capturing = mock.patch.object(room_file, "is_capturing", return_value=True)
     with capturing, pytest.raises(RuntimeError, match="call reserve before capturing"):
         arena.promote(ids, chain, backend="triton")
     assert not arena.level().any()
-    arena.reserve(3)
+    with mock.patch.object(room_file, "resolve_backend", return_value="triton"):
+        arena.reserve(3)
     with capturing:
         assert arena.promote(ids, chain, backend="triton").all()
 
@@ -569,8 +707,9 @@ def test_the_host_finds_room_after_a_capture(host, device):
     rows = [arena.read(i) for i in range(100)]
     chain = torch.randn(chain_numel((2, 17)), device=device)
     ids = torch.arange(100, device=device)
-    arena.reserve(1)
-    with mock.patch.object(arena_file, "is_capturing", return_value=True):
+    with mock.patch.object(room_file, "resolve_backend", return_value="triton"):
+        arena.reserve(1)
+    with mock.patch.object(room_file, "is_capturing", return_value=True):
         arena.promote(ids[:1], chain, backend="triton")
     assert arena.promote(ids[1:50], chain, backend=host).all()
     arena.free(ids[1:50], backend=host)
@@ -607,7 +746,7 @@ def test_a_cap_on_the_host_raises_before_anything_moves(host):
 
 @pytest.mark.parametrize("looks", [True, False], ids=["cpu", "as-on-a-gpu"])
 def test_a_cap_on_a_device_leaves_rows(looks, device, monkeypatch):
-    monkeypatch.setattr(arena_file, "host_reads", lambda tensor: looks)
+    monkeypatch.setattr(room_file, "host_reads", lambda tensor: looks)
     arena = with_page(32, 64, (2, 8), max_elements=330, device=device)
     fill(arena)
     rows = [arena.read(i) for i in range(64)]
@@ -615,10 +754,14 @@ def test_a_cap_on_a_device_leaves_rows(looks, device, monkeypatch):
     moved = arena.promote(ids, chain, backend="triton")
     assert moved.tolist() == [True] * 24 + [False] * 40
     assert arena.storage.numel() == 320
+    # The first 16 rows left a page, which takes four of the larger size.
+    moved = arena.promote(ids, chain, backend="triton")
+    assert moved.nonzero()[:, 0].tolist() == [24, 25, 26, 27]
     assert not arena.promote(ids, chain, backend="triton").any()
+    assert arena.storage.numel() == 320
     check_accounts(arena)
     for i in range(64):
-        row = rows[i] if i >= 24 else promote_reference(rows[i], 0, chain, (2, 8))
+        row = rows[i] if i >= 28 else promote_reference(rows[i], 0, chain, (2, 8))
         torch.testing.assert_close(arena.read(i), row)
     assert arena.free(ids[:4], backend="triton").all()
     assert arena.promote(ids, chain, backend="triton").sum() == 4

@@ -370,7 +370,7 @@ def test_an_average_whose_own_rows_moved_before_is_refused(moved):
     source = ragged()
     source.reserve(80)
     average = copy.deepcopy(source)
-    source.arena.forget_stacks()  # as those of a copy are
+    source.arena.forget_free_places()  # as those of a copy are
     for module in (source, average):
         MOVED[moved](module)
     assert torch.equal(source.arena.row_start, average.arena.row_start)

@@ -12,10 +12,11 @@ from esapn_kernels.gpu.resize import launch_fill
 from esapn_kernels.ops import backend as backends
 from esapn_kernels.ops import resize as operators
 from esapn_kernels.ops.chain import chain_numel
-from esapn_kernels.ops.layout import UNCLAIMED, Layout
+from esapn_kernels.ops.layout import Layout
 from esapn_kernels.reference import lookup_reference, promote_reference
 from esapn_kernels.storage import locations
 from esapn_kernels.storage.arena import Arena
+from esapn_kernels.storage.free import FreeLists
 from esapn_kernels.testing import assert_matches, make_case, row_elements
 from tests.kernels.layouts import (
     DTYPES,
@@ -28,6 +29,7 @@ from tests.kernels.layouts import (
     name,
     tiled,
 )
+from tests.kernels.test_arena import check_accounts
 
 
 def definition(module, ids, dtype):
@@ -286,29 +288,6 @@ class Free:
         return moved
 
 
-def consistent(arena):
-    """Every row and every free row has its own elements, in a page of its level; counts agree."""
-    owner = torch.zeros(arena.storage.numel(), dtype=torch.int64)
-    level = arena.level().tolist()
-    starts = [(s, k) for s, k in zip(arena.row_start[:-1].tolist(), level, strict=True) if s >= 0]
-    free = arena._stacks()
-    for k, (begin, end) in enumerate(zip(free.base[:-1], free.base[1:], strict=True)):
-        count = int(free.count[k])
-        assert 0 <= count <= end - begin
-        starts += [(s, k) for s in free.rows[begin : begin + count].tolist()]
-    for start, k in starts:
-        assert int(arena.page_level[start // arena.page]) == k
-        owner[start : start + arena.sizes[k]] += 1
-    assert owner.max() <= 1
-    pages = free.pages[: int(free.count[-1])].tolist()
-    assert len(set(pages)) == len(pages)
-    for page in pages:
-        assert int(arena.page_level[page]) == -1
-        assert not owner[page * arena.page : (page + 1) * arena.page].any()
-    assert int(arena.row_start[-1]) == -1
-    assert free.owner is None or (free.owner == UNCLAIMED).all()
-
-
 @pytest.mark.parametrize("ids_dtype", [torch.int64, torch.int32], ids=name)
 @pytest.mark.parametrize(
     "spare_pages, room",
@@ -337,12 +316,12 @@ def test_rows_that_fit_move_and_the_others_stay(
         levels = arena.level().tolist()
         ids = torch.randint(-20, n_rows + 20, (n_ids,), generator=generator).to(device, ids_dtype)
         mask = (torch.rand(n_ids, generator=generator) < 0.7).to(device)
-        arena._begin(n_ids)
+        arena._begin_unread(n_ids)
         expected = Free(arena).promote(ids.tolist(), mask.tolist())
         arena.storage.grad[:] = 1.0
         moved = arena.promote(ids, chain, mask, backend="triton")
 
-        consistent(arena)
+        check_accounts(arena)
         assert moved.tolist() == [
             m and i in expected for i, m in zip(ids.tolist(), mask.tolist(), strict=True)
         ]
@@ -383,9 +362,10 @@ def test_many_ids_at_once(small_steps, wide_tiles, device):
         arenas.append(arena)
     assert torch.equal(moved[0], level.to(device)[ids] < 3)
     for arena, said in zip(arenas[1:], moved[1:], strict=True):
-        consistent(arena)
+        check_accounts(arena)
         assert torch.equal(moved[0], said) and torch.equal(arenas[0].level(), arena.level())
-        assert torch.equal(arenas[0]._free.count[:-1], arena._free.count[:-1])
+        if isinstance(arena._free, FreeLists):
+            assert torch.equal(arenas[0]._free.count[:-1], arena._free.count[:-1])
         for i in range(0, n_rows, 7):
             torch.testing.assert_close(arenas[0].read(i), arena.read(i), rtol=1e-5, atol=1e-5)
     # Two equal runs agree in every bit.
@@ -405,7 +385,7 @@ def test_insert_and_free_round_trip(level, small_steps, device, nan_empty):
     for _ in range(3):
         capacity = arena.storage.numel()
         assert torch.equal(arena.insert(ids, level, backend="triton"), ids % 5 == 0)
-        consistent(arena)
+        check_accounts(arena)
         assert (arena.level(empty) == level).all()
         for i in range(200):
             if i % 5:
@@ -416,7 +396,7 @@ def test_insert_and_free_round_trip(level, small_steps, device, nan_empty):
                 assert not arena.storage.grad[start : start + sizes[level]].any()
                 arena.storage.data[start : start + sizes[level]] = 7.0
         assert arena.free(ids[: 2 * len(empty)], backend="triton").all()
-        consistent(arena)
+        check_accounts(arena)
         assert (arena.level(empty) == -1).all()
     # Freed rows serve again: no growth after the first round.
     assert arena.storage.numel() == capacity
@@ -430,14 +410,14 @@ def test_ids_behind_the_last_take_no_part(n_ids, small_steps, device, nan_empty)
     ids = torch.randperm(n_ids + 8, device=device)
     mask = torch.ones_like(ids, dtype=torch.bool)
     assert module.promote(ids[:n_ids], mask[:n_ids]).all()
-    consistent(arena)
+    check_accounts(arena)
     behind = ids[n_ids:]
     assert torch.equal(module.sizes_of(behind), before[behind])
     assert arena.free(ids[:n_ids], backend="triton").all()
-    consistent(arena)
+    check_accounts(arena)
     assert torch.equal(module.sizes_of(behind), before[behind])
     assert arena.insert(ids[:n_ids], 0, backend="triton").all()
-    consistent(arena)
+    check_accounts(arena)
 
 
 @pytest.mark.parametrize("n_rows", [5, 16])
@@ -446,9 +426,9 @@ def test_ids_that_do_not_exist_get_no_row(n_rows, device):
     ids = torch.tensor([-1, n_rows, 0, n_rows - 1, n_rows + 1], device=device)
     exists = [False, False, True, True, False]
     assert arena.insert(ids, 0, backend="triton").tolist() == exists
-    consistent(arena)
+    check_accounts(arena)
     assert arena.free(ids, backend="triton").tolist() == exists
-    consistent(arena)
+    check_accounts(arena)
     assert (arena.level() == -1).all()
 
 
@@ -462,7 +442,7 @@ def test_pages_that_are_full(beside, wide_tiles, device):
     for count in (per + beside, 2 * per, per - beside):
         assert arena.insert(ids[used : used + count], 1, backend="triton").all()
         used += count
-        consistent(arena)
+        check_accounts(arena)
         assert int((arena.level() == 1).sum()) == used
         assert int(arena._free.count[1]) == -used % per
         assert int((arena.page_level == 1).sum()) == -(-used // per)
@@ -529,7 +509,7 @@ def test_three_launches_for_ten_thousand_ids(launches, wide_tiles, device):
     for state in ("exp_avg", "exp_avg_sq"):
         moments = optimizer.state[module.arena.storage][state]
         assert not moments[row_elements(module, every)].any()
-    consistent(module.arena)
+    check_accounts(module.arena)
 
 
 def test_fresh_values_are_exact_in_fp64(backend, device):
@@ -567,8 +547,13 @@ def test_rows_past_two_to_the_31(backend, device, monkeypatch):
     arena.page_level = torch.full((pages + 1,), -1, dtype=torch.int8, device=device)
     arena.page_level[-3] = 0
     assert arena.level().tolist() == [0] * 4  # the tensors are looked at, and accepted
-    free = arena._stacks()
-    free.pages = torch.tensor([pages - 1, 0], dtype=torch.int32, device=device)
+    # Free are only the last page and, of the stacks, nothing else: no other is to be touched.
+    if backend == "native":
+        free = arena._bits()
+        free.vacant[: pages - 2] = -2
+    else:
+        free = arena._stacks()
+        free.pages = torch.tensor([pages - 1, 0], dtype=torch.int32, device=device)
     free.count[:] = torch.tensor([0, 0, 1])
     monkeypatch.setattr(Arena, "_make_room", lambda arena, rows, **_: None)
     ids = torch.tensor([2, 0, 2], device=device)
@@ -578,7 +563,10 @@ def test_rows_past_two_to_the_31(backend, device, monkeypatch):
         expected = promote_reference(rows[i], 0, chain, sizes) if i in (0, 2) else rows[i]
         torch.testing.assert_close(arena.read(i), expected, rtol=1e-2, atol=1e-2)
     assert arena.row_start[[2, 0]].tolist() == [begin + page, begin + page + 4]
-    assert sorted(free.rows[: int(free.count[0])].tolist()) == [begin, begin + 4]
+    if backend == "native":
+        assert int(free.taken[pages - 2, 0]) == 0b1010 and int(free.count[0]) == 2
+    else:
+        assert sorted(free.rows[: int(free.count[0])].tolist()) == [begin, begin + 4]
 
 
 # ---- the native kernels -------------------------------------------------------------------------
@@ -642,9 +630,9 @@ class Twins:
 
     def check(self):
         (one, _), (two, _) = self.arenas.values()
-        assert torch.equal(one.level(), two.level()) and one.bytes() == two.bytes()
-        assert torch.equal(one._stacks().count, two._free_lists().count)
-        consistent(two)
+        assert torch.equal(one.level(), two.level()) and one.bytes().payload == two.bytes().payload
+        check_accounts(one)
+        check_accounts(two)
         tolerance = {torch.float64: 1e-13, torch.float32: 1e-5}.get(one.storage.dtype, 2e-2)
         elements = []
         for i, k in enumerate(one.level().tolist()):
@@ -705,8 +693,9 @@ def test_every_instruction_set(sizes, dtype, instructions):
 
 
 def everything(arena):
-    free = arena._stacks()
-    tensors = [*arena.parameters(), *arena.buffers(), free.rows, free.pages, free.count]
+    free = arena._bits()
+    known = free.taken, free.used, free.vacant, free.count, free.lowest
+    tensors = [*arena.parameters(), *arena.buffers(), *known]
     return [tensor.detach().clone() for tensor in tensors]
 
 
@@ -733,19 +722,27 @@ def test_an_id_out_of_range_changes_nothing(bad, ids_dtype):
 
 
 @NEEDS_NATIVE
-@pytest.mark.parametrize("missing", ["pages", "stack"])
-def test_rows_without_room_change_nothing(missing, monkeypatch):
-    """The kernel looks itself: it writes where the free lists say."""
+@pytest.mark.parametrize("pages", [0, 19])
+@pytest.mark.parametrize("call", ["promote", "demote", "insert"])
+def test_rows_without_room_change_nothing(call, pages, monkeypatch):
+    """The kernel looks itself: it writes where the bits say."""
     monkeypatch.setattr(locations, "page_elements", lambda *_: 8)
-    arena = Arena(40, SMALL)
+    level = torch.arange(80) // 40  # 40 rows of level 1 or 2, for which it takes 20 pages
+    arena = Arena(
+        80, SMALL, level=torch.where(level == 0, {"promote": 0, "demote": 2}.get(call, -1), 1)
+    )
     fill(arena)
-    if missing == "stack":
-        arena._grow(40)
-    monkeypatch.setattr(Arena, "_make_room", lambda arena, rows, **_: None)
+    arena._grow(pages, at_once=True)
+    monkeypatch.setattr(Arena, "_grow_for", lambda *_, **__: None)
     chain, before = torch.randn(chain_numel(SMALL)), everything(arena)
+    ids = torch.arange(40)
     with pytest.raises(RuntimeError, match="no room for the rows"):
-        arena.promote(torch.arange(40), chain, backend="native")
+        if call == "insert":
+            arena.insert(ids, 1, backend="native")
+        else:
+            getattr(arena, call)(ids, chain, backend="native")
     assert all(map(torch.equal, everything(arena), before))
+    check_accounts(arena)
 
 
 @NEEDS_NATIVE

@@ -12,8 +12,10 @@ import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from esapn_kernels import ResizableEmbedding, optim
-from esapn_kernels.storage import arena as arena_file
+from esapn_kernels.storage import room as room_file
 from esapn_kernels.storage.arena import Arena
+from tests.kernels.layouts import HOSTS
+from tests.kernels.test_arena import check_accounts
 
 SIZES = (2, 4, 8)
 N = 90
@@ -73,17 +75,19 @@ def test_within_room_memory_stays():
     assert before == [t.data_ptr() for t in (arena.storage, arena.row_start, arena.page_level)]
 
 
-def test_starts_that_become_int64():
-    module = mixed()
+@pytest.mark.parametrize("host", HOSTS)
+def test_starts_that_become_int64(host):
+    module = mixed(backend=host)
     start, before = module.arena.row_start, outputs(module)
     state = module.state_dict()
-    with mock.patch.object(arena_file, "index_dtype", return_value=torch.int64):
+    with mock.patch.object(room_file, "index_dtype", return_value=torch.int64):
         module.reserve(300)
     assert module.arena.row_start is start and start.dtype == torch.int64
-    assert module.arena._free.rows.dtype == torch.int64
+    assert host == "native" or module.arena._free.rows.dtype == torch.int64
     module.promote(IDS)
+    check_accounts(module.arena)
     torch.testing.assert_close(outputs(module), before)
-    fresh = ResizableEmbedding(N, sizes=SIZES)
+    fresh = ResizableEmbedding(N, sizes=SIZES, backend=host)
     fresh.load_state_dict(state)
     assert torch.equal(outputs(fresh), before)
 
@@ -139,16 +143,24 @@ def test_an_exported_program_gives_its_sources_outputs(room, call):
     assert torch.equal(program.module()(IDS), outputs(module))
 
 
+def grads_of(arena):
+    """The gradient of every row, by id."""
+    rows = zip(arena.row_start[:-1].tolist(), arena.row_size[arena.level()].tolist(), strict=True)
+    return [arena.storage.grad[start : start + size].clone() for start, size in rows]
+
+
+@pytest.mark.parametrize("host", HOSTS)
 @pytest.mark.parametrize("call", ["reserve", "compact", "load_state_dict"])
-def test_memory_that_runs_out_changes_nothing(call):
+def test_memory_that_runs_out_changes_nothing(call, host):
     """Everything is allocated before anything is replaced: no row is lost, nor its gradient."""
-    module, larger = mixed(), mixed()
+    module, larger = mixed(backend=host), mixed()
     larger.promote(IDS)
+    module.arena.free(IDS[35:50], backend=host)
+    module.arena.insert(IDS[35:50], 0, backend=host)
     module(IDS).sum().backward()
     arguments = {"reserve": 500, "load_state_dict": larger.arena.state_dict()}
-    names = ("new_full", "new_zeros", "new_empty", "to")
-    before = copy.deepcopy(module)
-    grad = module.arena.storage.grad.clone()
+    names = ("new_full", "new_zeros", "new_empty", "to", "clone")
+    before, grads = copy.deepcopy(module), grads_of(module.arena)
     for fails_at in itertools.count():
         calls = itertools.count()
 
@@ -170,9 +182,10 @@ def test_memory_that_runs_out_changes_nothing(call):
             except torch.OutOfMemoryError:
                 pass
         assert torch.equal(outputs(module), outputs(before))
-        # Pages may have come to stay, with everything that goes with them.
+        # Pages may have come to stay, and rows have moved, with everything that goes with them.
         assert module.arena.storage.grad.shape == module.arena.storage.shape
-        assert torch.equal(module.arena.storage.grad[: len(grad)], grad)
+        assert all(map(torch.equal, grads_of(module.arena), grads))
+        check_accounts(module.arena)
     assert fails_at > 2
     assert module.promote(IDS).shape == (N,)
 
@@ -369,9 +382,10 @@ def test_bad_locations_written_in_place_are_refused():
 def test_moves_that_a_graph_counts():
     """Replays count on the device; reserve reads the count."""
     arena = Arena(N, SIZES)
-    arena.reserve(50)
+    with mock.patch.object(room_file, "resolve_backend", return_value="triton"):
+        arena.reserve(50)
     chain = torch.zeros(54)
-    with mock.patch.object(arena_file, "is_capturing", return_value=True):
+    with mock.patch.object(room_file, "is_capturing", return_value=True):
         arena.promote(IDS[:5], chain, backend="triton")
     arena.moves.data.add_(3)  # replays, which no version counter sees
     copied = copy.deepcopy(arena)
