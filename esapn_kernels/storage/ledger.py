@@ -93,6 +93,7 @@ class Ledger:
 
     def grow(self, pages: int) -> None:
         """So many free pages were added."""
-        self.counts[-1] += pages
+        if self.counts:
+            self.counts[-1] += pages
         if self.snapshot is not None:
             self.snapshot.pages += pages
