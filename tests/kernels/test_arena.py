@@ -197,7 +197,7 @@ class History(RuleBasedStateMachine):
         self.arena = self.fresh(level)
         generator = torch.Generator().manual_seed(0)
         chain = torch.randn(chain_numel(sizes), generator=generator, dtype=torch.float64) * 0.5
-        self.chain = chain.to(self.dtype)
+        self.chain = chain.to(self.dtype).double()
         self.identity = self.arena.storage
         self.fill_rows(self.held())
 
@@ -232,8 +232,10 @@ class History(RuleBasedStateMachine):
 
     def move(self, ids, mask=None):
         """Promote; the model's own numbers stay on the host."""
-        chain = self.chain.to(self.device)
-        return self.arena.promote(self.ids(ids), chain, mask, backend=self.backend)
+        return self.arena.promote(self.ids(ids), self.hops(), mask, backend=self.backend)
+
+    def hops(self):
+        return self.chain.to(self.device, self.dtype)
 
     def held(self):
         return [i for i, k in enumerate(self.arena.level().tolist()) if k >= 0]

@@ -503,8 +503,7 @@ class Both(History):
         ids = self.some(data, sorted(self.rows), unique=False)
         n = len(ids)
         mask = data.draw(st.lists(st.booleans(), min_size=n, max_size=n)) if masked else [True] * n
-        chain = self.chain.to(self.device)
-        moved = self.arena.demote(self.ids(ids), chain, self.ids(mask), backend=self.backend)
+        moved = self.arena.demote(self.ids(ids), self.hops(), self.ids(mask), backend=self.backend)
         first = self.sizes[0]
         expected = [ok and len(self.rows[i]) > first for i, ok in zip(ids, mask, strict=True)]
         assert moved.tolist() == expected
@@ -523,7 +522,7 @@ class Both(History):
     @precondition(lambda self: self.rows)
     def demote_everything(self):
         ids = sorted(self.rows)
-        self.arena.demote(self.ids(ids), self.chain.to(self.device), backend=self.backend)
+        self.arena.demote(self.ids(ids), self.hops(), backend=self.backend)
         for i in ids:
             level = self.sizes.index(len(self.rows[i]))
             if level:
@@ -554,11 +553,11 @@ def kernels_on(device, monkeypatch):
 
 quick = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True}
 TestBoth = Both.TestCase
-TestBoth.settings = settings(max_examples=12, stateful_step_count=15, **quick)
+TestBoth.settings = settings(max_examples=24, stateful_step_count=15, **quick)
 TestBothOnEither = NEEDS_NATIVE(BothOnEither.TestCase)
-TestBothOnEither.settings = settings(max_examples=12, stateful_step_count=15, **quick)
+TestBothOnEither.settings = settings(max_examples=24, stateful_step_count=15, **quick)
 TestBothByKernels = BothByKernels.TestCase
-TestBothByKernels.settings = settings(max_examples=3, stateful_step_count=8, **quick)
+TestBothByKernels.settings = settings(max_examples=4, stateful_step_count=8, **quick)
 
 
 # ---- what goes with rows ------------------------------------------------------------------------

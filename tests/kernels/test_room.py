@@ -396,6 +396,18 @@ def test_native_kernels_take_the_lowest_place_of_the_lowest_page():
     check_accounts(arena)
 
 
+@pytest.mark.parametrize("forget", [Arena.reclaim, Arena.forget_counters])
+def test_growth_after_counters_were_forgotten(forget, backend, monkeypatch):
+    monkeypatch.setattr(locations, "page_elements", lambda *_: 16)
+    arena, chain = Arena(48, (2, 8)), torch.zeros(chain_numel((2, 8)))
+    arena.promote(torch.arange(16), chain, backend=backend)
+    forget(arena)
+    for ids in torch.arange(16, 48).split(16):
+        assert arena.promote(ids, chain, backend=backend).all()
+        check_accounts(arena)
+    assert pages_of(arena) >= 24
+
+
 @pytest.mark.parametrize("freed", ["free", "demote"])
 def test_pages_that_empty_serve_another_level(freed, backend, monkeypatch):
     """All that ``max_elements`` allows is in use; as many bytes come at another size."""
