@@ -166,7 +166,8 @@ def compact(rows: int) -> dict[str, Any]:
     module = small(rows=rows)
     grown = torch.arange(0, rows, 10)
     module.promote(grown)
-    module.arena.free(grown[::2])
+    arena: Any = module.arena
+    arena.free(grown[::2])
     del grown
     meter.restart()
     module.compact()
