@@ -196,8 +196,8 @@ class Arena(Room):
             movers = self._find_movers(ids, None, "insert", backend)
             if self.keeps_cap:
                 movers = self._that_fit(movers, ids, "insert", [level] * len(self.sizes))
-            taken = [0] * len(self.sizes)
-            taken[level] = sum(movers.per_level)
+            entering = sum(movers.per_level)
+            taken = [entering if k == level else 0 for k in range(len(self.sizes))]
             places = self._begin(taken, [0] * len(taken), movers.backend)
         operands = ids, level, self.storage.detach(), places
         moved = resize.insert(*operands, *self.followers.fresh(), movers)

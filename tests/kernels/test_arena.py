@@ -993,8 +993,7 @@ def test_free_lists_of_many_rows(sizes):
     """The free starts of every level, and the free pages, falling."""
     arena = Arena(MANY, sizes, level=mixed_levels(MANY, sizes))
     arena.free((arena.level() >= 0).nonzero()[:, 0][::3])
-    arena.forget_free_lists()
-    stacks = arena.free_places()
+    stacks = FreeLists(arena.row_start, arena.page_level, arena.sizes, arena.page).stacks()
     used = set(arena.row_start.tolist())
     pages = list(enumerate(arena.page_level[:-1].tolist()))
     for k, dim in enumerate(sizes):
