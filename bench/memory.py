@@ -34,6 +34,7 @@ from torch import Tensor
 
 from esapn_kernels import ResizableEmbedding, optim
 from esapn_kernels.info import collect
+from esapn_kernels.storage.arena import Arena
 
 SIZES = (2, 4, 8, 16, 64, 128)
 SHARES = (90.0, 5.0, 2.5, 1.5, 0.7, 0.3)  # of mixed sizes, in percent
@@ -166,8 +167,8 @@ def compact(rows: int) -> dict[str, Any]:
     module = small(rows=rows)
     grown = torch.arange(0, rows, 10)
     module.promote(grown)
-    arena: Any = module.arena
-    arena.free(grown[::2])
+    assert isinstance(module.arena, Arena)
+    module.arena.free(grown[::2])
     del grown
     meter.restart()
     module.compact()
