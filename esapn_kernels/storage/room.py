@@ -422,24 +422,11 @@ class Room(Locations):
     def _give_back(self, pages: int) -> None:
         """Move the pages in use to the front, which are so many; give the others' memory back."""
         level = self.page_level[:-1]
-        numel = pages * self.page
         high = (level[pages:] >= 0).nonzero()[:, 0] + pages
         low = (level[:pages] < 0).nonzero()[:, 0]
         if len(high):
-            step = max(_STEP // self.page, 1)
-            for tensor in self._moving():
-                table = tensor.view(-1, self.page)
-                for source, target in zip(high.split(step), low.split(step), strict=True):
-                    table[target] = table[source]
-            by = torch.zeros_like(self.page_level, dtype=self.row_start.dtype)
-            by[high] = ((low - high) * self.page).to(by.dtype)
-            for ids in self._steps():
-                start = self.row_start[ids.start : ids.stop]
-                start += by[start // self.page]  # of an id without a row: the sink's, 0
-            level[low] = level[high]
-            level[high] = -1
-            self._count_move()
-            self._remember()
+            self._move_pages(high, low)
+        numel = pages * self.page
         self._free = None
         if numel < self.storage.numel():
             kept = self._fresh_followers(numel, numel)
@@ -449,6 +436,23 @@ class Room(Locations):
             self._count_move()
             row_start = self._row_start_for(numel)
             self._replace(storage, row_start, page_level, kept, moves=True)
+
+    def _move_pages(self, old: Tensor, new: Tensor) -> None:
+        """The pages ``old``, in use, move to the free pages ``new``."""
+        step = max(_STEP // self.page, 1)
+        for tensor in self._moving():
+            pages = tensor.view(-1, self.page)
+            for source, target in zip(old.split(step), new.split(step), strict=True):
+                pages[target] = pages[source]
+        by = torch.zeros_like(self.page_level, dtype=self.row_start.dtype)
+        by[old] = ((new - old) * self.page).to(by.dtype)
+        for ids in self._steps():
+            start = self.row_start[ids.start : ids.stop]
+            start += by[start // self.page]  # of an id without a row: the sink's, 0
+        self.page_level[new] = self.page_level[old]
+        self.page_level[old] = -1
+        self._count_move()
+        self._remember()
 
     def _row_start_for(self, numel: int) -> Tensor:
         """``row_start`` for a storage of so many elements; a copy, where others hold its memory."""
