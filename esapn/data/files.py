@@ -145,16 +145,15 @@ def of_five_classes(columns: Columns, *, name: str, malformed: str) -> Columns:
         fail(name, f"{found} ({count}, of {rows:,})")
     if bad == rows:
         fail(name, f"every row is malformed; rating {columns.rating[first]:g} {what}")
-    codes, sizes = [], []
-    for side in (columns.user, columns.item):
-        # IDs that are left; their order stays.
-        values, code = np.unique(side[good], return_inverse=True)
-        codes.append(code.astype(side.dtype))
-        sizes.append(len(values))
+    # IDs that are left; their order stays.
+    users, user = np.unique(columns.user[good], return_inverse=True)
+    items, item = np.unique(columns.item[good], return_inverse=True)
+    user, item = user.astype(columns.user.dtype), item.astype(columns.item.dtype)
     timestamp = None if columns.timestamp is None else columns.timestamp[good]
-    counts = columns.counts | event_counts(*codes, timestamp, sizes[1])
+    counts = columns.counts | event_counts(user, item, timestamp, len(items))
     counts |= {"skipped": columns.counts["skipped"] + bad, f"rating {what}": bad}
-    return Columns(*codes, columns.rating[good], timestamp, *sizes, counts)
+    rating = columns.rating[good]
+    return Columns(user, item, rating, timestamp, len(users), len(items), counts)
 
 
 class _Checker:
