@@ -204,7 +204,8 @@ def prepare(args: argparse.Namespace) -> tuple[SearchConfig, Stream, dict[str, A
         events=events,
         dwell=args.dwell,
     )
-    ratings = load_ratings(args.data, events=events, seed=args.seed)
+    five_classes = args.task == "multiclass"
+    ratings = load_ratings(args.data, events=events, seed=args.seed, five_classes=five_classes)
     stream = build_stream(ratings, task=args.task, seed=args.seed)
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -36,8 +36,8 @@ __all__ = [
 
 # Settings that all runs of a comparison have in common, and its command line sets.
 SHARED = (
-    *("data", "order", "order_seed", "events", "train_fraction", "batch_size"),
-    *("sizes", "device", "log_every"),
+    *("data", "positive_above", "order", "order_seed", "events", "train_fraction"),
+    *("batch_size", "sizes", "device", "log_every"),
 )
 CHECKPOINT_SECONDS = 60.0
 _EPILOG = f"""\
@@ -232,8 +232,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def load(args: argparse.Namespace) -> Ratings:
-    """The ratings of ``--data``; see :func:`esapn.data.load.load_ratings`."""
+def load(args: argparse.Namespace, tasks: Sequence[str]) -> Ratings:
+    """The ratings of ``--data`` for ``tasks``; see :func:`esapn.data.load.load_ratings`."""
     return load_ratings(
         args.data,
         events=args.events,
@@ -242,6 +242,7 @@ def load(args: argparse.Namespace) -> Ratings:
         url=args.url,
         cache=args.cache,
         malformed=args.malformed,
+        five_classes="multiclass" in tasks,
     )
 
 

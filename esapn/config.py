@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -92,7 +93,10 @@ class SearchConfig:
     """
 
     data: str = _data("synthetic", "synthetic, a MovieLens name, a file or a folder", "DATA")
-    task: str = _data("binary", "rating > 3.5 (MSE), or five classes (cross-entropy)")
+    task: str = _data("binary", "high ratings or not (MSE), or five classes (cross-entropy)")
+    positive_above: float = _data(
+        3.5, "--task binary: ratings above it are the positive class", "RATING"
+    )
     order: str = _data("shuffle", "of the stream: a seeded permutation, or by timestamp")
     order_seed: int = _data(0, "of the shuffle and of synthetic data", "SEED")
     events: int = _data(200_000, "length of the synthetic stream", "EVENTS")
@@ -107,6 +111,9 @@ class SearchConfig:
     lr: float = _model(1e-3, "Adam's, for all but rows, tails, policies and soft sizes", "RATE")
     row_optimizer: str = _model("adam", "optimizer of the embedding rows")
     row_lr: float = _model(1e-3, "of the row optimizer", "RATE")
+    row_accumulator: float = _model(
+        0.0, "--row-optimizer adagrad: its sums of squares start here", "S0"
+    )
 
     method: str = _sizes("esapn", _METHODS, "METHOD")
     sizes: tuple[int, ...] = _sizes((2, 4, 8, 16, 64, 128), "candidate sizes, increasing", "D")
@@ -155,9 +162,11 @@ class SearchConfig:
         for name in (*rates, "threshold", "power", "power_scale"):
             if not 0 < getattr(self, name) < math.inf:
                 _refuse(name, "must be positive and finite", getattr(self, name))
-        for name in ("init_std", "entropy", "dwell"):
+        for name in ("init_std", "row_accumulator", "entropy", "dwell"):
             if not 0 <= getattr(self, name) < math.inf:
                 _refuse(name, "must be finite and not negative", getattr(self, name))
+        if not math.isfinite(self.positive_above):
+            _refuse("positive_above", "must be finite", self.positive_above)
         if not 0 < self.train_fraction < 1:
             _refuse("train_fraction", "must lie between 0 and 1", self.train_fraction)
         if not 0 <= self.promote_probability <= 1:
@@ -182,6 +191,18 @@ class SearchConfig:
     def to_json(self) -> dict[str, Any]:
         """The settings as JSON values."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    @classmethod
+    def complete(cls, saved: Mapping[str, Any]) -> dict[str, Any]:
+        """Settings that :meth:`to_json` gave once, with the defaults of those added since.
+
+        A setting that is added has as its default what every run did before, in any mode.
+
+        Example:
+            >>> SearchConfig.complete({"seed": 7})["row_accumulator"]
+            0.0
+        """
+        return {**cls().to_json(), **saved}
 
 
 def _refuse(name: str, rule: str, value: object) -> None:

@@ -275,7 +275,7 @@ def test_commands_of_the_search(page, own_flags, capsys):
 def test_results_are_of_the_command_above_them():
     """``# N runs; FILE.csv`` under a comparison: the file has its methods, and they make N runs."""
     found = [c for c in commands(COMPARISON) if re.search(r"runs; \S+\.csv", c.comment)]
-    assert len(found) == 5
+    assert len(found) == 7
     for command in found:
         count, path = re.findall(r"(\d+) runs; (\S+\.csv)", command.comment)[0]
         args = parse(command.arguments)

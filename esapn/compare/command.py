@@ -31,7 +31,7 @@ def compare(args: argparse.Namespace) -> int:
     common["sizes"] = tuple(args.sizes)
     # Before the data are read: a setting out of range is found at once.
     SearchConfig(**common)
-    ratings = load(args)
+    ratings = load(args, args.tasks)
     header, jobs = plan(
         ratings,
         common=common,
@@ -66,6 +66,7 @@ def _run(args: argparse.Namespace, jobs: Sequence[Job], *, done: int, at_once: i
 
     names = ("archive", "url", "cache", "malformed")
     options = tuple((n, getattr(args, n)) for n in names if getattr(args, n) is not None)
+    options += (("five_classes", "multiclass" in args.tasks),)
     layout = "{l_bar}{bar}| {n}/{total} {postfix}"
     with tqdm(total=done + len(jobs), unit="run", bar_format=layout) as bar:
 

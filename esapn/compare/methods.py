@@ -83,7 +83,7 @@ REFERENCES = {"paper": "esapn", "tuned": "esapn-dwell-0.5"}
 # Settings of the whole comparison, or of what it varies itself: no method may change them.
 COMMON = (
     *("data", "events", "task", "mode", "method", "order", "order_seed", "seed", "device"),
-    *("train_fraction", "batch_size", "sizes", "log_every", "patience"),
+    *("positive_above", "train_fraction", "batch_size", "sizes", "log_every", "patience"),
 )
 
 

@@ -8,17 +8,18 @@ from __future__ import annotations
 import base64
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader
 
+from ..config import SearchConfig
 from ..data.ratings import SIDES
 from . import figures
 from .formats import plain
-from .records import Comparison, Group, load
+from .records import Comparison, Group, Record, load
 from .summary import summary
 from .tables import (
     PageTable,
@@ -125,10 +126,15 @@ def _conditions(comparison: Comparison) -> list[tuple[str, str]]:
     return rows
 
 
+def _settings(record: Record) -> dict[str, Any]:
+    """All settings of a run, also if an earlier version made it."""
+    return SearchConfig.complete(record.content["config"])
+
+
 def _shared_settings(comparison: Comparison) -> dict[str, str]:
     """The settings that every run has the same value of."""
-    configs = [record.content["config"] for record in comparison.records]
-    first: Mapping[str, Any] = configs[0] if configs else {}
+    configs = [_settings(record) for record in comparison.records]
+    first = configs[0] if configs else {}
     return {
         name: json.dumps(value)
         for name, value in first.items()
@@ -145,7 +151,7 @@ def _method_settings(comparison: Comparison) -> list[tuple[str, str]]:
             records = group.of(method.label)
             if not records:
                 continue
-            configs = [record.content["config"] for record in records]
+            configs = [_settings(record) for record in records]
             own = [{k: v for k, v in config.items() if k not in shared} for config in configs]
             title = f"{method.label} ({group.task}, {group.mode})"
             if any(settings != own[0] for settings in own):

@@ -35,11 +35,11 @@ from .methods import method_settings
 __all__ = ["RemainingTime", "run_job", "run_jobs"]
 
 # Arguments of load_ratings as pairs, so that they can be a key of a cache.
-Options = tuple[tuple[str, str], ...]
+Options = tuple[tuple[str, str | bool], ...]
 # The settings that a stream depends on.
 STREAM = (
     *("data", "events", "order", "order_seed", "train_fraction", "batch_size", "history"),
-    *("task", "device"),
+    *("task", "positive_above", "device"),
 )
 
 

@@ -30,7 +30,7 @@ from .files import Columns, read_columns
 from .ratings import DataError, fail
 
 # Part of the manifest: raised when the meaning of the columns changes, so that old ones go.
-_FORMAT = 2
+_FORMAT = 3
 _COLUMNS = {
     "user": ("int32", "int64"),
     "item": ("int32", "int64"),

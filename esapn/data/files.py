@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -47,7 +47,7 @@ class Columns:
 
     user: np.ndarray  # [E], codes 0..n_users-1; int32 where they fit, int64 otherwise
     item: np.ndarray  # [E], likewise
-    rating: np.ndarray  # float32 [E], within 0.5..5
+    rating: np.ndarray  # float32 [E], finite
     timestamp: np.ndarray | None  # int64 [E]
     n_users: int
     n_items: int
@@ -113,6 +113,49 @@ def read_columns(path: Path, kind: str, *, name: str, malformed: str = "refuse")
     return checker.finish(name)
 
 
+def of_five_classes(columns: Columns, *, name: str, malformed: str) -> Columns:
+    """The columns if five classes can hold their ratings: those outside 0.5..5 are malformed.
+
+    Args:
+        columns: as read; returned as they are if no rating lies outside.
+        name: what messages call the file.
+        malformed: `"refuse"`, or `"skip"` such rows and count them.
+
+    Raises:
+        DataError: a rating lies outside and `malformed` is `"refuse"`, or all of them do.
+
+    Example:
+        >>> rating = np.array([4, 9, 5], np.float32)
+        >>> user, item = np.array([0, 1, 2]), np.array([0, 1, 0])
+        >>> columns = Columns(user, item, rating, None, 3, 2, {"rows": 3, "skipped": 0})
+        >>> kept = of_five_classes(columns, name="ratings.csv", malformed="skip")
+        >>> kept.user.tolist(), kept.n_items, kept.counts["skipped"]
+        ([0, 1], 1, 1)
+    """
+    good = (columns.rating >= RATING_MIN) & (columns.rating <= RATING_MAX)
+    rows = len(good)
+    bad = rows - int(np.count_nonzero(good))
+    if not bad:
+        return columns
+    what = f"is outside {RATING_MIN:g}..{RATING_MAX:g}"
+    first = int(np.argmin(good))
+    if malformed == "refuse":
+        count = f"{bad:,} row{'s are' if bad > 1 else ' is'} bad in this way"
+        found = f"row {first + 1}: rating {columns.rating[first]:g} {what}"
+        fail(name, f"{found} ({count}, of {rows:,})")
+    if bad == rows:
+        fail(name, f"every row is malformed; rating {columns.rating[first]:g} {what}")
+    # IDs that are left; their order stays.
+    users, user = np.unique(columns.user[good], return_inverse=True)
+    items, item = np.unique(columns.item[good], return_inverse=True)
+    user, item = user.astype(columns.user.dtype), item.astype(columns.item.dtype)
+    timestamp = None if columns.timestamp is None else columns.timestamp[good]
+    counts = columns.counts | event_counts(user, item, timestamp, len(items))
+    counts |= {"skipped": columns.counts["skipped"] + bad, f"rating {what}": bad}
+    rating = columns.rating[good]
+    return Columns(user, item, rating, timestamp, len(users), len(items), counts)
+
+
 class _Checker:
     """Takes blocks in file order; keeps what is well-formed and what is known of the rest."""
 
@@ -134,9 +177,7 @@ class _Checker:
             self._flag(_WIDTH, block.wrong, lambda row: f"{width[row]} {block.expected}")
         for column in frame.iter_columns():
             self._flag_value(column, column.is_null(), "is missing")
-        rating = self._finite(frame["rating"])
-        outside = (rating < RATING_MIN) | (rating > RATING_MAX)
-        self._flag_value(frame["rating"], outside, f"is outside {RATING_MIN:g}..{RATING_MAX:g}")
+        rating = self._finite(frame["rating"], pl.Float32)
         timestamp = self._whole(frame["timestamp"]) if "timestamp" in frame.columns else None
 
         self.rows += frame.height
@@ -145,7 +186,7 @@ class _Checker:
         if not self.good.all():
             frame, rating = frame.filter(self.good), rating.filter(self.good)
             timestamp = None if timestamp is None else timestamp.filter(self.good)
-        self.rating.append(rating.to_numpy().astype(np.float32))
+        self.rating.append(rating.to_numpy())
         if timestamp is not None:
             self.timestamp = self.timestamp or []
             self.timestamp.append(timestamp.to_numpy())
@@ -171,8 +212,8 @@ class _Checker:
 
         self._flag(f"{column.name} {what}", bad, found)
 
-    def _finite(self, column: pl.Series) -> pl.Series:
-        number = column.cast(float, strict=False)
+    def _finite(self, column: pl.Series, dtype: Any = float) -> pl.Series:
+        number = column.cast(dtype, strict=False)
         self._flag_value(column, ~number.is_finite(), "is not a finite number")
         return number
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..errors import did_you_mean
 from .cache import cache_folder, load_file, report_skipped
-from .files import KINDS, MALFORMED
+from .files import KINDS, MALFORMED, of_five_classes
 from .movielens import MOVIELENS, load_movielens
 from .ratings import DataError, Ratings, fail
 from .synthetic import synthetic_ratings
@@ -28,6 +28,7 @@ def load_ratings(
     url: str | None = None,
     cache: str | os.PathLike[str] | None = None,
     malformed: str = "refuse",
+    five_classes: bool = False,
 ) -> Ratings:
     """Read ratings from a file, a directory or a MovieLens set, or generate them.
 
@@ -48,6 +49,8 @@ def load_ratings(
         cache: the cache folder; `$ESAPN_CACHE` or the platform's by default (`~/.cache/esapn`).
         malformed: `"refuse"` a file with rows that lack a field, have too many, or a rating or
             timestamp that is none; or `"skip"` such rows, with their number on stderr.
+        five_classes: rows with a rating outside 0.5..5 are malformed, as five classes cannot
+            hold it; by default any finite rating is taken.
 
     Returns:
         The ratings in file order, duplicates and rows out of time order included. Raw IDs may be
@@ -87,6 +90,8 @@ def load_ratings(
         path, kind = _find_file(data)
         name = path.name
         columns, checksum = load_file(path, kind, name=name, malformed=malformed, folder=folder)
+    if five_classes:
+        columns = of_five_classes(columns, name=name, malformed=malformed)
     report_skipped(name, columns.counts)
     return Ratings(**vars(columns), name=name, checksum=checksum)
 

@@ -41,7 +41,7 @@ class Ratings:
 
     user: np.ndarray  # [E], codes 0..n_users-1 in sorted order of the raw IDs; int32 if they fit
     item: np.ndarray  # [E], codes 0..n_items-1, likewise
-    rating: np.ndarray  # float32 [E], within 0.5..5
+    rating: np.ndarray  # float32 [E], finite
     timestamp: np.ndarray | None  # int64 [E]
     n_users: int
     n_items: int

@@ -115,6 +115,7 @@ def build_stream(
     ratings: Ratings,
     *,
     task: str = "binary",
+    positive_above: float = 3.5,
     order: str = "shuffle",
     seed: int = 0,
     batch_size: int = 500,
@@ -126,8 +127,9 @@ def build_stream(
 
     Args:
         ratings: the E events.
-        task: `"binary"`, target `rating > 3.5`; or `"multiclass"`, 5 classes, target
+        task: `"binary"`, target `rating > positive_above`; or `"multiclass"`, 5 classes, target
             `clip(floor(rating - 0.5), 0, 4)`.
+        positive_above: for `"binary"` only, on the scale of the ratings.
         order: `"shuffle"`, NumPy's `RandomState(seed).permutation`; or `"time"`, a stable sort by
             timestamp.
         batch_size: events a batch, at least 2. A last batch of a single event joins the one
@@ -164,7 +166,7 @@ def build_stream(
         fail(ratings.name, f"{n_events} events are fewer than two batches of {batch_size}")
     if task not in ("binary", "multiclass"):
         raise DataError(f"task must be binary or multiclass, got {task!r}")
-    arrays = _ordered(ratings, task, _permutation(ratings, order, seed))
+    arrays = _ordered(ratings, task, positive_above, _permutation(ratings, order, seed))
 
     bounds = Bounds(n_events, batch_size)
     # The tiny term: 0.29 * 100 is 28.999999999999996 in floats.
@@ -199,7 +201,9 @@ def _permutation(ratings: Ratings, order: str, seed: int) -> np.ndarray:
     return np.argsort(ratings.timestamp, kind="stable")
 
 
-def _ordered(ratings: Ratings, task: str, permutation: np.ndarray) -> dict[str, np.ndarray]:
+def _ordered(
+    ratings: Ratings, task: str, positive_above: float, permutation: np.ndarray
+) -> dict[str, np.ndarray]:
     """Return user, item (int32 [E]) and target (uint8 [E]) in the order of the stream."""
     n_events = len(permutation)
     out: dict[str, np.ndarray] = {
@@ -211,13 +215,13 @@ def _ordered(ratings: Ratings, task: str, permutation: np.ndarray) -> dict[str, 
         rows = permutation[part]
         out["user"][part] = ratings.user[rows]
         out["item"][part] = ratings.item[rows]
-        out["target"][part] = _target(ratings.rating[rows], task)
+        out["target"][part] = _target(ratings.rating[rows], task, positive_above)
     return out
 
 
-def _target(rating: np.ndarray, task: str) -> np.ndarray:
+def _target(rating: np.ndarray, task: str, positive_above: float) -> np.ndarray:
     if task == "binary":
-        return rating > 3.5
+        return rating > positive_above
     return np.clip(np.floor(rating - 0.5), 0, NUM_CLASSES - 1)
 
 

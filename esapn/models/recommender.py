@@ -67,8 +67,8 @@ class Recommender(nn.Module):
         """The parameters that set soft sizes."""
         return []
 
-    def row_optimizer(self, name: str, lr: float) -> torch.optim.Optimizer:
-        """``adam`` or ``adagrad`` over :meth:`rows`."""
+    def row_optimizer(self, name: str, lr: float, start: float) -> torch.optim.Optimizer:
+        """``adam`` or ``adagrad`` over :meth:`rows`; Adagrad's sums begin at ``start``."""
         raise NotImplementedError
 
     def memory(self, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, TableBytes]:

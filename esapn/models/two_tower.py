@@ -89,11 +89,11 @@ class TwoTower(Recommender):
         tables = (t for t in self.tables().values() if t.init == "tails")
         return [table.chain for table in tables if table.chain is not None]
 
-    def row_optimizer(self, name: str, lr: float) -> torch.optim.Optimizer:
+    def row_optimizer(self, name: str, lr: float, start: float) -> torch.optim.Optimizer:
         """Adam over all rows, or an Adagrad that steps in the backward pass of the lookup."""
         if name == "adam":
             return torch.optim.Adam(self.rows(), lr=lr, fused=True)
-        return optim.Adagrad([self.user, self.item], lr=lr)
+        return optim.Adagrad([self.user, self.item], lr=lr, initial_accumulator_value=start)
 
     def memory(self, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, TableBytes]:
         """As allocated; a table of one size counts as a plain one, without locations."""
@@ -147,10 +147,11 @@ class SoftTwoTower(Recommender):
         """Those of both tables."""
         return [*self.user.soft_parameters(), *self.item.soft_parameters()]
 
-    def row_optimizer(self, name: str, lr: float) -> torch.optim.Optimizer:
+    def row_optimizer(self, name: str, lr: float, start: float) -> torch.optim.Optimizer:
         """Torch's Adam or Adagrad over both tables."""
-        kind = torch.optim.Adam if name == "adam" else torch.optim.Adagrad
-        return kind(self.rows(), lr=lr)
+        if name == "adam":
+            return torch.optim.Adam(self.rows(), lr=lr)
+        return torch.optim.Adagrad(self.rows(), lr=lr, initial_accumulator_value=start)
 
     def memory(self, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, TableBytes]:
         """See :meth:`SoftEmbedding.memory`."""

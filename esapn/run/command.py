@@ -62,7 +62,7 @@ def _prepare(args: argparse.Namespace) -> tuple[SearchConfig, Ratings, Stream]:
     device_of(config.device)
     check_least(1, threads=args.threads)
     check_least(0, checkpoint_seconds=args.checkpoint_seconds)
-    ratings = load(args)
+    ratings = load(args, [config.task])
     stream = stream_of(config, ratings)
     # Last: a run that is refused leaves no folder.
     make_folder(args.out, "result.json")

@@ -60,6 +60,7 @@ def stream_of(config: SearchConfig, ratings: Ratings) -> Stream:
     return build_stream(
         ratings,
         task=config.task,
+        positive_above=config.positive_above,
         order=config.order,
         seed=config.order_seed,
         batch_size=config.batch_size,
@@ -113,7 +114,8 @@ def _optimizers(config: SearchConfig, model: Recommender) -> list[torch.optim.Op
     if soft:
         built.append(torch.optim.Adam(soft, lr=config.policy_lr, fused=True))
     if rows and (config.row_optimizer, config.row_lr) != ("adam", config.lr):
-        built.append(model.row_optimizer(config.row_optimizer, config.row_lr))
+        name, start = config.row_optimizer, config.row_accumulator
+        built.append(model.row_optimizer(name, config.row_lr, start))
         apart |= {id(p) for p in rows}
     if tails := model.tails():
         built.append(torch.optim.Adam(tails, lr=config.tail_lr, fused=True))

@@ -28,7 +28,8 @@ def check_origin(
 
     Args:
         path: the file, for the message.
-        held_config: the settings that it holds, as JSON values.
+        held_config: the settings that it holds, as JSON values; one that it lacks, since it is
+            newer, counts as its default.
         held_checksum: SHA-256 of the data that it was made on.
         config: the settings of the run.
         checksum: SHA-256 of the run's data.
@@ -38,12 +39,10 @@ def check_origin(
     """
     if held_checksum != checksum:
         raise ConfigError(f"{path}: was made on other data (sha256 {held_checksum[:12]}...)")
-    now = config.to_json()
-    keys = sorted({*held_config, *now} - set(PLACES))
+    held, now = SearchConfig.complete(held_config), config.to_json()
+    keys = sorted({*held, *now} - set(PLACES))
     changed = [
-        f"{key} {held_config.get(key)} -> {now.get(key)}"
-        for key in keys
-        if held_config.get(key) != now.get(key)
+        f"{key} {held.get(key)} -> {now.get(key)}" for key in keys if held.get(key) != now.get(key)
     ]
     if changed:
         raise ConfigError(

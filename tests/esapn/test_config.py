@@ -29,6 +29,7 @@ PUBLISHED = {
     "head": "norm",
     "row_optimizer": "adam",
     "row_lr": 1e-3,
+    "row_accumulator": 0.0,
     "hops": "linear",
     "tail_lr": 1e-2,
     "state": "paper",
@@ -38,6 +39,7 @@ PUBLISHED = {
     "dwell": 0.0,
     "patience": 0,
     "task": "binary",
+    "positive_above": 3.5,
 }
 
 REFUSED = [
@@ -53,10 +55,11 @@ REFUSED = [
     ),
     *(
         (name, value)
-        for name in ("init_std", "entropy", "dwell")
+        for name in ("init_std", "row_accumulator", "entropy", "dwell")
         for value in (-0.1, math.nan, math.inf)
     ),
     *(("promote_probability", value) for value in (-0.1, 1.1, math.nan)),
+    *(("positive_above", value) for value in (-math.inf, math.nan, math.inf)),
     *(("train_fraction", value) for value in (0.0, 1.0, -0.5, math.nan)),
     *(("seed", value) for value in (-1, 2**63)),
     *(("order_seed", value) for value in (-1, 2**32)),
@@ -106,6 +109,8 @@ def test_every_setting_with_a_range_is_refused_somewhere():
         ("batch_size", 2),
         ("hidden", 1),
         ("init_std", 0.0),
+        ("row_accumulator", 0.0),
+        ("positive_above", -5.0),
         ("seed", 2**63 - 1),
         ("order_seed", 2**32 - 1),
         ("promote_probability", 0.0),
@@ -134,6 +139,20 @@ def test_json_round_trip():
     assert values["sizes"] == [1, 2, 3]
     values["sizes"] = tuple(values["sizes"])
     assert SearchConfig(**values) == config
+
+
+def test_saved_settings_are_completed_with_defaults_of_the_paper():
+    """Whatever their mode: what every run did before a setting was added."""
+    config = SearchConfig.of_mode("tuned", seed=3)
+    saved = config.to_json()
+    assert SearchConfig.complete(saved) == saved
+    for name in ("row_accumulator", "positive_above", "tail_lr"):
+        del saved[name]
+    assert SearchConfig.complete(saved) == config.to_json()
+    assert SearchConfig.complete({"gone": 1, "lr": 9.0}) == SearchConfig().to_json() | {
+        "gone": 1,
+        "lr": 9.0,
+    }
 
 
 def test_settings_have_help():

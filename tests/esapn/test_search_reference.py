@@ -66,19 +66,21 @@ class Adam:
 class Adagrad:
     """Adagrad over named tensors; rows that grow by zeros or tails take their sums along."""
 
-    def __init__(self, lr: float) -> None:
-        self.lr = lr
+    def __init__(self, config: SearchConfig) -> None:
+        self.lr, self.start = config.row_lr, config.row_accumulator
         self.sums: dict = {}
 
     def grown(self, name, old: torch.Tensor, new: torch.Tensor) -> None:
-        if name in self.sums:  # e' = g e, so dL/de = g dL/de'
-            gain = math.sqrt(len(new) / len(old))
-            added = torch.zeros(len(new) - len(old))
-            self.sums[name] = torch.cat([self.sums[name] / gain**2, added])
+        gain = math.sqrt(len(new) / len(old))  # e' = g e, so dL/de = g dL/de'
+        added = torch.full((len(new) - len(old),), self.start)
+        self.sums[name] = torch.cat([self.of(name, old) / gain**2, added])
+
+    def of(self, name, x: torch.Tensor) -> torch.Tensor:
+        return self.sums.get(name, torch.full_like(x, self.start))
 
     def step(self, tensors: dict, gradients: dict) -> None:
         for name, x in tensors.items():
-            self.sums[name] = self.sums.get(name, torch.zeros_like(x)) + gradients[name] ** 2
+            self.sums[name] = self.of(name, x) + gradients[name] ** 2
             with torch.no_grad():
                 x -= self.lr * gradients[name] / (self.sums[name].sqrt() + 1e-10)
 
@@ -227,7 +229,7 @@ class SlowSearch:
         self.adam = Adam(run.config.lr)
         self.tails_adam = Adam(run.config.tail_lr)
         adagrad = run.config.row_optimizer == "adagrad"
-        self.row_optimizer = Adagrad(run.config.row_lr) if adagrad else Adam(run.config.row_lr)
+        self.row_optimizer = Adagrad(run.config) if adagrad else Adam(run.config.row_lr)
         self.generator = torch.Generator().manual_seed(run.config.seed)
         self.index = 0
 
@@ -354,6 +356,7 @@ VARIANTS = {
     "all": {"state": "rich", "advantage": "normalised", "entropy": 0.1} | TUNED,
     "argmax": {"acting": "argmax"},
     "tails": TUNED | {"hops": "tails", "tail_lr": 0.03},
+    "accumulator": TUNED | {"row_accumulator": 0.02},
 }
 
 

@@ -70,6 +70,30 @@ def test_the_same_command_goes_on(error, status, said, tmp_path, capsys, monkeyp
     assert "other settings (sizes" in line and "another --out" in line
 
 
+def test_ratings_on_another_scale(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(workers, "run_jobs", in_this_process)
+    monkeypatch.setattr(figures, "FIGURES", {})
+    data, out = tmp_path / "ratings.csv", tmp_path / "out"
+    rows = "".join(f"{t % 7},{t % 5},{t % 10 + 1}\n" for t in range(300))
+    data.write_text("user,item,rating\n" + rows)
+    options = ["--data", data, "--seeds", 1, "--methods", "never,row_accumulator=0.5"]
+    assert command(out, *options, "--positive-above", 7.5) == 0
+    (held,) = load(out).records
+    assert held.content["config"]["positive_above"] == 7.5
+    assert held.content["config"]["row_accumulator"] == 0.5
+    capsys.readouterr()
+    assert command(out, *options, "--positive-above", 6) == 2
+    assert "other settings (positive_above 7.5 -> 6.0)" in capsys.readouterr().err
+    # Of two tasks, five classes cannot hold such ratings.
+    both = ["--tasks", "binary", "multiclass"]
+    assert command(tmp_path / "both", *options, *both) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "row 6: rating 6 is outside 0.5..5 (150 rows are bad in this way, of 300)" in line
+    assert command(tmp_path / "both", *options, *both, "--malformed", "skip") == 0
+    records = load(tmp_path / "both").records
+    assert [r.content["data"]["events"] for r in records] == [150, 150]
+
+
 # The methods of a comparison, and the arguments that give each in a search.
 SINGLE = {
     "esapn": [],

@@ -146,6 +146,19 @@ def test_other_settings_or_data_are_not_finished(finished):
         is_finished(replace(finished, checksum="0" * 64))
 
 
+def test_a_record_from_before_a_setting_has_its_default(finished, tmp_path):
+    content = json.loads(finished.path.read_text())
+    for name in ("tail_lr", "row_accumulator", "positive_above"):
+        del content["config"][name]
+    job = replace(finished, folder=tmp_path)
+    job.path.parent.mkdir()
+    write_json(job.path, content)
+    assert is_finished(job)
+    changed = replace(job, config=replace(job.config, row_accumulator=0.1))
+    with pytest.raises(ConfigError, match=r"\(row_accumulator 0.0 -> 0.1\)"):
+        is_finished(changed)
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"config": {}}', '{"config": 3}'])
 def test_half_a_record_is_none(content, tmp_path):
     job = only_job(tmp_path)

@@ -143,8 +143,8 @@ DAMAGE = {
     "dtype": lambda f: np.save(f / "user.npy", np.zeros(4, np.float64)),
     "length": lambda f: np.save(f / "user.npy", np.zeros(3, np.int32)),
     "pickle": lambda f: np.save(f / "user.npy", np.array([{}], object), allow_pickle=True),
-    "manifest cut": lambda f: (f / "manifest.json").write_text('{"format": 2, "sour'),
-    "manifest bare": lambda f: (f / "manifest.json").write_text('{"format": 2}'),
+    "manifest cut": lambda f: (f / "manifest.json").write_text('{"format": 3, "sour'),
+    "manifest bare": lambda f: (f / "manifest.json").write_text('{"format": 3}'),
     "manifest list": lambda f: (f / "manifest.json").write_text("[]"),
     "manifest gone": lambda f: (f / "manifest.json").unlink(),
     "another": lambda f: edit(f / "manifest.json", source="0" * 64),
@@ -174,11 +174,11 @@ def test_damaged_columns_are_rebuilt(tmp_path, own_cache, capsys, damage):
 def test_columns_of_another_format_are_replaced(tmp_path, own_cache, capsys):
     path = write_layout(tmp_path, "ratings.csv")
     first = load_ratings(path)
-    edit(columns_folder(own_cache) / "manifest.json", format=1)
+    edit(columns_folder(own_cache) / "manifest.json", format=2)
     check(load_ratings(path), first)
     assert capsys.readouterr().err == ""
     manifest = json.loads((columns_folder(own_cache) / "manifest.json").read_text())
-    assert manifest["format"] == 2 and manifest["counts"] == first.counts
+    assert manifest["format"] == 3 and manifest["counts"] == first.counts
 
 
 def test_full_disk(tmp_path, own_cache, monkeypatch):

@@ -130,8 +130,7 @@ CSV_REFUSALS = {
     "inf": ("user,item,rating\n1,1,inf\n", "row 1: rating 'inf'"),
     "null": ("user,item,rating\n1,1,4\n1,1,4\n1,1,\n1,1,\n", "row 3: rating is missing"),
     "word": ("user,item,rating\n1,1,good\n", "row 1: rating 'good'"),
-    "high": ("user,item,rating\n1,1,5\n1,1,5.5\n", "row 2: rating '5.5' is outside 0.5..5"),
-    "low": ("user,item,rating\n1,1,0\n", "row 1: rating '0' is outside"),
+    "too large": ("user,item,rating\n1,1,4\n1,1,1e39\n", "row 2: rating '1e39' is not a finite"),
     "null user": ("user,item,rating\n1,1,4\n,1,4\n", "row 2: user is missing"),
     "empty item": ('user,item,rating\n1," ",4\n', "row 1: item is missing"),
     "short row": ("user,item,rating\n1,1,4\n1,1\n", "row 2: rating is missing"),
@@ -177,7 +176,6 @@ def test_the_message_of_a_missing_column_in_full(tmp_path):
         ("ratings.dat", "1::1::x::9\n", "row 1: rating 'x'"),
         ("ratings.dat", "", "file is empty"),
         ("u.data", "1\t1\t4\t9\n1\t1\t4\n", "row 2: 3 fields"),
-        ("u.data", "1\t1\t6\t9\n", "row 1: rating '6' is outside"),
         ("u.data", "1\t1\t4\tx\n", "row 1: timestamp 'x'"),
         ("u.data", "", "file is empty"),
         ("ratings.parquet", "", "file is empty"),
@@ -201,7 +199,7 @@ def test_other_files_refuse(tmp_path, name, text, words):
         ("rating", [4.0, float("inf"), 4.0, 4.0], "row 2: rating inf"),
         ("rating", [4.0, None, 4.0, 4.0], "row 2: rating is missing"),
         ("rating", [True, False, True, True], "expected numbers"),
-        ("rating", [9, 4, 4, 4], "row 1: rating 9 is outside"),
+        ("rating", [4.0, -1e39, 4.0, 4.0], "row 2: rating -1e+39 is not a finite"),
         ("timestamp", [1, 2, 3, None], "row 4: timestamp is missing"),
         ("timestamp", [1.0, 2.5, 3.0, 4.0], "row 2: timestamp 2.5"),
         ("score", [1, 2, 3, 4], None),
@@ -275,8 +273,8 @@ def test_blocks_leave_no_trace(tmp_path, monkeypatch, name, size):
 def test_bad_rows_are_numbered_and_counted_across_blocks(tmp_path, monkeypatch, size):
     monkeypatch.setattr(esapn.data.files, "BLOCK_BYTES", size)
     path = tmp_path / "ratings.csv"
-    path.write_text("user,item,rating\n1,1,4\n1,2,9\n1,3,x\n\n,4,4\n1,4,9\n1,5,4\n1,6,7.5\n")
-    wanted = "row 2: rating '9' is outside 0.5..5 (3 rows are bad in this way, of 7)"
+    path.write_text("user,item,rating\n1,1,4\n1,2,y\n1,3,\n\n,4,4\n1,4,x\n1,5,4\n1,6,7.5.\n")
+    wanted = "row 2: rating 'y' is not a finite number (3 rows are bad in this way, of 7)"
     assert refusal(load_ratings, path) == f"ratings.csv: {wanted}"
 
 
@@ -423,7 +421,7 @@ def test_skipped_rows_are_counted_by_reason_and_reported(tmp_path, capsys):
         "timestamp is not a finite number": 2,
         "timestamp is not a whole number": 2,
     }
-    ratings = load_ratings(path, malformed="skip")
+    ratings = load_ratings(path, malformed="skip", five_classes=True)
     assert ratings.counts == counts(3, skipped=30, **reasons)
     assert sum(reasons.values()) == 30
     assert ratings.user.tolist() == [0, 0, 1] and ratings.n_users == 2  # 9 is no user
@@ -433,18 +431,26 @@ def test_skipped_rows_are_counted_by_reason_and_reported(tmp_path, capsys):
     assert said.count("\n") == 1 and said.startswith("ratings.csv: skipped 30 of 33 rows (")
     for reason, count in reasons.items():
         assert f"{reason}: {count}" in said
-    again = load_ratings(path, malformed="skip")
+    again = load_ratings(path, malformed="skip", five_classes=True)
     assert again.counts == ratings.counts and capsys.readouterr().err == said
     # Columns that lack rows are not those of a reading that refuses such rows.
     assert "row 1: user is missing (4 rows are bad" in refusal(load_ratings, path)
-    assert load_ratings(path, malformed="skip").counts == ratings.counts
+    again = load_ratings(path, malformed="skip", five_classes=True)
+    assert again.counts == ratings.counts
+    # Of any rating, four rows more.
+    other = load_ratings(path, malformed="skip")
+    del reasons["rating is outside 0.5..5"]
+    expected = counts(7, skipped=26, **reasons)
+    assert {k: n for k, n in other.counts.items() if k in reasons or k in ("rows", "skipped")} == {
+        k: n for k, n in expected.items() if k not in ("duplicates", "unsorted")
+    }
 
 
 def test_skipping_in_headerless_files_and_parquet(tmp_path):
     for name, separator in (("u.data", "\t"), ("ratings.dat", "::")):
         path = tmp_path / name
         path.write_text("1|1|4|9\n1|1|4\n1|1|4|9|9\n1|2|6|9\n".replace("|", separator))
-        ratings = load_ratings(path, malformed="skip")
+        ratings = load_ratings(path, malformed="skip", five_classes=True)
         reasons = {"wrong number of fields": 2, "rating is outside 0.5..5": 1}
         assert ratings.counts == counts(1, skipped=3, **reasons)
     columns = columns_of() | {"rating": [4.0, float("nan"), None, 5.0]}
@@ -457,9 +463,64 @@ def test_skipping_in_headerless_files_and_parquet(tmp_path):
 
 def test_nothing_left_after_skipping(tmp_path):
     path = tmp_path / "ratings.csv"
-    path.write_text("user,item,rating\n1,1,9\n1,1,x\n")
-    wanted = "ratings.csv: every row is malformed; row 1: rating '9' is outside 0.5..5"
+    path.write_text("user,item,rating\n1,1,\n1,1,x\n")
+    wanted = "ratings.csv: every row is malformed; row 1: rating is missing"
     assert refusal(load_ratings, path, malformed="skip") == wanted
+    path.write_text("user,item,rating\n1,1,9\n1,1,x\n")
+    wanted = "ratings.csv: every row is malformed; rating 9 is outside 0.5..5"
+    assert refusal(load_ratings, path, malformed="skip", five_classes=True) == wanted
+
+
+# Ratings on other scales
+
+
+@pytest.mark.parametrize("name", ["u.data", "ratings.dat", "ratings.csv", "ratings.parquet"])
+def test_any_finite_rating_is_read(tmp_path, name):
+    values = [10.0, -3.0, 0.0, 250.5]
+    if name == "ratings.parquet":
+        path = write_frame(tmp_path / name, **columns_of() | {"rating": values})
+    else:
+        separator = {"u.data": "\t", "ratings.dat": "::", "ratings.csv": ","}[name]
+        rows = [
+            (user, item, rating, t) for (user, item, _, t), rating in zip(ROWS, values, strict=True)
+        ]
+        header = "user,item,rating,timestamp\n" if name == "ratings.csv" else ""
+        path = tmp_path / name
+        path.write_text(as_text(separator, rows, header=header))
+    ratings = load_ratings(path)
+    assert ratings.rating.dtype == np.float32 and ratings.rating.tolist() == values
+    assert ratings.user.tolist() == USER and ratings.counts["skipped"] == 0
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_five_classes_refuse_other_scales(tmp_path, cached):
+    path = tmp_path / "ratings.csv"
+    path.write_text("user,item,rating\n1,1,5\n1,2,0.5\n7,3,5.5\n1,4,0\n\n1,5,4\n")
+    if cached:
+        load_ratings(path)
+    wanted = "row 3: rating 5.5 is outside 0.5..5 (2 rows are bad in this way, of 5)"
+    assert refusal(load_ratings, path, five_classes=True) == f"ratings.csv: {wanted}"
+    path.write_text("user,item,rating\n1,1,5\n1,1,0.4\n")
+    wanted = "row 2: rating 0.4 is outside 0.5..5 (1 row is bad in this way, of 2)"
+    assert refusal(load_ratings, path, five_classes=True) == f"ratings.csv: {wanted}"
+
+
+def test_five_classes_leave_out_other_scales(tmp_path, capsys):
+    path = tmp_path / "u.data"
+    rows = [(9, 1, 4, 10), (2, 4, 6, 9), (5, 3, 2, 11), (9, 1, 0, 12), (9, 3, 5, 8)]
+    path.write_text(as_text("\t", rows))
+    every = load_ratings(path, malformed="skip")
+    assert every.counts == counts(5, duplicates=1, unsorted=2) and capsys.readouterr().err == ""
+    ratings = load_ratings(path, malformed="skip", five_classes=True)
+    reasons = {"rating is outside 0.5..5": 2}
+    assert ratings.counts == counts(3, unsorted=1, skipped=2, **reasons)
+    assert (ratings.user.tolist(), ratings.n_users) == ([1, 0, 1], 2)
+    assert (ratings.item.tolist(), ratings.n_items) == ([0, 1, 1], 2)
+    assert ratings.rating.tolist() == [4, 2, 5] and ratings.timestamp.tolist() == [10, 11, 8]
+    assert ratings.user.dtype == every.user.dtype == np.int32
+    assert ratings.checksum == every.checksum
+    said = "u.data: skipped 2 of 5 rows (rating is outside 0.5..5: 2)\n"
+    assert capsys.readouterr().err == said
 
 
 def test_duplicates_and_unsorted_rows_are_kept_and_counted(tmp_path):

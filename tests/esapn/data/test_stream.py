@@ -174,7 +174,12 @@ SCALE = [0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0]
 def test_targets():
     binary = in_order([0] * 10, rating=SCALE, batch_size=5)
     assert binary.target.tolist() == [0, 0, 0, 0, 0, 0, 0, 1, 1, 1]
-    classes = in_order([0] * 10, rating=SCALE, batch_size=5, task="multiclass")
+    for above in (0.5, 4.4, 7.5, -1):
+        binary = in_order([0] * 10, rating=SCALE, batch_size=5, positive_above=above)
+        assert binary.target.tolist() == [int(rating > above) for rating in SCALE]
+    wide = in_order([0] * 4, rating=[-2, 7.5, 8, 100], batch_size=2, positive_above=7.5)
+    assert wide.target.tolist() == [0, 0, 1, 1]
+    classes = in_order([0] * 10, rating=SCALE, batch_size=5, task="multiclass", positive_above=1.0)
     assert classes.target.dtype == torch.uint8
     assert classes.target.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
 

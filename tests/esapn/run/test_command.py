@@ -111,7 +111,8 @@ def test_ids_of_any_kind(user, item, tmp_path):
 def test_malformed_rows_are_skipped_and_counted(tmp_path, capsys):
     data, out = tmp_path / "ratings.csv", tmp_path / "out"
     data.write_text(CSV + "1,2,9,3\n" + ROWS + "1,,4,3\n" + "1,2,NaN,3\n")
-    assert search(*SMALL, "--data", data, "--malformed", "skip", "--out", out) == 0
+    data_options = ["--data", data, "--malformed", "skip"]
+    assert search(*SMALL, *data_options, "--task", "multiclass", "--out", out) == 0
     captured = capsys.readouterr()
     (counted,) = [x for x in captured.out.splitlines() if x.startswith("rows: ")]
     assert "265 duplicates" in counted and "3 skipped" in counted
@@ -119,6 +120,31 @@ def test_malformed_rows_are_skipped_and_counted(tmp_path, capsys):
     assert "ratings.csv: skipped 3 of 303 rows" in captured.err
     counts = result(out)["data"]["counts"]
     assert (counts["rows"], counts["skipped"], counts["duplicates"]) == (300, 3, 265)
+    # Two classes take any rating.
+    assert search(*SMALL, *data_options, "--out", tmp_path / "binary") == 0
+    counts = result(tmp_path / "binary")["data"]["counts"]
+    assert (counts["rows"], counts["skipped"]) == (301, 2)
+
+
+def test_ratings_on_another_scale(tmp_path):
+    """Twice the ratings and twice the limit: the same run."""
+    one, two = tmp_path / "one.csv", tmp_path / "two.csv"
+    one.write_text(CSV + ROWS)
+    frame = [line.split(",") for line in ROWS.splitlines()]
+    two.write_text(CSV + "".join(f"{u},{i},{2 * float(r)},{t}\n" for u, i, r, t in frame))
+    runs = {}
+    for name, arguments in {
+        "one": ["--data", one],
+        "two": ["--data", two, "--positive-above", "7"],
+        "other": ["--data", two, "--positive-above", "7.5"],
+        "default": ["--data", two],
+    }.items():
+        assert search(*SMALL, *arguments, "--out", tmp_path / name) == 0
+        runs[name] = result(tmp_path / name)
+    assert runs["one"]["config"]["positive_above"] == 3.5
+    assert runs["two"]["config"]["positive_above"] == 7.0
+    assert runs["one"]["test"] == runs["two"]["test"] == runs["other"]["test"]
+    assert runs["default"]["test"] != runs["one"]["test"]
 
 
 def test_patience_stops_early_and_says_so(tmp_path, capsys):
@@ -233,7 +259,11 @@ def test_mistakes_in_settings(arguments, expected, tmp_path, capsys):
             "row 1: rating 'NaN' is not a finite number (2 rows are bad in this way, of 302)",
         ),
         (CSV + "1,,4,3\n" * 300, ["--malformed", "skip"], "every row is malformed; row 1"),
-        (CSV + ROWS + "1,2,9,3\n", [], "row 301: rating '9' is outside 0.5..5"),
+        (
+            CSV + ROWS + "1,2,9,3\n",
+            ["--task", "multiclass"],
+            "row 301: rating 9 is outside 0.5..5",
+        ),
         (CSV + ROWS + "1,,4,3\n", [], "row 301: item is missing"),
         ("user,item,rating\n" + "1,2,4\n" * 300, ["--order", "time"], "timestamps"),
     ],

@@ -141,10 +141,13 @@ def test_a_paper_run_has_the_published_parts():
         assert field.policy.frequency.weight.shape == (4097, 32)
 
 
-def test_a_tuned_run_has_adagrad_rows_that_keep_their_sums():
-    run = tiny("tuned", row_lr=0.3)
-    rows, adam = run.optimizers
+@pytest.mark.parametrize("hops", ["padded", "tails"])
+@pytest.mark.parametrize("start", [0.0, 0.25])
+def test_a_tuned_run_has_adagrad_rows_that_keep_their_sums(hops, start):
+    run = tiny("tuned", row_lr=0.3, hops=hops, row_accumulator=start)
+    rows, adam = run.optimizers[0], run.optimizers[-1]
     assert isinstance(rows, optim.Adagrad) and rows.param_groups[0]["lr"] == 0.3
+    assert rows.param_groups[0]["initial_accumulator_value"] == start
     named = {id(p): name for name, p in run.model.named_parameters()}
     learnt = {named[id(p)] for p in adam.param_groups[0]["params"]}
     assert learnt == {f"inference.{k}.{part}" for k in (0, 2) for part in ("weight", "bias")}
@@ -166,14 +169,35 @@ def test_a_tuned_run_has_adagrad_rows_that_keep_their_sums():
             expected = old
             if len(new) > len(old):  # e' = g e, so dL/de = g dL/de'
                 grown.append(len(new))
-                added = torch.zeros(len(new) - len(old))
+                added = torch.full((len(new) - len(old),), start)
                 expected = torch.cat([old * len(old) / len(new), added])
             torch.testing.assert_close(new, expected)
 
     run.step()
     run.search.grow = watched
     run.walk()
-    assert set(grown) == {2, 4} and torch.equal(table.chain, chain)
+    assert set(grown) == {2, 4} and torch.equal(table.chain, chain) == (hops == "padded")
+
+
+@pytest.mark.parametrize("method", ["darts", "autoemb", "fixed", "never"])
+def test_sums_of_rows_start_at_the_accumulator(method):
+    run = tiny("tuned", method=method, row_accumulator=0.25)
+    (rows,) = [o for o in run.optimizers if "initial_accumulator_value" in o.param_groups[0]]
+    assert {id(p) for p in rows.param_groups[0]["params"]} == {id(p) for p in run.model.rows()}
+    run.step()
+    user = run.model.rows()[0]
+    sums, seen = rows.state[user]["sum"], run.stream.batch(0).user.unique()
+    assert sums.min() == 0.25 and sums.max() > 0.25
+    if method != "never":  # rows of one size, by id
+        unseen = torch.ones(len(user), dtype=torch.bool)
+        unseen[seen] = False
+        assert (sums[unseen] == 0.25).all() and (sums[seen].amax(1) > 0.25).all()
+    # Without effect on Adam.
+    losses = [
+        tiny("tuned", method=method, row_optimizer="adam", row_accumulator=start).walk().test
+        for start in (0.0, 0.25)
+    ]
+    assert losses[0] == losses[1]
 
 
 @both_modes

@@ -63,14 +63,33 @@ def test_a_checkpoint_of_something_else_is_refused(changes, checksum, expected, 
         assert torch.equal(value, before[name])
 
 
-def test_a_setting_that_only_one_of_both_knows_is_another_setting(tmp_path):
+def test_a_setting_that_was_removed_is_another_setting(tmp_path):
     config = SearchConfig()
     held = config.to_json()
     check_origin(tmp_path, held, DATA, config, DATA)
-    with pytest.raises(ConfigError, match=r"\(depth 3 -> None, lr None -> 0.001\)"):
-        held["depth"] = 3
-        del held["lr"]
+    held["depth"] = 3
+    with pytest.raises(ConfigError, match=r"\(depth 3 -> None\)"):
         check_origin(tmp_path, held, DATA, config, DATA)
+
+
+@pytest.mark.parametrize("mode", ["paper", "tuned"])
+def test_a_checkpoint_from_before_a_setting_goes_on_with_its_default(tmp_path, mode):
+    first = run_of(mode)
+    for _ in range(3):
+        first.step()
+    save_checkpoint(first, tmp_path, DATA)
+    state = checkpoint.load(tmp_path).state
+    for name in ("tail_lr", "row_accumulator", "positive_above"):
+        del state["config"][name]
+    checkpoint.save(tmp_path, 3, state)
+    second = run_of(mode)
+    (resumed,) = resume_or_start(second, tmp_path, DATA)
+    assert resumed == "resumed at event 150 from step-000000003.pt"
+    ours, theirs = (r.walk() for r in (first, second))
+    assert ours.test == theirs.test and ours.log == theirs.log
+    other = run_of(mode, row_accumulator=0.1, tail_lr=0.2)
+    with pytest.raises(ConfigError, match=r"\(row_accumulator 0.0 -> 0.1, tail_lr 0.01 -> 0.2\)"):
+        resume_or_start(other, tmp_path, DATA)
 
 
 def test_no_checkpoint_to_go_on_from(tmp_path):
