@@ -36,6 +36,8 @@ struct Places {
   int8_t& level_of(int64_t page) const { return const_cast<int8_t*>(table.page_level)[page]; }
   int64_t pages() const { return table.capacity / table.page; }
   int64_t first(int kind, int64_t& from);
+  template <class I>
+  Status find_taken();
 };
 
 // A tensor whose rows move.
