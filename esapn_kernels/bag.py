@@ -46,7 +46,10 @@ class ResizableEmbeddingBag(ResizableEmbedding, nn.EmbeddingBag):
     """
 
     _padding_refused = "padding_idx must be within num_embeddings"
-    _shown = ("max_norm", "norm_type", "scale_grad_by_freq", "mode", "padding_idx", "on_bad_ids")
+    _shown = (
+        *("max_norm", "norm_type", "scale_grad_by_freq", "mode", "padding_idx"),
+        *("on_bad_ids", "budget"),
+    )
 
     def __init__(
         self,

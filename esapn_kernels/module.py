@@ -22,6 +22,7 @@ from .arguments import (
     level_of,
 )
 from .bad_ids import BadIds, row_standing_in, stand_in
+from .budget import budget_bytes
 from .inputs import as_leaf, look_up_nested
 from .ops.backend import BACKENDS
 from .ops.chain import chain_numel, draw_hops, tails_numel
@@ -91,6 +92,10 @@ class ResizableEmbedding(nn.Embedding):
         max_elements: the rows never take more than so many numbers (whole pages of them). Then a
             row that cannot move stays: on a CPU ``promote`` raises before anything moves, on a GPU
             its mask says so. Default: no limit.
+        budget: bytes that serving takes at most (``memory_report().serving``: rows, locations and
+            hops): a number, ``"64 MB"``, ``"64 MiB"``, or ``"3%"`` of the plain table. The rows get
+            their memory at once (of a CPU's, what is not written costs nothing), so that growth
+            copies nothing. A row without room stays, on every backend, and ``refused`` counts it.
         on_bad_ids: ``raise``, or a row that stands in for every id outside ``[0, N)``, negative
             ones too: such an id is looked up, trained and promoted as if it were that row's.
             Negative counts from the end. ``bad_ids`` counts them; on a CPU the first also warn.
@@ -98,7 +103,8 @@ class ResizableEmbedding(nn.Embedding):
     Raises:
         ValueError: sizes not strictly increasing positive integers, an ``embedding_dim`` that is
             not the largest size, an unknown initial size, init or backend, ``on_bad_ids`` that is
-            neither ``raise`` nor a row.
+            neither ``raise`` nor a row; a budget that does not hold all rows at their first sizes
+            (it says which would), or one beside ``max_elements``.
         AssertionError: ``padding_idx`` out of range, ``_weight`` of another shape, as torch.
         RuntimeError: a dtype that is none of the four, a negative ``num_embeddings``,
             ``scale_grad_by_freq`` with ``sparse``, as torch.
@@ -148,9 +154,11 @@ class ResizableEmbedding(nn.Embedding):
     _padding_refused = "Padding_idx must be within num_embeddings"
     _shown: tuple[str, ...] = (
         *("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"),
-        "on_bad_ids",
+        *("on_bad_ids", "budget"),
     )
-    on_bad_ids: str | int = "raise"  # also of modules that were pickled without it
+    # Also of modules that were pickled without them.
+    on_bad_ids: str | int = "raise"
+    budget: int | None = None
 
     def __init__(
         self,
@@ -173,6 +181,7 @@ class ResizableEmbedding(nn.Embedding):
         backend: str = "auto",
         out_dtype: torch.dtype | None = None,
         max_elements: int | None = None,
+        budget: int | str | None = None,
         on_bad_ids: str | int = "raise",
     ) -> None:
         # What torch's class would allocate is allocated here.
@@ -208,6 +217,17 @@ class ResizableEmbedding(nn.Embedding):
         if _weight is not None:
             initial_size = self.embedding_dim
         level = initial_level(initial_size, sizes, num_embeddings, self.padding_idx)
+        if budget is not None:
+            if max_elements is not None:
+                raise ValueError("give budget or max_elements, not both")
+            item = torch.empty(0, device="meta", dtype=dtype).element_size()
+            plain = num_embeddings * sizes[-1] * item
+            self.budget = budget_bytes(budget, plain)
+            if len(sizes) == 1 and plain > self.budget:
+                raise ValueError(
+                    f"a budget of {self.budget} bytes does not hold {num_embeddings} rows of "
+                    f"{sizes[0]}: {plain} bytes do"
+                )
         if len(sizes) > 1:
             check_floating(dtype)
             self._make_arena(sizes, level, max_elements, device, dtype)
@@ -245,16 +265,18 @@ class ResizableEmbedding(nn.Embedding):
             raise RuntimeError(
                 f"Trying to create tensor with negative dimension {self.num_embeddings}: {shape}"
             )
+        numel = tails_numel(sizes) if self.init == "tails" else chain_numel(sizes)
+        self.chain = nn.Parameter(torch.empty(numel, device=device, dtype=dtype))
         self.arena = Arena(
             self.num_embeddings,
             sizes,
             level=level,
             max_elements=max_elements,
+            budget=self.budget,
+            beside=self.chain.nbytes,
             device=device,
             dtype=dtype,
         )
-        numel = tails_numel(sizes) if self.init == "tails" else chain_numel(sizes)
-        self.chain = nn.Parameter(torch.empty(numel, device=device, dtype=dtype))
         self._composed = ComposedCache()
 
     def _check_options(self, several: bool) -> None:
@@ -740,6 +762,14 @@ class ResizableEmbedding(nn.Embedding):
         for _ in range(target):
             self.promote(ids, self.arena.level(ids) < target)
         return self.arena.level(ids) == target
+
+    @property
+    def refused(self) -> int:
+        """How many rows did not move so far because no room was left; reading it waits for a GPU.
+
+        A promotion that raises on a CPU, beyond ``max_elements``, is not counted.
+        """
+        return self.arena.refusals.total() if isinstance(self.arena, Arena) else 0
 
     def compact(self, rows: int | None = None) -> int:
         """Close the holes that moved rows left: the fewest pages that hold the rows.

@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -32,6 +33,7 @@ __all__ = [
     "runs_native",
     "tl",
     "triton",
+    "untouched_zeros",
 ]
 
 triton: Any
@@ -206,6 +208,15 @@ def on_large_pages(memory: Tensor) -> Tensor:
     if manages_memory() and memory.is_cpu and type(memory) is Tensor:  # fakes have no memory
         native.use_large_pages(memory.data_ptr(), memory.nbytes)
     return memory
+
+
+def untouched_zeros(numel: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Zeros; a CPU takes memory from the system only where they are written."""
+    first = torch.zeros(0, device=device, dtype=dtype)
+    if not first.is_cpu or type(first) is not Tensor:
+        return torch.zeros(numel, device=device, dtype=dtype)
+    memory = numpy.zeros(numel * first.element_size(), numpy.uint8)
+    return torch.from_numpy(memory).view(dtype)
 
 
 def manages_memory() -> bool:

@@ -53,10 +53,14 @@ class Arena(Room):
             -1 for an empty arena.
         max_elements: the arena never grows beyond so many elements (whole pages of them); default:
             no limit.
+        budget: the bytes of storage, locations and ``beside`` never exceed it. The storage has at
+            once all pages that it allows; rows that find no room stay and are counted
+            (``refusals``), on every backend.
+        beside: bytes of what else counts.
         device, dtype: of ``storage``.
 
     Raises:
-        ValueError: the rows do not fit in ``max_elements``.
+        ValueError: the rows do not fit in ``max_elements`` or in the budget.
 
     For its tensors, and how they are checked, see :class:`~.locations.Locations`.
     """
@@ -138,7 +142,7 @@ class Arena(Room):
         movers = None
         if backend != "triton":
             movers = self._find_movers(ids, mask, call, backend)
-            if self.keeps_cap:
+            if self.budget is not None:
                 enters = [k + step for k in range(len(self.sizes))]
                 movers = self._that_fit(movers, ids, call, enters)
             given = movers.per_level
@@ -194,7 +198,7 @@ class Arena(Room):
             places = self._begin_unread(ids.numel())
         else:
             movers = self._find_movers(ids, None, "insert", backend)
-            if self.keeps_cap:
+            if self.budget is not None:
                 movers = self._that_fit(movers, ids, "insert", [level] * len(self.sizes))
             entering = sum(movers.per_level)
             taken = [entering if k == level else 0 for k in range(len(self.sizes))]
@@ -302,7 +306,7 @@ class Arena(Room):
         numel = other.storage.numel()
         if self.max_elements is not None and numel > self.max_elements:
             raise RuntimeError(
-                f"the rows take {numel} elements, max_elements={self.max_elements} allows fewer"
+                f"the rows take {numel} elements, {self.cap} allows {self.max_elements}"
             )
         self._refuse_replacing(numel)
 

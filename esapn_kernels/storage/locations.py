@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from ..ops.backend import is_capturing, on_large_pages
+from ..ops.backend import is_capturing, on_large_pages, untouched_zeros
 from ..ops.checks import is_eager
 from ..ops.counts import DeviceCount
 from ..ops.fit import DownHops
@@ -31,6 +32,7 @@ from ..ops.layout import (
     place_densely,
     write_rows,
 )
+from .cap import most_pages, pages_within, table_bytes
 from .checks import digest, fault_of, is_hooked, is_shared, version
 from .followers import Follower, Followers, with_dense_gradient
 from .free import FreeLists
@@ -118,19 +120,29 @@ class Locations(nn.Module, Rows):
         *,
         level: int | Tensor = 0,
         max_elements: int | None = None,
+        budget: int | None = None,
+        beside: int = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.num_rows = num_rows
         self.max_elements = max_elements
+        self.budget = budget
         self.sizes = tuple(sizes)
         self.page = page_elements(self.sizes, num_rows)
         self.rows_per_page = [self.page // d for d in self.sizes]
         if isinstance(level, Tensor):
             level = level.cpu()
-        starts, page_level = self._place(level, torch.empty(0, device=device).device)
-        storage = torch.zeros((len(page_level) - 1) * self.page, device=device, dtype=dtype)
+        none = torch.empty(0, device=device, dtype=dtype)
+        starts, page_level = self._place(level, none.device)
+        pages = len(page_level) - 1
+        if budget is not None:
+            pages = self._pages_of_budget(pages, beside, none.element_size())
+            self.max_elements = pages * self.page
+            starts = starts.to(index_dtype(self.max_elements))
+            page_level = F.pad(page_level, (0, pages + 1 - len(page_level)), value=-1)
+        storage = untouched_zeros(pages * self.page, none.device, none.dtype)
         self.storage = nn.Parameter(on_large_pages(storage))
         self._free = self._held = self._digest = self._alike = None
         self._set_locations(starts, page_level)
@@ -138,6 +150,23 @@ class Locations(nn.Module, Rows):
         self._initial_level = level if self.storage.is_meta else None
         self.followers = Followers(self)
         self.refusals = DeviceCount()
+
+    def _pages_of_budget(self, needed: int, beside: int, itemsize: int) -> int:
+        """The pages that ``budget`` has room for; rows at their first sizes take ``needed``.
+
+        Raises:
+            ValueError: the budget has room for fewer.
+        """
+        assert self.budget is not None
+        table = self.num_rows, self.sizes, self.page
+        pages = pages_within(self.budget - beside, *table, itemsize)
+        if pages < needed:
+            least = table_bytes(*table, needed, itemsize) + beside
+            raise ValueError(
+                f"a budget of {self.budget} bytes does not hold {self.num_rows} rows at their "
+                f"first sizes, with what says where they lie and the hops: {least} bytes do"
+            )
+        return min(pages, max(most_pages(*table), needed))
 
     def _place(
         self, level: int | Tensor, device: torch.device | str = "cpu"
@@ -150,10 +179,15 @@ class Locations(nn.Module, Rows):
         placed = place_densely(level, self.num_rows, self.sizes, self.page, device)
         elements = (len(placed[1]) - 1) * self.page
         if self.max_elements is not None and elements > self.max_elements:
-            raise ValueError(
-                f"the rows take {elements} elements, max_elements={self.max_elements} allows fewer"
-            )
+            raise ValueError(f"the rows take {elements} elements, {self.cap} allows fewer")
         return placed
+
+    @property
+    def cap(self) -> str:
+        """What limits the arena, for messages."""
+        if self.budget is None:
+            return f"max_elements={self.max_elements}"
+        return f"the budget of {self.budget} bytes"
 
     def _set_locations(self, row_start: Tensor, page_level: Tensor) -> None:
         """Make every buffer anew."""
@@ -179,6 +213,13 @@ class Locations(nn.Module, Rows):
     def _convert(self, fn: Callable[..., Any], recurse: bool) -> nn.Module:
         self._refuse_mixed()
         level = self._initial_level if self._is_on_meta() else None
+        if self.budget is not None:
+            item = fn(self.storage.detach()[:0]).element_size()
+            if item > self.storage.element_size():
+                raise RuntimeError(
+                    f"{self.cap} is for numbers of {self.storage.element_size()} bytes: rows of "
+                    "wider ones would take more"
+                )
         if self.moves.is_meta and not self.storage.is_meta:
             self._count_anew()  # no loader brings it
 
@@ -525,8 +566,7 @@ class Locations(nn.Module, Rows):
             ]
         if self.max_elements is not None and numel > self.max_elements:
             return [
-                f"{name} was saved with {numel} elements, max_elements={self.max_elements} "
-                "allows fewer."
+                f"{name} was saved with {numel} elements, {self.cap} allows {self.max_elements}."
             ]
         why = self._fault(saved)
         if why:

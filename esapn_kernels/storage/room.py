@@ -37,8 +37,6 @@ class Room(Locations):
     The arguments are those of :class:`~esapn_kernels.storage.arena.Arena`.
     """
 
-    # Whether rows without room stay, on a CPU too, and the storage has the size of its cap.
-    keeps_cap = False
     # The id that compaction in steps goes on from.
     _next = 0
 
@@ -134,7 +132,7 @@ class Room(Locations):
         if strict and missing > self._pages_allowed():
             raise RuntimeError(
                 f"the arena is full: {rows} more rows may need {missing} more pages of {self.page} "
-                f"elements, max_elements={self.max_elements} allows {self._pages_allowed()}"
+                f"elements, {self.cap} allows {self._pages_allowed()}"
             )
         if missing > 0:
             self._grow(missing)
@@ -311,9 +309,14 @@ class Room(Locations):
             free.owner = free.new_owner(self.num_rows)
 
     def _grow(self, pages: int, *, at_once: bool = False) -> None:
-        """Add pages; an eighth at least unless ``at_once``, at most what is allowed."""
+        """Add pages; an eighth at least unless ``at_once``, at most what is allowed.
+
+        Within a budget all that is allowed: one that was loaded may have fewer.
+        """
         old = self.page_level.numel() - 1
         # Amortised growth, with at most that much slack.
+        if self.budget is not None:
+            pages = self._pages_allowed()
         pages = min(pages if at_once else max(pages, old // 8), self._pages_allowed())
         if not pages:
             return
@@ -364,7 +367,7 @@ class Room(Locations):
             rows: how many rows are looked at, from where the last such call stopped, so that a step
                 takes bounded time; pages that become empty serve any level. ``num_rows`` looked at
                 while no others move, and no hole is left. Default: all rows, then the memory of
-                free pages is given back.
+                free pages is given back, but within a budget, which keeps it.
 
         Returns:
             How many rows moved.
@@ -428,7 +431,7 @@ class Room(Locations):
             self._move_pages(high, low)
         numel = pages * self.page
         self._free = None
-        if numel < self.storage.numel():
+        if numel < self.storage.numel() and self.budget is None:
             kept = self._fresh_followers(numel, numel)
             storage = on_large_pages(self.storage.detach().new_empty(numel))
             page_level = self.page_level.new_full((pages + 1,), -1)
