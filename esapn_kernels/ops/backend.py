@@ -210,13 +210,12 @@ def on_large_pages(memory: Tensor) -> Tensor:
     return memory
 
 
-def untouched_zeros(numel: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Zeros; a CPU takes memory from the system only where they are written."""
-    first = torch.zeros(0, device=device, dtype=dtype)
-    if not first.is_cpu or type(first) is not Tensor:
-        return torch.zeros(numel, device=device, dtype=dtype)
-    memory = numpy.zeros(numel * first.element_size(), numpy.uint8)
-    return torch.from_numpy(memory).view(dtype)
+def untouched_zeros(like: Tensor, numel: int) -> Tensor:
+    """``like.new_zeros(numel)``; a CPU takes memory only for what is written."""
+    if not like.is_cpu or type(like) is not Tensor or not numel:
+        return like.new_zeros(numel)
+    memory = numpy.zeros(numel * like.element_size(), numpy.uint8)
+    return torch.from_numpy(memory).view(like.dtype)
 
 
 def manages_memory() -> bool:

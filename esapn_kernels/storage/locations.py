@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -142,7 +143,8 @@ class Locations(nn.Module, Rows):
             self.max_elements = pages * self.page
             starts = starts.to(index_dtype(self.max_elements))
             page_level = F.pad(page_level, (0, pages + 1 - len(page_level)), value=-1)
-        storage = untouched_zeros(pages * self.page, none.device, none.dtype)
+        make = none.new_zeros if budget is None else partial(untouched_zeros, none)
+        storage = make(pages * self.page)
         self.storage = nn.Parameter(on_large_pages(storage))
         self._free = self._held = self._digest = self._alike = None
         self._set_locations(starts, page_level)
