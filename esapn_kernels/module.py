@@ -763,6 +763,33 @@ class ResizableEmbedding(nn.Embedding):
             self.promote(ids, self.arena.level(ids) < target)
         return self.arena.level(ids) == target
 
+    def set_budget(self, budget: int | str) -> None:
+        """Cap what serving takes from now on, as the argument ``budget`` does; may move the rows.
+
+        Raises:
+            ValueError: the rows as they are take more, or no such budget; nothing is changed.
+            RuntimeError: rows are shared with other processes, or computed; nothing is changed.
+        """
+        itemsize = self.arena.storage.element_size()
+        plain = self.arena.num_rows * self.sizes[-1] * itemsize
+        found = budget_bytes(budget, plain)
+        beside = 0 if self.chain is None else self.chain.nbytes
+        if found < self.least_budget:
+            raise ValueError(
+                f"a budget of {found} bytes does not hold the rows as they are: "
+                f"{self.least_budget} bytes do"
+            )
+        if isinstance(self.arena, Arena):
+            self.arena.limit_to(found - beside)
+        self.budget = found
+
+    @property
+    def least_budget(self) -> int:
+        """The smallest budget in bytes that holds the rows as they are, and the hops."""
+        if not isinstance(self.arena, Arena):
+            return self.weight.nbytes
+        return self.arena.least_bytes() + self.chain.nbytes
+
     @property
     def refused(self) -> int:
         """How many rows did not move so far because no room was left; reading it waits for a GPU.

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..ops import resize
 from ..ops.backend import host_reads, is_capturing, on_large_pages, resolve_backend
 from ..ops.layout import FreePlaces, Layout, Places, index_dtype
+from .cap import table_bytes
 from .followers import with_dense_gradient
 from .free import FreeLists
 from .locations import Locations, unrecorded
@@ -383,8 +384,7 @@ class Room(Locations):
             begun = range(min(rows - len(ahead), self._next))
             self._next = (self._next + len(ahead) + len(begun)) % max(self.num_rows, 1)
             return sum(self._close_holes(ids) for ids in (ahead, begun) if ids)
-        counts = self.count_rows()
-        pages = sum(-(-c // per) for c, per in zip(counts, self.rows_per_page, strict=True))
+        pages = self._pages_needed()
         self._refuse_replacing(pages * self.page)
         moved = sum(self._close_holes(ids) for ids in self._steps())
         free = self._free_places()
@@ -392,6 +392,44 @@ class Room(Locations):
             free.release(self.page_level)
         self._give_back(pages)
         return moved
+
+    def least_bytes(self) -> int:
+        """The smallest budget that holds the rows as they are."""
+        return table_bytes(
+            self.num_rows, self.sizes, self.page, self._pages_needed(), self.storage.element_size()
+        )
+
+    def _pages_needed(self) -> int:
+        """The fewest pages that hold the rows."""
+        levels = zip(self.count_rows(), self.rows_per_page, strict=True)
+        return sum(-(-count // per) for count, per in levels)
+
+    @unrecorded
+    @with_dense_gradient
+    def limit_to(self, budget: int) -> None:
+        """From now on storage and locations take ``budget`` bytes at most; the storage is at its
+        cap.
+
+        Raises:
+            ValueError: the rows take more; nothing is changed.
+            RuntimeError: rows are shared with other processes, or computed; nothing is changed.
+        """
+        self._check_accepted()
+        needed, before = self._pages_needed(), self.budget
+        self.budget = budget
+        try:
+            pages = self._pages_of_budget(needed, 0, self.storage.element_size())
+            self._refuse_replacing(pages * self.page)
+        except (ValueError, RuntimeError):
+            self.budget = before
+            raise
+        held = self.page_level.numel() - 1
+        if held > pages:
+            self.budget = None  # which would keep the memory
+            self.compact()
+            self.budget, held = budget, needed
+        self.max_elements = pages * self.page
+        self._grow(pages - held, at_once=True)
 
     def _steps(self) -> Iterator[range]:
         """All ids, some at a time."""
