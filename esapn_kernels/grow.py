@@ -15,8 +15,8 @@ the size of the table:
     fit      now and then, s from the histogram
     shrink   of as many rows as were looked up, taken in turn from the whole table, those that
              would be too large even if their count were ``hysteresis`` times what it is
-    grow     of the rows looked up, those that are too small, a size at a time; without room they
-             stay, and ``refused`` counts them
+    grow     of the rows looked up, those that are too small; without room they stay, and
+             ``refused`` counts them
 
 Another rule is a subclass of :class:`Growth`.
 
@@ -133,7 +133,7 @@ ResizableEmbedding`; ``"3%"`` is of all the plain tables. Each table may take wh
     """
 
     def __init__(
-        self, model: nn.Module, budget: int | str | None = None, *, every: int = 10
+        self, model: nn.Module, budget: int | str | None = None, *, every: int = 50
     ) -> None:
         if every < 1:
             raise ValueError(f"every must be at least 1, got {every}")
@@ -250,20 +250,25 @@ ResizableEmbedding`; ``"3%"`` is of all the plain tables. Each table may take wh
                 self._move(name, table, ids)
 
     def _move(self, name: str, table: ResizableEmbedding, ids: Tensor) -> None:
+        """Rows that take their turn shrink; rows that were looked up grow."""
         arena: Any = table.arena
         first, rows = self._next[name], table.arena.num_rows
-        turn = (torch.arange(first, first + len(ids), device=ids.device) % rows)[:rows]
-        self._next[name] = (first + len(ids)) % rows
+        turn = torch.arange(first, first + min(len(ids), rows), device=ids.device) % rows
+        self._next[name] = (first + len(turn)) % rows
         shrinks = arena.level(turn) > self.wanted(name, turn)[1]
         if bool(shrinks.any()):
             self._demoted[name].prepare(ids.device).add_(table.demote(turn, shrinks).sum())
-        grows = arena.level(ids) < self.wanted(name, ids)[0]
-        if bool(grows.any()):
+        least = self.wanted(name, ids)[0]
+        for _ in table.sizes[1:]:
+            grows = arena.level(ids) < least
+            if not bool(grows.any()):
+                break
             moved = table.promote(ids, grows)
             self._promoted[name].prepare(ids.device).add_(moved.sum())
             if not torch.equal(moved, grows):
                 # Places of other sizes may lie between: pages that empty serve this one.
                 table.compact(len(ids))
+                break
 
     def report(self) -> GrowthReport:
         """Sizes, bytes, moves and refusals of every table."""
@@ -348,7 +353,7 @@ class ByCounts(Growth):
         model: nn.Module,
         budget: int | str | None = None,
         *,
-        every: int = 10,
+        every: int = 50,
         half_life: float = math.inf,
         hysteresis: float = 1.5,
         reserve: float = 0.02,

@@ -1,7 +1,7 @@
 """Click prediction from several categorical fields: nn.Embedding, then its name changed.
 
 Fields of very different cardinality, ids as skewed as real ones, labels from a hidden model. With
---embedding resizable a row goes to the next size whenever its count passes a power of four; with
+--embedding resizable rows grow by their counts within --budget: a line before the loop. With
 --embedding searched a policy per field decides (ESAPN): three lines of the loop. Which predicts
 better depends on --init-std: try 1 and 0.05.
 
@@ -20,6 +20,7 @@ from torchmetrics.functional.classification import binary_auroc
 
 from esapn import SearchConfig, SizeSearch
 from esapn_kernels import ResizableEmbedding
+from esapn_kernels.grow import ByCounts
 
 FIELDS = {
     "user": 20_000,
@@ -72,16 +73,10 @@ class ClickModel(nn.Module):
         return self.mlp(torch.cat(rows, dim=1))[:, 0]
 
 
-def grow(table: ResizableEmbedding, ids: Tensor, count: Tensor) -> None:
-    """Sizes 2, 4, 8, 16 at 4, 16 and 64 events."""
-    count += torch.bincount(ids, minlength=len(count))
-    step = table.sizes_of(ids).log2()
-    table.promote(ids, count[ids] >= 4**step)
-
-
 def main(arguments: list[str] | None = None) -> dict[str, float]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--embedding", choices=KINDS, default="resizable")
+    parser.add_argument("--budget", default="50%", help="of resizable: as '1 MB' or '50%%' of plain")
     parser.add_argument("--init-std", type=float, default=1.0, help="rows start as N(0, std^2)")
     parser.add_argument("--events", type=int, default=200_000, help="events of the stream")
     parser.add_argument("--dim", type=int, default=16, help="width of the embeddings")
@@ -94,7 +89,11 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
 
     torch.manual_seed(0)
     model = ClickModel(options.embedding, options.dim, options.init_std)
-    counts = [torch.zeros(rows) for rows in FIELDS.values()]
+    if options.embedding == "resizable":
+        try:
+            ByCounts(model, budget=options.budget)
+        except ValueError as error:
+            parser.error(str(error))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     search = None
     if options.embedding == "searched":
@@ -113,11 +112,6 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         if search is not None:
             search.learn(loss)
         optimizer.step()
-        if options.embedding != "resizable":
-            continue
-        for table, column, count in zip(model.tables, batch.unbind(1), counts, strict=True):
-            assert isinstance(table, ResizableEmbedding)
-            grow(table, column, count)
 
     half = options.events // 2
     logit, target = torch.cat(logits)[half:], clicks[half:]
