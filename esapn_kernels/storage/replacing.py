@@ -97,7 +97,8 @@ def replace_parameter(parameter: Tensor, storage: Tensor, data: list[Tensor], mo
 def replace_follower(follower: Follower, value: Tensor, moves: bool) -> None:
     """Put ``value`` in the place of the follower's tensor; else as :func:`replace_parameter`."""
     if moves:
-        alone = is_followed_alone(follower)
+        # An inference tensor would not outlive its memory: no view of it could be taken.
+        alone = not follower.tensor.is_inference() and is_followed_alone(follower)
         if move_into(value, follower.tensor, value, alone=alone):
             return
     follower.replace(value)

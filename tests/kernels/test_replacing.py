@@ -213,6 +213,20 @@ def test_aliases_of_a_grown_arena_keep_the_old_one(holds, rule, moved):
     assert all(torch.equal(a, b) for a, b in zip(held, copies, strict=True))
 
 
+def test_state_that_was_made_in_inference_mode():
+    module = table()
+    rows = torch.optim.Adam([module.arena.storage])
+    module(torch.arange(N)).square().sum().backward()
+    with torch.inference_mode():
+        rows.step()
+        before = rows.state[module.arena.storage]["exp_avg"].clone()
+    module.reserve(N)
+    grown = rows.state[module.arena.storage]["exp_avg"]
+    assert torch.equal(grown[: len(before)], before) and not grown[len(before) :].any()
+    with torch.inference_mode():
+        rows.step()
+
+
 def test_row_starts_stay_where_they_are_unless_held():
     module = table()
     address = module.arena.row_start.data_ptr()
