@@ -63,8 +63,11 @@ class Room(Locations):
             self._free.ledger.see([])
 
     def forget_free_places(self) -> None:
-        """Derive the free places anew, before the next row moves: for replicas of one state."""
-        self._free = None
+        """Derive the free places anew, before the next row moves: for replicas of one state.
+
+        Compaction in steps begins anew as well, with the same id on all of them.
+        """
+        self._free, self._next = None, 0
 
     def free_places(self) -> list[Tensor]:
         """The stacks of free places, and of free pages, what is taken first last; or nothing.
