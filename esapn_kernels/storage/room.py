@@ -394,7 +394,7 @@ class Room(Locations):
                 free pages is given back.
 
         Returns:
-            How many rows moved.
+            How many rows moved to holes; those of pages that move whole are not counted.
 
         Raises:
             RuntimeError: rows are shared with other processes, or computed; nothing is changed.
