@@ -33,7 +33,7 @@ ASAN := build/asan
 ASAN_CXX ?= g++
 ASAN_FLAGS := -std=c++17 -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all \
   -fvisibility=hidden -fno-exceptions -fno-rtti -fPIC -Wno-psabi -DPy_LIMITED_API=0x030A0000
-ASAN_TESTS := compose lookup lookup_bwd resize demote arena update deferred nonfinite cpu_native
+ASAN_TESTS := compose lookup lookup_bwd resize demote room arena update deferred nonfinite cpu_native
 CSRC := $(wildcard esapn_kernels/csrc/*)
 
 asan: $(STAMP) $(patsubst esapn_kernels/csrc/%.cpp,$(ASAN)/%.o,$(filter %.cpp,$(CSRC))) ## the native kernels' tests under address and undefined-behaviour sanitizers

@@ -39,8 +39,10 @@ Status Places::find_taken() {
 
 Status Places::find() {
   const int n = table.n;
-  memset(taken, 0, size_t(pages() * words) * sizeof(*taken));
-  memset(used, 0, size_t(pages()) * sizeof(*used));
+  if (pages()) {  // else there is no memory
+    memset(taken, 0, size_t(pages() * words) * sizeof(*taken));
+    memset(used, 0, size_t(pages()) * sizeof(*used));
+  }
   const Status status = table.wide_start ? find_taken<int64_t>() : find_taken<int32_t>();
   if (status != OK) return status;
   memset(free, 0, size_t(n + 1) * sizeof(*free));

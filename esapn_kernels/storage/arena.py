@@ -161,11 +161,12 @@ class Arena(Room):
             places = self._begin(taken, given, movers.backend)
         operands = ids, mask, self.storage.detach(), chain.detach(), places
         states = self.followers.fresh()
-        if step > 0:
-            moved = resize.promote(*operands, *states, movers)
-        else:
-            self._down = self._down or DownHops()
-            moved = resize.demote(*operands, *states, movers, self._down)
+        with self._changing_places():
+            if step > 0:
+                moved = resize.promote(*operands, *states, movers)
+            else:
+                self._down = self._down or DownHops()
+                moved = resize.demote(*operands, *states, movers, self._down)
         self._end()
         self.followers.note_fresh(ids, moved)
         if before is not None:
@@ -204,7 +205,8 @@ class Arena(Room):
             taken = [entering if k == level else 0 for k in range(len(self.sizes))]
             places = self._begin(taken, [0] * len(taken), movers.backend)
         operands = ids, level, self.storage.detach(), places
-        moved = resize.insert(*operands, *self.followers.fresh(), movers)
+        with self._changing_places():
+            moved = resize.insert(*operands, *self.followers.fresh(), movers)
         self._end()
         self.followers.note_fresh(ids, moved)
         return moved
@@ -234,7 +236,8 @@ class Arena(Room):
         else:
             movers = self._find_movers(ids, None, "free", backend)
             places = self._begin([0] * len(self.sizes), movers.per_level, movers.backend)
-        moved = resize.free(ids, self.storage.detach(), places, movers)
+        with self._changing_places():
+            moved = resize.free(ids, self.storage.detach(), places, movers)
         self._end()
         return moved
 

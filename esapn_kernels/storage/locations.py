@@ -37,7 +37,7 @@ from .cap import most_pages, pages_within, table_bytes
 from .checks import digest, fault_of, is_hooked, is_shared, version
 from .followers import Follower, Followers, with_dense_gradient
 from .free import FreeLists
-from .replacing import is_alone, is_followed_alone, move_into
+from .replacing import replace_follower, replace_parameter, run_all
 from .rows import Rows
 from .taken import TakenBits
 
@@ -429,22 +429,16 @@ class Locations(nn.Module, Rows):
             # into storage, and with it the old shape. Only another dtype makes autograd forget it.
             other = torch.float64 if storage.dtype == torch.float32 else torch.float32
             data.insert(0, storage.new_empty(0, dtype=other))
-        if moves:
-            move_into(storage, self.storage, *data, alone=is_alone(self.storage))
-        else:
-            for tensor in data:
-                self.storage.data = tensor
-        # What is replaced is given back before the next: no follower stays in the list.
+        steps: list[Callable[[], None]] = [
+            self._remember,
+            partial(setattr, self.page_level, "data", page_level),
+            partial(setattr, self.row_start, "data", row_start),
+        ]
+        # What is replaced is given back before the next: no follower stays in a list.
         while grown:
-            follower, value = grown.pop()
-            if moves:
-                alone = is_followed_alone(follower)
-                move_into(value, follower.tensor, alone=alone)
-            follower.replace(value)
-            del follower
-        self.row_start.data = row_start
-        self.page_level.data = page_level
-        self._remember()
+            steps.append(partial(replace_follower, *grown.pop(), moves))
+        steps.append(partial(replace_parameter, self.storage, storage, data, moves))
+        run_all(steps)
 
     def _check_movable(self) -> None:
         if self._parameters.get("storage") is None:
@@ -487,19 +481,25 @@ class Locations(nn.Module, Rows):
                     self._put_placeholder(name, tensor)
         elif saved and saved["storage"].shape != self.storage.shape:
             numel = saved["storage"].numel()
-            self._replace(
-                self.storage.detach().new_empty(numel),
-                self.row_start.new_empty(self.row_start.shape, dtype=index_dtype(numel)),
-                self.page_level.new_empty(saved["page_level"].shape),
-                self._fresh_followers(numel, numel),
-            )
-            # Once the old is given back.
-            for tensor, fresh in self.followers.fresh()[0]:
-                tensor.fill_(fresh)
+            try:
+                self._replace(
+                    self.storage.detach().new_empty(numel),
+                    self.row_start.new_empty(self.row_start.shape, dtype=index_dtype(numel)),
+                    self.page_level.new_empty(saved["page_level"].shape),
+                    self._fresh_followers(numel, numel),
+                )
+                # Once the old is given back.
+                for tensor, fresh in self.followers.fresh()[0]:
+                    tensor.fill_(fresh)
+            finally:
+                self._held = None  # no numbers are there yet
         present = {prefix + name: tensor for name, tensor in saved.items()}
         if saved:
             self._held = None  # its views would hinder torch from swapping what they are of
+        found = len(errors)
         super()._load_from_state_dict({**state_dict, **present}, prefix, metadata, strict, *lists)
+        if len(errors) > found:
+            return  # what was taken is checked at first use
         if len(saved) == len(own) and not self.storage.is_meta:
             self._free = self._initial_level = None
             self._count_anew()

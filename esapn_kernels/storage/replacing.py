@@ -8,6 +8,7 @@ many it has, or belongs to others (an array that a tensor was made of, a file), 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,10 +17,20 @@ from torch import Tensor
 from ..ops.backend import manages_memory, native
 from .followers import Follower
 
-__all__ = ["is_alone", "is_followed_alone", "move_into"]
+__all__ = [
+    "is_alone",
+    "is_followed_alone",
+    "move_into",
+    "replace_follower",
+    "replace_parameter",
+    "run_all",
+]
 
 _LEAST = 64 << 20
 """Bytes from which on memory is worth giving back in pieces."""
+
+_ATTEMPTS = 8
+"""How often something may be raised while an arena is in pieces."""
 
 _count_holders: Any = getattr(torch._C, "_storage_Use_Count", None)
 
@@ -54,17 +65,65 @@ def is_followed_alone(follower: Follower) -> bool:
     return _references(follower) == _references(Follower("", state[""], 0.0, lambda _: None))
 
 
-def move_into(new: Tensor, old: Tensor, *data: Tensor, alone: bool) -> None:
-    """Copy ``old`` to ``new``, as far as both go; then ``old.data`` becomes ``data``, in turn.
+def move_into(new: Tensor, old: Tensor, *data: Tensor, alone: bool) -> bool:
+    """Copy ``old`` to ``new``, as far as both go.
 
     Args:
-        alone: nothing else holds the memory of ``old``, which may be lost.
+        data: what ``old.data`` becomes, in turn, where the memory of ``old`` is lost.
+        alone: nothing else holds that memory, which may be lost.
+
+    Returns:
+        Whether it was.
     """
-    if not (alone and _gives_back(old, new) and _move(new, old, data)):
-        count = min(old.numel(), new.numel())
-        new[:count] = old.detach()[:count]
-        for tensor in data:
-            old.data = tensor
+    if alone and _gives_back(old, new) and _move(new, old, data):
+        return True
+    count = min(old.numel(), new.numel())
+    new[:count] = old.detach()[:count]
+    return False
+
+
+def replace_parameter(parameter: Tensor, storage: Tensor, data: list[Tensor], moves: bool) -> None:
+    """``parameter.data`` becomes each of ``data``; ``storage`` is the last. May be repeated.
+
+    Args:
+        moves: the parameter's numbers move to the beginning of ``storage``.
+    """
+    if moves and move_into(storage, parameter, *data, alone=is_alone(parameter)):
+        return
+    for tensor in data:
+        parameter.data = tensor
+
+
+def replace_follower(follower: Follower, value: Tensor, moves: bool) -> None:
+    """Put ``value`` in the place of the follower's tensor; else as :func:`replace_parameter`."""
+    if moves:
+        # An inference tensor would not outlive its memory: no view of it could be taken.
+        alone = not follower.tensor.is_inference() and is_followed_alone(follower)
+        if move_into(value, follower.tensor, value, alone=alone):
+            return
+    follower.replace(value)
+
+
+def run_all(steps: list[Callable[[], None]]) -> None:
+    """Run ``steps``, the last first, and drop each; each may be repeated.
+
+    Between two of them an arena is in pieces, and copies take long. What a signal's handler raises
+    meanwhile (Ctrl-C) is raised in the end.
+
+    Raises:
+        BaseException: as raised; where a step fails again and again, at once.
+    """
+    raised: list[BaseException] = []
+    while steps:
+        try:
+            steps[-1]()
+            steps.pop()
+        except BaseException as error:
+            raised.append(error)
+            if len(raised) > _ATTEMPTS:
+                raise
+    if raised:
+        raise raised[0]
 
 
 def _gives_back(old: Tensor, new: Tensor) -> bool:
@@ -83,7 +142,7 @@ def _gives_back(old: Tensor, new: Tensor) -> bool:
 
 
 def _move(new: Tensor, old: Tensor, data: tuple[Tensor, ...]) -> bool:
-    """What :func:`move_into` does; False, and nothing done, where another thread holds ``old``."""
+    """Move; ``old`` takes ``data``. False, and nothing done, where a thread holds ``old``."""
     storage = old.untyped_storage()
     alone, _ = _holders(torch.empty(1, device="cpu"))
     source, target = old.data_ptr(), new.data_ptr()

@@ -11,6 +11,7 @@ as bits for native kernels (``taken``), as stacks on the device for the others (
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -61,8 +62,11 @@ class Room(Locations):
             self._free.ledger.see([])
 
     def forget_free_places(self) -> None:
-        """Derive the free places anew, before the next row moves: for replicas of one state."""
-        self._free = None
+        """Derive the free places anew, before the next row moves: for replicas of one state.
+
+        Compaction in steps begins anew as well, with the same id on all of them.
+        """
+        self._free, self._next = None, 0
 
     def free_places(self) -> list[Tensor]:
         """The stacks of free places, and of free pages, what is taken first last; or nothing.
@@ -115,6 +119,26 @@ class Room(Locations):
         backend = resolve_backend("auto", self.storage.device)
         return self._bits() if resize.is_native(backend, self.row_start) else self._stacks()
 
+    @contextlib.contextmanager
+    def _changing_places(self) -> Iterator[None]:
+        """Derive free places anew, should what changes them fail, as where memory runs out.
+
+        Stacks whose addresses a CUDA graph holds stay.
+        """
+        free = self._free
+        try:
+            yield
+        except BaseException:
+            if not self._captured:
+                self._free = None
+            raise
+        self._free = free
+
+    def _release(self, stacks: FreeLists) -> None:
+        """Make pages without a row free ones."""
+        with self._changing_places():
+            stacks.release(self.page_level)
+
     def _pages_allowed(self) -> int:
         """Pages by which the arena may still grow."""
         if self.max_elements is None:
@@ -153,7 +177,7 @@ class Room(Locations):
         """
         free = self._bits() if movers.backend == "native" else self._stacks()
         if isinstance(free, FreeLists):
-            free.release(self.page_level)
+            self._release(free)
         *places, pages = free.count.tolist()
         pages += self._pages_allowed()
         fit = list(movers.per_level)
@@ -188,7 +212,7 @@ class Room(Locations):
         stacks = self._stacks()
         missing = stacks.missing(taken)
         if missing > 0:
-            stacks.release(self.page_level)
+            self._release(stacks)
             missing = stacks.missing(taken)
         self._grow_for(rows, missing, strict=True)
         counts = stacks.count.tolist()
@@ -216,7 +240,7 @@ class Room(Locations):
         stacks.ledger.refresh(stacks.count, read=reads)
         missing, heights = stacks.ledger.worst(rows)
         if takes and missing > 0 and (reads or stacks.given >= max(self.rows_per_page)):
-            stacks.release(self.page_level)
+            self._release(stacks)
             stacks.ledger.refresh(stacks.count, read=reads)
             missing, heights = stacks.ledger.worst(rows)
         if takes:
@@ -331,14 +355,17 @@ class Room(Locations):
         page_level = self.page_level.new_full((old + pages + 1,), -1)
         page_level[:old] = self.page_level[:old]
         lists = free.with_pages(old, pages, row_start.dtype)
-        self._replace(storage, row_start, page_level, grown, moves=True)
-        free.add_pages(pages, lists)
+        with self._changing_places():
+            self._replace(storage, row_start, page_level, grown, moves=True)
+            free.add_pages(pages, lists)
 
     def _grow_stacks(self, heights: Sequence[int]) -> None:
         # No stack holds more rows than the pages do.
         pages = self.page_level.numel() - 1
         limits = zip(heights, self.rows_per_page, strict=True)
-        self._stacks().reach([min(h, pages * per) for h, per in limits])
+        stacks = self._stacks()
+        with self._changing_places():
+            stacks.reach([min(h, pages * per) for h, per in limits])
 
     @unrecorded
     def reclaim(self) -> int:
@@ -351,7 +378,7 @@ class Room(Locations):
         if isinstance(free, TakenBits):
             return 0
         before = int(free.count[-1])
-        free.release(self.page_level)
+        self._release(free)
         found = int(free.count[-1]) - before
         if found:
             free.ledger.see([])
@@ -371,7 +398,7 @@ class Room(Locations):
                 free pages is given back, but within a budget, which keeps it.
 
         Returns:
-            How many rows moved.
+            How many rows moved to holes; those of pages that move whole are not counted.
 
         Raises:
             RuntimeError: rows are shared with other processes, or computed; nothing is changed.
@@ -389,7 +416,7 @@ class Room(Locations):
         moved = sum(self._close_holes(ids) for ids in self._steps())
         free = self._free_places()
         if isinstance(free, FreeLists):
-            free.release(self.page_level)
+            self._release(free)
         self._give_back(pages)
         return moved
 
@@ -442,22 +469,24 @@ class Room(Locations):
 
     def _close_holes(self, ids: range) -> int:
         """Move the rows of ``ids`` to free places of their levels in lower pages."""
-        free = self._free_places()
+        free, known = self._free_places(), self._digest
+        self._digest = None  # should something fail in between
         if isinstance(free, TakenBits):
             places = free.at(self._layout_with_sinks(), self.moves)
             moved = resize.lower_rows(places, ids, self._moving())
         else:
             start = self.row_start[ids.start : ids.stop]
             level = self.page_level[start // self.page].long()
-            self._free = None  # derived anew, should memory run out in between
-            at, new = free.lower(start, level)
-            if moved := len(at):
-                resize.shift_rows(self._moving(), start[at], new, level[at], self.sizes)
-                start[at] = new.to(start.dtype)
-            self._free = free
+            with self._changing_places():
+                at, new = free.lower(start, level)
+                if moved := len(at):
+                    resize.shift_rows(self._moving(), start[at], new, level[at], self.sizes)
+                    start[at] = new.to(start.dtype)
         if moved:
             self._count_move()
             self._remember()
+        else:
+            self._digest = known
         return moved
 
     def _give_back(self, pages: int) -> None:
@@ -487,10 +516,12 @@ class Room(Locations):
                 pages[target] = pages[source]
         by = torch.zeros_like(self.page_level, dtype=self.row_start.dtype)
         by[old] = ((new - old) * self.page).to(by.dtype)
+        # Both hold rows until all have moved, should memory run out in between.
+        self._digest = self._free = None
+        self.page_level[new] = self.page_level[old]
         for ids in self._steps():
             start = self.row_start[ids.start : ids.stop]
             start += by[start // self.page]  # of an id without a row: the sink's, 0
-        self.page_level[new] = self.page_level[old]
         self.page_level[old] = -1
         self._count_move()
         self._remember()

@@ -147,6 +147,18 @@ def adopt(rank):
     return {"state": {k: v.clone() for k, v in model.table.state_dict().items()}}
 
 
+def compacted(rank):
+    """In steps, by rank 0 alone before it is replicated: all go on with the same id."""
+    torch.manual_seed(0)
+    model = Model()
+    table = model.table
+    if rank == 0:
+        table.compact(7)
+    replicate(model)
+    table.promote(torch.arange(0, ROWS, 2))
+    return {"rows": table.compact(20), "starts": table.arena.row_start.clone()}
+
+
 def masks(rank):
     torch.manual_seed(0)
     model = Model()

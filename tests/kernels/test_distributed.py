@@ -31,6 +31,7 @@ CASES = [
     "buffers_of_ddp",
     "fsdp",
     "adopt",
+    "compacted",
     "masks",
     "demoted",
     "refusal",
@@ -144,6 +145,12 @@ def test_fully_shard(results):
 def test_the_first_rank_is_adopted(results):
     first, second = results("adopt")
     assert_same(first["state"], second["state"])
+
+
+def test_compaction_in_steps_keeps_the_ranks_together(results):
+    first, second = results("compacted")
+    assert first["rows"] == second["rows"] > 0
+    assert torch.equal(first["starts"], second["starts"])
 
 
 def test_masks_of_promotions(results):

@@ -528,3 +528,49 @@ def test_saving_to_a_file_and_back():
 
 
 # ---- laying rows out anew -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["storage", "row_start", "page_level"])
+def test_a_tensor_that_could_not_be_copied(name, monkeypatch):
+    """Memory that runs out as a table is loaded: no lookup follows starts that are no numbers."""
+    module, other = mixed(), mixed()
+    other.promote(torch.arange(N))
+    other.promote(torch.arange(N))
+    state = other.state_dict()
+    assert len(state["arena.storage"]) != len(module.arena.storage)
+    copied, tensor = torch.Tensor.copy_, getattr(module.arena, name)
+
+    def copy_(into, *args, **kwargs):
+        if into is tensor:
+            into.data.view(-1)[0] = 77  # what the memory held before
+            raise MemoryError("none is left")
+        return copied(into, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.Tensor, "copy_", copy_)
+        with pytest.raises(RuntimeError, match="none is left"):
+            module.load_state_dict(state)
+    if name != "storage":
+        with pytest.raises(RuntimeError, match="do not fit together"):
+            module(torch.arange(N))
+    module.load_state_dict(state)
+    assert torch.equal(module(torch.arange(N)), other(torch.arange(N)))
+
+
+def test_a_signal_before_a_loaded_table_is_copied(monkeypatch):
+    """Its memory holds no numbers yet, which no lookup takes for places."""
+    module, other = mixed(), mixed()
+    other.promote(torch.arange(N))
+    state = other.state_dict()
+    original = module.arena._replace
+
+    def replace(storage, row_start, page_level, grown):
+        row_start.fill_(1 << 20)
+        original(storage, row_start, page_level, grown)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module.arena, "_replace", replace)
+    with pytest.raises(KeyboardInterrupt):
+        module.load_state_dict(state)
+    with pytest.raises(RuntimeError, match="do not fit together"):
+        module(torch.arange(N))

@@ -213,6 +213,20 @@ def test_aliases_of_a_grown_arena_keep_the_old_one(holds, rule, moved):
     assert all(torch.equal(a, b) for a, b in zip(held, copies, strict=True))
 
 
+def test_state_that_was_made_in_inference_mode():
+    module = table()
+    rows = torch.optim.Adam([module.arena.storage])
+    module(torch.arange(N)).square().sum().backward()
+    with torch.inference_mode():
+        rows.step()
+        before = rows.state[module.arena.storage]["exp_avg"].clone()
+    module.reserve(N)
+    grown = rows.state[module.arena.storage]["exp_avg"]
+    assert torch.equal(grown[: len(before)], before) and not grown[len(before) :].any()
+    with torch.inference_mode():
+        rows.step()
+
+
 def test_row_starts_stay_where_they_are_unless_held():
     module = table()
     address = module.arena.row_start.data_ptr()
@@ -255,3 +269,73 @@ def test_lookups_of_other_threads_meanwhile(long, moved):
             thread.join()
     assert good[0] and not faults
     assert long or any(moved)  # of many ids a lookup holds the memory that it reads
+
+
+# ---- signals ------------------------------------------------------------------------------------
+
+WHERE = ["before", "after"]
+
+
+def interrupted(call, which, where):
+    """``call``, that of ``which`` number with Ctrl-C before it or as it ends."""
+    calls = [0]
+
+    def calling(*args):
+        calls[0] += 1
+        if calls[0] == which and where == "before":
+            raise KeyboardInterrupt
+        result = call(*args)
+        if calls[0] == which and where == "after":
+            raise KeyboardInterrupt
+        return result
+
+    return calling
+
+
+@pytest.mark.parametrize("where", WHERE)
+@pytest.mark.parametrize("which", [1, 2, 3])
+@pytest.mark.parametrize("name", ["_move", "_gives_back"])
+@pytest.mark.parametrize("held", [False, True], ids=["alone", "held"])
+def test_a_signal_as_an_arena_grows(name, which, where, held, monkeypatch):
+    """A handler runs when a copy ends, which is what growth takes most of its time for."""
+    module = table()
+    rows = optim.Adam(module)
+    module(torch.arange(N)).square().sum().backward()
+    storage = module.arena.storage
+    before, out = storage.detach().clone(), module(torch.arange(100))
+    state = {k: rows.state[storage][k].clone() for k in rows.state_per_element}
+    aliases = [rows.state[storage]["exp_avg"]] if held else []
+    copies = [t.clone() for t in aliases]
+    with monkeypatch.context() as patched:
+        patched.setattr(replacing, name, interrupted(getattr(replacing, name), which, where))
+        try:
+            module.reserve(N)
+        except KeyboardInterrupt:
+            assert module.arena.layout is not None
+    check_grown(module, before, out)
+    for key, value in state.items():
+        grown = rows.state[storage][key]
+        assert torch.equal(grown[: len(value)], value) and grown.shape == storage.shape
+    assert all(torch.equal(a, b) for a, b in zip(aliases, copies, strict=True))
+    module(torch.arange(100)).sum().backward()
+    assert module.promote(torch.arange(0, N, 2)).all()
+
+
+def test_what_is_raised_again_and_again_is_raised():
+    calls = []
+
+    def fails():
+        calls.append(1)
+        raise MemoryError("none is left")
+
+    with pytest.raises(MemoryError, match="none is left"):
+        replacing.run_all([fails])
+    assert len(calls) == 9
+
+
+def test_what_a_handler_raised_is_raised_in_the_end():
+    done = []
+    steps = [lambda: done.append(2), interrupted(lambda: done.append(1), 1, "before")]
+    with pytest.raises(KeyboardInterrupt):
+        replacing.run_all(steps)
+    assert done == [1, 2]

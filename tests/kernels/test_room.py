@@ -1,6 +1,7 @@
 """room.py: how few pages compaction leaves, and where rows go as they come, go and are loaded."""
 
 import copy
+import itertools
 import pickle
 import random
 
@@ -8,6 +9,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from esapn_kernels import ResizableEmbedding, optim
 from esapn_kernels.ops.chain import chain_numel
@@ -499,3 +501,64 @@ def test_rows_that_come_and_go_take_no_more_memory(host):
     assert [len(ids) for ids in by_level] == [1000] * 3
     assert max(allocated) == allocated[60]
     check_accounts(arena)
+
+
+# ---- calls that fail in between -----------------------------------------------------------------
+
+
+class FailingAt(TorchDispatchMode):
+    """Memory runs out in the ``n``-th operator."""
+
+    def __init__(self, n):
+        super().__init__()
+        self.left = n
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.left -= 1
+        if not self.left:
+            raise MemoryError("none is left")
+        return operator(*args, **(kwargs or {}))
+
+
+FAILING = {
+    "compact": lambda module, ids: module.compact(),
+    "a step": lambda module, ids: module.compact(70),
+    "reserve": lambda module, ids: module.reserve(3 * N),
+    "promote": lambda module, ids: module.promote(ids),
+    "free": lambda module, ids: module.arena.free(ids, backend=module.backend),
+}
+
+
+@pytest.mark.parametrize("call", FAILING.values(), ids=list(FAILING))
+@pytest.mark.parametrize("host", HOSTS)
+def test_memory_that_runs_out_leaves_a_whole_table(host, call):
+    """Wherever it does: no row is lost, and the table goes on."""
+    module = with_holes(host, n_rows=60)
+    rows, ids = optim.Adam(module), held(module)
+    module(ids).square().sum().backward()
+    for n in itertools.count(1, 3):
+        tried, state = copy.deepcopy((module, rows))
+        arena, follows = tried.arena, state.state[tried.arena.storage]
+        arena.followers.add(state)
+        know_places(arena, host)
+        before, moments = cut(arena, arena.storage.detach()), cut(arena, follows["exp_avg"])
+        level = arena.level()
+        try:
+            with FailingAt(n):
+                call(tried, ids[::2])
+        except MemoryError:
+            done = False
+        else:
+            done = True
+        stays = (arena.level() == level).nonzero()[:, 0].tolist()
+        for was, tensor in ((before, arena.storage.detach()), (moments, follows["exp_avg"])):
+            present = cut(arena, tensor)
+            assert all(torch.equal(present[i], was[i]) for i in stays if i in was)
+        tried.promote(held(tried)[::3])
+        check_accounts(arena)
+        tried.compact()
+        check_accounts(arena)
+        assert pages_in_use(arena) == fewest_pages(arena)
+        if done:
+            break
+    assert n > 3
