@@ -17,7 +17,13 @@ import torch
 from torch import Tensor
 
 from ..ops import resize
-from ..ops.backend import host_reads, is_capturing, on_large_pages, resolve_backend
+from ..ops.backend import (
+    host_reads,
+    is_capturing,
+    on_large_pages,
+    resolve_backend,
+    untouched_zeros,
+)
 from ..ops.layout import FreePlaces, Layout, Places, index_dtype
 from .followers import with_dense_gradient
 from .free import FreeLists
@@ -143,7 +149,7 @@ class Room(Locations):
         """Those of the movers that find room; the others are counted as refused.
 
         As in the Triton backend, by level, of a demotion from the last one on, and then in the
-        order in which they were found.
+        order of ``ids``.
 
         Args:
             movers: what :func:`~esapn_kernels.ops.resize.find_movers` found for ``ids``.
@@ -151,8 +157,15 @@ class Room(Locations):
             enters: by level the level that its rows take places of; -1: none of them moves.
         """
         free = self._bits() if movers.backend == "native" else self._stacks()
+        taken = [0] * len(self.sizes)
+        for rows, k in zip(movers.per_level, enters, strict=True):
+            if rows:
+                taken[k] += rows
+        if free.missing(taken) <= self._pages_allowed():
+            return movers
         if isinstance(free, FreeLists):
             free.release(self.page_level)
+            free.ledger.see(free.count.tolist())
         *places, pages = free.count.tolist()
         pages += self._pages_allowed()
         fit = list(movers.per_level)
@@ -166,10 +179,20 @@ class Room(Locations):
         if not refused:
             return movers
         self.refusals.prepare(self.storage.device).add_(refused)
-        first = resize.first_movers(movers, fit)
+        going = self._first_of(ids[movers.moved], fit)
         layout = self._layout_with_sinks()
-        found = resize.find_movers(first, None, layout, call, backend=movers.backend)
-        return found._replace(moved=movers.moved & torch.isin(ids, first))
+        found = resize.find_movers(going, None, layout, call, backend=movers.backend)
+        return found._replace(moved=movers.moved & torch.isin(ids, going))
+
+    def _first_of(self, ids: Tensor, counts: Sequence[int]) -> Tensor:
+        """So many of ``ids`` of every level, those named first, each once; ids without a row count
+        as of level 0."""
+        named, position = ids.long().sort(stable=True)
+        fresh = torch.ones_like(named, dtype=torch.bool)
+        fresh[1:] = named[1:] != named[:-1]
+        distinct = ids[position[fresh].sort().values].long()
+        level = self.level(distinct).clamp(min=0)
+        return torch.cat([distinct[level == k][:count] for k, count in enumerate(counts)])
 
     def _begin(self, taken: list[int], given: list[int], backend: str) -> FreePlaces:
         """What a call works on that takes and gives so many rows of every level; there is room.
@@ -323,8 +346,12 @@ class Room(Locations):
         free, numel = self._free_places(), (old + pages) * self.page
         self._refuse_replacing(numel)
         held = self.storage.numel()
-        storage = on_large_pages(self.storage.detach().new_empty(numel))
-        storage[held:] = 0
+        if self.budget is None:
+            storage = self.storage.detach().new_empty(numel)
+            storage[held:] = 0
+        else:
+            storage = untouched_zeros(self.storage.detach(), numel)
+        on_large_pages(storage)
         grown = self._fresh_followers(numel, held)
         row_start = self._row_start_for(numel)
         page_level = self.page_level.new_full((old + pages + 1,), -1)
@@ -385,7 +412,8 @@ class Room(Locations):
             return sum(self._close_holes(ids) for ids in (ahead, begun) if ids)
         counts = self.count_rows()
         pages = sum(-(-c // per) for c, per in zip(counts, self.rows_per_page, strict=True))
-        self._refuse_replacing(pages * self.page)
+        if self.budget is None:
+            self._refuse_replacing(pages * self.page)
         moved = sum(self._close_holes(ids) for ids in self._steps())
         free = self._free_places()
         if isinstance(free, FreeLists):
