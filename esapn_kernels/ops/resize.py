@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-import torch
 from torch import Tensor
 
 from ..cpu import native_resize as native

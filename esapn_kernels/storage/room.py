@@ -237,7 +237,10 @@ class Room(Locations):
         reads = host_reads(stacks.count)
         stacks.ledger.refresh(stacks.count, read=reads)
         missing, heights = stacks.ledger.worst(rows)
-        if takes and missing > 0 and (reads or stacks.given >= max(self.rows_per_page)):
+        # A few launches, so on a GPU when it is worth them, or where no growth can do instead.
+        due = reads or stacks.given >= max(self.rows_per_page)
+        due = due or (stacks.given > 0 and missing > self._pages_allowed())
+        if takes and missing > 0 and due:
             stacks.release(self.page_level)
             stacks.ledger.refresh(stacks.count, read=reads)
             missing, heights = stacks.ledger.worst(rows)
