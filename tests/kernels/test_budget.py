@@ -23,6 +23,7 @@ from esapn_kernels.ops import layout
 from esapn_kernels.reference import demote_reference, promote_reference
 from esapn_kernels.storage import cap, locations
 from esapn_kernels.storage import room as room_file
+from esapn_kernels.storage.arena import Arena
 from esapn_kernels.storage.cap import most_pages, pages_within, table_bytes
 from tests.kernels.layouts import DTYPES, HOSTS, NEEDS_NATIVE, ODD, PAPER, SMALL, name
 
@@ -500,3 +501,159 @@ TestKernelMachine = KernelMachine.TestCase
 TestKernelMachine.settings = settings(max_examples=5, stateful_step_count=8, **quick)
 TestDeviceMachine = DeviceMachine.TestCase
 TestDeviceMachine.settings = settings(max_examples=5, stateful_step_count=8, **quick)
+
+
+# ---- the order in which rows stay, by hand -------------------------------------------------------
+
+
+def shortage(backend, device="cpu"):
+    """Rows of all levels, and one free page only."""
+    level = torch.tensor([0, 1, 2] * 8)
+    options = {"initial_size": torch.tensor(SMALL)[level], "dtype": torch.float64}
+    options |= {"sizes": SMALL, "backend": backend, "init": "linear", "device": device}
+    module = Checked(24, budget=least(num_embeddings=24, **options) + 16 * 8 + 1, **options)
+    arena = module.arena
+    assert arena.page == 16 and arena.max_elements == arena.storage.numel()
+    assert arena.page_level[:-1].eq(-1).sum() == 1
+    return module
+
+
+@pytest.mark.parametrize("down", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_order_in_which_rows_stay(backend, down, device):
+    """By level, of a demotion from the last one on; then in the order of ids, each once."""
+    module = shortage(backend, device)
+    ids = torch.tensor([23, 23, *range(22, -1, -1), 23], device=device)
+    call = module.demote if down else module.promote
+    moved = call(ids)
+    assert 0 < module.refused < 16 and moved[0] == moved[1] == moved[-1]
+    refused = module.refused
+    call(ids, torch.zeros_like(ids, dtype=torch.bool))
+    assert module.refused == refused
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_demotion_serves_the_last_level_first(backend, device):
+    module = shortage(backend, device)
+    small = [int(k) for k in module.arena.level().tolist()]
+    # Places for rows of 3: 2 in the page begun (8 rows, 5 a page), 5 in the free one; of 2: none.
+    down = torch.tensor([i for i in range(24) if small[i] > 0], device=device)
+    moved = module.demote(down).tolist()
+    gone = [i for i, ok in zip(down.tolist(), moved, strict=True) if ok]
+    assert gone == [i for i in range(24) if small[i] == 2][:7]
+    assert module.refused == 16 - 7
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_that_begin_without_room(backend, device):
+    with mock.patch.object(locations, "page_elements", return_value=16):
+        arena = Arena(30, SMALL, level=-1, budget=table_bytes(30, SMALL, 16, 3, 4), device=device)
+    given = arena.insert(torch.arange(29, 19, -1, device=device), 2, backend=backend)
+    assert given.tolist() == [True] * 6 + [False] * 4 and arena.refusals.total() == 4
+    arena.free(torch.tensor([29, 28], device=device), backend=backend)
+    given = arena.insert(torch.arange(4, device=device), 2, backend=backend)
+    assert given.tolist() == [True] * 2 + [False] * 2 and arena.refusals.total() == 6
+
+
+def test_a_gpu_gives_empty_pages_back_before_rows_stay(monkeypatch):
+    """Though its host reads no counter, and few rows were given back."""
+    monkeypatch.setattr(room_file, "host_reads", lambda tensor: False)
+    level = torch.tensor([2, 2, *[0] * 8, *[1] * 5])
+    options = {"sizes": SMALL, "initial_size": torch.tensor(SMALL)[level], "init": "linear"}
+    options |= {"backend": "triton", "dtype": torch.float64}
+    module = Checked(15, budget=least(num_embeddings=15, **options) + 16 * 8 + 1, **options)
+    assert module.demote(torch.tensor([0, 1])).all()  # the free page is for them, theirs is free
+    assert module.promote(torch.tensor([2])).all() and module.refused == 0
+
+
+# ---- who may exceed it -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sizes", [SMALL, (8,)], ids=name)
+def test_wider_numbers(sizes):
+    found = least(num_embeddings=100, sizes=sizes)
+    module = ResizableEmbedding(100, sizes=sizes, budget=found)
+    before = copy.deepcopy(module.state_dict())
+    with pytest.raises(RuntimeError, match=rf"the budget of {found} bytes.*float64: \d+ bytes do$"):
+        module.double()
+    assert all(torch.equal(module.state_dict()[k], t) for k, t in before.items())
+    assert {p.dtype for p in module.parameters()} == {torch.float32}
+    assert allocated(module.half()) < found and allocated(module.float()) == found
+    wide = ResizableEmbedding(100, sizes=sizes, budget="600%").double()
+    assert wide.memory_report().serving <= wide.budget
+    tables = ResizableEmbeddingCollection({"a": 10, "b": 90}, sizes=sizes, budget=found)
+    with pytest.raises(RuntimeError, match="the budget"):
+        tables.double()
+
+
+@pytest.mark.parametrize("what", ["wider", "int64", "slices"])
+@pytest.mark.parametrize("sizes", [SMALL, (8,)], ids=name)
+def test_tensors_that_hold_more(sizes, what):
+    """Assigned they would be kept as they are; copied, they are numbers."""
+    if what == "int64" and len(sizes) == 1:
+        sizes = ODD
+    found = least(num_embeddings=100, sizes=sizes)
+    module = ResizableEmbedding(100, sizes=sizes, budget=found)
+    state = copy.deepcopy(ResizableEmbedding(100, sizes=sizes).state_dict())
+    for key, tensor in state.items():
+        if what == "slices":
+            state[key] = torch.cat([tensor, tensor])[: len(tensor)]
+        elif what == "wider" and tensor.is_floating_point():
+            state[key] = tensor.double()
+        elif what == "int64" and key.endswith("row_start"):
+            state[key] = tensor.long()
+    before = copy.deepcopy(module.state_dict())
+    with pytest.raises(RuntimeError, match=rf"hold \d+ bytes, the budget allows {found}$"):
+        module.load_state_dict(dict(state), assign=True)
+    assert all(torch.equal(module.state_dict()[k], t) for k, t in before.items())
+    module.load_state_dict(state)
+    assert allocated(module) == found
+
+
+def test_a_plain_weight_is_loaded_where_it_fits():
+    weight = torch.randn(100, 8)
+    module = ResizableEmbedding(100, sizes=SMALL, budget="250%")
+    module.load_state_dict({"weight": weight})
+    assert torch.equal(module.weight.detach(), weight) and allocated(module) <= module.budget
+    small = ResizableEmbedding(100, sizes=SMALL, budget="70%")
+    with pytest.raises(RuntimeError, match=f"the budget of {small.budget} bytes allows fewer"):
+        small.load_state_dict({"weight": weight})
+
+
+def test_a_small_table_that_was_loaded_grows_to_the_cap_once():
+    module = ResizableEmbedding(1000, sizes=SMALL, budget="200%")
+    cap = module.arena.storage.numel()
+    module.load_state_dict(ResizableEmbedding(1000, sizes=SMALL).state_dict())
+    assert module.arena.storage.numel() < cap and allocated(module) <= module.budget
+    for _ in range(2):
+        assert module.promote(torch.arange(1000)).all()
+        assert module.arena.storage.numel() == cap and allocated(module) <= module.budget
+    assert module.refused == 0
+
+
+def test_a_hook_on_the_node_does_not_hinder_compaction():
+    module = ResizableEmbedding(100, sizes=SMALL, budget="200%")
+    node = torch.autograd.graph.get_gradient_edge(module.arena.storage).node
+    node.register_prehook(lambda grads: None)
+    module.promote(torch.arange(100))
+    assert module.compact() >= 0 and module.arena.storage.numel() == module.arena.max_elements
+
+
+def test_modules_that_were_pickled_before_budgets():
+    module = ResizableEmbedding(100, sizes=SMALL)
+    old = copy.deepcopy(module)
+    for part, key in ((old, "budget"), (old.arena, "budget"), (old.arena, "refusals")):
+        part.__dict__.pop(key, None)
+    old = pickle.loads(pickle.dumps(old))
+    assert old.budget is None and old.refused == 0 and "budget" not in repr(old)
+    assert old.promote(torch.arange(100)).all() and old.memory_report().budget is None
+    assert copy.deepcopy(old).compact() >= 0
+
+
+@pytest.mark.parametrize("make", [ResizableEmbeddingBag, ResizableEmbedding])
+def test_modules_made_of_others(make):
+    plain = (torch.nn.EmbeddingBag if make is ResizableEmbeddingBag else torch.nn.Embedding)(50, 8)
+    module = make.from_embedding(plain, sizes=SMALL, budget="300%")
+    assert module.budget == 3 * plain.weight.nbytes >= allocated(module)
+    assert make.from_embedding(plain, budget="100%").refused == 0
+    assert "bytes do" in refusal(make.from_embedding, plain, budget="99%")
