@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
+from esapn_kernels.budget import budget_bytes
+
 from .errors import UserError
 
 __all__ = ["CHOICES", "GROUPS", "MODES", "ConfigError", "SearchConfig"]
@@ -118,6 +120,7 @@ class SearchConfig:
     method: str = _sizes("esapn", _METHODS, "METHOD")
     sizes: tuple[int, ...] = _sizes((2, 4, 8, 16, 64, 128), "candidate sizes, increasing", "D")
     fixed_size: int = _sizes(128, "size of every row with --method fixed", "D")
+    budget: str = _sizes("", "rows, locations and hops take at most so much: '8 MB', '3%'", "BYTES")
     hops: str = _sizes("linear", "trained W e + b; or e, and zeros or learnt B e + b appended")
     tail_lr: float = _sizes(1e-2, "Adam's, for the B and b of --hops tails", "RATE")
     dwell: float = _sizes(0.0, "IDs grow to size d once they were seen C d^2 times", "C")
@@ -177,6 +180,13 @@ class SearchConfig:
         increasing = all(a < b for a, b in zip(self.sizes, self.sizes[1:], strict=False))
         if not self.sizes or self.sizes[0] < 1 or not increasing:
             _refuse("sizes", "must be positive and strictly increasing", list(self.sizes))
+        if self.budget:
+            if self.method in ("darts", "autoemb", "biases"):
+                _refuse("budget", "is for methods whose rows have sizes of their own", self.method)
+            try:
+                budget_bytes(self.budget, 1 << 60)
+            except ValueError:
+                _refuse("budget", "must be bytes as '8 MB' or a share as '3%'", self.budget)
 
     @classmethod
     def of_mode(cls, mode: str, **settings: Any) -> SearchConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 
 __all__ = ["budget_bytes"]
 
@@ -32,13 +33,13 @@ def budget_bytes(budget: int | str, plain: int) -> int:
         found = budget
     else:
         match = isinstance(budget, str) and re.fullmatch(
-            r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(%|[a-zA-Z]*)\s*", budget
+            r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(%|[a-z]*)\s*", budget.lower(), re.ASCII
         )
         number, unit = match.groups() if match else ("", "?")
         if unit == "%":
-            found = int(float(number) * plain / 100)
-        elif unit.lower() in _UNITS:
-            found = int(float(number) * _UNITS[unit.lower()])
+            found = int(Fraction(number) * plain / 100)
+        elif unit in _UNITS:
+            found = int(Fraction(number) * _UNITS[unit])
         else:
             raise ValueError(
                 f"budget must be bytes, a text as '64 MB', or a share of the plain table as '3%', "

@@ -82,8 +82,8 @@ def replicate(
     dist.all_gather_object(kinds, mine, group=process_group)
     if any(kind != mine for kind in kinds):
         raise RuntimeError(
-            "the ranks' tables differ in number of rows, candidate sizes, dtype, max_elements, the "
-            "kind of hops or in what is frozen"
+            "the ranks' tables differ in number of rows, candidate sizes, dtype, max_elements, "
+            "budget, the kind of hops or in what is frozen"
         )
 
     parameters: set[nn.Parameter] = set()
@@ -124,7 +124,8 @@ def _kind(table: ResizableEmbedding) -> tuple[object, ...]:
     rows = table.arena
     limit = rows.max_elements if isinstance(rows, Arena) else None
     hops = 0 if table.chain is None else table.chain.numel()
-    return rows.num_rows, table.sizes, str(rows.parameter.dtype), limit, hops, flags
+    limits = limit, table.budget
+    return rows.num_rows, table.sizes, str(rows.parameter.dtype), limits, hops, flags
 
 
 def _names(tables: dict[str, ResizableEmbedding]) -> Iterator[str]:

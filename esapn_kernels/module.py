@@ -217,9 +217,9 @@ class ResizableEmbedding(nn.Embedding):
         if _weight is not None:
             initial_size = self.embedding_dim
         level = initial_level(initial_size, sizes, num_embeddings, self.padding_idx)
-        if budget is not None:
-            if max_elements is not None:
-                raise ValueError("give budget or max_elements, not both")
+        if budget is not None and max_elements is not None:
+            raise ValueError("give budget or max_elements, not both")
+        if budget is not None and num_embeddings >= 0:  # torch refuses others
             item = torch.empty(0, device="meta", dtype=dtype).element_size()
             plain = num_embeddings * sizes[-1] * item
             self.budget = budget_bytes(budget, plain)
@@ -231,6 +231,7 @@ class ResizableEmbedding(nn.Embedding):
         if len(sizes) > 1:
             check_floating(dtype)
             self._make_arena(sizes, level, max_elements, device, dtype)
+            self._is_new = True
             self.reset_parameters()
             if _weight is not None:
                 self._write_rows(_weight)
@@ -311,6 +312,7 @@ class ResizableEmbedding(nn.Embedding):
         their initial sizes.
         """
         arena = self.arena
+        is_new = self.__dict__.pop("_is_new", False)
         if isinstance(arena, Table):
             self.weight.normal_(0.0, self.init_std)
             self._fill_padding_idx_with_zero()
@@ -320,7 +322,8 @@ class ResizableEmbedding(nn.Embedding):
         if storage.is_meta:
             return
         layout = arena.layout
-        storage.zero_()
+        if not is_new:  # else they are zeros, and what is not written takes no memory
+            storage.zero_()
         for part, level in arena.levels(1 << 20):
             for k, dim in enumerate(self.sizes):
                 mine = layout.row_start[part][level == k]
@@ -447,12 +450,28 @@ class ResizableEmbedding(nn.Embedding):
         del self.__dict__["weight"]
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> ResizableEmbedding:
+        self._refuse_wider(fn)
         # Hops are saved for backward, which what inference mode made cannot be.
         saved = self.chain is not None and not self.chain.is_inference()
         with torch.inference_mode(False) if saved else contextlib.nullcontext():
             super()._apply(fn, recurse)
         self._prepare_count()
         return self
+
+    def _refuse_wider(self, fn: Callable[..., Any]) -> None:
+        """Raise where ``fn`` makes numbers so wide that the table exceeds its budget."""
+        numbers = next(self.parameters(), None)
+        if self.budget is None or numbers is None:
+            return
+        other = fn(numbers.new_empty(0))
+        wider = other.element_size() / numbers.element_size()
+        parameters = sum(parameter.nbytes for parameter in self.parameters())
+        places = sum(buffer.nbytes for buffer in self.buffers())
+        if wider > 1 and parameters * wider + places > self.budget:
+            raise RuntimeError(
+                f"the budget of {self.budget} bytes does not hold the table in {other.dtype}: "
+                f"{int(parameters * wider) + places} bytes do"
+            )
 
     def _prepare_count(self) -> None:
         if self.on_bad_ids != "raise":
@@ -822,6 +841,8 @@ class ResizableEmbedding(nn.Embedding):
             chain=chain,
             optimizer=self.arena.followers.state_bytes(),
             scratch=parts.scratch,
+            composed=parts.composed + (0 if self.chain is None else self._composed.bytes()),
+            budget=self.budget,
             fixed=self.arena.num_rows * self.sizes[-1] * itemsize,
             rows_per_size=dict(zip(self.sizes, self.arena.count_rows(), strict=True)),
         )
@@ -851,6 +872,8 @@ class ResizableEmbedding(nn.Embedding):
         return text if self.chain is None else f"{text}, sizes={self.sizes}"
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        if self.budget is not None and args[0].get("assign_to_params_buffers"):
+            self._check_assigned_bytes(state_dict, prefix)
         if isinstance(self.arena, Arena):
             if prefix + "weight" in state_dict:
                 args[-1].extend(self._take_table(self.arena, state_dict, prefix))
@@ -859,6 +882,19 @@ class ResizableEmbedding(nn.Embedding):
             if not self.arena.fits(state_dict, prefix + "arena."):
                 return
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _check_assigned_bytes(self, state_dict: Any, prefix: str) -> None:
+        """Refuse tensors that would be kept as they are, with all the memory they hold: wider
+        numbers, slices of larger tensors."""
+        own = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        kept = [state_dict.get(prefix + name, tensor) for name, tensor in own.items()]
+        memory = [tensor.untyped_storage() for tensor in kept]
+        held = {part.data_ptr() or id(part): part.nbytes() for part in memory}
+        if sum(held.values()) > self.budget:
+            raise RuntimeError(
+                f"{prefix[:-1] or 'the table'} cannot take these tensors: they hold "
+                f"{sum(held.values())} bytes, the budget allows {self.budget}"
+            )
 
     def _check_kind_of_hops(self, saved: Any, prefix: str) -> None:
         """Refuse hops of another kind at once: torch would go on and load the rows."""

@@ -18,7 +18,7 @@ from esapn_kernels import info
 from ..config import MODES, SearchConfig
 from ..data.ratings import Ratings
 from ..jsonfile import load_json
-from ..run.loop import stream_of
+from ..run.loop import check_budget, stream_of
 from ..run.result import describe_data
 from ..run.resume import check_origin
 from .methods import DEFAULT_METHODS, REFERENCES, method_settings
@@ -95,8 +95,11 @@ def plan(
         for task in tasks
         for method in listed
     ]
+    stream = stream_of(jobs[0].config, ratings)
+    for job in jobs:
+        check_budget(job.config, stream)
     header = {
-        "data": describe_data(ratings, stream_of(jobs[0].config, ratings)),
+        "data": describe_data(ratings, stream),
         "order": common["order"],
         "tasks": tasks,
         "modes": modes,

@@ -102,9 +102,9 @@ def method_settings(spec: str) -> tuple[str, dict[str, Any]]:
         >>> method_settings("esapn,history=3")[1]
         {'method': 'esapn', 'history': 3}
     """
-    if not re.fullmatch(r"[\w.,=+-]+", spec, re.ASCII):
+    if not re.fullmatch(r"[\w.,=+%-]+", spec, re.ASCII):
         # The label is part of a file's name.
-        raise ConfigError(f"--methods: {spec!r} has other signs than letters, digits and _.,=+-")
+        raise ConfigError(f"--methods: {spec!r} has other signs than letters, digits and _.,=+%-")
     name, *own = spec.split(",")
     label, _, number = name.rpartition("-")
     if name in PRESETS:

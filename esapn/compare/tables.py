@@ -38,6 +38,7 @@ __all__ = [
 ]
 
 PARTS = ("payload", "slack", "locations", "chain", "serving", "optimizer", "fixed")
+LIMITS = ("budget", "refused")
 # Where a family ends before the reference's bytes: its end has more or fewer bytes than those.
 MORE = {"smallest": "more", "largest": "fewer"}
 
@@ -254,17 +255,39 @@ def _memory(group: Group, label: str, side: str, part: str) -> float:
 def bytes_table(group: Group) -> PageTable:
     """Bytes of users and items together, by what they are for."""
     columns = ["bytes", *PARTS, "serving / fixed"]
+    limits = _limits(group)
     rows = []
     for method in group.finished:
         totals = {p: sum(_memory(group, method.label, side, p) for side in SIDES) for p in PARTS}
         share = f"{percent(totals['serving'] / totals['fixed'])}{PERCENT}"
         rows.append([method.label, *(count(totals[part]) for part in PARTS), share])
+        rows[-1] += [count(limits[method.label][p]) for p in LIMITS] if limits else []
     note = (
         "Bytes really allocated at the end for users and items together, as a mean over seeds. "
         "Serving takes payload, slack, locations and chain; the optimizer's state is needed in "
         "training only; fixed is IDs × 128 numbers of 4 bytes."
     )
+    if limits:
+        columns += ["budget", "rows refused"]
+        note += " Rows refused would have grown, and found no room within the budget; 0: none."
     return PageTable("Real bytes", columns, rows, note, _reference_row(group))
+
+
+def _limits(group: Group) -> dict[str, dict[str, float]]:
+    """By method the mean bytes of its budget and its refused rows; nothing where none is refused.
+
+    A record of a run without a budget holds neither.
+    """
+    found = {
+        method.label: {
+            part: mean_interval(
+                r.content["bytes"].get(part, 0) for r in group.of(method.label)
+            ).mean
+            for part in LIMITS
+        }
+        for method in group.finished
+    }
+    return found if any(each["refused"] for each in found.values()) else {}
 
 
 def method_table(comparison: Comparison) -> PageTable:

@@ -24,7 +24,11 @@ class Events(NamedTuple):
 
 @dataclass(frozen=True)
 class TableBytes:
-    """Bytes of one table, really allocated; ``optimizer`` only in training."""
+    """Bytes of one table, really allocated; ``optimizer`` only in training.
+
+    With a ``budget`` ``serving`` never exceeds it; ``refused`` counts the rows that stayed, once at
+    every attempt, for want of room.
+    """
 
     rows_per_size: dict[str, int]
     payload: int
@@ -32,6 +36,8 @@ class TableBytes:
     locations: int = 0
     chain: int = 0
     optimizer: int = 0
+    budget: int | None = None
+    refused: int = 0
 
     @property
     def serving(self) -> int:

@@ -38,6 +38,10 @@ class TwoTower(Recommender):
         plain_head: no BatchNorm in the inference layer, and ReLU in place of tanh.
         hops: ``linear``: trained, as published; ``padded``: fixed, a grown row appends zeros;
             ``tails``: it appends ``B e + b``, which are trained.
+        budgets: bytes that each table takes at most; None: no limit.
+
+    Raises:
+        ValueError: a table's budget does not hold its rows.
 
     Example:
         >>> model = TwoTower(10, 20, sizes=(2, 4), n_outputs=1, hidden=8)
@@ -57,11 +61,13 @@ class TwoTower(Recommender):
         plain: bool = False,
         plain_head: bool = False,
         hops: str = "linear",
+        budgets: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
         options: dict[str, Any] = {"sizes": sizes, "init_std": init_std, "init": hops}
-        self.user = ResizableEmbedding(n_users, **options)
-        self.item = ResizableEmbedding(n_items, **options)
+        user, item = budgets or (None, None)
+        self.user = ResizableEmbedding(n_users, budget=user, **options)
+        self.item = ResizableEmbedding(n_items, budget=item, **options)
         for table in (self.user, self.item):
             if hops == "padded" and table.chain is not None:
                 table.chain.requires_grad_(False)
@@ -102,8 +108,8 @@ class TwoTower(Recommender):
             report = table.memory_report()
             counts = {str(size): n for size, n in report.rows_per_size.items()}
             parts = ("slack", "locations", "chain") if len(table.sizes) > 1 else ()
-            more = {part: getattr(report, part) for part in parts}
-            found[name] = TableBytes(counts, report.payload, optimizer=report.optimizer, **more)
+            more = {part: getattr(report, part) for part in (*parts, "optimizer", "budget")}
+            found[name] = TableBytes(counts, report.payload, refused=table.refused, **more)
         return found
 
 

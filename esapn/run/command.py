@@ -16,7 +16,7 @@ from ..config import ConfigError, SearchConfig
 from ..data.ratings import Ratings
 from ..data.stream import Stream
 from . import checkpoint
-from .loop import Run, device_of, stream_of
+from .loop import Run, check_budget, device_of, stream_of
 from .result import memory_table, result_lines, save
 from .resume import Saver, resume_or_start
 
@@ -64,6 +64,7 @@ def _prepare(args: argparse.Namespace) -> tuple[SearchConfig, Ratings, Stream]:
     check_least(0, checkpoint_seconds=args.checkpoint_seconds)
     ratings = load(args, [config.task])
     stream = stream_of(config, ratings)
+    check_budget(config, stream)
     # Last: a run that is refused leaves no folder.
     make_folder(args.out, "result.json")
     return config, ratings, stream

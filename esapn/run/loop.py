@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from esapn_kernels import ResizableEmbedding
+from esapn_kernels.budget import budget_bytes
 from esapn_kernels.ops.backend import resolve_backend
 from esapn_kernels.storage.arena import Arena
 
@@ -35,7 +37,7 @@ from ..table_state import Counters
 from .memory import ServingBytes, bytes_of, describe, sizes_by_frequency
 from .metrics import Prequential
 
-__all__ = ["Run", "RunResult", "build_model", "device_of", "stream_of"]
+__all__ = ["Run", "RunResult", "build_model", "check_budget", "device_of", "stream_of"]
 
 
 def device_of(name: str) -> str:
@@ -71,7 +73,11 @@ def stream_of(config: SearchConfig, ratings: Ratings) -> Stream:
 
 
 def build_model(config: SearchConfig, stream: Stream) -> Recommender:
-    """The recommender of a run; resizable rows start at the smallest size (FIXED: its only one)."""
+    """The recommender of a run; resizable rows start at the smallest size (FIXED: its only one).
+
+    Raises:
+        ConfigError: the budget does not hold the rows.
+    """
     n_outputs = 1 if config.task == "binary" else NUM_CLASSES
     rows = stream.n_users, stream.n_items
     if config.method == "biases":
@@ -94,16 +100,53 @@ def build_model(config: SearchConfig, stream: Stream) -> Recommender:
         return SoftTwoTower(
             *tables, n_outputs=n_outputs, hidden=config.hidden, plain_head=plain_head
         )
-    return TwoTower(
-        *rows,
-        sizes=config.row_sizes,
-        n_outputs=n_outputs,
-        hidden=config.hidden,
-        init_std=config.init_std,
-        plain=plain,
-        plain_head=plain_head,
-        hops=config.hops,
-    )
+    try:
+        return TwoTower(
+            *rows,
+            sizes=config.row_sizes,
+            n_outputs=n_outputs,
+            hidden=config.hidden,
+            init_std=config.init_std,
+            plain=plain,
+            plain_head=plain_head,
+            hops=config.hops,
+            budgets=_budgets(config, rows),
+        )
+    except ValueError as error:
+        if not config.budget:
+            raise
+        least = _least_budget(config, rows)
+        raise ConfigError(
+            f"--budget {config.budget} does not hold the rows at their first size: {least} bytes do"
+        ) from error
+
+
+def _budgets(config: SearchConfig, rows: tuple[int, int]) -> tuple[int, int] | None:
+    """Bytes of users and items: of the budget the share that their plain table has of both."""
+    if not config.budget:
+        return None
+    whole = budget_bytes(config.budget, sum(rows) * config.sizes[-1] * 4)
+    user, item = (max(whole * n // sum(rows), 1) for n in rows)
+    return user, item
+
+
+def _least_budget(config: SearchConfig, rows: tuple[int, int]) -> int:
+    """The smallest budget in bytes whose shares hold both tables."""
+    with torch.device("meta"):
+        tables = [ResizableEmbedding(n, sizes=config.row_sizes, init=config.hops) for n in rows]
+    least = [sum(t.nbytes for t in (*table.parameters(), *table.buffers())) for table in tables]
+    return max(-(-mine * sum(rows) // n) for mine, n in zip(least, rows, strict=True))
+
+
+def check_budget(config: SearchConfig, stream: Stream) -> None:
+    """Refuse a budget that does not hold the rows, before anything is learnt.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    if config.budget:
+        with torch.device("meta"):
+            build_model(config, stream)
 
 
 def _optimizers(config: SearchConfig, model: Recommender) -> list[torch.optim.Optimizer]:
@@ -157,6 +200,8 @@ class Run:
         self.log: list[dict[str, Any]] = []
         self.seconds = {"cpu": 0.0, "wall": 0.0}
         self.serving = ServingBytes()
+        # By side the rows that stayed for want of room, before the run was resumed.
+        self.refused: dict[str, int] = {}
         self.best = {"loss": math.inf, "line": -1}
 
     @property
@@ -238,7 +283,10 @@ class Run:
     def memory(self) -> dict[str, dict[str, Any]]:
         """Bytes of both sides, really allocated; of one size, those of a plain table."""
         ids = {"user": self.stream.n_users, "item": self.stream.n_items}
-        return describe(self.model.memory(self.optimizers), ids, self.config.sizes[-1])
+        found = describe(self.model.memory(self.optimizers), ids, self.config.sizes[-1])
+        for name, before in self.refused.items():
+            found[name]["refused"] += before
+        return found
 
     def result(self) -> RunResult:
         """Measures so far; resizable tables are compacted, as they would be served."""
@@ -283,6 +331,7 @@ class Run:
             "log": self.log,
             "seconds": self.seconds,
             "bytes": [self.serving.peak, self.serving.total],
+            "refused": {name: side["refused"] for name, side in self.memory().items()},
             "best": self.best,
         }
 
@@ -301,6 +350,7 @@ class Run:
         self.measures.load_state_dict(state["measures"])
         self.index, self.log, self.seconds = state["index"], state["log"], state["seconds"]
         self.serving.peak, self.serving.total = state["bytes"]
+        self.refused = dict(state.get("refused", {}))
         self.best = state["best"]
 
 

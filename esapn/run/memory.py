@@ -71,7 +71,7 @@ def bytes_of(
     events: int,
     search: nn.Module | None,
 ) -> dict[str, float]:
-    """Both sides together: serving now, at its peak and on average; training; fixed.
+    """Both sides together: serving now, at its peak and on average; training; fixed; limits.
 
     Args:
         memory: of :func:`describe`.
@@ -92,7 +92,16 @@ def bytes_of(
         "serving_mean": over_time.mean(events),
         "training": total["serving"] + total["optimizer"] + state,
         "fixed128": total["fixed"],
+        **_limits(memory),
     }
+
+
+def _limits(memory: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """The budget of both sides and the rows refused, where there is a budget."""
+    sides = [side for side in memory.values() if side["budget"] is not None]
+    if not sides:
+        return {}
+    return {part: sum(side[part] for side in sides) for part in ("budget", "refused")}
 
 
 def sizes_by_frequency(table: ResizableEmbedding, ids: Tensor) -> list[dict[str, Any]]:

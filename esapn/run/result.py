@@ -79,6 +79,10 @@ def memory_table(memory: Mapping[str, Mapping[str, Any]]) -> str:
         lines.append(f"{name:<12}{row}{side['serving'] / side['fixed']:>10.2%}")
     optimizer = sum(side["optimizer"] for side in memory.values())
     lines.append(f"optimizer state while training: {optimizer:,} bytes")
+    budgets = [side["budget"] for side in memory.values() if side.get("budget") is not None]
+    if budgets:
+        refused = sum(side["refused"] for side in memory.values())
+        lines.append(f"budget {sum(budgets):,} bytes; rows refused for want of room: {refused:,}")
     return "\n".join(lines)
 
 

@@ -188,6 +188,10 @@ class ComposedCache:
         self._kept = backend, sizes, seen, composed
         return composed
 
+    def bytes(self) -> int:
+        """Bytes of what is kept."""
+        return 0 if self._kept is None else sum(tensor.nbytes for tensor in self._kept[2:])
+
     def __reduce__(self) -> tuple[type[ComposedCache], tuple[()]]:
         return ComposedCache, ()
 

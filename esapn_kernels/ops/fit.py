@@ -187,6 +187,13 @@ class DownHops:
         blocks |= _solve(seen, sizes, [k for k in levels if k not in blocks])
         return _packed(blocks, chain, sizes)
 
+    def bytes(self) -> int:
+        """Bytes of what is kept."""
+        if self._kept is None:
+            return 0
+        seen, blocks = self._kept
+        return seen.nbytes + sum(block.nbytes for block in blocks.values())
+
 
 def _packed(blocks: dict[int, Tensor], chain: Tensor, sizes: Sequence[int]) -> Tensor:
     """The blocks of all levels, zeros for those that are missing."""

@@ -15,13 +15,15 @@ class ArenaBytes:
     rows, page tails, free pages). ``locations``: row starts, page levels, sizes. ``scratch``: once
     rows have moved, what says which places are free (a bit a place on a CPU with native kernels,
     else stacks) and, by the Triton backend, 4 bytes per row; training memory
-    like optimizer state, in no checkpoint and not in ``total``.
+    like optimizer state, in no checkpoint and not in ``total``. ``composed``: what demotions have
+    solved for, kept on a CPU; likewise.
     """
 
     payload: int
     slack: int
     locations: int
     scratch: int = 0
+    composed: int = 0
 
     @property
     def total(self) -> int:
@@ -36,7 +38,10 @@ class MemoryReport:
     ``serving`` (what inference needs) = ``payload`` + ``slack`` + ``locations`` + ``chain``;
     ``fixed`` = ``num_embeddings * D * itemsize``, the plain ``nn.Embedding``. Only training takes
     ``optimizer`` (state that follows the rows) and ``scratch`` (which places are free, once rows
-    have moved, and 4 bytes per row on a GPU). What a call allocates and frees is in none of them.
+    have moved, and 4 bytes per row on a GPU). ``composed`` are products and inverses of the hops
+    that a CPU keeps until the hops change: serving is faster with them, and does not need them.
+    What a call allocates and frees is in none of them. ``serving`` never exceeds ``budget``, if the
+    module has one.
     """
 
     payload: int
@@ -47,6 +52,8 @@ class MemoryReport:
     scratch: int
     fixed: int
     rows_per_size: dict[int, int]
+    composed: int = 0
+    budget: int | None = None
 
     @property
     def serving(self) -> int:
@@ -68,6 +75,11 @@ class MemoryReport:
             "fixed",
             "optimizer",
             "scratch",
+            "composed",
         ]
+        ratios = [f"serving / fixed = {self.ratio:.2%}"]
+        if self.budget is not None:
+            parts.append("budget")
+            ratios.append(f"serving / budget = {self.serving / self.budget:.2%}")
         lines = [f"{name:<10}{getattr(self, name):>15,} B" for name in parts]
-        return "\n".join([f"rows by size  {rows}", *lines, f"serving / fixed = {self.ratio:.2%}"])
+        return "\n".join([f"rows by size  {rows}", *lines, *ratios])

@@ -16,10 +16,8 @@ al., SIGIR 2020.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, cast
 
-import torch
 from torch import Tensor
 
 from ..cpu import native_resize as native
@@ -38,7 +36,6 @@ __all__ = [
     "demote",
     "find_movers",
     "find_places",
-    "first_movers",
     "free",
     "insert",
     "is_native",
@@ -72,17 +69,6 @@ def find_movers(
         check_ids(ids, layout.num_rows, read=False)
         return native.find_movers(ids, mask, layout, call)
     return cpu.find_movers(ids, mask, layout, call)
-
-
-def first_movers(movers: Movers, counts: Sequence[int]) -> Tensor:
-    """The ids of so many movers of every level, those found first; int64."""
-    if movers.backend == "native":
-        n, (found,) = len(counts), movers.found
-        parts = found[n : n + sum(movers.per_level)].split(movers.per_level)
-    else:
-        ids, level = movers.found
-        parts = tuple(ids[level.clamp(min=0) == k] for k in range(len(counts)))
-    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 
 def promote(

@@ -72,7 +72,8 @@ class Arena(Room):
         allocated = self.storage.untyped_storage().nbytes()
         locations = sum(b.untyped_storage().nbytes() for b in self.buffers(recurse=False))
         scratch = 0 if self._free is None else self._free.bytes()
-        return ArenaBytes(payload, allocated - payload, locations, scratch)
+        composed = 0 if self._down is None else self._down.bytes()
+        return ArenaBytes(payload, allocated - payload, locations, scratch, composed)
 
     @unrecorded
     @with_dense_gradient

@@ -34,5 +34,11 @@ def pages_within(budget: int, num_rows: int, sizes: Sequence[int], page: int, it
 
 
 def most_pages(num_rows: int, sizes: Sequence[int], page: int) -> int:
-    """Pages beyond which no row could use one: all rows at the last size, a page begun for each."""
-    return -(-num_rows // (page // sizes[-1])) + len(sizes)
+    """Pages that any sequence of calls can use at most: as if each size had all rows in turn.
+
+    A level takes a page only when its own are full, and one row alone keeps a page.
+
+    >>> most_pages(1000, (2, 4), 128)
+    48
+    """
+    return sum(-(-num_rows // (page // size)) for size in sizes)

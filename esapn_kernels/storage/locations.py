@@ -101,6 +101,8 @@ class Locations(nn.Module, Rows):
     refusals: DeviceCount
     _initial_level: int | Tensor | None
     _free: FreeLists | TakenBits | None
+    # Also of arenas that were pickled without it.
+    budget: int | None = None
     # What demotions have solved for.
     _down: DownHops | None = None
     # A CUDA graph that moves rows holds the addresses.
@@ -141,13 +143,11 @@ class Locations(nn.Module, Rows):
         if budget is not None:
             pages = self._pages_of_budget(pages, beside, none.element_size())
             self.max_elements = pages * self.page
-            starts = starts.to(index_dtype(self.max_elements))
-            page_level = F.pad(page_level, (0, pages + 1 - len(page_level)), value=-1)
         make = none.new_zeros if budget is None else partial(untouched_zeros, none)
         storage = make(pages * self.page)
         self.storage = nn.Parameter(on_large_pages(storage))
         self._free = self._held = self._digest = self._alike = None
-        self._set_locations(starts, page_level)
+        self._set_locations(starts, page_level, pages)
         # On the meta device there are no locations: to_empty makes them, and needs to know.
         self._initial_level = level if self.storage.is_meta else None
         self.followers = Followers(self)
@@ -168,7 +168,7 @@ class Locations(nn.Module, Rows):
                 f"a budget of {self.budget} bytes does not hold {self.num_rows} rows at their "
                 f"first sizes, with what says where they lie and the hops: {least} bytes do"
             )
-        return min(pages, max(most_pages(*table), needed))
+        return min(pages, most_pages(*table))
 
     def _place(
         self, level: int | Tensor, device: torch.device | str = "cpu"
@@ -191,9 +191,11 @@ class Locations(nn.Module, Rows):
             return f"max_elements={self.max_elements}"
         return f"the budget of {self.budget} bytes"
 
-    def _set_locations(self, row_start: Tensor, page_level: Tensor) -> None:
-        """Make every buffer anew."""
+    def _set_locations(self, row_start: Tensor, page_level: Tensor, pages: int) -> None:
+        """Make every buffer anew, of so many pages: those that are left are free."""
         device = self.storage.device
+        row_start = row_start.to(index_dtype(pages * self.page))
+        page_level = F.pad(page_level, (0, pages + 1 - len(page_level)), value=-1)
         self.register_buffer("row_start", row_start.to(device))
         self.register_buffer("page_level", page_level.to(device))
         self.register_buffer("row_size", torch.tensor(self.sizes, device="cpu").to(device))
@@ -215,13 +217,6 @@ class Locations(nn.Module, Rows):
     def _convert(self, fn: Callable[..., Any], recurse: bool) -> nn.Module:
         self._refuse_mixed()
         level = self._initial_level if self._is_on_meta() else None
-        if self.budget is not None:
-            item = fn(self.storage.detach()[:0]).element_size()
-            if item > self.storage.element_size():
-                raise RuntimeError(
-                    f"{self.cap} is for numbers of {self.storage.element_size()} bytes: rows of "
-                    "wider ones would take more"
-                )
         if self.moves.is_meta and not self.storage.is_meta:
             self._count_anew()  # no loader brings it
 
@@ -238,7 +233,8 @@ class Locations(nn.Module, Rows):
         super()._apply(keep, recurse)
         self._free = None
         if level is not None and not self.storage.is_meta:
-            self._set_locations(*self._place(level, self.storage.device))
+            pages = self.storage.numel() // self.page
+            self._set_locations(*self._place(level, self.storage.device), pages)
             self._initial_level = None
         return self
 
@@ -594,6 +590,7 @@ class Locations(nn.Module, Rows):
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
         accepted = state.pop("_accepted")
+        state.setdefault("refusals", DeviceCount())
         super().__setstate__(state)
         self.followers = Followers(self)
         # A copied optimizer's state lies as the rows do now, and no step has shown it yet.

@@ -18,7 +18,13 @@ import torch
 from torch import Tensor
 
 from ..ops import resize
-from ..ops.backend import host_reads, is_capturing, on_large_pages, resolve_backend
+from ..ops.backend import (
+    host_reads,
+    is_capturing,
+    on_large_pages,
+    resolve_backend,
+    untouched_zeros,
+)
 from ..ops.layout import FreePlaces, Layout, Places, index_dtype
 from .cap import table_bytes
 from .followers import with_dense_gradient
@@ -168,7 +174,7 @@ class Room(Locations):
         """Those of the movers that find room; the others are counted as refused.
 
         As in the Triton backend, by level, of a demotion from the last one on, and then in the
-        order in which they were found.
+        order of ``ids``.
 
         Args:
             movers: what :func:`~esapn_kernels.ops.resize.find_movers` found for ``ids``.
@@ -176,8 +182,15 @@ class Room(Locations):
             enters: by level the level that its rows take places of; -1: none of them moves.
         """
         free = self._bits() if movers.backend == "native" else self._stacks()
+        taken = [0] * len(self.sizes)
+        for rows, k in zip(movers.per_level, enters, strict=True):
+            if rows:
+                taken[k] += rows
+        if free.missing(taken) <= self._pages_allowed():
+            return movers
         if isinstance(free, FreeLists):
             self._release(free)
+            free.ledger.see(free.count.tolist())
         *places, pages = free.count.tolist()
         pages += self._pages_allowed()
         fit = list(movers.per_level)
@@ -191,10 +204,20 @@ class Room(Locations):
         if not refused:
             return movers
         self.refusals.prepare(self.storage.device).add_(refused)
-        first = resize.first_movers(movers, fit)
+        going = self._first_of(ids[movers.moved], fit)
         layout = self._layout_with_sinks()
-        found = resize.find_movers(first, None, layout, call, backend=movers.backend)
-        return found._replace(moved=movers.moved & torch.isin(ids, first))
+        found = resize.find_movers(going, None, layout, call, backend=movers.backend)
+        return found._replace(moved=movers.moved & torch.isin(ids, going))
+
+    def _first_of(self, ids: Tensor, counts: Sequence[int]) -> Tensor:
+        """So many of ``ids`` of every level, those named first, each once; ids without a row count
+        as of level 0."""
+        named, position = ids.long().sort(stable=True)
+        fresh = torch.ones_like(named, dtype=torch.bool)
+        fresh[1:] = named[1:] != named[:-1]
+        distinct = ids[position[fresh].sort().values].long()
+        level = self.level(distinct).clamp(min=0)
+        return torch.cat([distinct[level == k][:count] for k, count in enumerate(counts)])
 
     def _begin(self, taken: list[int], given: list[int], backend: str) -> FreePlaces:
         """What a call works on that takes and gives so many rows of every level; there is room.
@@ -239,7 +262,10 @@ class Room(Locations):
         reads = host_reads(stacks.count)
         stacks.ledger.refresh(stacks.count, read=reads)
         missing, heights = stacks.ledger.worst(rows)
-        if takes and missing > 0 and (reads or stacks.given >= max(self.rows_per_page)):
+        # A few launches, so on a GPU when it is worth them, or where no growth can do instead.
+        due = reads or stacks.given >= max(self.rows_per_page)
+        due = due or (stacks.given > 0 and missing > self._pages_allowed())
+        if takes and missing > 0 and due:
             self._release(stacks)
             stacks.ledger.refresh(stacks.count, read=reads)
             missing, heights = stacks.ledger.worst(rows)
@@ -348,8 +374,12 @@ class Room(Locations):
         free, numel = self._free_places(), (old + pages) * self.page
         self._refuse_replacing(numel)
         held = self.storage.numel()
-        storage = on_large_pages(self.storage.detach().new_empty(numel))
-        storage[held:] = 0
+        if self.budget is None:
+            storage = self.storage.detach().new_empty(numel)
+            storage[held:] = 0
+        else:
+            storage = untouched_zeros(self.storage.detach(), numel)
+        on_large_pages(storage)
         grown = self._fresh_followers(numel, held)
         row_start = self._row_start_for(numel)
         page_level = self.page_level.new_full((old + pages + 1,), -1)
@@ -412,7 +442,8 @@ class Room(Locations):
             self._next = (self._next + len(ahead) + len(begun)) % max(self.num_rows, 1)
             return sum(self._close_holes(ids) for ids in (ahead, begun) if ids)
         pages = self._pages_needed()
-        self._refuse_replacing(pages * self.page)
+        if self.budget is None:
+            self._refuse_replacing(pages * self.page)
         moved = sum(self._close_holes(ids) for ids in self._steps())
         free = self._free_places()
         if isinstance(free, FreeLists):

@@ -256,6 +256,7 @@ def differing(rank):
         {"num_embeddings": 10 + rank},
         {"dtype": [torch.float32, torch.float64][rank]},
         {"max_elements": [None, 10_000][rank]},
+        {"budget": ["2 kB", "2001 B"][rank]},
         {"_freeze": bool(rank)},
         {"init": ["padded", "tails"][rank]},
     ):

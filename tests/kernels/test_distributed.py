@@ -219,7 +219,7 @@ def test_refused(tmp_path):
 
 def test_ranks_with_other_tables_are_refused(results):
     for rank in results("differing"):
-        assert len(rank["said"]) == 5 and all("differ" in text for text in rank["said"])
+        assert len(rank["said"]) == 6 and all("differ" in text for text in rank["said"])
 
 
 def test_a_frozen_table_is_averaged_once_it_trains(results):

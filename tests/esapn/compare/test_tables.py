@@ -132,6 +132,20 @@ def test_memory_in_the_published_form(paper):
     assert rows_of(bytes_table(paper))["fixed-128"][1:3] == ["4,989,952", "128"]
 
 
+def test_refused_rows_are_shown_where_there_are_any(tmp_path):
+    paper = made_up(tmp_path, modes=("paper",))
+    plain = bytes_table(paper)
+    for record in paper.of("esapn"):
+        record.content["bytes"] |= {"budget": 90_000, "refused": 6}
+    found = bytes_table(paper)
+    assert [*plain.columns, "budget", "rows refused"] == found.columns
+    assert rows_of(found)["esapn"][-2:] == ["90,000", "6"]
+    assert rows_of(found)["fixed-128"][-2:] == ["0", "0"] and "no room" in found.note
+    for record in paper.of("esapn"):
+        record.content["bytes"] |= {"refused": 0}
+    assert bytes_table(paper) == plain
+
+
 def test_methods(tmp_path):
     write_comparison(tmp_path / "out", tasks=("binary",), seeds=(0,), labels={"fixed-4", "esapn"})
     table = method_table(load(tmp_path / "out"))

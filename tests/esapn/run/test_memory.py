@@ -21,6 +21,7 @@ def test_bytes_by_hand():
     assert memory["user"] == {
         **{"rows_per_size": {"2": 3, "4": 1}, "payload": 40, "slack": 8, "locations": 16},
         **{"chain": 80, "optimizer": 100, "serving": 144, "fixed": 64},
+        **{"budget": None, "refused": 0},
     }
     assert (memory["item"]["serving"], memory["item"]["fixed"]) == (32, 32)
     over_time = ServingBytes()

@@ -1,0 +1,160 @@
+"""A budget of a run: its shares, its refusals, and what the result and the commands say of it."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from esapn.compare.jobs import plan
+from esapn.compare.methods import method_settings
+from esapn.config import ConfigError, SearchConfig
+from esapn.data.synthetic import synthetic_ratings
+from esapn.run.loop import check_budget
+from esapn.run.result import memory_table, record
+from tests.esapn.commands import SMALL, refused, result, search
+from tests.esapn.tiny import ITEMS, RULES, USERS, both_modes, tiny, tiny_stream
+from tests.helpers import same
+
+PLAIN = (USERS + ITEMS) * 4 * 4
+GROWING = ("esapn", *RULES)
+
+
+def smallest(method="always", mode="paper", **settings):
+    """The smallest budget, as the refusal of one byte names it."""
+    with pytest.raises(ConfigError) as caught:
+        tiny(mode, method=method, budget="1", **settings)
+    message = re.fullmatch(r"--budget 1 does not hold .*: (\d+) bytes do", str(caught.value))
+    assert message is not None
+    return int(message[1])
+
+
+@pytest.mark.parametrize("hops", ["linear", "padded", "tails"])
+@pytest.mark.parametrize("method", [*GROWING, "fixed"])
+def test_the_smallest_budget(method, hops):
+    """The one that is named does; a byte less does not."""
+    least = smallest(method, hops=hops)
+    run = tiny(method=method, budget=f"{least} B", hops=hops)
+    assert sum(table.budget for table in run.model.tables().values()) <= least
+    with pytest.raises(ConfigError, match=f": {least} bytes do"):
+        tiny(method=method, budget=str(least - 1), hops=hops)
+    with pytest.raises(ConfigError, match=f": {least} bytes do"):
+        check_budget(
+            SearchConfig(**run.config.to_json() | {"budget": "2", "sizes": (1, 2, 4)}), run.stream
+        )
+
+
+def test_shares_are_of_ids_times_the_last_size():
+    tables = tiny(method="always", budget="150%").model.tables()
+    assert {name: t.budget for name, t in tables.items()} == {
+        "user": USERS * 4 * 4 * 3 // 2,
+        "item": ITEMS * 4 * 4 * 3 // 2,
+    }
+    tables = tiny(method="fixed", fixed_size=2, budget="3 kB").model.tables()
+    assert [t.budget for t in tables.values()] == [
+        3000 * n // (USERS + ITEMS) for n in (USERS, ITEMS)
+    ]
+
+
+@both_modes
+@pytest.mark.parametrize("method", GROWING)
+def test_no_step_exceeds_it(method, mode):
+    least = smallest(method, mode)
+    run = tiny(mode, method=method, budget=str(least + 200), threshold=1.0)
+    tables = run.model.tables().values()
+    while not run.done:
+        sizes = [table.sizes_of() for table in tables]
+        refused_before = [table.refused for table in tables]
+        run.step()
+        for table, before, count in zip(tables, sizes, refused_before, strict=True):
+            report = table.memory_report()
+            assert report.serving <= table.budget and table.refused >= count
+            assert (table.sizes_of() >= before).all()
+    found = run.result()
+    assert found.bytes["budget"] <= least + 200 and found.bytes["serving_peak"] <= least + 200
+    assert found.bytes["refused"] == sum(table.refused for table in tables)
+    if method in ("always", "thresholds"):
+        assert found.bytes["refused"] > 0
+    sides = found.memory.values()
+    assert found.bytes["refused"] == sum(side["refused"] for side in sides)
+    assert f"rows refused for want of room: {found.bytes['refused']:,}" in memory_table(
+        found.memory
+    )
+
+
+def test_a_large_budget_changes_nothing():
+    """No number of a run, of a policy's neither."""
+    one, other = (tiny(budget=budget).walk() for budget in ("", "1 MB"))
+    assert other.bytes["refused"] == 0 and one.test == other.test
+    same(one.run.search.state_dict(), other.run.search.state_dict())
+    assert "budget" not in one.bytes and "budget" not in memory_table(one.memory)
+
+
+@pytest.mark.parametrize("method", ["esapn", "always"])
+def test_a_resumed_run_goes_on_counting(method):
+    stream, budget = tiny_stream(), str(smallest(method) + 100)
+    whole = tiny(stream=stream, method=method, budget=budget)
+    half = tiny(stream=stream, method=method, budget=budget)
+    for _ in range(7):
+        half.step()
+    again = tiny(stream=stream, method=method, budget=budget)
+    again.load_state_dict(half.state_dict())
+    expected, found = whole.walk(), again.walk()
+    assert found.bytes == expected.bytes and found.test == expected.test
+    old = half.state_dict()
+    del old["refused"]  # of a run that was written before there were budgets
+    again.load_state_dict(old)
+    assert again.refused == {}
+
+
+@pytest.mark.parametrize("method", ["darts", "autoemb", "biases"])
+def test_methods_without_rows_of_sizes(method):
+    with pytest.raises(ConfigError, match=f"^--budget is for methods .*, got {method}$"):
+        SearchConfig(method=method, budget="3%")
+
+
+@pytest.mark.parametrize("budget", ["x", "-1", "0", "3 XB", " ", "1e3"])
+def test_nonsense(budget):
+    with pytest.raises(ConfigError, match="^--budget must be bytes as"):
+        SearchConfig(budget=budget)
+
+
+def test_on_the_command_line(capsys, tmp_path):
+    folder = tmp_path / "out"
+    arguments = ("--out", folder, "--sizes", 2, 4, 8, *SMALL, "--method", "always")
+    said = refused(capsys, *arguments, "--budget", "1%")
+    least = int(said.split(": ")[-1].split()[0])
+    assert not folder.exists()
+    assert search(*arguments, "--budget", f"{least + 500} B") == 0
+    found = result(folder)
+    assert found["config"]["budget"] == f"{least + 500} B"
+    assert found["bytes"]["serving_peak"] <= found["bytes"]["budget"] <= least + 500
+    assert found["bytes"]["refused"] > 0
+    out = capsys.readouterr().out
+    assert f"rows refused for want of room: {found['bytes']['refused']:,}" in out
+    assert search(*arguments[:-1], "fixed", "--fixed-size", 8, "--budget", "99%") == 2
+
+
+def test_as_a_setting_of_a_method(tmp_path):
+    assert method_settings("power-1,budget=2.5%")[1]["budget"] == "2.5%"
+    assert method_settings("esapn,budget=64MB")[1]["budget"] == "64MB"
+    options = {
+        **{"common": {"order": "shuffle", "batch_size": 50}, "tasks": ["binary"], "seeds": [0]},
+        **{"modes": ["paper"], "folder": tmp_path},
+    }
+    ratings = synthetic_ratings(700, n_users=USERS, n_items=ITEMS)
+    _, jobs = plan(ratings, methods=["always", "always,budget=200%"], **options)
+    assert [job.config.budget for job in jobs] == ["", "200%"]
+    with pytest.raises(ConfigError, match="--budget 1% does not hold the rows"):
+        plan(ratings, methods=["always", "always,budget=1%"], **options)
+
+
+def test_what_is_kept_of_a_run():
+    ratings = synthetic_ratings(700, n_users=USERS, n_items=ITEMS)
+    run = tiny(method="always", budget="200%")
+    kept = record(run.config, ratings, run.stream, run.walk())
+    assert kept["bytes"]["budget"] == 2 * PLAIN == sum(s["budget"] for s in kept["memory"].values())
+    assert kept["config"]["budget"] == "200%"
+    assert SearchConfig.complete({"seed": 1})["budget"] == ""
+    assert torch.tensor(kept["bytes"]["serving_peak"]) <= 2 * PLAIN
