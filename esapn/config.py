@@ -8,8 +8,6 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
-from esapn_kernels.budget import budget_bytes
-
 from .errors import UserError
 
 __all__ = ["CHOICES", "GROUPS", "MODES", "ConfigError", "SearchConfig"]
@@ -183,6 +181,9 @@ class SearchConfig:
         if self.budget:
             if self.method in ("darts", "autoemb", "biases"):
                 _refuse("budget", "is for methods whose rows have sizes of their own", self.method)
+            # Here, as it imports torch: help and mistakes on the command line come without.
+            from esapn_kernels.budget import budget_bytes
+
             try:
                 budget_bytes(self.budget, 1 << 60)
             except ValueError:

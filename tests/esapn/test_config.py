@@ -30,6 +30,7 @@ PUBLISHED = {
     "row_optimizer": "adam",
     "row_lr": 1e-3,
     "row_accumulator": 0.0,
+    "budget": "",
     "hops": "linear",
     "tail_lr": 1e-2,
     "state": "paper",
@@ -48,6 +49,7 @@ REFUSED = [
     *((name, 0) for name in ("max_frequency", "log_every", "events", "fixed_size")),
     ("batch_size", 1),
     ("patience", -1),
+    *(("budget", text) for text in ("3 XB", "-1", "0%")),
     *(
         (name, value)
         for name in ("lr", "row_lr", "tail_lr", "policy_lr", "threshold", "power", "power_scale")
@@ -146,7 +148,7 @@ def test_saved_settings_are_completed_with_defaults_of_the_paper():
     config = SearchConfig.of_mode("tuned", seed=3)
     saved = config.to_json()
     assert SearchConfig.complete(saved) == saved
-    for name in ("row_accumulator", "positive_above", "tail_lr"):
+    for name in ("row_accumulator", "positive_above", "tail_lr", "budget"):
         del saved[name]
     assert SearchConfig.complete(saved) == config.to_json()
     assert SearchConfig.complete({"gone": 1, "lr": 9.0}) == SearchConfig().to_json() | {
