@@ -268,6 +268,20 @@ def differing(rank):
     return {"said": said}
 
 
+def budgets(rank):
+    """Equal budgets, of which some of the rows that the ranks name find no room."""
+    torch.manual_seed(rank)
+    table = ResizableEmbedding(100, sizes=SIZES, budget="80%")
+    replicate(table)
+    moved = []
+    for first in (0, 50, 0, 25):
+        ids = torch.arange(first, first + 50).flip(0)[rank::2]
+        moved.append(table.promote(ids))
+        moved.append(table.demote(ids[:5]))
+    within = table.memory_report().serving <= table.budget
+    return {"table": table.state_dict(), "refused": table.refused, "moved": moved, "within": within}
+
+
 def thawed(rank):
     """Frozen when it is replicated, trained later: averaged from then on."""
     torch.manual_seed(0)

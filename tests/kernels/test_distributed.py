@@ -35,6 +35,7 @@ CASES = [
     "masks",
     "demoted",
     "refusal",
+    "budgets",
     "differing",
     "thawed",
     "smallest",
@@ -215,6 +216,14 @@ def test_refused(tmp_path):
         assert said[name].startswith("RuntimeError") and words in said[name], name
     assert said["fused later"].startswith("ValueError") and "replica" in said["fused later"]
     assert said["copy"] and said["copy replicated"] is None and said["collection"]
+
+
+def test_rows_without_room_stay_on_all_ranks(results):
+    first, second = results("budgets")
+    assert first["refused"] == second["refused"] > 0 and first["within"] and second["within"]
+    assert first["table"].keys() == second["table"].keys()
+    assert all(torch.equal(first["table"][key], t) for key, t in second["table"].items())
+    assert any(bool(mask.any()) for mask in first["moved"])
 
 
 def test_ranks_with_other_tables_are_refused(results):
