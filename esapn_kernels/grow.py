@@ -218,14 +218,14 @@ ResizableEmbedding`; ``"3%"`` is of all the plain tables. Each table may take wh
         """The distinct ids noted since rows last moved, and how often."""
         table, noted, device = self.tables[name], self._noted[name], self._device(name)
         self._noted[name] = []
-        ids = torch.cat([_none(device), *(part.to(device).reshape(-1) for part in noted)])
+        none = torch.zeros(0, dtype=torch.int64, device=device)
+        ids = torch.cat([none, *(part.to(device).reshape(-1) for part in noted)])
         known = (ids >= 0) & (ids < table.arena.num_rows)
         if table.padding_idx is not None:
             known &= ids != table.padding_idx
-        ids = ids[known]
-        before, times = self._merged.get(name, (_none(device), _none(device)))
-        ids, times = torch.cat([before, ids]), torch.cat([times, torch.ones_like(ids)])
-        ids, times = _summed(ids, times)
+        ids, times = _distinct(ids[known], table.arena.num_rows)
+        if (before := self._merged.get(name)) is not None:
+            ids, times = _summed(torch.cat([before[0], ids]), torch.cat([before[1], times]))
         if on_all_ranks and table.agree is not None:
             ids, times = _summed(table.agree(ids), table.agree(times))
         self._merged[name] = ids, times
@@ -312,7 +312,10 @@ ResizableEmbedding`; ``"3%"`` is of all the plain tables. Each table may take wh
         return GrowthReport(tables)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a run needs beside the model's state to go on as it would have."""
+        """What a run needs beside the model's state to go on as it would have.
+
+        Of replicas, lookups since rows last moved are each rank's own.
+        """
         noted = {name: [part.clone() for part in self._merge(name)] for name in self.tables}
         moves = {
             name: [self._promoted[name].total(), self._demoted[name].total(), self._refusals(name)]
@@ -404,7 +407,7 @@ class ByCounts(Growth):
     ) -> None:
         for what, value, low, high in (
             ("half_life", half_life, 0.0, math.inf),
-            ("hysteresis", hysteresis, 1.0, math.inf),
+            ("hysteresis", hysteresis, 1.0, 2.0**32),
             ("reserve", reserve, 0.0, 0.5),
             ("refit", refit, 1, math.inf),
         ):
@@ -472,6 +475,8 @@ class _Noting:
             if not torch.compiler.is_exporting():
                 _note_compiled(self._mark, ids, self._key)
         elif not (_is_recomputed() or isinstance(ids, FakeTensor)):
+            while torch._C._functorch.is_batchedtensor(ids):
+                ids = torch._C._functorch.get_unwrapped(ids)
             self._growth.note(self._name, ids)
 
     def note(self, ids: Tensor) -> None:
@@ -512,14 +517,21 @@ def _is_recomputed() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
-def _none(device: torch.device) -> Tensor:
-    return torch.zeros(0, dtype=torch.int64, device=device)
+def _distinct(ids: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """The distinct of the ``ids`` of so many rows, in ascending order, and how often."""
+    if rows > 4 * len(ids):
+        ordered: Any = ids.sort()[0].unique_consecutive(return_counts=True)
+        return ordered[0], ordered[1]
+    times = torch.bincount(ids, minlength=rows)
+    ids = times.nonzero()[:, 0]
+    return ids, times[ids]
 
 
 def _summed(ids: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
-    """The distinct ``ids``, and the sum of ``times`` of each."""
-    ids, where = ids.unique(return_inverse=True)
-    return ids, torch.zeros_like(ids).index_add_(0, where, times)
+    """The distinct ``ids``, in ascending order, and the sum of ``times`` of each."""
+    ids, order = ids.sort(stable=True)
+    ids, where = ids.unique_consecutive(return_inverse=True)
+    return ids, torch.zeros_like(ids).index_add_(0, where, times[order])
 
 
 def _share(tables: Mapping[str, ResizableEmbedding], budget: int | str) -> None:

@@ -241,8 +241,8 @@ def test_rows_shrink_only_beyond_the_hysteresis():
     assert least.tolist() == [0, 0, 0, 0, 1] and most.tolist() == [0, 0, 1, 1, 1]
     growth._move("table", ids)
     assert model.table.sizes_of(ids).tolist() == [2, 2, 4, 4, 4]
-    growth.hysteresis = math.inf
-    assert growth.wanted("table", ids)[1].tolist() == [0, 3, 3, 3, 3]
+    growth.hysteresis = 2.0**32
+    assert growth.wanted("table", ids)[1].tolist() == [0, 1, 1, 1, 1]
 
 
 def test_turns_pass_through_the_whole_table():
@@ -497,6 +497,31 @@ def test_code_that_was_compiled_notes_every_lookup():
     assert counted(growth).sum() == 3 * 96
 
 
+def test_compiled_code_that_is_computed_again_counts_once():
+    torch._dynamo.reset()
+    model = Model()
+    growth = ByCounts(model, "50%")
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def run(ids, x):
+        return checkpoint(lambda i, x: model(i) * x, ids, x, use_reentrant=False).sum()
+
+    for _ in range(2):
+        run(torch.arange(10), torch.ones(1, requires_grad=True)).backward()
+    assert counted(growth)[:10].tolist() == [2] * 10
+
+
+def test_traced_and_transformed_code():
+    model = Model()
+    growth = ByCounts(model, "50%")
+    ids = torch.arange(10)
+    torch.export.export(model, (ids,))
+    torch.fx.symbolic_trace(model)
+    assert counted(growth).sum() == 0
+    torch.func.vmap(model)(ids.view(2, 5))
+    assert counted(growth)[:10].tolist() == [1] * 10
+
+
 # Checkpoints.
 
 
@@ -590,7 +615,14 @@ def test_a_table_may_bring_its_own_budget():
 
 @pytest.mark.parametrize(
     "options",
-    [{"every": 0}, {"half_life": 0}, {"hysteresis": 0.5}, {"reserve": 0.7}, {"refit": 0}],
+    [
+        {"every": 0},
+        {"half_life": 0},
+        {"hysteresis": 0.5},
+        {"hysteresis": math.inf},
+        {"reserve": 0.7},
+        {"refit": 0},
+    ],
 )
 def test_settings_out_of_range_are_refused(options):
     model = Model()
