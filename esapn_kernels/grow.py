@@ -83,7 +83,7 @@ class GrowthReport:
         """Draw the rows of every size, as shares of each table; needs matplotlib."""
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(7, 1.2 + 0.5 * len(self.tables)), layout="constrained")
+        figure = Figure(figsize=(7, 1.5 + 0.5 * len(self.tables)), layout="constrained")
         axes = figure.subplots()
         sizes = sorted({size for table in self.tables.values() for size in table.rows})
         left = [0.0] * len(self.tables)
@@ -97,9 +97,10 @@ class GrowthReport:
             axes.barh(labels, shares, left=left, label=str(size), color=color)
             left = [a + b for a, b in zip(left, shares, strict=True)]
         axes.set_xlim(0, 1)
+        axes.invert_yaxis()  # the first table above, as in the text
         axes.set_xlabel("share of the rows")
         figure.suptitle("Rows of every size")
-        axes.legend(title="size", loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+        figure.legend(title="size", loc="outside right upper", frameon=False)
         figure.savefig(path)
 
 

@@ -76,7 +76,9 @@ class ClickModel(nn.Module):
 def main(arguments: list[str] | None = None) -> dict[str, float]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--embedding", choices=KINDS, default="resizable")
-    parser.add_argument("--budget", default="50%", help="of resizable: as '1 MB' or '50%%' of plain")
+    parser.add_argument(
+        "--budget", default="50%", help="of resizable: as '1 MB' or '50%%' of plain"
+    )
     parser.add_argument("--init-std", type=float, default=1.0, help="rows start as N(0, std^2)")
     parser.add_argument("--events", type=int, default=200_000, help="events of the stream")
     parser.add_argument("--dim", type=int, default=16, help="width of the embeddings")
