@@ -13,9 +13,12 @@ and on as many others, whatever the size of the table:
     count    the ids looked up since rows last moved
     fit      at every so many moves, s from a histogram of u
     shrink   of as many rows as were looked up, taken in turn from the whole table, those that
-             would be too large even if their count were ``hysteresis`` times what it is
-    grow     of the rows looked up, those that are too small; without room they stay, and
-             ``refused`` counts them
+             are larger than d(x)
+    grow     of the rows looked up, those that would be smaller than d(x) even if their count were
+             divided by ``hysteresis``; without room they stay, and ``refused`` counts them
+
+The hysteresis keeps rows from going to and fro. It is on the side of growth, so that whatever sizes
+rows keep fits the budget, and a row that becomes frequent finds room.
 
 Another rule is a subclass of :class:`Growth`.
 
@@ -133,9 +136,9 @@ ResizableEmbedding`; ``"3%"`` is of all the plain tables. Each table may take wh
         replays of a CUDA graph, or stepped by what is no ``torch.optim.Optimizer``: call
         :meth:`note` and :meth:`step`.
 
-        Build it once the model is on its device. It lives as long as the model, whether or not a
-        name holds it. A checkpoint of a run holds :meth:`state_dict` beside the model's and the
-        optimizer's. A copy of the model does not grow by itself.
+        Build it once the model is on its device, and before compiled code has run. It lives as long
+        as the model, whether or not a name holds it. A checkpoint of a run holds :meth:`state_dict`
+        beside the model's and the optimizer's. A copy of the model does not grow by itself.
     """
 
     def __init__(
@@ -372,7 +375,8 @@ class ByCounts(Growth):
     Args:
         model, budget, every: as of :class:`Growth`.
         half_life: a lookup counts half after so many lookups of its table; default: for ever.
-        hysteresis: a row shrinks only where a count so many times its own would be too small.
+        hysteresis: a row grows once its count is so many times what its next size takes, and
+            shrinks once it is less than what its size takes.
         reserve: the part of every table's pages that is left free, for rows on their way.
         refit: fit ``s`` anew at every so many times that rows move.
 
@@ -402,13 +406,13 @@ class ByCounts(Growth):
         *,
         every: int = 50,
         half_life: float = math.inf,
-        hysteresis: float = 1.5,
+        hysteresis: float = 1.25,
         reserve: float = 0.02,
         refit: int = 2,
     ) -> None:
         for what, value, low, high in (
             ("half_life", half_life, 0.0, math.inf),
-            ("hysteresis", hysteresis, 1.0, 2.0**32),
+            ("hysteresis", hysteresis, 1.0, math.inf),
             ("reserve", reserve, 0.0, 0.5),
             ("refit", refit, 1, math.inf),
         ):
@@ -435,7 +439,7 @@ class ByCounts(Growth):
     def wanted(self, name: str, ids: Tensor) -> tuple[Tensor, Tensor]:
         """See :meth:`Growth.wanted`."""
         counts = self._counts[name]
-        return counts.levels(ids), counts.levels(ids, self.hysteresis)
+        return counts.levels(ids, 1 / self.hysteresis), counts.levels(ids)
 
     def state_dict(self) -> dict[str, Any]:
         """See :meth:`Growth.state_dict`; the counts are among it."""

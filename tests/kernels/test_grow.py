@@ -229,20 +229,41 @@ def test_triton_grows_and_shrinks_rows():
     assert report.rows == model.table.memory_report().rows_per_size
 
 
-def test_rows_shrink_only_beyond_the_hysteresis():
+def test_between_two_counts_rows_keep_their_sizes():
     model = Model()
     growth = ByCounts(model, "100%", hysteresis=1.5)
     counts = growth._counts["table"]
-    ids = torch.arange(5)
-    model.table.promote(ids)
-    counts.u[ids] = torch.tensor([0.0, 60.0, 70.0, 99.0, 100.0])
+    ids = torch.arange(6)
+    model.table.promote(ids[:4])
+    counts.u[ids] = torch.tensor([0.0, 99.0, 100.0, 149.0, 149.0, 150.0])
     counts.least = torch.tensor([100.0, math.inf, math.inf])
     least, most = growth.wanted("table", ids)
-    assert least.tolist() == [0, 0, 0, 0, 1] and most.tolist() == [0, 0, 1, 1, 1]
+    assert least.tolist() == [0, 0, 0, 0, 0, 1] and most.tolist() == [0, 0, 1, 1, 1, 1]
     growth._move("table", ids)
-    assert model.table.sizes_of(ids).tolist() == [2, 2, 4, 4, 4]
-    growth.hysteresis = 2.0**32
-    assert growth.wanted("table", ids)[1].tolist() == [0, 1, 1, 1, 1]
+    assert model.table.sizes_of(ids).tolist() == [2, 2, 4, 4, 2, 4]
+    growth.hysteresis = math.inf
+    assert growth.wanted("table", ids)[0].tolist() == [0] * 6
+
+
+@pytest.mark.parametrize("backend", CPU)
+def test_rows_that_become_frequent_find_room(backend):
+    """The ids that were frequent are not any more: others take their place, at once."""
+    torch.manual_seed(0)
+    model = Model(backend=backend, rows=2000)
+    growth = ByCounts(model, "40%", every=1, half_life=20_000)
+    for step in range(60):
+        growth.note("table", draw(step, 400, 2000))
+        growth.step()
+    ids = torch.arange(2000)
+    assert model.table.sizes_of(ids[:20]).tolist() == [16] * 20
+    for step in range(60):
+        growth.note("table", draw(step, 400, 2000, shift=1000))
+        growth.step()
+        assert serving(model) <= model.table.budget
+    level, counts = model.table.arena.level(), growth._counts["table"]
+    assert model.table.sizes_of(ids[1000:1020]).tolist() == [16] * 20
+    # None that is worth twice as much as its size takes is without room.
+    assert torch.equal(level >= counts.levels(ids, 0.5), torch.ones(2000, dtype=torch.bool))
 
 
 def test_turns_pass_through_the_whole_table():
@@ -619,7 +640,7 @@ def test_a_table_may_bring_its_own_budget():
         {"every": 0},
         {"half_life": 0},
         {"hysteresis": 0.5},
-        {"hysteresis": math.inf},
+        {"hysteresis": math.nan},
         {"reserve": 0.7},
         {"refit": 0},
     ],
