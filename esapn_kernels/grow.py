@@ -2,44 +2,48 @@
 
     growth = ByCounts(model, budget="25%")      before the training loop, which stays as it is
 
-Lookups in training are noted as they happen; after the optimizer's step rows move. ``ByCounts``
-gives an id the size
+Lookups in training are noted as they happen; after the optimizer's step, at every so many, rows
+move. ``ByCounts`` gives an id the size
 
     d(x) = the largest size <= s sqrt(u(x))         u: how often x was looked up, decayed
 
-with the largest ``s`` whose rows fit the budget. Each time O(ids looked up) work is done, whatever
-the size of the table:
+with the largest ``s`` whose rows fit the budget (``row_counts``). Work is done on the ids looked up
+and on as many others, whatever the size of the table:
 
-    count    u += 2^(t / half_life) for every lookup, t lookups so far: so no other count decays;
-             a histogram of log2 u follows
-    fit      now and then, s from the histogram
+    count    the ids looked up since rows last moved
+    fit      at every so many moves, s from a histogram of u
     shrink   of as many rows as were looked up, taken in turn from the whole table, those that
-             would be too large even if their count were ``hysteresis`` times what it is
-    grow     of the rows looked up, those that are too small; without room they stay, and
-             ``refused`` counts them
+             are larger than d(x)
+    grow     of the rows looked up, those that would be smaller than d(x) even if their count were
+             divided by ``hysteresis``; without room they stay, and ``refused`` counts them
+
+The hysteresis keeps rows from going to and fro. It is on the side of growth, so that whatever sizes
+rows keep fits the budget, and a row that becomes frequent finds room.
 
 Another rule is a subclass of :class:`Growth`.
 
-Source: sizes by counts against other signals: docs/comparison.md. Decay by growing weights: Cormode
-et al., "Forward Decay", ICDE 2009.
+Source: sizes by counts against other signals: docs/comparison.md.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .budget import budget_bytes
 from .module import ResizableEmbedding
 from .ops.counts import DeviceCount
+from .row_counts import RowCounts
 from .storage.arena import Arena
 
 __all__ = ["ByCounts", "Growth", "GrowthReport", "TableGrowth"]
@@ -82,7 +86,7 @@ class GrowthReport:
         """Draw the rows of every size, as shares of each table; needs matplotlib."""
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(7, 1.2 + 0.5 * len(self.tables)), layout="constrained")
+        figure = Figure(figsize=(7, 1.5 + 0.5 * len(self.tables)), layout="constrained")
         axes = figure.subplots()
         sizes = sorted({size for table in self.tables.values() for size in table.rows})
         left = [0.0] * len(self.tables)
@@ -96,9 +100,10 @@ class GrowthReport:
             axes.barh(labels, shares, left=left, label=str(size), color=color)
             left = [a + b for a, b in zip(left, shares, strict=True)]
         axes.set_xlim(0, 1)
+        axes.invert_yaxis()  # the first table above, as in the text
         axes.set_xlabel("share of the rows")
         figure.suptitle("Rows of every size")
-        axes.legend(title="size", loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+        figure.legend(title="size", loc="outside right upper", frameon=False)
         figure.savefig(path)
 
 
@@ -120,16 +125,20 @@ ResizableEmbedding`; ``"3%"`` is of all the plain tables. Each table may take wh
             are, which names the smallest that does. Nothing is changed.
 
     Notes:
-        Counted are lookups of modules in training mode, with gradients enabled; a forward that is
-        computed again in backward (activation checkpointing) counts once, ids out of range and the
-        padding row never. Rows move after the step of an optimizer that holds the rows, or of any
-        optimizer of the model where a fused one steps them in backward. Of replicas (see
-        ``distributed``) the ids of all ranks count. Where rows are looked up by other means than
-        a module's call, or stepped by other means than an optimizer of torch's class: call
+        Noted are lookups by calls of modules in training mode, with gradients enabled, in compiled
+        code too; a forward that is computed again in backward (activation checkpointing) counts
+        once, ids out of range and the padding row never. A collection with ``on_bad_ids`` has the
+        row that stands in looked up.
+
+        Rows move after the step of the optimizer that holds them; where a fused one steps them in
+        backward, after the next step of any optimizer of the model. Of replicas (see
+        ``distributed``) the ids of all ranks count. Where rows are looked up by other means, as by
+        replays of a CUDA graph, or stepped by what is no ``torch.optim.Optimizer``: call
         :meth:`note` and :meth:`step`.
 
-        A checkpoint of a run holds :meth:`state_dict` beside the model's and the optimizer's. A
-        copy of the model does not grow by itself.
+        Build it once the model is on its device, and before compiled code has run. It lives as long
+        as the model, whether or not a name holds it. A checkpoint of a run holds :meth:`state_dict`
+        beside the model's and the optimizer's. A copy of the model does not grow by itself.
     """
 
     def __init__(
@@ -141,34 +150,39 @@ ResizableEmbedding`; ``"3%"`` is of all the plain tables. Each table may take wh
         self.tables = {n: m for n, m in found.items() if isinstance(m.arena, Arena)}
         if not self.tables:
             raise ValueError("the model holds no ResizableEmbedding of several sizes")
+        for name, table in self.tables.items():
+            if table in _growing:
+                raise ValueError(f"{name or 'the table'} grows already: remove() the other first")
+            if budget is None and table.budget is None:
+                raise ValueError(f"{name or 'the table'} has no budget: give one for all tables")
         if budget is not None:
             _share(found, budget)
-        for name, table in self.tables.items():
-            if table.budget is None:
-                raise ValueError(f"{name or 'the table'} has no budget: give one for all tables")
         self.every = every
-        self._steps = 0
+        self._steps = dict.fromkeys(self.tables, 0)
         self._noted: dict[str, list[Tensor]] = {name: [] for name in self.tables}
-        self._seen: dict[str, Tensor] = {}
+        # Of every table the ids noted since rows last moved, distinct, and how often.
+        self._merged: dict[str, tuple[Tensor, Tensor]] = {}
+        self._new: set[str] = set()
         # Where the next turn through every table begins.
         self._next = dict.fromkeys(self.tables, 0)
         self._promoted = {name: DeviceCount() for name in self.tables}
         self._demoted = {name: DeviceCount() for name in self.tables}
+        # What a table refused before; negative: what it refused and is not ours.
+        self._refused = {name: -table.refused for name, table in self.tables.items()}
         self._model = weakref.ref(model)
-        handles = [
-            table.register_forward_pre_hook(_Noting(self, name), with_kwargs=True)
-            for name, table in self.tables.items()
-        ]
         growing = weakref.ref(self)
 
         def after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-            growth = growing()
-            if growth is not None and growth.follows(optimizer):
-                growth.step()
+            if (growth := growing()) is not None and (names := growth.stepped_by(optimizer)):
+                growth.step(names)
 
-        handles.append(register_optimizer_step_post_hook(after_step))
-        self._handles = handles
-        weakref.finalize(self, handles[-1].remove)
+        stepping = register_optimizer_step_post_hook(after_step)
+        weakref.finalize(self, stepping.remove)
+        self._handles = [stepping]
+        for name, table in self.tables.items():
+            hook = _Noting(self, name)
+            self._handles.append(table.register_forward_hook(hook, with_kwargs=True))
+            _growing.add(table)
 
     def wanted(self, name: str, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Levels that the rows of ``ids`` should have: at least, and at most.
@@ -183,92 +197,107 @@ ResizableEmbedding`; ``"3%"`` is of all the plain tables. Each table may take wh
         """
         raise NotImplementedError
 
-    def count(self, name: str, ids: Tensor, counts: Tensor) -> None:
-        """The rows ``ids``, distinct, were looked up ``counts`` times. For rules that count."""
+    def count(self, name: str, ids: Tensor, times: Tensor) -> None:
+        """The rows ``ids``, distinct, were looked up so many ``times``, before they move."""
 
     def fit(self, name: str) -> None:
         """Called before rows move. For rules that fit something to the budget."""
 
     def remove(self) -> None:
-        """Rows move no longer."""
+        """From now on no lookup is noted and no row moves."""
         for handle in self._handles:
             handle.remove()
+        _growing.difference_update(self.tables.values())
 
     def note(self, name: str, ids: Tensor) -> None:
         """The rows of ``ids`` were looked up."""
         noted = self._noted[name]
-        noted.append(ids.detach().reshape(-1))
-        if len(noted) >= _CONDENSE and not torch.compiler.is_compiling():
-            self._condense(name)
+        noted.append(ids.clone())  # a loop may write its next batch to the same memory
+        self._new.add(name)
+        if len(noted) >= _CONDENSE:
+            self._merge(name)
 
     @torch.no_grad()
-    def _condense(self, name: str) -> Tensor:
-        """Count what was noted; the distinct rows that were looked up since rows last moved."""
-        table, noted = self.tables[name], self._noted[name]
+    def _merge(self, name: str, *, on_all_ranks: bool = False) -> tuple[Tensor, Tensor]:
+        """The distinct ids noted since rows last moved, and how often."""
+        table, noted, device = self.tables[name], self._noted[name], self._device(name)
         self._noted[name] = []
-        device, padding_idx = table.arena.storage.device, table.padding_idx
-        ids = torch.cat([torch.zeros(0, dtype=torch.int64, device=device), *noted])
+        none = torch.zeros(0, dtype=torch.int64, device=device)
+        ids = torch.cat([none, *(part.to(device).reshape(-1) for part in noted)])
         known = (ids >= 0) & (ids < table.arena.num_rows)
-        if padding_idx is not None:
-            known &= ids != padding_idx
-        ids = ids[known]
-        if table.agree is not None:
-            ids = table.agree(ids)
-        ids, counts = ids.unique(return_counts=True)
-        if len(ids):
-            self.count(name, ids, counts)
-        seen = self._seen.get(name)
-        self._seen[name] = ids if seen is None else torch.cat([seen, ids]).unique()
-        return self._seen[name]
+        if table.padding_idx is not None:
+            known &= ids != table.padding_idx
+        ids, times = _distinct(ids[known], table.arena.num_rows)
+        if (before := self._merged.get(name)) is not None:
+            ids, times = _summed(torch.cat([before[0], ids]), torch.cat([before[1], times]))
+        if on_all_ranks and table.agree is not None:
+            ids, times = _summed(table.agree(ids), table.agree(times))
+        self._merged[name] = ids, times
+        return ids, times
 
-    def follows(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Whether rows may move after this optimizer's step."""
+    def _device(self, name: str) -> torch.device:
+        return self.tables[name].arena.storage.device
+
+    def stepped_by(self, optimizer: torch.optim.Optimizer) -> list[str]:
+        """The tables whose rows may move after this optimizer's step."""
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        rows = {id(table.arena.parameter) for table in self.tables.values()}
-        if held & rows:
-            return True
+        names = []
+        for name, table in self.tables.items():
+            fused = table.arena.fused_optimizer
+            if fused is None or fused.deferred:
+                if id(table.arena.parameter) in held:
+                    names.append(name)
+            elif name in self._new and (fused is optimizer or self._holds_any(held)):
+                # Stepped in backward: it is whichever optimizer steps first after a lookup.
+                names.append(name)
+        return names
+
+    def _holds_any(self, held: set[int]) -> bool:
         model = self._model()
-        fused = any(
-            (stepper := table.arena.fused_optimizer) is not None and not stepper.deferred
-            for table in self.tables.values()
-        )
-        return fused and model is not None and any(id(p) in held for p in model.parameters())
+        return model is not None and any(id(p) in held for p in model.parameters())
 
     @torch.no_grad()
-    def step(self) -> None:
-        """An optimizer has stepped: at every ``every``-th call rows move."""
-        if not any(self._noted.values()) and not self._seen:
-            return
-        self._steps += 1
-        if self._steps % self.every:
-            return
-        for name, table in self.tables.items():
-            ids = self._condense(name)
-            del self._seen[name]
-            if len(ids):
-                self.fit(name)
-                self._move(name, table, ids)
+    def step(self, names: Iterable[str] | None = None) -> None:
+        """The rows were stepped: at every ``every``-th call they move.
 
-    def _move(self, name: str, table: ResizableEmbedding, ids: Tensor) -> None:
+        Args:
+            names: of the tables; default: all.
+        """
+        for name in self.tables if names is None else names:
+            self._new.discard(name)
+            self._steps[name] += 1
+            if self._steps[name] % self.every:
+                continue
+            ids, times = self._merge(name, on_all_ranks=True)
+            del self._merged[name]
+            if len(ids):
+                self.count(name, ids, times)
+                self.fit(name)
+                self._move(name, ids)
+
+    def _move(self, name: str, ids: Tensor) -> None:
         """Rows that take their turn shrink; rows that were looked up grow."""
+        table = self.tables[name]
         arena: Any = table.arena
-        first, rows = self._next[name], table.arena.num_rows
+        first, rows = self._next[name], arena.num_rows
         turn = torch.arange(first, first + min(len(ids), rows), device=ids.device) % rows
         self._next[name] = (first + len(turn)) % rows
-        shrinks = arena.level(turn) > self.wanted(name, turn)[1]
-        if bool(shrinks.any()):
-            self._demoted[name].prepare(ids.device).add_(table.demote(turn, shrinks).sum())
-        least = self.wanted(name, ids)[0]
-        for _ in table.sizes[1:]:
-            grows = arena.level(ids) < least
-            if not bool(grows.any()):
-                break
+        if table.padding_idx is not None:
+            turn = turn[turn != table.padding_idx]
+        most = self.wanted(name, turn)[1]
+        full = False
+        while not full and bool((shrinks := arena.level(turn) > most).any()):
+            moved = table.demote(turn, shrinks)
+            self._demoted[name].prepare(ids.device).add_(moved.sum())
+            full = not torch.equal(moved, shrinks)
+        least, refused = self.wanted(name, ids)[0], False
+        while not refused and bool((grows := arena.level(ids) < least).any()):
             moved = table.promote(ids, grows)
             self._promoted[name].prepare(ids.device).add_(moved.sum())
-            if not torch.equal(moved, grows):
-                # Places of other sizes may lie between: pages that empty serve this one.
-                table.compact(len(ids))
-                break
+            refused = not torch.equal(moved, grows)
+        if full or refused:
+            # Places of other sizes may lie between: pages that empty serve these.
+            table.compact(len(ids))
 
     def report(self) -> GrowthReport:
         """Sizes, bytes, moves and refusals of every table."""
@@ -282,41 +311,62 @@ ResizableEmbedding`; ``"3%"`` is of all the plain tables. Each table may take wh
                 budget=table.budget,
                 promoted=self._promoted[name].total(),
                 demoted=self._demoted[name].total(),
-                refused=table.refused,
+                refused=self._refusals(name),
             )
         return GrowthReport(tables)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a run needs beside the model's state to go on as it would have."""
-        noted = {name: [ids.clone() for ids in lists] for name, lists in self._noted.items()}
-        seen = {name: ids.clone() for name, ids in self._seen.items()}
+        """What a run needs beside the model's state to go on as it would have.
+
+        Of replicas, lookups since rows last moved are each rank's own.
+        """
+        noted = {name: [part.clone() for part in self._merge(name)] for name in self.tables}
         moves = {
-            name: [self._promoted[name].total(), self._demoted[name].total()]
+            name: [self._promoted[name].total(), self._demoted[name].total(), self._refusals(name)]
             for name in self.tables
         }
+        arenas: dict[str, Any] = {name: table.arena for name, table in self.tables.items()}
         return {
-            "steps": self._steps,
+            "rows": {name: arena.num_rows for name, arena in arenas.items()},
+            "budgets": {name: table.budget for name, table in self.tables.items()},
+            "steps": dict(self._steps),
             "noted": noted,
-            "seen": seen,
+            "new": sorted(self._new),
             "next": dict(self._next),
             "moves": moves,
+            # Rows move to other places, and find room at other times, where these differ.
+            "free": {name: arena.free_places() for name, arena in arenas.items()},
+            "cursors": {name: arena.cursor for name, arena in arenas.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take what :meth:`state_dict` gave.
+        """Take what :meth:`state_dict` gave, once the model has its own.
 
         Raises:
-            ValueError: it is of other tables; nothing is changed.
+            ValueError: it is of other tables or of another rule, which is found before anything
+                changes; or the model has not loaded the state that belongs to it.
         """
-        if list(state["next"]) != list(self.tables):
-            raise ValueError(
-                f"the state is of the tables {list(state['next'])}, here are {list(self.tables)}"
-            )
-        self._steps, self._next = state["steps"], dict(state["next"])
-        self._noted = {name: list(lists) for name, lists in state["noted"].items()}
-        self._seen = dict(state["seen"])
-        for name, (up, down) in state["moves"].items():
+        rows = {name: table.arena.num_rows for name, table in self.tables.items()}
+        if state.get("rows") != rows:
+            raise ValueError(f"the state is of the tables {state.get('rows')}, here are {rows}")
+        if state.keys() != self.state_dict().keys():
+            raise ValueError(f"the state is of another rule than {type(self).__name__}")
+        for name, table in self.tables.items():
+            arena: Any = table.arena
+            if state["budgets"][name] != table.budget:
+                table.set_budget(state["budgets"][name])
+            arena.order_free_places(state["free"][name])
+            arena.cursor = state["cursors"][name]
+            up, down, refused = state["moves"][name]
             self._promoted[name], self._demoted[name] = DeviceCount(up), DeviceCount(down)
+            self._refused[name] = refused - table.refused
+            ids, times = (part.to(self._device(name)) for part in state["noted"][name])
+            self._merged[name], self._noted[name] = (ids, times), []
+        self._steps, self._next = dict(state["steps"]), dict(state["next"])
+        self._new = set(state["new"])
+
+    def _refusals(self, name: str) -> int:
+        return self._refused[name] + self.tables[name].refused
 
 
 class ByCounts(Growth):
@@ -325,7 +375,8 @@ class ByCounts(Growth):
     Args:
         model, budget, every: as of :class:`Growth`.
         half_life: a lookup counts half after so many lookups of its table; default: for ever.
-        hysteresis: a row shrinks only where a count so many times its own would be too small.
+        hysteresis: a row grows once its count is so many times what its next size takes, and
+            shrinks once it is less than what its size takes.
         reserve: the part of every table's pages that is left free, for rows on their way.
         refit: fit ``s`` anew at every so many times that rows move.
 
@@ -355,7 +406,7 @@ class ByCounts(Growth):
         *,
         every: int = 50,
         half_life: float = math.inf,
-        hysteresis: float = 1.5,
+        hysteresis: float = 1.25,
         reserve: float = 0.02,
         refit: int = 2,
     ) -> None:
@@ -368,24 +419,27 @@ class ByCounts(Growth):
             if not low <= value <= high or (what == "half_life" and value == 0):
                 raise ValueError(f"{what} must lie between {low} and {high}, got {value}")
         super().__init__(model, budget, every=every)
-        self.half_life, self.reserve, self.refit = half_life, reserve, refit
-        self._slack = round(_PER_OCTAVE * math.log2(hysteresis)) if hysteresis < math.inf else _BINS
-        self._counts = {name: _Counts(table) for name, table in self.tables.items()}
+        self.hysteresis, self.reserve, self.refit = hysteresis, reserve, refit
+        self._counts = {}
+        for name, table in self.tables.items():
+            assert isinstance(table.arena, Arena)
+            self._counts[name] = RowCounts(table.arena, half_life, table.padding_idx is not None)
         self._fits = dict.fromkeys(self.tables, 0)
 
-    def count(self, name: str, ids: Tensor, counts: Tensor) -> None:
+    def count(self, name: str, ids: Tensor, times: Tensor) -> None:
         """See :meth:`Growth.count`."""
-        self._counts[name].add(ids, counts, self.half_life)
+        self._counts[name].add(ids, times)
 
     def fit(self, name: str) -> None:
         """See :meth:`Growth.fit`."""
         if self._fits[name] % self.refit == 0:
-            self._counts[name].fit(self.tables[name], self.reserve)
+            self._counts[name].fit(self.reserve)
         self._fits[name] += 1
 
     def wanted(self, name: str, ids: Tensor) -> tuple[Tensor, Tensor]:
         """See :meth:`Growth.wanted`."""
-        return self._counts[name].levels(ids, self._slack)
+        counts = self._counts[name]
+        return counts.levels(ids, 1 / self.hysteresis), counts.levels(ids)
 
     def state_dict(self) -> dict[str, Any]:
         """See :meth:`Growth.state_dict`; the counts are among it."""
@@ -400,106 +454,89 @@ class ByCounts(Growth):
         self._fits = dict(state["fits"])
 
 
-_PER_OCTAVE = 8
-_BINS = 2048
-_ZERO = 0
-"""The bin of what was never looked up."""
-
-
-class _Counts:
-    """Decayed counts of a table's ids, their histogram, and from which bin on rows have a size.
-
-    ``u`` is a count times ``2^log_weight``, the weight of a lookup at present.
-    """
-
-    def __init__(self, table: ResizableEmbedding) -> None:
-        device, rows = table.arena.storage.device, table.arena.num_rows
-        self.u = torch.zeros(rows, dtype=torch.float32, device=device)
-        self.log_weight = 0.0
-        self.histogram = torch.zeros(_BINS, dtype=torch.int64, device=device)
-        self.histogram[_ZERO] = rows
-        # Of every level but the first; at first no row is large enough for any.
-        self.from_bin = torch.full((len(table.sizes) - 1,), _BINS, device=device)
-
-    def bins(self, u: Tensor) -> Tensor:
-        """Eighths of octaves; counts of 2^-64 to 2^190."""
-        bins = (_PER_OCTAVE * u.log2()).floor() + 513
-        return torch.where(u > 0, bins.clamp(1, _BINS - 1), _ZERO).long()
-
-    def add(self, ids: Tensor, counts: Tensor, half_life: float) -> None:
-        before = self.u[ids]
-        after = before + counts * 2.0**self.log_weight
-        self.u[ids] = after
-        one = torch.ones_like(ids)
-        self.histogram.index_add_(0, self.bins(after), one)
-        self.histogram.index_add_(0, self.bins(before), -one)
-        self.log_weight += int(counts.sum()) / half_life
-        if self.log_weight > 60:
-            self._rescale()
-
-    def _rescale(self) -> None:
-        octaves = math.floor(self.log_weight)
-        self.u *= 2.0**-octaves
-        self.log_weight -= octaves
-        self.from_bin -= _PER_OCTAVE * octaves
-        self.histogram = torch.bincount(self.bins(self.u), minlength=_BINS)
-
-    def fit(self, table: ResizableEmbedding, reserve: float) -> None:
-        """The largest ``s``: the lowest bins from which on rows have a size, within the budget."""
-        arena, sizes = table.arena, table.sizes
-        assert isinstance(arena, Arena)
-        pages = arena.page_level.numel() - 1
-        room = int(pages * (1 - reserve)) - len(sizes)  # a page begun for every size
-        # Ids from every bin on, beyond the last none.
-        above = self.histogram.flip(0).cumsum(0).flip(0)
-        above = torch.cat([above, above.new_zeros(1)])
-        first = torch.arange(1, _BINS + 1, device=above.device)
-        taken = torch.full_like(first, arena.num_rows).double() / arena.rows_per_page[0]
-        steps = [round(2 * _PER_OCTAVE * math.log2(d / sizes[1])) for d in sizes[1:]]
-        for k, step in enumerate(steps, start=1):
-            more = 1 / arena.rows_per_page[k] - 1 / arena.rows_per_page[k - 1]
-            taken += above[(first + step).clamp(max=_BINS)] * more
-        fits = taken <= room
-        lowest = torch.where(fits.any(), fits.int().argmax(), _BINS - 1) + 1
-        self.from_bin = lowest + torch.tensor(steps, device=above.device)
-
-    def levels(self, ids: Tensor, slack: int) -> tuple[Tensor, Tensor]:
-        bins = self.bins(self.u[ids])[:, None]
-        found = bins > _ZERO
-        least = (found & (bins >= self.from_bin)).sum(1)
-        return least, (found & (bins + slack >= self.from_bin)).sum(1)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "u": self.u.clone(),
-            "log_weight": self.log_weight,
-            "from_bin": self.from_bin.clone(),
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.u.copy_(state["u"])
-        self.log_weight = state["log_weight"]
-        self.from_bin.copy_(state["from_bin"])
-        self.histogram = torch.bincount(self.bins(self.u), minlength=_BINS)
-
-
 class _Noting:
     """A hook: notes the ids of a training forward. Copies of a module note nothing."""
 
     def __init__(self, growth: Growth | None = None, name: str = "") -> None:
         self._growth, self._name = growth, name
+        # For compiled code.
+        self._mark, self._key = torch.zeros(()), next(_keys)
+        _notings[self._key] = self
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
         if self._growth is None or not module.training or not torch.is_grad_enabled():
             return
-        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
-            return  # computed again, in backward
         ids = args[0] if args else kwargs.get("input")
-        if isinstance(ids, Tensor):
-            self._growth.note(self._name, ids.values() if ids.is_nested else ids)
+        if not isinstance(ids, Tensor) or ids.is_meta:
+            return
+        if ids.is_cuda and torch.cuda.is_current_stream_capturing():
+            return  # replays run no hook
+        if ids.is_nested:
+            jagged = ids.layout == torch.jagged
+            ids = ids.values() if jagged else torch.cat([i.reshape(-1) for i in ids.unbind()])
+        if torch.compiler.is_compiling():
+            if not torch.compiler.is_exporting():
+                _note_compiled(self._mark, ids, self._key)
+        elif not (_is_recomputed() or isinstance(ids, FakeTensor)):
+            while torch._C._functorch.is_batchedtensor(ids):
+                ids = torch._C._functorch.get_unwrapped(ids)
+            self._growth.note(self._name, ids)
+
+    def note(self, ids: Tensor) -> None:
+        """Note ids of compiled code."""
+        if self._growth is not None:
+            self._growth.note(self._name, ids)
 
     def __reduce__(self) -> tuple[type[_Noting], tuple[()]]:
         return _Noting, ()
+
+
+_growing: weakref.WeakSet[ResizableEmbedding] = weakref.WeakSet()
+"""Tables whose rows grow by themselves."""
+
+_keys = itertools.count()
+_notings: weakref.WeakValueDictionary[int, _Noting] = weakref.WeakValueDictionary()
+
+
+@torch.library.custom_op("esapn_kernels::note_lookup", mutates_args=("mark",))
+def _note_compiled(mark: Tensor, ids: Tensor, key: int) -> None:
+    """Note a lookup of compiled code, once a call; what is written to no tensor is left out."""
+    if (noting := _notings.get(key)) is not None:
+        noting.note(ids)
+
+
+@_note_compiled.register_fake
+def _(mark: Tensor, ids: Tensor, key: int) -> None:
+    return None
+
+
+def _is_recomputed() -> bool:
+    """Whether activation checkpointing computes a forward again whose first run was noted.
+
+    With ``use_reentrant=True`` the first run has no gradients, so that the second is noted.
+    """
+    if torch._C._current_graph_task_id() == -1:
+        return False
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
+def _distinct(ids: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """The distinct of the ``ids`` of so many rows, in ascending order, and how often."""
+    if rows > 4 * len(ids):
+        ordered: Any = ids.sort()[0].unique_consecutive(return_counts=True)
+        return ordered[0], ordered[1]
+    times = torch.bincount(ids, minlength=rows)
+    ids = times.nonzero()[:, 0]
+    return ids, times[ids]
+
+
+def _summed(ids: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
+    """The distinct ``ids``, in ascending order, and the sum of ``times`` of each."""
+    ids, order = ids.sort(stable=True)
+    ids, where = ids.unique_consecutive(return_inverse=True)
+    return ids, torch.zeros_like(ids).index_add_(0, where, times[order])
 
 
 def _share(tables: Mapping[str, ResizableEmbedding], budget: int | str) -> None:

@@ -46,7 +46,7 @@ class Room(Locations):
     """
 
     # The id that compaction in steps goes on from.
-    _next = 0
+    cursor = 0
 
     def level(self, ids: Tensor | None = None) -> Tensor:
         """Level of every row of ``ids`` (of all rows), int64; -1 where there is no row."""
@@ -437,9 +437,9 @@ class Room(Locations):
         self._check_movable()
         self.followers.remember_layout()
         if rows is not None:
-            ahead = range(self._next, min(self._next + rows, self.num_rows))
-            begun = range(min(rows - len(ahead), self._next))
-            self._next = (self._next + len(ahead) + len(begun)) % max(self.num_rows, 1)
+            ahead = range(self.cursor, min(self.cursor + rows, self.num_rows))
+            begun = range(min(rows - len(ahead), self.cursor))
+            self.cursor = (self.cursor + len(ahead) + len(begun)) % max(self.num_rows, 1)
             return sum(self._close_holes(ids) for ids in (ahead, begun) if ids)
         pages = self._pages_needed()
         if self.budget is None:

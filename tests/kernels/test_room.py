@@ -136,11 +136,11 @@ def test_a_step_looks_at_as_many_rows_as_it_says(host, small_pages):
     module = with_holes(host)
     know_places(module.arena, host)
     module.compact(N - 5)
-    assert module.arena._next == N - 5
+    assert module.arena.cursor == N - 5
     module.arena.free(held(module)[::3], backend=host)
     module.compact(N)
     assert pages_in_use(module.arena) == fewest_pages(module.arena)
-    assert module.arena._next == N - 5 and module.compact(7) == 0 and module.arena._next == 2
+    assert module.arena.cursor == N - 5 and module.compact(7) == 0 and module.arena.cursor == 2
     assert module.compact(10 * N) == module.compact(0) == 0
 
 
