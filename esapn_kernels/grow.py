@@ -83,7 +83,11 @@ class GrowthReport:
         return "\n".join(lines)
 
     def plot(self, path: str | Path) -> None:
-        """Draw the rows of every size, as shares of each table; needs matplotlib."""
+        """Draw the rows of every size, as shares of each table.
+
+        Raises:
+            ModuleNotFoundError: matplotlib is not installed (``esapn-kernels[train]`` has it).
+        """
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(7, 1.5 + 0.5 * len(self.tables)), layout="constrained")
