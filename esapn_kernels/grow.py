@@ -45,6 +45,7 @@ from .module import ResizableEmbedding
 from .ops.counts import DeviceCount
 from .row_counts import RowCounts
 from .storage.arena import Arena
+from .storage.cap import table_bytes
 
 __all__ = ["ByCounts", "Growth", "GrowthReport", "TableGrowth"]
 
@@ -120,8 +121,8 @@ class Growth:
         model: holds the tables, also in bags and collections; those of several sizes take part.
         budget: for all tables of ``model`` together, as of :class:`~esapn_kernels.\
 ResizableEmbedding`; ``"3%"`` is of all the plain tables. Each table may take what its rows take now
-            and a part of the rest in proportion to what it lacks of its plain table. Default: the
-            tables' own budgets.
+            and a part of the rest in proportion to the square root of its rows, as far as it needs
+            it. Default: the tables' own budgets.
         every: move rows after every so many steps of the optimizer.
 
     Raises:
@@ -555,8 +556,26 @@ def _share(tables: Mapping[str, ResizableEmbedding], budget: int | str) -> None:
         raise ValueError(
             f"a budget of {total} bytes does not hold the rows as they are: {needed} bytes do"
         )
-    lacking = {name: max(plain[name] - least[name], 0) for name in tables}
-    rest, everything = total - needed, max(sum(lacking.values()), 1)
-    for name, table in tables.items():
-        if isinstance(table.arena, Arena):
-            table.set_budget(least[name] + rest * lacking[name] // everything)
+    # With one s, of tables that are looked up equally often, d ~ sqrt(count) takes sqrt(rows).
+    lacking = {
+        name: max(_most_bytes(tables[name], plain[name]) - least[name], 0) for name in tables
+    }
+    rest = total - needed
+    weights = {name: math.sqrt(max(table.num_embeddings, 1)) for name, table in tables.items()}
+    for name in sorted(tables, key=lambda name: lacking[name] / weights[name]):
+        part = min(int(rest * weights[name] / sum(weights.values())), lacking[name])
+        rest -= part
+        del weights[name]
+        if isinstance(tables[name].arena, Arena):
+            tables[name].set_budget(least[name] + part)
+
+
+def _most_bytes(table: ResizableEmbedding, plain: int) -> int:
+    """What a table takes with all rows at the largest size, and a page begun for every size."""
+    arena = table.arena
+    if not isinstance(arena, Arena):
+        return plain
+    pages = -(-arena.num_rows // arena.rows_per_page[-1]) + len(table.sizes)
+    itemsize = arena.storage.element_size()
+    rows = table_bytes(arena.num_rows, table.sizes, arena.page, pages, itemsize)
+    return rows + table.chain.nbytes

@@ -83,13 +83,16 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     parser.add_argument("--events", type=int, default=200_000, help="events of the stream")
     parser.add_argument("--dim", type=int, default=16, help="width of the embeddings")
     parser.add_argument("--batch", type=int, default=500, help="events in a batch")
+    parser.add_argument("--seed", type=int, default=0, help="of the events and the model")
     options = parser.parse_args(arguments)
     if min(options.events, options.dim, options.batch) < 1:
         parser.error("--events, --dim and --batch must be at least 1")
+    if options.seed < 0:
+        parser.error("--seed must not be negative")
     if not 0 < options.init_std < float("inf"):
         parser.error("--init-std must be a positive number")
 
-    torch.manual_seed(0)
+    torch.manual_seed(options.seed)
     model = ClickModel(options.embedding, options.dim, options.init_std)
     if options.embedding == "resizable":
         try:
@@ -101,7 +104,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     if options.embedding == "searched":
         tables: Any = zip(FIELDS, model.tables, strict=True)
         search = SizeSearch(dict(tables), SearchConfig())
-    ids, clicks = events(options.events)
+    ids, clicks = events(options.events, options.seed)
     logits = []
     for batch, target in zip(ids.split(options.batch), clicks.split(options.batch), strict=True):
         if search is not None:

@@ -18,7 +18,8 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default in (None, argparse.SUPPRESS) or action.default is False:
             return action.help
-        return f"{action.help} (default: {action.default})"
+        default = str(action.default).replace("%", "%%")
+        return f"{action.help} (default: {default})"
 
 
 class Parser(argparse.ArgumentParser):

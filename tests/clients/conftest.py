@@ -35,11 +35,22 @@ def quality(record_property, embeddings):
     return lambda *run, **options: record_property("quality", measure(*run, embeddings, **options))
 
 
+@pytest.fixture
+def within_budgets(record_property, embeddings):
+    """``within_budgets(name, run)``: rows for the second table; see ``quality.measure_within``."""
+    from tests.clients.quality import measure_within
+
+    return lambda *run: record_property("budgets", measure_within(*run, embeddings))
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     passed = sorted(terminalreporter.getreports("passed"), key=lambda report: report.nodeid)
     properties = [dict(report.user_properties) for report in passed]
-    if rows := [row for found in properties for row in found.get("quality", ())]:
-        from tests.clients.quality import table
+    if not any(properties):
+        return
+    from tests.clients.quality import BUDGETS, RUNS, lines
 
-        terminalreporter.section("quality")
-        terminalreporter.write("\n".join([*table(rows), ""]))
+    for kind, columns in {"quality": RUNS, "budgets": BUDGETS}.items():
+        if rows := [row for found in properties for row in found.get(kind, ())]:
+            terminalreporter.section(kind)
+            terminalreporter.write("\n".join([*lines(columns, rows), ""]))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from esapn_kernels import ResizableEmbedding
 from tests.clients.shared import tables
 
 SEEDS = (0, 1)
@@ -22,6 +24,16 @@ RUNS = {
     "default, grown": ("default sizes", True),
     "from half the width, grown": ("from half the width", True),
 }
+# The second table: rows grow and shrink by counts within a part of the plain tables' bytes.
+# What ``ByCounts`` takes beside the model; of plain tables nothing.
+BUDGETS: dict[str, dict[str, Any] | None] = {
+    "plain": None,
+    "50%": {"budget": "50%"},
+    "25%": {"budget": "25%"},
+    "25%, every=10": {"budget": "25%", "every": 10},
+}
+BUDGET_SEEDS = (0, 1, 2)
+MOST_BEHIND = 0.005  # of an AUC that plain tables have
 RISING = ("AUC", "NDCG@10", "Recall@10")
 FIELDS = (300, 150, 30)  # ids of each
 
@@ -144,7 +156,52 @@ def measure(
     return rows
 
 
-def table(rows: list[str]) -> list[str]:
-    """The lines of the table, in Markdown."""
-    names = ("client and model", "metric", *RUNS)
+def measure_within(
+    name: str,
+    run: Callable[[int, dict[str, Any] | None], tuple[nn.Module, dict[str, float]]],
+    embeddings: Callable[[str], None],
+) -> list[str]:
+    """Rows of the second table, one a metric: means over the seeds, and how far they are apart.
+
+    No AUC may be more than ``MOST_BEHIND`` behind that of plain tables.
+
+    Args:
+        name: of the client and its model.
+        run: gives a model that it builds and trains, and its metrics, from a seed and from what
+            ``ByCounts`` takes, if it is to grow.
+        embeddings: the fixture.
+    """
+    found: dict[str, list[dict[str, float]]] = {}
+    shares = {}
+    for column, options in BUDGETS.items():
+        embeddings("plain" if options is None else "default sizes")
+        runs = [run(seed, options) for seed in BUDGET_SEEDS]
+        found[column] = [scores for _, scores in runs]
+        shares[column] = ""
+        if options is not None:
+            shares[column] = f" {max(share_of_bytes(model) for model, _ in runs):.1%}"
+    rows = []
+    for metric in found["plain"][0]:
+        cells, means = [], {}
+        for column, runs in found.items():
+            values = [scores[metric] for scores in runs]
+            assert all(map(math.isfinite, values))
+            means[column], spread = statistics.mean(values), max(values) - min(values)
+            cells.append(f"{means[column]:.4f} ({spread * 1e4:.0f}){shares[column]}")
+        if metric == "AUC":
+            assert all(mean >= means["plain"] - MOST_BEHIND for mean in means.values()), means
+        rows.append(f"| {name} | {metric} | {' | '.join(cells)} |")
+    return rows
+
+
+def share_of_bytes(model: nn.Module) -> float:
+    """What the tables take to serve, of what plain ones do."""
+    found = [m for m in model.modules() if isinstance(m, ResizableEmbedding)]
+    plain = sum(table.num_embeddings * table.embedding_dim * 4 for table in found)
+    return sum(table.memory_report().serving for table in found) / plain
+
+
+def lines(columns: Iterable[str], rows: list[str]) -> list[str]:
+    """The lines of a table, in Markdown."""
+    names = ("client and model", "metric", *columns)
     return [f"| {' | '.join(names)} |", "|---" * len(names) + "|", *rows]
