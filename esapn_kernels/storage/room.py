@@ -72,7 +72,7 @@ class Room(Locations):
 
         Compaction in steps begins anew as well, with the same id on all of them.
         """
-        self._free, self._next = None, 0
+        self._free, self.cursor = None, 0
 
     def free_places(self) -> list[Tensor]:
         """The stacks of free places, and of free pages, what is taken first last; or nothing.
