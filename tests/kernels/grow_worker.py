@@ -28,15 +28,12 @@ class Model(nn.Module):
         return torch.cat([self.head(self.table(ids).tanh()) for ids in parts])
 
 
-def main():
-    folder, world, rank = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+def train(folder, world, rank):
+    """Saves what became of the table; the wrapper is gone before the group is."""
     torch.manual_seed(0)
     model = Model()
     wrapped = model
     if world > 1:
-        dist.init_process_group(
-            "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world
-        )
         replicate(model)
         wrapped = DistributedDataParallel(model)
     growth = ByCounts(model, "50%", every=3, half_life=900.0)
@@ -62,8 +59,19 @@ def main():
         "demoted": table.demoted,
     }
     torch.save(found, folder / f"{world}.{rank}")
-    if world > 1:
-        dist.destroy_process_group()
+
+
+def main():
+    folder, world, rank = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    if world == 1:
+        train(folder, world, rank)
+        return
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world
+    )
+    train(folder, world, rank)
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
