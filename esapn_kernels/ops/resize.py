@@ -89,8 +89,8 @@ def promote(
         mask: bool ``[R]`` or ``None``.
         storage: flat ``[capacity]``; the new rows are written.
         chain: packed hops or tails, dtype of ``storage``.
-        places: locations and free lists; brought up to date. The Triton backend moves the rows that
-            fit, by level and then in the order of ``ids``; the others need room for all.
+        places: locations and free places; brought up to date. The Triton backend moves the rows
+            that fit, by level and then in the order of ``ids``; the others need room for all.
         states, per_id: in the layout of ``storage``, and ``[N]``: fresh where rows moved.
         movers: what :func:`find_movers` gave; ``None``: the Triton backend.
 

@@ -578,7 +578,7 @@ class Locations(nn.Module, Rows):
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_mixed()
-        # A copy has no fused optimizer, and its own free lists and solutions.
+        # A copy has no fused optimizer, and its own free places and solutions.
         alone = dict.fromkeys(
             ("_fused", "_free", "_down", "_held", "_digest", "_alike", "followers")
         )
