@@ -24,6 +24,7 @@ CHOICES = {
         "random",
         "thresholds",
         "power",
+        "counts",
         "biases",
     ),
     "mode": ("paper", "tuned"),
@@ -70,7 +71,8 @@ def _setting(group: str, default: Any, text: str, metavar: str | None = None) ->
 
 _METHODS = (
     "esapn: the search; fixed: one size; darts, autoemb: soft sizes; "
-    "always, never, random, thresholds, power: growth by a rule; biases: no rows"
+    "always, never, random, thresholds, power: growth by a rule; "
+    "counts: growth and shrinking within a budget; biases: no rows"
 )
 _data, _model, _sizes, _policy, _run = (partial(_setting, group) for group in GROUPS)
 
@@ -130,6 +132,10 @@ class SearchConfig:
     )
     power: float = _sizes(0.5, "--method power: size ~ popularity^POWER", "POWER")
     power_scale: float = _sizes(1.0, "--method power: size of an ID seen once", "D")
+    half_life: float = _sizes(
+        0.0, "--method counts: an event counts half after so many; 0: for ever", "EVENTS"
+    )
+    move_every: int = _sizes(20, "--method counts: between two moves of rows", "BATCHES")
 
     state: str = _policy("paper", "frequency and size; or statistics of an ID's events")
     history: int = _policy(5, "losses of an ID in its reward's baseline", "T")
@@ -153,7 +159,11 @@ class SearchConfig:
             if getattr(self, name) not in choices:
                 _refuse(name, f"must be one of {', '.join(choices)}", getattr(self, name))
         least = dict.fromkeys(
-            ("hidden", "history", "policy_hidden", "frequency_dim", "max_frequency", "log_every"), 1
+            (
+                *("hidden", "history", "policy_hidden", "frequency_dim", "max_frequency"),
+                *("log_every", "move_every"),
+            ),
+            1,
         )
         more = {"batch_size": 2, "events": 1, "fixed_size": 1, "patience": 0}
         for name, low in {**least, **more}.items():
@@ -163,7 +173,7 @@ class SearchConfig:
         for name in (*rates, "threshold", "power", "power_scale"):
             if not 0 < getattr(self, name) < math.inf:
                 _refuse(name, "must be positive and finite", getattr(self, name))
-        for name in ("init_std", "row_accumulator", "entropy", "dwell"):
+        for name in ("init_std", "row_accumulator", "entropy", "dwell", "half_life"):
             if not 0 <= getattr(self, name) < math.inf:
                 _refuse(name, "must be finite and not negative", getattr(self, name))
         if not math.isfinite(self.positive_above):
@@ -178,6 +188,8 @@ class SearchConfig:
         increasing = all(a < b for a, b in zip(self.sizes, self.sizes[1:], strict=False))
         if not self.sizes or self.sizes[0] < 1 or not increasing:
             _refuse("sizes", "must be positive and strictly increasing", list(self.sizes))
+        if self.method == "counts" and not self.budget:
+            raise ConfigError("--method counts needs --budget: its rows fill it")
         if self.budget:
             if self.method in ("darts", "autoemb", "biases"):
                 _refuse("budget", "is for methods whose rows have sizes of their own", self.method)

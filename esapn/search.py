@@ -35,6 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from esapn_kernels import ResizableEmbedding
+from esapn_kernels.budget import share_budget
 
 from .config import SearchConfig
 from .policy import entropy, policy_loss, reward, sample_actions
@@ -51,10 +52,14 @@ class SizeSearch(nn.Module):
         tables: :class:`ResizableEmbedding` by name; every name has a policy of its own.
         config: ``method`` (``esapn`` or a rule), the settings of state, reward and policies, and
             the ``seed`` of the sampled actions.
+        budget: bytes that all tables together take to serve, ``"64 MB"``, or ``"3%"`` of the plain
+            tables; a row without room stays, as if it had been decided so. Default:
+            ``config.budget``; without one, or where tables have budgets, these stay as they are.
 
     Raises:
         TypeError: a table that is no ResizableEmbedding.
-        ValueError: no table at all, or a method without growth.
+        ValueError: no table at all, a method without a search, or a budget that does not hold the
+            rows as they are, which names the smallest that does. Nothing is changed.
 
     Notes:
         Call :meth:`grow` before the forward pass and :meth:`learn` after backward, once a batch
@@ -73,7 +78,12 @@ class SizeSearch(nn.Module):
     Source: Liu et al., SIGIR 2020, section 3.
     """
 
-    def __init__(self, tables: Mapping[str, ResizableEmbedding], config: SearchConfig) -> None:
+    def __init__(
+        self,
+        tables: Mapping[str, ResizableEmbedding],
+        config: SearchConfig,
+        budget: int | str | None = None,
+    ) -> None:
         super().__init__()
         if not tables:
             raise ValueError("SizeSearch needs at least one table")
@@ -81,7 +91,11 @@ class SizeSearch(nn.Module):
             if not isinstance(table, ResizableEmbedding):
                 raise TypeError(f"'{name}' is a {type(table).__name__}, not a ResizableEmbedding")
         if config.method != "esapn" and rule_of(config, torch.device("cpu")) is None:
-            raise ValueError(f"method '{config.method}' does not grow rows")
+            raise ValueError(f"method '{config.method}' is not one of a search")
+        if budget is None and config.budget and all(t.budget is None for t in tables.values()):
+            budget = config.budget
+        if budget is not None:
+            share_budget(tables, budget)
         self.config = config
         # Policies start on the host, whatever torch's default device is, and move to their table.
         with torch.device("cpu"):

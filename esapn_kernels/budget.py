@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Mapping
 from fractions import Fraction
+from typing import TYPE_CHECKING
 
-__all__ = ["budget_bytes"]
+from .storage.arena import Arena
+from .storage.cap import table_bytes
+
+if TYPE_CHECKING:
+    from .module import ResizableEmbedding
+
+__all__ = ["budget_bytes", "share_budget"]
 
 _UNITS = {
     "": 1,
@@ -48,3 +57,57 @@ def budget_bytes(budget: int | str, plain: int) -> int:
     if found < 1:
         raise ValueError(f"budget must be at least a byte, got {budget!r}")
     return found
+
+
+def share_budget(tables: Mapping[str, ResizableEmbedding], budget: int | str) -> None:
+    """Give every table a budget of its own, so that all together take ``budget`` at most.
+
+    A table gets what its rows take now, and of the rest a part in proportion to the square root of
+    its rows, as far as it can use it: what ``d = s sqrt(count)`` takes of tables that are looked up
+    equally often, with one ``s`` for all.
+
+    Args:
+        tables: by name; those of one size get what they take.
+        budget: bytes, a text as ``"64 MB"``, or a share of all the plain tables as ``"3%"``.
+
+    Raises:
+        ValueError: it does not hold the rows as they are, or is no budget; nothing is changed.
+
+    Example:
+        >>> from esapn_kernels import ResizableEmbedding
+        >>> tables = {"user": ResizableEmbedding(9000, 16), "item": ResizableEmbedding(1000, 16)}
+        >>> share_budget(tables, "50%")
+        >>> sum(table.budget for table in tables.values()) <= 10_000 * 16 * 4 // 2
+        True
+    """
+    plain = {
+        name: table.arena.num_rows * table.sizes[-1] * table.arena.storage.element_size()
+        for name, table in tables.items()
+    }
+    least = {name: table.least_budget for name, table in tables.items()}
+    total, needed = budget_bytes(budget, sum(plain.values())), sum(least.values())
+    if total < needed:
+        raise ValueError(
+            f"a budget of {total} bytes does not hold the rows as they are: {needed} bytes do"
+        )
+    lacking = {
+        name: max(_most_bytes(tables[name], plain[name]) - least[name], 0) for name in tables
+    }
+    rest = total - needed
+    weights = {name: math.sqrt(max(table.num_embeddings, 1)) for name, table in tables.items()}
+    for name in sorted(tables, key=lambda name: lacking[name] / weights[name]):
+        part = min(int(rest * weights[name] / sum(weights.values())), lacking[name])
+        rest -= part
+        del weights[name]
+        tables[name].set_budget(least[name] + part)
+
+
+def _most_bytes(table: ResizableEmbedding, plain: int) -> int:
+    """What a table takes with all rows at the largest size, and a page begun for every size."""
+    arena = table.arena
+    if not isinstance(arena, Arena):
+        return plain
+    pages = -(-arena.num_rows // arena.rows_per_page[-1]) + len(table.sizes)
+    itemsize = arena.storage.element_size()
+    rows = table_bytes(arena.num_rows, table.sizes, arena.page, pages, itemsize)
+    return rows + table.chain.nbytes

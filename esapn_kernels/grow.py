@@ -40,12 +40,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from .budget import budget_bytes
+from .budget import share_budget
 from .module import ResizableEmbedding
 from .ops.counts import DeviceCount
 from .row_counts import RowCounts
 from .storage.arena import Arena
-from .storage.cap import table_bytes
 
 __all__ = ["ByCounts", "Growth", "GrowthReport", "TableGrowth"]
 
@@ -55,11 +54,15 @@ _CONDENSE = 64
 
 @dataclass(frozen=True)
 class TableGrowth:
-    """A table's ``rows`` of every size, what it takes to serve and may take, and rows moved."""
+    """A table's ``rows`` of every size, what it takes to serve and may take, and rows moved.
+
+    ``counters`` are bytes beside, in training: what is noted and counted of its ids.
+    """
 
     rows: dict[int, int]
     serving: int
     budget: int
+    counters: int
     promoted: int
     demoted: int
     refused: int
@@ -78,7 +81,8 @@ class GrowthReport:
             share = table.serving / table.budget
             lines += [
                 f"{name or 'table'}: {table.serving:,} of {table.budget:,} B ({share:.1%}), "
-                f"{table.promoted:,} up, {table.demoted:,} down, {table.refused:,} refused",
+                f"{table.promoted:,} up, {table.demoted:,} down, {table.refused:,} refused, "
+                f"counters {table.counters:,} B",
                 f"  rows by size  {sizes}",
             ]
         return "\n".join(lines)
@@ -161,7 +165,7 @@ ResizableEmbedding`; ``"3%"`` is of all the plain tables. Each table may take wh
             if budget is None and table.budget is None:
                 raise ValueError(f"{name or 'the table'} has no budget: give one for all tables")
         if budget is not None:
-            _share(found, budget)
+            share_budget(found, budget)
         self.every = every
         self._steps = dict.fromkeys(self.tables, 0)
         self._noted: dict[str, list[Tensor]] = {name: [] for name in self.tables}
@@ -304,6 +308,10 @@ ResizableEmbedding`; ``"3%"`` is of all the plain tables. Each table may take wh
             # Places of other sizes may lie between: pages that empty serve these.
             table.compact(len(ids))
 
+    def counter_bytes(self, name: str) -> int:
+        """Bytes of what is noted and counted of a table's ids."""
+        return sum(t.nbytes for t in (*self._noted[name], *self._merged.get(name, ())))
+
     def report(self) -> GrowthReport:
         """Sizes, bytes, moves and refusals of every table."""
         tables = {}
@@ -314,6 +322,7 @@ ResizableEmbedding`; ``"3%"`` is of all the plain tables. Each table may take wh
                 rows=report.rows_per_size,
                 serving=report.serving,
                 budget=table.budget,
+                counters=self.counter_bytes(name),
                 promoted=self._promoted[name].total(),
                 demoted=self._demoted[name].total(),
                 refused=self._refusals(name),
@@ -435,6 +444,10 @@ class ByCounts(Growth):
         """See :meth:`Growth.count`."""
         self._counts[name].add(ids, times)
 
+    def counter_bytes(self, name: str) -> int:
+        """See :meth:`Growth.counter_bytes`."""
+        return super().counter_bytes(name) + self._counts[name].nbytes
+
     def fit(self, name: str) -> None:
         """See :meth:`Growth.fit`."""
         if self._fits[name] % self.refit == 0:
@@ -542,40 +555,3 @@ def _summed(ids: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
     ids, order = ids.sort(stable=True)
     ids, where = ids.unique_consecutive(return_inverse=True)
     return ids, torch.zeros_like(ids).index_add_(0, where, times[order])
-
-
-def _share(tables: Mapping[str, ResizableEmbedding], budget: int | str) -> None:
-    """Cap the tables of several sizes so that all together take ``budget``."""
-    plain = {
-        name: table.arena.num_rows * table.sizes[-1] * table.arena.storage.element_size()
-        for name, table in tables.items()
-    }
-    least = {name: table.least_budget for name, table in tables.items()}
-    total, needed = budget_bytes(budget, sum(plain.values())), sum(least.values())
-    if total < needed:
-        raise ValueError(
-            f"a budget of {total} bytes does not hold the rows as they are: {needed} bytes do"
-        )
-    # With one s, of tables that are looked up equally often, d ~ sqrt(count) takes sqrt(rows).
-    lacking = {
-        name: max(_most_bytes(tables[name], plain[name]) - least[name], 0) for name in tables
-    }
-    rest = total - needed
-    weights = {name: math.sqrt(max(table.num_embeddings, 1)) for name, table in tables.items()}
-    for name in sorted(tables, key=lambda name: lacking[name] / weights[name]):
-        part = min(int(rest * weights[name] / sum(weights.values())), lacking[name])
-        rest -= part
-        del weights[name]
-        if isinstance(tables[name].arena, Arena):
-            tables[name].set_budget(least[name] + part)
-
-
-def _most_bytes(table: ResizableEmbedding, plain: int) -> int:
-    """What a table takes with all rows at the largest size, and a page begun for every size."""
-    arena = table.arena
-    if not isinstance(arena, Arena):
-        return plain
-    pages = -(-arena.num_rows // arena.rows_per_page[-1]) + len(table.sizes)
-    itemsize = arena.storage.element_size()
-    rows = table_bytes(arena.num_rows, table.sizes, arena.page, pages, itemsize)
-    return rows + table.chain.nbytes

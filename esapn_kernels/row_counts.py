@@ -60,6 +60,12 @@ class RowCounts:
         wanted = self._begin.cpu().double()[:, None] * ratio
         self._bin = torch.searchsorted(self._begin.cpu().double(), wanted).to(device)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the counts, of their histogram and of what finds the sizes."""
+        held = (self.u, self.histogram, self.least, self._begin, self._bin)
+        return sum(tensor.nbytes for tensor in held)
+
     def _bins(self, u: Tensor) -> Tensor:
         return u.view(torch.int32) >> _SHIFT
 

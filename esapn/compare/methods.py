@@ -1,6 +1,6 @@
 """The methods of a comparison: a preset, or a preset with settings of its own.
 
-esapn   fixed-16   esapn-dwell-0.5   esapn,history=3   fixed-16,tower=plain
+esapn   fixed-16   esapn-dwell-0.5   esapn,history=3   fixed-16,tower=plain   counts-25%
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     # FIXED of the authors' code: as wide as all sizes together, towers without BatchNorm and tanh.
     "fixed-222-plain": {"method": "fixed", "fixed_size": 222, "tower": "plain"},
 }
-# Label without the number behind it, as in fixed-16, to the method, the setting that the number is,
-# and its type.
+# Label without what stands behind it, as in fixed-16, to the method, the setting that this is, and
+# its type.
 KNOBS: dict[str, tuple[str, str, type]] = {
     "esapn-dwell": ("esapn", "dwell", float),
     "always-dwell": ("always", "dwell", float),
@@ -37,6 +37,7 @@ KNOBS: dict[str, tuple[str, str, type]] = {
     "random": ("random", "promote_probability", float),
     "thresholds": ("thresholds", "threshold", float),
     "power": ("power", "power_scale", float),
+    "counts": ("counts", "budget", str),
 }
 DEFAULT_METHODS = {
     "paper": (

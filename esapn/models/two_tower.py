@@ -38,10 +38,6 @@ class TwoTower(Recommender):
         plain_head: no BatchNorm in the inference layer, and ReLU in place of tanh.
         hops: ``linear``: trained, as published; ``padded``: fixed, a grown row appends zeros;
             ``tails``: it appends ``B e + b``, which are trained.
-        budgets: bytes that each table takes at most; None: no limit.
-
-    Raises:
-        ValueError: a table's budget does not hold its rows.
 
     Example:
         >>> model = TwoTower(10, 20, sizes=(2, 4), n_outputs=1, hidden=8)
@@ -61,13 +57,11 @@ class TwoTower(Recommender):
         plain: bool = False,
         plain_head: bool = False,
         hops: str = "linear",
-        budgets: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
         options: dict[str, Any] = {"sizes": sizes, "init_std": init_std, "init": hops}
-        user, item = budgets or (None, None)
-        self.user = ResizableEmbedding(n_users, budget=user, **options)
-        self.item = ResizableEmbedding(n_items, budget=item, **options)
+        self.user = ResizableEmbedding(n_users, **options)
+        self.item = ResizableEmbedding(n_items, **options)
         for table in (self.user, self.item):
             if hops == "padded" and table.chain is not None:
                 table.chain.requires_grad_(False)

@@ -4,6 +4,7 @@ All methods share the stream, the inference layer, the optimizers and the initia
 differs is what carries the rows and what decides on their sizes:
 
     esapn, always, never, random, thresholds, power      ResizableEmbedding + SizeSearch
+    counts                                               ResizableEmbedding + ByCounts
     fixed                                                ResizableEmbedding of one size
     darts, autoemb                                       SoftEmbedding
     biases                                               no embedding
@@ -21,7 +22,8 @@ import torch
 from torch import Tensor
 
 from esapn_kernels import ResizableEmbedding
-from esapn_kernels.budget import budget_bytes
+from esapn_kernels.budget import budget_bytes, share_budget
+from esapn_kernels.grow import ByCounts
 from esapn_kernels.ops.backend import resolve_backend
 from esapn_kernels.storage.arena import Arena
 
@@ -100,42 +102,26 @@ def build_model(config: SearchConfig, stream: Stream) -> Recommender:
         return SoftTwoTower(
             *tables, n_outputs=n_outputs, hidden=config.hidden, plain_head=plain_head
         )
-    try:
-        return TwoTower(
-            *rows,
-            sizes=config.row_sizes,
-            n_outputs=n_outputs,
-            hidden=config.hidden,
-            init_std=config.init_std,
-            plain=plain,
-            plain_head=plain_head,
-            hops=config.hops,
-            budgets=_budgets(config, rows),
-        )
-    except ValueError as error:
-        if not config.budget:
-            raise
-        least = _least_budget(config, rows)
-        raise ConfigError(
-            f"--budget {config.budget} does not hold the rows at their first size: {least} bytes do"
-        ) from error
+    check_budget(config, stream)
+    model = TwoTower(
+        *rows,
+        sizes=config.row_sizes,
+        n_outputs=n_outputs,
+        hidden=config.hidden,
+        init_std=config.init_std,
+        plain=plain,
+        plain_head=plain_head,
+        hops=config.hops,
+    )
+    if config.budget:
+        share_budget(model.tables(), _budget(config, stream))
+    return model
 
 
-def _budgets(config: SearchConfig, rows: tuple[int, int]) -> tuple[int, int] | None:
-    """Bytes of users and items: of the budget the share that their plain table has of both."""
-    if not config.budget:
-        return None
-    whole = budget_bytes(config.budget, sum(rows) * config.sizes[-1] * 4)
-    user, item = (max(whole * n // sum(rows), 1) for n in rows)
-    return user, item
-
-
-def _least_budget(config: SearchConfig, rows: tuple[int, int]) -> int:
-    """The smallest budget in bytes whose shares hold both tables."""
-    with torch.device("meta"):
-        tables = [ResizableEmbedding(n, sizes=config.row_sizes, init=config.hops) for n in rows]
-    least = [sum(t.nbytes for t in (*table.parameters(), *table.buffers())) for table in tables]
-    return max(-(-mine * sum(rows) // n) for mine, n in zip(least, rows, strict=True))
+def _budget(config: SearchConfig, stream: Stream) -> int:
+    """Bytes of both tables; a share is of the plain tables at the last of ``--sizes``."""
+    plain = (stream.n_users + stream.n_items) * config.sizes[-1] * 4
+    return budget_bytes(config.budget, plain)
 
 
 def check_budget(config: SearchConfig, stream: Stream) -> None:
@@ -144,9 +130,18 @@ def check_budget(config: SearchConfig, stream: Stream) -> None:
     Raises:
         ConfigError: it does not.
     """
-    if config.budget:
-        with torch.device("meta"):
-            build_model(config, stream)
+    if not config.budget:
+        return
+    with torch.device("meta"):
+        tables = [
+            ResizableEmbedding(n, sizes=config.row_sizes, init=config.hops)
+            for n in (stream.n_users, stream.n_items)
+        ]
+    least = sum(t.nbytes for table in tables for t in (*table.parameters(), *table.buffers()))
+    if _budget(config, stream) < least:
+        raise ConfigError(
+            f"--budget {config.budget} does not hold the rows at their first size: {least} bytes do"
+        )
 
 
 def _optimizers(config: SearchConfig, model: Recommender) -> list[torch.optim.Optimizer]:
@@ -193,8 +188,12 @@ class Run:
         self.model = build_model(config, stream).to(device)
         self.optimizers = _optimizers(config, self.model)
         self.search: SizeSearch | None = None
+        self.growth: ByCounts | None = None
         tables = self.model.tables()
-        if tables and config.method != "fixed":
+        if config.method == "counts":
+            half_life = config.half_life or math.inf
+            self.growth = ByCounts(self.model, every=config.move_every, half_life=half_life)
+        elif tables and config.method != "fixed":
             self.search = SizeSearch(tables, config)
         self.measures = Prequential(stream.n_train, len(stream.user), device)
         self.log: list[dict[str, Any]] = []
@@ -300,7 +299,7 @@ class Run:
             train=self.measures.summary("train"),
             test=self.measures.summary("test", self.stream.labels(cut, max(seen, cut))),
             memory=memory,
-            bytes=bytes_of(memory, self.serving, seen, self.search),
+            bytes=bytes_of(memory, self.serving, seen, self._counters()),
             log=self.log,
             by_frequency=self.measures.by_frequency(),
             sizes_by_frequency={
@@ -312,6 +311,15 @@ class Run:
             stopped_early=self.index < len(self.stream.bounds),
             run=self,
         )
+
+    def _counters(self) -> int:
+        """Bytes of what decides on sizes: the search's policies and histories, or counts."""
+        if self.growth is not None:
+            return sum(table.counters for table in self.growth.report().tables.values())
+        if self.search is not None:
+            held = (*self.search.parameters(), *self.search.buffers())
+            return sum(tensor.nbytes for tensor in held)
+        return 0
 
     def _arenas(self) -> Iterator[tuple[str, Arena]]:
         """Where rows of several sizes lie, by side."""
@@ -327,6 +335,7 @@ class Run:
             "free": {name: arena.free_places() for name, arena in self._arenas()},
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "search": None if self.search is None else self.search.state_dict(),
+            "growth": None if self.growth is None else self.growth.state_dict(),
             "measures": self.measures.state_dict(),
             "log": self.log,
             "seconds": self.seconds,
@@ -347,6 +356,8 @@ class Run:
             optimizer.load_state_dict(saved)
         if self.search is not None:
             self.search.load_state_dict(state["search"])
+        if self.growth is not None:
+            self.growth.load_state_dict(state["growth"])
         self.measures.load_state_dict(state["measures"])
         self.index, self.log, self.seconds = state["index"], state["log"], state["seconds"]
         self.serving.peak, self.serving.total = state["bytes"]

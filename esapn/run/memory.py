@@ -12,7 +12,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from esapn_kernels import ResizableEmbedding
 
@@ -69,7 +69,7 @@ def bytes_of(
     memory: Mapping[str, Mapping[str, Any]],
     over_time: ServingBytes,
     events: int,
-    search: nn.Module | None,
+    counters: int,
 ) -> dict[str, float]:
     """Both sides together: serving now, at its peak and on average; training; fixed; limits.
 
@@ -77,20 +77,17 @@ def bytes_of(
         memory: of :func:`describe`.
         over_time: serving bytes up to now.
         events: of the run, so far.
-        search: whose parameters and buffers are part of ``training``.
+        counters: bytes of what decides on sizes, which are part of ``training``.
     """
     total = {
         part: sum(side[part] for side in memory.values())
         for part in ("serving", "optimizer", "fixed")
     }
-    state = 0
-    if search is not None:
-        state = sum(t.nbytes for t in [*search.parameters(), *search.buffers()])
     return {
         "serving": total["serving"],
         "serving_peak": max(over_time.peak, total["serving"]),
         "serving_mean": over_time.mean(events),
-        "training": total["serving"] + total["optimizer"] + state,
+        "training": total["serving"] + total["optimizer"] + counters,
         "fixed128": total["fixed"],
         **_limits(memory),
     }

@@ -198,11 +198,41 @@ def test_tables_that_cannot_be_searched():
         SizeSearch({"word": torch.nn.Embedding(3, 2)}, SearchConfig())
 
 
-@pytest.mark.parametrize("method", ["fixed", "darts", "autoemb", "biases"])
+@pytest.mark.parametrize("method", ["fixed", "darts", "autoemb", "biases", "counts"])
 def test_a_method_without_growth_is_no_search(method):
+    settings = {"budget": "90%"} if method == "counts" else {}
     table = ResizableEmbedding(3, sizes=(1, 2))
-    with pytest.raises(ValueError, match=f"'{method}' does not grow rows"):
-        SizeSearch({"word": table}, SearchConfig(method=method))
+    with pytest.raises(ValueError, match=f"'{method}' is not one of a search"):
+        SizeSearch({"word": table}, SearchConfig(method=method, **settings))
+
+
+@pytest.mark.parametrize("given", ["argument", "config"])
+def test_tables_share_a_budget(given):
+    """Rows grow until it is spent, and no further."""
+    rows = {"user": 900, "item": 300}
+
+    def build(budget):
+        tables = {name: ResizableEmbedding(n, sizes=(1, 2, 4)) for name, n in rows.items()}
+        settings = {"method": "always", "sizes": (1, 2, 4)}
+        if given == "config":
+            return tables, SizeSearch(tables, SearchConfig(**settings, budget=budget))
+        return tables, SizeSearch(tables, SearchConfig(**settings), budget)
+
+    with pytest.raises(ValueError, match=r"does not hold the rows as they are: \d+ bytes do$") as e:
+        build("1 B")
+    least = int(str(e.value).split()[-3])
+    tables, search = build(f"{least + 3000} B")
+    ids = torch.arange(300)
+    for _ in range(3):
+        search.grow({name: ids for name in rows})
+        search.learn(torch.zeros(300))
+        serving = sum(table.memory_report().serving for table in tables.values())
+        assert least < serving <= least + 3000
+    assert all(table.refused > 0 for table in tables.values())
+    # A search begun again on the same tables leaves them as they are.
+    own = {name: table.budget for name, table in tables.items()}
+    SizeSearch(tables, SearchConfig(method="always", budget="90%"))
+    assert {name: table.budget for name, table in tables.items()} == own
 
 
 @pytest.mark.parametrize("change", ["missing", "unknown"])

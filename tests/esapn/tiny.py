@@ -22,6 +22,7 @@ TINY = {
     "log_every": 3,
     "threshold": 2.0,
     "history": 2,
+    "move_every": 2,
 }
 USERS, ITEMS, EVENTS = 70, 50, 700
 
@@ -32,7 +33,8 @@ def tiny_stream(task="binary", events=EVENTS, history=2):
 
 
 def tiny(mode="paper", stream=None, **settings) -> Run:
-    config = SearchConfig.of_mode(mode, **{**TINY, **settings})
+    room = {"budget": "300%"} if settings.get("method") == "counts" else {}
+    config = SearchConfig.of_mode(mode, **{**TINY, **room, **settings})
     return Run(config, tiny_stream(config.task) if stream is None else stream)
 
 

@@ -35,6 +35,8 @@ pytestmark = pytest.mark.usefixtures("no_figure", "threads")
 def test_runs(task, method, order, tmp_path, capsys):
     out = tmp_path / "deep" / "out"
     arguments = [*SMALL, "--task", task, "--method", method, "--order", order, "--fixed-size", 6]
+    if method == "counts":
+        arguments += ["--budget", "2 kB", "--move-every", 2]
     assert search(*arguments, "--sizes", 1, 3, 5, "--seed", 2, "--device", "cpu", "--out", out) == 0
     assert sorted(path.name for path in out.iterdir()) == ["result.json", "run.png"]
     saved = json.loads((out / "result.json").read_text())

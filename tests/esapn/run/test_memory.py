@@ -27,12 +27,11 @@ def test_bytes_by_hand():
     over_time = ServingBytes()
     over_time.add(500, 30)
     over_time.add(100, 10)
-    search = torch.nn.BatchNorm1d(5)  # 4 tensors of 5 numbers and a count of 8 bytes
-    assert bytes_of(memory, over_time, 40, search) == {
+    assert bytes_of(memory, over_time, 40, counters=88) == {
         **{"serving": 176, "serving_peak": 500, "serving_mean": 400.0},
         **{"training": 276 + 88, "fixed128": 96},
     }
-    found = bytes_of(memory, ServingBytes(), 0, None)
+    found = bytes_of(memory, ServingBytes(), 0, counters=0)
     assert (found["serving_peak"], found["serving_mean"], found["training"]) == (176, 0.0, 276)
 
 
