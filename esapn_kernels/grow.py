@@ -15,7 +15,8 @@ and on as many others, whatever the size of the table:
     shrink   of as many rows as were looked up, taken in turn from the whole table, those that
              are larger than d(x)
     grow     of the rows looked up, those that would be smaller than d(x) even if their count were
-             divided by ``hysteresis``; without room they stay, and ``refused`` counts them
+             divided by ``hysteresis``; without room more rows take their turn, then they stay, and
+             ``refused`` counts them
 
 The hysteresis keeps rows from going to and fro. It is on the side of growth, so that whatever sizes
 rows keep fits the budget, and a row that becomes frequent finds room.
@@ -50,6 +51,9 @@ __all__ = ["ByCounts", "Growth", "GrowthReport", "TableGrowth"]
 
 _CONDENSE = 64
 """Lookups that are noted one by one; more are merged."""
+
+_TURNS = 8
+"""How many times as many rows as were looked up may take their turn at a move, to find room."""
 
 
 @dataclass(frozen=True)
@@ -188,6 +192,7 @@ ResizableEmbedding`; ``"3%"`` is of all the plain tables. Each table may take wh
         stepping = register_optimizer_step_post_hook(after_step)
         weakref.finalize(self, stepping.remove)
         self._handles = [stepping]
+        self._keep_pages(1)
         for name, table in self.tables.items():
             hook = _Noting(self, name)
             self._handles.append(table.register_forward_hook(hook, with_kwargs=True))
@@ -216,7 +221,14 @@ ResizableEmbedding`; ``"3%"`` is of all the plain tables. Each table may take wh
         """From now on no lookup is noted and no row moves."""
         for handle in self._handles:
             handle.remove()
+        self._keep_pages(0)
         _growing.difference_update(self.tables.values())
+
+    def _keep_pages(self, count: int) -> None:
+        """Leave so many pages of every table to rows that shrink, which find room in a full one."""
+        for table in self.tables.values():
+            arena: Any = table.arena
+            arena.kept_pages = count
 
     def note(self, name: str, ids: Tensor) -> None:
         """The rows of ``ids`` were looked up."""
@@ -285,28 +297,51 @@ ResizableEmbedding`; ``"3%"`` is of all the plain tables. Each table may take wh
                 self._move(name, ids)
 
     def _move(self, name: str, ids: Tensor) -> None:
-        """Rows that take their turn shrink; rows that were looked up grow."""
+        """Rows that take their turn shrink; rows that were looked up grow.
+
+        Where these find no room, as many again take their turn.
+        """
+        table, rows = self.tables[name], self.tables[name].arena.num_rows
+        turn = min(len(ids), rows)
+        for tried in range(1, _TURNS + 1):
+            full = self._shrink(name, turn)
+            before = table.refused
+            refused = self._grow(name, ids)
+            if full or refused:
+                # Places of other sizes may lie between: pages that empty serve these.
+                table.compact(turn)
+            if not refused or tried == _TURNS or tried * turn >= rows:
+                break
+            self._refused[name] -= table.refused - before  # tried again
+
+    def _shrink(self, name: str, count: int) -> bool:
+        """Shrink those of the next ``count`` rows that are too large; whether one found no room."""
         table = self.tables[name]
         arena: Any = table.arena
-        first, rows = self._next[name], arena.num_rows
-        turn = torch.arange(first, first + min(len(ids), rows), device=ids.device) % rows
-        self._next[name] = (first + len(turn)) % rows
+        first, device = self._next[name], arena.storage.device
+        turn = torch.arange(first, first + count, device=device) % arena.num_rows
+        self._next[name] = (first + count) % arena.num_rows
         if table.padding_idx is not None:
             turn = turn[turn != table.padding_idx]
         most = self.wanted(name, turn)[1]
-        full = False
-        while not full and bool((shrinks := arena.level(turn) > most).any()):
+        while bool((shrinks := arena.level(turn) > most).any()):
             moved = table.demote(turn, shrinks)
-            self._demoted[name].prepare(ids.device).add_(moved.sum())
-            full = not torch.equal(moved, shrinks)
-        least, refused = self.wanted(name, ids)[0], False
-        while not refused and bool((grows := arena.level(ids) < least).any()):
+            self._demoted[name].prepare(device).add_(moved.sum())
+            if not torch.equal(moved, shrinks):
+                return True
+        return False
+
+    def _grow(self, name: str, ids: Tensor) -> bool:
+        """Grow the rows of ``ids`` that are too small; whether one found no room."""
+        table = self.tables[name]
+        arena: Any = table.arena
+        least = self.wanted(name, ids)[0]
+        while bool((grows := arena.level(ids) < least).any()):
             moved = table.promote(ids, grows)
             self._promoted[name].prepare(ids.device).add_(moved.sum())
-            refused = not torch.equal(moved, grows)
-        if full or refused:
-            # Places of other sizes may lie between: pages that empty serve these.
-            table.compact(len(ids))
+            if not torch.equal(moved, grows):
+                return True
+        return False
 
     def counter_bytes(self, name: str) -> int:
         """Bytes of what is noted and counted of a table's ids."""

@@ -53,31 +53,24 @@ class RowCounts:
         self.histogram = self._count_bins()
         # Of every level but the first; at first no row is large enough for any.
         self.least = torch.full((len(sizes) - 1,), math.inf, device=device)
-        begins = torch.arange(_BINS, dtype=torch.int32) << _SHIFT
-        self._begin = begins.view(torch.float32).nan_to_num(math.inf, math.inf).to(device)
-        # By the bin from which on rows have the second size, that from which on they have a size.
-        ratio = torch.tensor([(d / sizes[1]) ** 2 for d in sizes[1:]], dtype=torch.float64)
-        wanted = self._begin.cpu().double()[:, None] * ratio
-        self._bin = torch.searchsorted(self._begin.cpu().double(), wanted).to(device)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the counts, of their histogram and of what finds the sizes."""
-        held = (self.u, self.histogram, self.least, self._begin, self._bin)
-        return sum(tensor.nbytes for tensor in held)
+        """Bytes of the counts, of their histogram and of where sizes begin."""
+        return self.u.nbytes + self.histogram.nbytes + self.least.nbytes
 
     def _bins(self, u: Tensor) -> Tensor:
         return u.view(torch.int32) >> _SHIFT
 
     def _count_bins(self) -> Tensor:
-        return torch.bincount(self._bins(self.u), minlength=_BINS)
+        return torch.bincount(self._bins(self.u), minlength=_BINS).int()
 
     def add(self, ids: Tensor, counts: Tensor) -> None:
         """The rows ``ids``, distinct, were looked up ``counts`` times."""
         before = self.u[ids]
         after = before + counts * 2.0**self.log_weight
         self.u[ids] = after
-        one = torch.ones_like(ids)
+        one = torch.ones_like(ids, dtype=torch.int32)
         self.histogram.index_add_(0, self._bins(after), one)
         self.histogram.index_add_(0, self._bins(before), -one)
         if self.half_life < math.inf:
@@ -96,18 +89,26 @@ class RowCounts:
     def fit(self, reserve: float) -> None:
         """Find the largest ``s`` whose rows fit all pages but the part ``reserve`` of them."""
         arena = self.arena
-        room = math.floor((arena.page_level.numel() - 1) * (1 - reserve))
+        pages = arena.page_level.numel() - 1
+        room = pages - max(math.ceil(pages * reserve), arena.kept_pages)
+        begin = torch.arange(_BINS, dtype=torch.int32, device=arena.storage.device) << _SHIFT
+        begin = begin.view(torch.float32).nan_to_num(math.inf, math.inf)
+        # By the bin from which on rows have the second size, that from which on they have a size.
+        ratio = [(size / arena.sizes[1]) ** 2 for size in arena.sizes[1:]]
+        edges = begin.double()
+        wanted = edges[_FIRST:, None] * torch.tensor(ratio, dtype=edges.dtype, device=edges.device)
+        first = torch.searchsorted(edges, wanted)
         # Ids from every bin on; beyond the last none.
         above = self.histogram.flip(0).cumsum(0).flip(0)
         above = torch.cat([above, above.new_zeros(1)])
-        larger = above[self._bin[_FIRST:]]
+        larger = above[first]
         every = torch.full_like(larger[:, :1], arena.num_rows - self.padding)
         rows = torch.cat([every, larger], dim=1)
         rows[:, :-1] -= larger
         rows[:, -1] += self.padding
         per_page = torch.tensor(arena.rows_per_page, device=rows.device)
         fits = (-(-rows // per_page)).sum(1) <= room
-        least = self._begin[self._bin[_FIRST + fits.int().argmax()].clamp(max=_BINS - 1)]
+        least = begin[first[fits.int().argmax()].clamp(max=_BINS - 1)]
         self.least = torch.where(fits.any(), least, math.inf)
 
     def levels(self, ids: Tensor, times: float = 1.0) -> Tensor:

@@ -108,6 +108,7 @@ def _scan_kernel(
     refused_ptr,
     n_ids,
     page_shift,
+    kept,
     SIZES: tl.constexpr,
     TAKE: tl.constexpr,
     GIVE: tl.constexpr,
@@ -144,6 +145,8 @@ def _scan_kernel(
     give_at = tl.zeros([LEVELS], dtype=tl.int64)
     height_after = tl.zeros([LEVELS], dtype=tl.int64)
     pages = tl.load(free_count_ptr + len(SIZES))
+    # Those that stay free are at the bottom of the stack.
+    least = tl.minimum(pages, kept)
     # A group takes from the stack of the one that follows: down hops go from the last level on.
     FIRST: tl.constexpr = len(SIZES) - 1 if HOP < 0 else 0
     END: tl.constexpr = -1 if HOP < 0 else len(SIZES)
@@ -161,7 +164,7 @@ def _scan_kernel(
         if TAKE and g + HOP < len(SIZES) and g + HOP >= 0:
             free = tl.load(free_count_ptr + g + HOP)
             per = (1 << page_shift) // SIZES[g + HOP]
-            count = tl.minimum(count, free + pages * per)
+            count = tl.minimum(count, free + (pages - least) * per)
             fresh = (tl.maximum(count - free, 0) + per - 1) // per
             held = tl.where(levels == g, free, held)
             top = tl.where(levels == g, pages, top)
@@ -511,6 +514,7 @@ def _launch(
         places.refused,
         n_ids,
         layout.page_shift,
+        0 if hop < 0 else places.kept,
         SIZES=sizes,
         **flags,
         **scan,

@@ -109,6 +109,7 @@ class Places:
             backend has one.
         moves: int64, the calls by which rows may have moved; every operator counts on.
         refused: int64, rows that found no room so far; the Triton backend counts on.
+        kept: free pages that only rows on their way down take; the Triton backend leaves them.
     """
 
     layout: Layout
@@ -121,6 +122,7 @@ class Places:
     owner: Tensor | None
     moves: Tensor
     refused: Tensor
+    kept: int = 0
 
 
 @dataclass(frozen=True)

@@ -116,7 +116,14 @@ class FreeLists:
         for mine, given in zip(present, stacks, strict=True):
             mine.copy_(given)
 
-    def at(self, layout: Layout, owner: Tensor | None, moves: Tensor, refused: Tensor) -> Places:
+    def at(
+        self,
+        layout: Layout,
+        owner: Tensor | None,
+        moves: Tensor,
+        refused: Tensor,
+        kept: int = 0,
+    ) -> Places:
         """What rows that move on ``layout`` work on; only the Triton backend has an ``owner``."""
         return Places(
             layout,
@@ -129,6 +136,7 @@ class FreeLists:
             owner,
             moves,
             refused,
+            kept,
         )
 
     def new_owner(self, num_rows: int) -> Tensor:

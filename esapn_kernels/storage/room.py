@@ -48,6 +48,9 @@ class Room(Locations):
     # The id that compaction in steps goes on from.
     cursor = 0
 
+    kept_pages = 0
+    """Free pages of an arena with a budget that only demotions take: in a full one rows shrink."""
+
     def level(self, ids: Tensor | None = None) -> Tensor:
         """Level of every row of ``ids`` (of all rows), int64; -1 where there is no row."""
         self._check_accepted()
@@ -186,13 +189,14 @@ class Room(Locations):
         for rows, k in zip(movers.per_level, enters, strict=True):
             if rows:
                 taken[k] += rows
-        if free.missing(taken) <= self._pages_allowed():
+        kept = 0 if call == "demote" else self.kept_pages
+        if not kept and free.missing(taken) <= self._pages_allowed():
             return movers
         if isinstance(free, FreeLists):
             self._release(free)
             free.ledger.see(free.count.tolist())
         *places, pages = free.count.tolist()
-        pages += self._pages_allowed()
+        pages = max(pages + self._pages_allowed() - kept, 0)
         fit = list(movers.per_level)
         for k in range(len(fit))[:: -1 if call == "demote" else 1]:
             if not fit[k]:
@@ -301,7 +305,8 @@ class Room(Locations):
         self._digest = None
         torch.autograd.graph.increment_version(self.moves)
         refused = self.refusals.prepare(self.storage.device)
-        return stacks.at(self._layout_with_sinks(), owner, self.moves, refused)
+        kept = 0 if self.budget is None else self.kept_pages
+        return stacks.at(self._layout_with_sinks(), owner, self.moves, refused, kept)
 
     def _count_move(self) -> None:
         self._digest = None

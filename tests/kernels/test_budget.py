@@ -257,6 +257,8 @@ def simulate(arena, ids, mask, enter, order):
             free[k] += arena.page // arena.sizes[k] - used[page]
         else:
             pages += 1
+    if 0 in order:  # no demotion, which alone takes these
+        pages = max(pages - arena.kept_pages, 0)
     level = {i: levels[start[i] // arena.page] if start[i] >= 0 else -1 for i in ids}
     named = [i for i, ok in zip(ids, mask, strict=True) if ok and enter(level[i]) is not None]
     going, refused = set(), 0
@@ -353,6 +355,11 @@ class Machine(RuleBasedStateMachine):
         ids, size = self.ids(data), self.emb.sizes[min(k, len(self.emb.sizes) - 1)]
         done = self.emb.resize(ids, size)
         assert torch.equal(done, self.emb.sizes_of(ids) == size)
+
+    @rule(pages=st.integers(0, 2))
+    def keep(self, pages):
+        """Pages for demotion alone, as long as nothing makes the table anew."""
+        self.emb.arena.kept_pages = pages
 
     @rule(rows=st.one_of(st.none(), st.integers(1, 45)))
     def compact(self, rows):
@@ -543,6 +550,26 @@ def test_demotion_serves_the_last_level_first(backend, device):
     gone = [i for i, ok in zip(down.tolist(), moved, strict=True) if ok]
     assert gone == [i for i in range(24) if small[i] == 2][:7]
     assert module.refused == 16 - 7
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_page_that_is_kept_is_for_demotion(backend, device):
+    module = shortage(backend, device)
+    arena, page = module.arena, module.arena.page_level[:-1]
+    arena.kept_pages = 1
+    up, down = ((arena.level() == k).nonzero()[:, 0] for k in (1, 2))
+    # Rows of 8 fill their pages: without the free one there is no place for one more.
+    assert not module.promote(up).any() and module.refused == 8
+    assert page.eq(-1).sum() == 1
+    # Two places in the page of rows of 3 that was begun, and five in the free one.
+    assert module.demote(down[:7]).all() and module.refused == 8
+    # Of the pages that these left the last one stays free.
+    arena.compact()
+    assert page.eq(-1).sum() == 3 and module.promote(up).sum() == 1 + 2 * 2
+    arena.kept_pages = 9  # more than there are
+    assert not module.promote(up).any()
+    arena.kept_pages = 0
+    assert module.promote(up).any()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -595,6 +595,27 @@ def test_state_of_other_tables_or_another_rule_is_refused():
 # Budgets.
 
 
+@pytest.mark.parametrize("backend", CPU)
+def test_a_full_table_follows_a_stream_that_drifts(backend, monkeypatch):
+    """Rows that were frequent once give way to those that are now, though no page is free."""
+    monkeypatch.setenv("ESAPN_CPU_BACKEND", backend)
+    model = Model()
+    growth = ByCounts(model, "40%", every=2, half_life=2000)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    head = torch.arange(60)
+    for shift in (0, 300, 100):
+        for step in range(150):
+            optimizer.zero_grad()
+            model(draw(step, n=200, shift=shift)).square().mean().backward()
+            optimizer.step()
+            assert serving(model) <= model.table.budget + model.head.weight.nbytes
+        sizes = model.table.sizes_of().double()
+        now, before = (head + shift) % ROWS, (head + shift - 300) % ROWS
+        assert sizes[now].mean() > 1.5 * sizes.mean() > 1.5 * sizes[before].mean()
+    moved = growth.report().tables["table"]
+    assert moved.demoted > 100
+
+
 def test_several_tables_share_a_budget():
     model = nn.ModuleList([table(900), table(300), ResizableEmbedding(100, sizes=(16,))])
     plain = 16 * 4 * 1300
@@ -800,11 +821,13 @@ def test_report(tmp_path):
     }
     assert (user.promoted, user.demoted, item.promoted) == (120, 0, 0)
     assert user.serving == model["user"].memory_report().serving <= user.budget
+    # A count of 4 bytes for every row, and a histogram.
+    assert user.counters - 4 * ROWS == item.counters - 4 * 200 > 0
     lines = str(report).splitlines()
     assert len(lines) == 4
     assert lines[0] == (
         f"user: {user.serving:,} of {user.budget:,} B ({user.serving / user.budget:.1%}), "
-        "120 up, 0 down, 0 refused"
+        f"120 up, 0 down, 0 refused, counters {user.counters:,} B"
     )
     assert lines[1] == "  rows by size  2: 560  4: 0  8: 0  16: 40"
     report.plot(tmp_path / "rows.png")
