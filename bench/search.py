@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from harness.all_sizes import AllSizesSearch
 from harness.command import Parser, at_least, check_writable, seed, write_result
+from harness.process import memory
 
 from esapn.config import MODES, SearchConfig
 from esapn.data.load import load_ratings
@@ -68,19 +69,6 @@ def compare(config: SearchConfig, stream: Stream, lean: bool, turn: int) -> dict
         "ratio_p20_p80": [ratios[len(ratios) // 5], ratios[-1 - len(ratios) // 5]],
         "quality": quality,
     }
-
-
-def memory() -> dict[str, int]:
-    """MiB of the process: its peak so far, and its present size where there is a ``/proc``."""
-    import resource  # not on Windows, where all but --long runs
-
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    found = {"peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // unit}
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except OSError:
-        return found
-    return {**found, "rss_mib": pages * resource.getpagesize() // 2**20}
 
 
 def walk_long(config: SearchConfig, stream: Stream) -> dict[str, Any]:

@@ -34,33 +34,54 @@ def test_a_run(short, tmp_path, monkeypatch, capsys):
     for row in result["rows"]:
         assert 0 < row["moving_ms"] < row["step_ms"]
         assert row["share"] == pytest.approx(row["moving_ms"] / row["step_ms"])
-        assert 0 < row["p20"] <= row["p80"]
+        assert 0 < row["p20"] <= row["p80"] and row["memory_mib"] >= 0
     text = capsys.readouterr().out
     assert text.startswith("800 events, budget 60%, rows move every 2 steps\n")
     assert text.splitlines()[1:] == growth.lines(result["rows"])
 
 
-def test_rows_of_the_other_model_stay(short, monkeypatch):
+def of_clicks(moving):
+    return [table.sizes_of() for table in moving.model.tables]
+
+
+def of_search(moving):
+    return [table.sizes_of() for table in moving.run.model.tables().values()]
+
+
+@pytest.mark.parametrize("search", [False, True])
+def test_rows_of_the_other_model_stay(search, short, monkeypatch, tmp_path, capsys):
     """It takes sizes and numbers at the beginning of a piece, and trains on."""
-    built = []
-    build = growth.build
+    built, measure = [], growth.measure
 
-    def remember():
-        built.append(build())
-        return built[-1]
+    def remember(build, stream, steps, measured):
+        def building(moves):
+            built.append(build(moves))
+            return built[-1]
 
-    monkeypatch.setattr(growth, "build", remember)
-    growth.measure(2 * 4 * 3 * 40, "60%", 2, 0)
-    moving, still = built[0][0], built[-1][0]
-    sizes = [[table.sizes_of() for table in model.tables] for model in (moving, still)]
-    assert all((one >= 2).all() for one in sizes[1]) and any((one > 2).any() for one in sizes[1])
-    assert any(not torch.equal(one, other) for one, other in zip(*sizes, strict=True))
-    assert len(built) == 2 + 8  # the models, and one of each piece
+        return measure(building, stream, steps, measured)
+
+    monkeypatch.setattr(growth, "measure", remember)
+    if search:
+        ratings = tmp_path / "ratings.csv"
+        rows = (f"{t % 89},{t * t % 83},{t % 5 + 1},{t}\n" for t in range(24 * 500))
+        ratings.write_text("user,item,rating,timestamp\n" + "".join(rows))
+        monkeypatch.setattr(growth, "BATCH", 500)
+        arguments = ["--search", str(ratings), "--budget", "200%"]
+    else:
+        arguments = ["--events", str(2 * 4 * 3 * 40), "--budget", "60%"]
+    growth.main([*arguments, "--every", "2"])
+    assert f"budget {arguments[-1]}, rows move every 2 steps" in capsys.readouterr().out
+    sizes_of = of_search if search else of_clicks
+    moving, still = (sizes_of(one) for one in (built[0], built[-1]))
+    assert all((one >= 2).all() for one in still) and any((one > 2).any() for one in still)
+    assert any(not torch.equal(one, other) for one, other in zip(moving, still, strict=True))
+    # What moves, and one for each piece.
+    assert len(built) == 1 + 8
 
 
 def test_the_goal_stands_beside_its_rows():
     row = {"part": "first", "events": 7, "step_ms": 2.0, "moving_ms": 0.1}
-    row |= {"share": 0.05, "beside": 1.0625, "p20": 1.03125, "p80": 1.5}
+    row |= {"share": 0.05, "beside": 1.0625, "p20": 1.03125, "p80": 1.5, "memory_mib": 1234}
     first, last = growth.lines([row, {**row, "beside": 1.25}])[1:]
     assert first.endswith("at most 1.1: met") and last.endswith("at most 1.1: missed")
 
@@ -73,6 +94,8 @@ def test_the_goal_stands_beside_its_rows():
         (["--every", "0"], "argument --every: must be at least 1, got 0"),
         (["--budget", "1%"], "does not hold the rows as they are"),
         (["--budget", "much"], "much"),
+        (["--search", "/no/such.csv"], "/no/such.csv"),
+        (["--search", "synthetic", "--budget", "1%"], "does not hold the rows"),
         (["--seed", "-1"], "argument --seed: must be in [0, 2**63), got -1"),
         (["--out", "/no/such/folder/x.json"], "cannot write /no/such/folder/x.json: No such file"),
     ],
