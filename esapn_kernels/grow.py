@@ -28,6 +28,7 @@ Source: sizes by counts against other signals: docs/comparison.md.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import weakref
@@ -183,15 +184,9 @@ ResizableEmbedding`; ``"3%"`` is of all the plain tables. Each table may take wh
         # What a table refused before; negative: what it refused and is not ours.
         self._refused = {name: -table.refused for name, table in self.tables.items()}
         self._model = weakref.ref(model)
-        growing = weakref.ref(self)
-
-        def after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-            if (growth := growing()) is not None and (names := growth.stepped_by(optimizer)):
-                growth.step(names)
-
-        stepping = register_optimizer_step_post_hook(after_step)
-        weakref.finalize(self, stepping.remove)
-        self._handles = [stepping]
+        _follow_optimizers()
+        _growths.add(self)
+        self._handles = []
         self._keep_pages(1)
         for name, table in self.tables.items():
             hook = _Noting(self, name)
@@ -219,6 +214,7 @@ ResizableEmbedding`; ``"3%"`` is of all the plain tables. Each table may take wh
 
     def remove(self) -> None:
         """From now on no lookup is noted and no row moves."""
+        _growths.discard(self)
         for handle in self._handles:
             handle.remove()
         self._keep_pages(0)
@@ -548,6 +544,25 @@ class _Noting:
 
 _growing: weakref.WeakSet[ResizableEmbedding] = weakref.WeakSet()
 """Tables whose rows grow by themselves."""
+
+_growths: weakref.WeakSet[Growth] = weakref.WeakSet()
+"""Those whose rows move after steps of optimizers."""
+
+
+@functools.cache
+def _follow_optimizers() -> None:
+    """Hook every optimizer, once and for all.
+
+    A hook of each growth would be removed with it, at any moment, while torch walks through hooks.
+    """
+
+    def after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        for growth in list(_growths):
+            if names := growth.stepped_by(optimizer):
+                growth.step(names)
+
+    register_optimizer_step_post_hook(after_step)
+
 
 _keys = itertools.count()
 _notings: weakref.WeakValueDictionary[int, _Noting] = weakref.WeakValueDictionary()
