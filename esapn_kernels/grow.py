@@ -163,12 +163,16 @@ ResizableEmbedding`; ``"3%"`` is of all the plain tables. Each table may take wh
         found = {n: m for n, m in model.named_modules() if isinstance(m, ResizableEmbedding)}
         self.tables = {n: m for n, m in found.items() if isinstance(m.arena, Arena)}
         if not self.tables:
-            raise ValueError("the model holds no ResizableEmbedding of several sizes")
+            raise ValueError(
+                "the model holds no ResizableEmbedding of several sizes: put one in the place of "
+                "nn.Embedding"
+            )
         for name, table in self.tables.items():
+            which = f"table {name!r}" if name else "the table"
             if table in _growing:
-                raise ValueError(f"{name or 'the table'} grows already: remove() the other first")
+                raise ValueError(f"{which} grows already: remove() the other first")
             if budget is None and table.budget is None:
-                raise ValueError(f"{name or 'the table'} has no budget: give one for all tables")
+                raise ValueError(f"{which} has no budget: give one for all, as budget='25%'")
         if budget is not None:
             share_budget(found, budget)
         self.every = every
@@ -204,7 +208,7 @@ ResizableEmbedding`; ``"3%"`` is of all the plain tables. Each table may take wh
             Two int64 ``[n]``: rows below the first grow if they were looked up, rows above the
             second shrink.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} needs a method wanted(name, ids)")
 
     def count(self, name: str, ids: Tensor, times: Tensor) -> None:
         """The rows ``ids``, distinct, were looked up so many ``times``, before they move."""

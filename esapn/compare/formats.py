@@ -84,7 +84,7 @@ def p_value(value: float | None) -> str:
 
 
 def of_fixed128(group: Group, label: str, name: str) -> str:
-    """A method's bytes ``name`` as a share of those of a plain table of 128-wide rows."""
+    """A method's bytes ``name`` as a share of those of plain tables of the largest size."""
     return f"{100 * group.mean(label, name) / group.mean(label, 'fixed128'):.1f}{PERCENT}"
 
 

@@ -41,7 +41,7 @@ def _standing(group: Group, label: str) -> str:
         f"{group.loss_name} {mean(group.interval(label, 'loss'), loss)}, "
         f"accuracy {mean(group.interval(label, 'accuracy'), percent)}{PERCENT}, "
         f"{count(group.mean(label, 'serving'))} serving bytes "
-        f"({of_fixed128(group, label, 'serving')} of fixed 128; "
+        f"({of_fixed128(group, label, 'serving')} of plain tables; "
         f"{plural(seeds, 'seed') if seeds > 1 else 'one seed, so no interval'})"
     )
 

@@ -83,7 +83,8 @@ def result_table(group: Group) -> PageTable:
         "Test part, each event predicted before it is learnt from. Mean over seeds ± half of the "
         "95 % t interval, the lowest loss first. Bytes are what serving takes for users and items "
         "together, at the end, at most and on average over the stream, as a mean over seeds, and "
-        "in brackets of fixed 128. Front: no other method has as few bytes and as low a loss."
+        "in brackets of plain tables of the largest size. Front: no other method has as few bytes "
+        "and as low a loss."
     )
     if len({frozenset(group.values(method.label, "loss")) for method in group.finished}) > 1:
         note += (
@@ -156,8 +157,8 @@ def _pair_table(group: Group, mine: str) -> PageTable:
     note = (
         f"{mine} minus the other, paired by seed, with the 95 % t interval of one difference. A "
         "difference is named only if its t test's p stays below 0.05 after Holm's correction over "
-        f"all {plural(len(pairs), 'row')}. Bytes: final serving bytes of fixed 128; {mine} takes "
-        f"{of_fixed128(group, mine, 'serving')}."
+        f"all {plural(len(pairs), 'row')}. Bytes: final serving bytes, of plain tables of the "
+        f"largest size; {mine} takes {of_fixed128(group, mine, 'serving')}."
     )
     title = f"{mine} against every other method"
     return PageTable(title, columns, rows, note, words=frozenset({0, 5, 8}))

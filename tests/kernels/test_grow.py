@@ -655,7 +655,7 @@ def test_a_table_may_bring_its_own_budget():
     growth = ByCounts(model, every=1)
     train(model, torch.optim.SGD(model.parameters(), lr=0.1), 4)
     assert moves_of(growth) and growth.report().tables["table"].budget == 0.4 * ROWS * 64
-    with pytest.raises(ValueError, match="^table has no budget: give one for all tables$"):
+    with pytest.raises(ValueError, match="^table 'table' has no budget: give one for all, as "):
         ByCounts(Model())
 
 
@@ -681,15 +681,19 @@ def test_settings_out_of_range_are_refused(options):
 
 def test_models_that_cannot_grow_are_refused():
     with pytest.raises(
-        ValueError, match="^the model holds no ResizableEmbedding of several sizes$"
+        ValueError, match=r"^the model holds no ResizableEmbedding of several sizes: put one in "
     ):
         ByCounts(nn.Sequential(nn.Embedding(3, 2), ResizableEmbedding(3, 2, sizes=(2,))), "50%")
     model = Model()
     first = ByCounts(model, "50%")
-    with pytest.raises(ValueError, match=r"^table grows already: remove\(\) the other first$"):
+    with pytest.raises(ValueError, match=r"^table 'table' grows already: remove\(\) the "):
         ByCounts(model, "60%")
     with pytest.raises(ValueError, match=r"^the table grows already"):
         Growth(model.table, "60%")
+    with pytest.raises(NotImplementedError, match=r"^Growth needs a method wanted\(name, ids\)$"):
+        ruleless = Growth(Model(), "60%", every=1)
+        ruleless.note("table", torch.tensor([1]))
+        ruleless.step()
     budget = model.table.budget
     first.remove()
     ByCounts(model, "60%")
