@@ -71,7 +71,8 @@ def share_budget(tables: Mapping[str, ResizableEmbedding], budget: int | str) ->
         budget: bytes, a text as ``"64 MB"``, or a share of all the plain tables as ``"3%"``.
 
     Raises:
-        ValueError: it does not hold the rows as they are, or is no budget; nothing is changed.
+        ValueError: it does not hold the rows as they are, or is no budget, or a table has
+            ``max_elements``; nothing is changed.
 
     Example:
         >>> from esapn_kernels import ResizableEmbedding
@@ -90,6 +91,10 @@ def share_budget(tables: Mapping[str, ResizableEmbedding], budget: int | str) ->
         raise ValueError(
             f"a budget of {total} bytes does not hold the rows as they are: {needed} bytes do"
         )
+    for name, table in tables.items():
+        arena = table.arena
+        if isinstance(arena, Arena) and arena.budget is None and arena.max_elements is not None:
+            raise ValueError(f"table {name!r} has max_elements: give it or a budget, not both")
     lacking = {
         name: max(_most_bytes(tables[name], plain[name]) - least[name], 0) for name in tables
     }

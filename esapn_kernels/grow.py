@@ -51,7 +51,7 @@ from .storage.arena import Arena
 __all__ = ["ByCounts", "Growth", "GrowthReport", "TableGrowth"]
 
 _CONDENSE = 64
-"""Lookups that are noted one by one; more are merged."""
+"""Calls whose ids are noted one by one; more are merged, and more than four times the rows."""
 
 _TURNS = 8
 """How many times as many rows as were looked up may take their turn at a move, to find room."""
@@ -59,15 +59,19 @@ _TURNS = 8
 
 @dataclass(frozen=True)
 class TableGrowth:
-    """A table's ``rows`` of every size, what it takes to serve and may take, and rows moved.
+    """A table's ``rows`` of every size, bytes, lookups counted, steps, and rows moved.
 
-    ``counters`` are bytes beside, in training: what is noted and counted of its ids.
+    ``serving`` is what it takes, free room included, ``payload`` what its rows take of it;
+    ``counters`` are beside, in training: what is noted and counted of its ids.
     """
 
     rows: dict[int, int]
+    payload: int
     serving: int
     budget: int
     counters: int
+    lookups: int
+    steps: int
     promoted: int
     demoted: int
     refused: int
@@ -85,9 +89,10 @@ class GrowthReport:
             sizes = "  ".join(f"{size}: {count:,}" for size, count in table.rows.items())
             share = table.serving / table.budget
             lines += [
-                f"{name or 'table'}: {table.serving:,} of {table.budget:,} B ({share:.1%}), "
-                f"{table.promoted:,} up, {table.demoted:,} down, {table.refused:,} refused, "
-                f"counters {table.counters:,} B",
+                f"{name or 'table'}: {table.serving:,} of {table.budget:,} B ({share:.1%}), rows "
+                f"{table.payload:,} B; counters beside {table.counters:,} B",
+                f"  {table.lookups:,} lookups, {table.steps:,} steps; {table.promoted:,} up, "
+                f"{table.demoted:,} down, {table.refused:,} refused",
                 f"  rows by size  {sizes}",
             ]
         return "\n".join(lines)
@@ -135,8 +140,10 @@ ResizableEmbedding`; ``"3%"`` is of all the plain tables. Each table may take wh
         every: move rows after every so many steps of the optimizer.
 
     Raises:
-        ValueError: no table of several sizes; no budget; one that does not hold the rows as they
-            are, which names the smallest that does. Nothing is changed.
+        TypeError: no module.
+        ValueError: no table of several sizes; no budget, or one beside ``max_elements``; one that
+            does not hold the rows as they are, which names the smallest that does. Nothing is
+            changed.
 
     Notes:
         Noted are lookups by calls of modules in training mode, with gradients enabled, in compiled
@@ -158,8 +165,10 @@ ResizableEmbedding`; ``"3%"`` is of all the plain tables. Each table may take wh
     def __init__(
         self, model: nn.Module, budget: int | str | None = None, *, every: int = 50
     ) -> None:
-        if every < 1:
-            raise ValueError(f"every must be at least 1, got {every}")
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        if not isinstance(every, int) or every < 1:
+            raise ValueError(f"every must be a number of steps, at least 1, got {every}")
         found = {n: m for n, m in model.named_modules() if isinstance(m, ResizableEmbedding)}
         self.tables = {n: m for n, m in found.items() if isinstance(m.arena, Arena)}
         if not self.tables:
@@ -176,7 +185,7 @@ ResizableEmbedding`; ``"3%"`` is of all the plain tables. Each table may take wh
         if budget is not None:
             share_budget(found, budget)
         self.every = every
-        self._steps = dict.fromkeys(self.tables, 0)
+        self._steps, self._lookups = dict.fromkeys(self.tables, 0), dict.fromkeys(self.tables, 0)
         self._noted: dict[str, list[Tensor]] = {name: [] for name in self.tables}
         # Of every table the ids noted since rows last moved, distinct, and how often.
         self._merged: dict[str, tuple[Tensor, Tensor]] = {}
@@ -235,7 +244,8 @@ ResizableEmbedding`; ``"3%"`` is of all the plain tables. Each table may take wh
         noted = self._noted[name]
         noted.append(ids.clone())  # a loop may write its next batch to the same memory
         self._new.add(name)
-        if len(noted) >= _CONDENSE:
+        many = sum(part.numel() for part in noted) > 4 * self.tables[name].arena.num_rows
+        if many or len(noted) >= _CONDENSE:
             self._merge(name)
 
     @torch.no_grad()
@@ -292,6 +302,7 @@ ResizableEmbedding`; ``"3%"`` is of all the plain tables. Each table may take wh
             ids, times = self._merge(name, on_all_ranks=True)
             del self._merged[name]
             if len(ids):
+                self._lookups[name] += int(times.sum())
                 self.count(name, ids, times)
                 self.fit(name)
                 self._move(name, ids)
@@ -299,7 +310,7 @@ ResizableEmbedding`; ``"3%"`` is of all the plain tables. Each table may take wh
     def _move(self, name: str, ids: Tensor) -> None:
         """Rows that take their turn shrink; rows that were looked up grow.
 
-        Where these find no room, as many again take their turn.
+        Where these find no room, as many again take their turn, after a step of compaction.
         """
         table, rows = self.tables[name], self.tables[name].arena.num_rows
         turn = min(len(ids), rows)
@@ -307,10 +318,12 @@ ResizableEmbedding`; ``"3%"`` is of all the plain tables. Each table may take wh
             full = self._shrink(name, turn)
             before = table.refused
             refused = self._grow(name, ids)
+            closed = 0
             if full or refused:
                 # Places of other sizes may lie between: pages that empty serve these.
-                table.compact(turn)
-            if not refused or tried == _TURNS or tried * turn >= rows:
+                closed = table.compact(turn)
+            all_turned = tried * turn >= rows and not closed
+            if not refused or tried == _TURNS or all_turned:
                 break
             self._refused[name] -= table.refused - before  # tried again
 
@@ -323,7 +336,7 @@ ResizableEmbedding`; ``"3%"`` is of all the plain tables. Each table may take wh
         self._next[name] = (first + count) % arena.num_rows
         if table.padding_idx is not None:
             turn = turn[turn != table.padding_idx]
-        most = self.wanted(name, turn)[1]
+        most = self._levels(name, turn)[1]
         while bool((shrinks := arena.level(turn) > most).any()):
             moved = table.demote(turn, shrinks)
             self._demoted[name].prepare(device).add_(moved.sum())
@@ -332,16 +345,40 @@ ResizableEmbedding`; ``"3%"`` is of all the plain tables. Each table may take wh
         return False
 
     def _grow(self, name: str, ids: Tensor) -> bool:
-        """Grow the rows of ``ids`` that are too small; whether one found no room."""
+        """Grow the rows of ``ids`` that are too small; whether one found no room.
+
+        The largest first: on their way up rows take places of the sizes between.
+        """
         table = self.tables[name]
         arena: Any = table.arena
-        least = self.wanted(name, ids)[0]
-        while bool((grows := arena.level(ids) < least).any()):
-            moved = table.promote(ids, grows)
-            self._promoted[name].prepare(ids.device).add_(moved.sum())
-            if not torch.equal(moved, grows):
-                return True
-        return False
+        least = self._levels(name, ids)[0]
+        refused = False
+        for level in range(len(table.sizes) - 1, 0, -1):
+            rows = ids[least == level]
+            while len(rows) and bool((grows := arena.level(rows) < level).any()):
+                moved = table.promote(rows, grows)
+                self._promoted[name].prepare(ids.device).add_(moved.sum())
+                if not torch.equal(moved, grows):
+                    refused = True
+                    break
+        return refused
+
+    def _levels(self, name: str, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """What :meth:`wanted` says.
+
+        Raises:
+            ValueError: it is not what :meth:`wanted` should give.
+        """
+        found = self.wanted(name, ids)
+        last = len(self.tables[name].sizes) - 1
+        if not isinstance(found, tuple) or len(found) != 2:
+            raise ValueError("wanted must give two tensors: levels at least, and at most")
+        for levels in found:
+            if levels.shape != ids.shape or (
+                len(ids) and not 0 <= levels.min() <= levels.max() <= last
+            ):
+                raise ValueError(f"wanted must give a level from 0 to {last} for each of the ids")
+        return found
 
     def counter_bytes(self, name: str) -> int:
         """Bytes of what is noted and counted of a table's ids."""
@@ -355,9 +392,12 @@ ResizableEmbedding`; ``"3%"`` is of all the plain tables. Each table may take wh
             assert table.budget is not None
             tables[name] = TableGrowth(
                 rows=report.rows_per_size,
+                payload=report.payload,
                 serving=report.serving,
                 budget=table.budget,
                 counters=self.counter_bytes(name),
+                lookups=self._lookups[name],
+                steps=self._steps[name],
                 promoted=self._promoted[name].total(),
                 demoted=self._demoted[name].total(),
                 refused=self._refusals(name),
@@ -378,7 +418,9 @@ ResizableEmbedding`; ``"3%"`` is of all the plain tables. Each table may take wh
         return {
             "rows": {name: arena.num_rows for name, arena in arenas.items()},
             "budgets": {name: table.budget for name, table in self.tables.items()},
+            "sizes": {name: table.arena.count_rows() for name, table in self.tables.items()},
             "steps": dict(self._steps),
+            "lookups": dict(self._lookups),
             "noted": noted,
             "new": sorted(self._new),
             "next": dict(self._next),
@@ -400,6 +442,9 @@ ResizableEmbedding`; ``"3%"`` is of all the plain tables. Each table may take wh
             raise ValueError(f"the state is of the tables {state.get('rows')}, here are {rows}")
         if state.keys() != self.state_dict().keys():
             raise ValueError(f"the state is of another rule than {type(self).__name__}")
+        sizes = {name: table.arena.count_rows() for name, table in self.tables.items()}
+        if state["sizes"] != sizes:
+            raise ValueError("the rows have other sizes than in the state: load the model's first")
         for name, table in self.tables.items():
             arena: Any = table.arena
             if state["budgets"][name] != table.budget:
@@ -412,6 +457,7 @@ ResizableEmbedding`; ``"3%"`` is of all the plain tables. Each table may take wh
             ids, times = (part.to(self._device(name)) for part in state["noted"][name])
             self._merged[name], self._noted[name] = (ids, times), []
         self._steps, self._next = dict(state["steps"]), dict(state["next"])
+        self._lookups = dict(state["lookups"])
         self._new = set(state["new"])
 
     def _refusals(self, name: str) -> int:

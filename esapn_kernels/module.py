@@ -786,7 +786,8 @@ class ResizableEmbedding(nn.Embedding):
         """Cap what serving takes from now on, as the argument ``budget`` does; may move the rows.
 
         Raises:
-            ValueError: the rows as they are take more, or no such budget; nothing is changed.
+            ValueError: the rows as they are take more, no such budget, or one beside
+                ``max_elements``; nothing is changed.
             RuntimeError: rows are shared with other processes, or computed; nothing is changed.
         """
         itemsize = self.arena.storage.element_size()
@@ -799,6 +800,8 @@ class ResizableEmbedding(nn.Embedding):
                 f"{self.least_budget} bytes do"
             )
         if isinstance(self.arena, Arena):
+            if self.arena.budget is None and self.arena.max_elements is not None:
+                raise ValueError("the table has max_elements: give it or a budget, not both")
             self.arena.limit_to(found - beside)
         self.budget = found
 
