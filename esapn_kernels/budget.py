@@ -67,11 +67,12 @@ def share_budget(tables: Mapping[str, ResizableEmbedding], budget: int | str) ->
     equally often, with one ``s`` for all.
 
     Args:
-        tables: by name; those of one size get what they take.
+        tables: by name; those of one size get what they take, and one under two names counts once.
         budget: bytes, a text as ``"64 MB"``, or a share of all the plain tables as ``"3%"``.
 
     Raises:
         ValueError: it does not hold the rows as they are, or is no budget; nothing is changed.
+        RuntimeError: rows are shared with other processes, or computed; nothing is changed.
 
     Example:
         >>> from esapn_kernels import ResizableEmbedding
@@ -80,6 +81,8 @@ def share_budget(tables: Mapping[str, ResizableEmbedding], budget: int | str) ->
         >>> sum(table.budget for table in tables.values()) <= 10_000 * 16 * 4 // 2
         True
     """
+    names = {table: name for name, table in tables.items()}
+    tables = {name: table for table, name in names.items()}
     plain = {
         name: table.arena.num_rows * table.sizes[-1] * table.arena.storage.element_size()
         for name, table in tables.items()
@@ -93,13 +96,20 @@ def share_budget(tables: Mapping[str, ResizableEmbedding], budget: int | str) ->
     lacking = {
         name: max(_most_bytes(tables[name], plain[name]) - least[name], 0) for name in tables
     }
-    rest = total - needed
+    rest = min(total - needed, 1 << 62)  # beyond what a float holds
     weights = {name: math.sqrt(max(table.num_embeddings, 1)) for name, table in tables.items()}
+    budgets = {}
     for name in sorted(tables, key=lambda name: lacking[name] / weights[name]):
         part = min(int(rest * weights[name] / sum(weights.values())), lacking[name])
         rest -= part
         del weights[name]
-        tables[name].set_budget(least[name] + part)
+        budgets[name] = least[name] + part
+    # Those of one size and no row take nothing, which is no budget.
+    budgets = {name: most for name, most in budgets.items() if most}
+    for name, most in budgets.items():
+        tables[name].check_budget(most)
+    for name, most in budgets.items():
+        tables[name].set_budget(most)
 
 
 def _most_bytes(table: ResizableEmbedding, plain: int) -> int:
