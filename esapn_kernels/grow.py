@@ -218,9 +218,12 @@ ResizableEmbedding`; ``"3%"`` is of all the plain tables. Each table may take wh
         """Called before rows move. For rules that fit something to the budget."""
 
     def remove(self) -> None:
-        """From now on no lookup is noted and no row moves."""
+        """From now on no lookup is noted and no row moves; a second call does nothing."""
+        if not self._handles:
+            return  # others may grow the tables by now
         for handle in self._handles:
             handle.remove()
+        self._handles.clear()
         self._keep_pages(0)
         _growing.difference_update(self.tables.values())
 
@@ -423,7 +426,8 @@ class ByCounts(Growth):
 
     Args:
         model, budget, every: as of :class:`Growth`.
-        half_life: a lookup counts half after so many lookups of its table; default: for ever.
+        half_life: a lookup counts half after so many lookups of its table, one at least; default:
+            for ever.
         hysteresis: a row grows once its count is so many times what its next size takes, and
             shrinks once it is less than what its size takes.
         reserve: the part of every table's pages that is left free, for rows on their way.
@@ -460,12 +464,12 @@ class ByCounts(Growth):
         refit: int = 2,
     ) -> None:
         for what, value, low, high in (
-            ("half_life", half_life, 0.0, math.inf),
+            ("half_life", half_life, 1, math.inf),
             ("hysteresis", hysteresis, 1.0, math.inf),
             ("reserve", reserve, 0.0, 0.5),
             ("refit", refit, 1, math.inf),
         ):
-            if not low <= value <= high or (what == "half_life" and value == 0):
+            if not low <= value <= high:
                 raise ValueError(f"{what} must lie between {low} and {high}, got {value}")
         super().__init__(model, budget, every=every)
         self.hysteresis, self.reserve, self.refit = hysteresis, reserve, refit

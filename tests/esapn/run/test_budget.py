@@ -109,6 +109,11 @@ def test_counts_need_one():
         SearchConfig(method="counts")
 
 
+def test_counts_need_several_sizes():
+    with pytest.raises(ConfigError, match=r"^--sizes must be several for --method counts, got \[4"):
+        SearchConfig(method="counts", budget="300%", sizes=(4,))
+
+
 def test_a_large_budget_changes_nothing():
     """No number of a run, of a policy's neither."""
     one, other = (tiny(budget=budget).walk() for budget in ("", "1 MB"))
