@@ -696,6 +696,16 @@ def test_tables_that_share_a_budget_are_capped_together_or_not_at_all():
         assert tables["a"].budget is None and tables["a"].arena.budget is None
 
 
+def test_a_large_budget_that_is_shared_refuses_nothing():
+    table = ResizableEmbedding(900, sizes=(1, 2, 4))
+    share_budget({"a": table, "b": ResizableEmbedding(50, 4)}, "1 MB")
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(2):
+        for part in torch.randperm(900, generator=generator).split(18):
+            assert table.promote(part).all()
+    assert table.refused == 0
+
+
 def test_shares_of_tables_without_rows_under_two_names_and_of_any_budget():
     table = ResizableEmbedding(1000, sizes=(2, 4, 8))
     tables = {"a": table, "none": ResizableEmbedding(0, 4), "again": table}

@@ -139,6 +139,23 @@ def test_a_resumed_run_goes_on_counting(method):
     assert again.refused == {}
 
 
+def test_a_run_goes_on_whose_budget_was_split_by_ids():
+    """As it was before rows grew by counts, whose state no such checkpoint holds."""
+    stream, settings = tiny_stream(), {"method": "always", "budget": "260%"}
+    whole, half, again = (tiny(stream=stream, **settings) for _ in range(3))
+    for run in (whole, half):
+        for (name, table), ids in zip(run.model.tables().items(), (USERS, ITEMS), strict=True):
+            assert name == ("user" if ids == USERS else "item")
+            table.set_budget(int(2.6 * PLAIN) * ids // (USERS + ITEMS))
+    for _ in range(7):
+        half.step()
+    old = half.state_dict()
+    del old["growth"]
+    again.load_state_dict(old)
+    expected, found = whole.walk(), again.walk()
+    assert found.bytes == expected.bytes and found.test == expected.test
+
+
 @pytest.mark.parametrize("method", ["darts", "autoemb", "biases"])
 def test_methods_without_rows_of_sizes(method):
     with pytest.raises(ConfigError, match=f"^--budget is for methods .*, got {method}$"):
