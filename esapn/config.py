@@ -176,6 +176,8 @@ class SearchConfig:
         for name in ("init_std", "row_accumulator", "entropy", "dwell", "half_life"):
             if not 0 <= getattr(self, name) < math.inf:
                 _refuse(name, "must be finite and not negative", getattr(self, name))
+        if 0 < self.half_life < 1:
+            _refuse("half_life", "must be 0 or at least 1", self.half_life)
         if not math.isfinite(self.positive_above):
             _refuse("positive_above", "must be finite", self.positive_above)
         if not 0 < self.train_fraction < 1:
@@ -190,6 +192,8 @@ class SearchConfig:
             _refuse("sizes", "must be positive and strictly increasing", list(self.sizes))
         if self.method == "counts" and not self.budget:
             raise ConfigError("--method counts needs --budget: its rows fill it")
+        if self.method == "counts" and len(self.sizes) == 1:
+            _refuse("sizes", "must be several for --method counts", list(self.sizes))
         if self.budget:
             if self.method in ("darts", "autoemb", "biases"):
                 _refuse("budget", "is for methods whose rows have sizes of their own", self.method)

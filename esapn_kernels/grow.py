@@ -226,10 +226,13 @@ ResizableEmbedding`; ``"3%"`` is of all the plain tables. Each table may take wh
         """Called before rows move. For rules that fit something to the budget."""
 
     def remove(self) -> None:
-        """From now on no lookup is noted and no row moves."""
+        """From now on no lookup is noted and no row moves; a second call does nothing."""
+        if not self._handles:
+            return  # others may grow the tables by now
         _growths.discard(self)
         for handle in self._handles:
             handle.remove()
+        self._handles.clear()
         self._keep_pages(0)
         _growing.difference_update(self.tables.values())
 
@@ -315,8 +318,8 @@ ResizableEmbedding`; ``"3%"`` is of all the plain tables. Each table may take wh
         table, rows = self.tables[name], self.tables[name].arena.num_rows
         turn = min(len(ids), rows)
         for tried in range(1, _TURNS + 1):
-            full = self._shrink(name, turn)
             before = table.refused
+            full = self._shrink(name, turn)
             refused = self._grow(name, ids)
             closed = 0
             if full or refused:
@@ -400,7 +403,7 @@ ResizableEmbedding`; ``"3%"`` is of all the plain tables. Each table may take wh
                 steps=self._steps[name],
                 promoted=self._promoted[name].total(),
                 demoted=self._demoted[name].total(),
-                refused=self._refusals(name),
+                refused=self.refusals(name),
             )
         return GrowthReport(tables)
 
@@ -411,7 +414,7 @@ ResizableEmbedding`; ``"3%"`` is of all the plain tables. Each table may take wh
         """
         noted = {name: [part.clone() for part in self._merge(name)] for name in self.tables}
         moves = {
-            name: [self._promoted[name].total(), self._demoted[name].total(), self._refusals(name)]
+            name: [self._promoted[name].total(), self._demoted[name].total(), self.refusals(name)]
             for name in self.tables
         }
         arenas: dict[str, Any] = {name: table.arena for name, table in self.tables.items()}
@@ -460,7 +463,8 @@ ResizableEmbedding`; ``"3%"`` is of all the plain tables. Each table may take wh
         self._lookups = dict(state["lookups"])
         self._new = set(state["new"])
 
-    def _refusals(self, name: str) -> int:
+    def refusals(self, name: str) -> int:
+        """Rows of a table that stayed for want of room, once a move."""
         return self._refused[name] + self.tables[name].refused
 
 
@@ -469,7 +473,8 @@ class ByCounts(Growth):
 
     Args:
         model, budget, every: as of :class:`Growth`.
-        half_life: a lookup counts half after so many lookups of its table; default: for ever.
+        half_life: a lookup counts half after so many lookups of its table, one at least; default:
+            for ever.
         hysteresis: a row grows once its count is so many times what its next size takes, and
             shrinks once it is less than what its size takes.
         reserve: the part of every table's pages that is left free, for rows on their way.
@@ -506,12 +511,12 @@ class ByCounts(Growth):
         refit: int = 2,
     ) -> None:
         for what, value, low, high in (
-            ("half_life", half_life, 0.0, math.inf),
+            ("half_life", half_life, 1, math.inf),
             ("hysteresis", hysteresis, 1.0, math.inf),
             ("reserve", reserve, 0.0, 0.5),
             ("refit", refit, 1, math.inf),
         ):
-            if not low <= value <= high or (what == "half_life" and value == 0):
+            if not low <= value <= high:
                 raise ValueError(f"{what} must lie between {low} and {high}, got {value}")
         super().__init__(model, budget, every=every)
         self.hysteresis, self.reserve, self.refit = hysteresis, reserve, refit

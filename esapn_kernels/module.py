@@ -793,17 +793,22 @@ class ResizableEmbedding(nn.Embedding):
         itemsize = self.arena.storage.element_size()
         plain = self.arena.num_rows * self.sizes[-1] * itemsize
         found = budget_bytes(budget, plain)
-        beside = 0 if self.chain is None else self.chain.nbytes
-        if found < self.least_budget:
+        self.check_budget(found)
+        if isinstance(self.arena, Arena):
+            self.arena.limit_to(found - self.chain.nbytes)
+        self.budget = found
+
+    def check_budget(self, budget: int) -> None:
+        """Raise as :meth:`set_budget` would for so many bytes; nothing is changed."""
+        least = self.least_budget
+        if budget < least:
             raise ValueError(
-                f"a budget of {found} bytes does not hold the rows as they are: "
-                f"{self.least_budget} bytes do"
+                f"a budget of {budget} bytes does not hold the rows as they are: {least} bytes do"
             )
         if isinstance(self.arena, Arena):
             if self.arena.budget is None and self.arena.max_elements is not None:
                 raise ValueError("the table has max_elements: give it or a budget, not both")
-            self.arena.limit_to(found - beside)
-        self.budget = found
+            self.arena.pages_within(budget - self.chain.nbytes)
 
     @property
     def least_budget(self) -> int:

@@ -81,8 +81,10 @@ class RowCounts:
     def _rescale(self) -> None:
         """Divide by a power of two, which rounds nothing but what is forgotten."""
         octaves = math.floor(self.log_weight)
-        for tensor in (self.u, self.least):
-            tensor *= 2.0**-octaves
+        self.u *= 2.0**-octaves
+        # A size begins above 0, where forgotten rows are; in float64, for 0 times infinity is none.
+        least = (self.least.double() * 2.0 ** -min(octaves, 1000)).float()
+        self.least = least.clamp(min=torch.finfo(least.dtype).tiny)
         self.log_weight -= octaves
         self.histogram = self._count_bins()
 

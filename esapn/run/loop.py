@@ -285,6 +285,10 @@ class Run:
         found = describe(self.model.memory(self.optimizers), ids, self.config.sizes[-1])
         for name, before in self.refused.items():
             found[name]["refused"] += before
+        if self.growth is not None:
+            # A table counts every try, and those before a checkpoint not.
+            for name in found:
+                found[name]["refused"] = self.growth.refusals(name)
         return found
 
     def result(self) -> RunResult:
@@ -346,6 +350,12 @@ class Run:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where the run that gave ``state`` stood; on a CPU bit for bit."""
+        if self.config.budget and "growth" not in state:
+            # Of a run when a table's part of the budget was that of its IDs.
+            ids = {"user": self.stream.n_users, "item": self.stream.n_items}
+            whole = _budget(self.config, self.stream)
+            for name, table in self.model.tables().items():
+                table.set_budget(max(whole * ids[name] // sum(ids.values()), 1))
         self.model.load_state_dict(state["model"])
         for name, arena in self._arenas():
             arena.order_free_places(state["free"][name])

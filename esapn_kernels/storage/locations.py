@@ -578,11 +578,11 @@ class Locations(nn.Module, Rows):
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_mixed()
-        # A copy has no fused optimizer, and its own free places and solutions.
+        # A copy has no fused optimizer, its own free places and solutions, and keeps no page.
         alone = dict.fromkeys(
             ("_fused", "_free", "_down", "_held", "_digest", "_alike", "followers")
         )
-        alone["_captured"] = False
+        alone["_captured"], alone["kept_pages"] = False, 0
         counted = int(self.moves) if self._counted is None else self._counted
         accepted = self._is_written() is False
         return {**self.__dict__, **alone, "_counted": counted, "_accepted": accepted}

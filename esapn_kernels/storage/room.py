@@ -477,22 +477,25 @@ class Room(Locations):
             ValueError: the rows take more; nothing is changed.
             RuntimeError: rows are shared with other processes, or computed; nothing is changed.
         """
-        self._check_accepted()
-        needed, before = self._pages_needed(), self.budget
-        self.budget = budget
-        try:
-            pages = self._pages_of_budget(needed, 0, self.storage.element_size())
-            self._refuse_replacing(pages * self.page)
-        except (ValueError, RuntimeError):
-            self.budget = before
-            raise
-        held = self.page_level.numel() - 1
+        pages, held = self.pages_within(budget), self.page_level.numel() - 1
         if held > pages:
             self.budget = None  # which would keep the memory
             self.compact()
-            self.budget, held = budget, needed
+            held = self.page_level.numel() - 1
+        self.budget = budget
         self.max_elements = pages * self.page
         self._grow(pages - held, at_once=True)
+
+    def pages_within(self, budget: int) -> int:
+        """The pages that :meth:`limit_to` leaves; raises as it does, and changes nothing."""
+        self._check_accepted()
+        before, self.budget = self.budget, budget
+        try:
+            pages = self._pages_of_budget(self._pages_needed(), 0, self.storage.element_size())
+            self._refuse_replacing(pages * self.page)
+        finally:
+            self.budget = before
+        return pages
 
     def _steps(self) -> Iterator[range]:
         """All ids, some at a time."""

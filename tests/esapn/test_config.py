@@ -60,6 +60,7 @@ REFUSED = [
         for name in ("init_std", "row_accumulator", "entropy", "dwell", "half_life")
         for value in (-0.1, math.nan, math.inf)
     ),
+    ("half_life", 0.5),
     *(("promote_probability", value) for value in (-0.1, 1.1, math.nan)),
     *(("positive_above", value) for value in (-math.inf, math.nan, math.inf)),
     *(("train_fraction", value) for value in (0.0, 1.0, -0.5, math.nan)),

@@ -20,7 +20,7 @@ from esapn_kernels import (
     optim,
 )
 from esapn_kernels.averaging import AveragedModel
-from esapn_kernels.budget import budget_bytes
+from esapn_kernels.budget import budget_bytes, share_budget
 from esapn_kernels.ops import layout
 from esapn_kernels.reference import demote_reference, promote_reference
 from esapn_kernels.storage import cap, locations
@@ -685,3 +685,35 @@ def test_modules_made_of_others(make):
     assert module.budget == 3 * plain.weight.nbytes >= allocated(module)
     assert make.from_embedding(plain, budget="100%").refused == 0
     assert "bytes do" in refusal(make.from_embedding, plain, budget="99%")
+
+
+def test_tables_that_share_a_budget_are_capped_together_or_not_at_all():
+    tables = {name: ResizableEmbedding(900, sizes=(2, 4)) for name in "ab"}
+    tables["b"].share_memory()
+    for budget in ("90%", 10**6):
+        with pytest.raises(RuntimeError, match="shared memory"):
+            share_budget(tables, budget)
+        assert tables["a"].budget is None and tables["a"].arena.budget is None
+
+
+def test_a_large_budget_that_is_shared_refuses_nothing():
+    table = ResizableEmbedding(900, sizes=(1, 2, 4))
+    share_budget({"a": table, "b": ResizableEmbedding(50, 4)}, "1 MB")
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(2):
+        for part in torch.randperm(900, generator=generator).split(18):
+            assert table.promote(part).all()
+    assert table.refused == 0
+
+
+def test_shares_of_tables_without_rows_under_two_names_and_of_any_budget():
+    table = ResizableEmbedding(1000, sizes=(2, 4, 8))
+    tables = {"a": table, "none": ResizableEmbedding(0, 4), "again": table}
+    tables["nothing"] = ResizableEmbedding(0, sizes=(4,))
+    least = table.least_budget + tables["none"].least_budget
+    with pytest.raises(ValueError, match=f": {least} bytes do$"):
+        share_budget(tables, least - 1)
+    share_budget(tables, least)
+    assert table.budget == table.least_budget and tables["nothing"].budget is None
+    share_budget(tables, 10**400)
+    assert table.promote(torch.arange(1000)).all()

@@ -174,6 +174,17 @@ def test_counts_and_histogram_are_those_of_a_dict(stream, half_life):
     assert counts.histogram.sum() == 40 and counts.log_weight <= 60
 
 
+@pytest.mark.parametrize("half_life", [1.0, 40.0])
+def test_rows_that_are_forgotten_have_the_smallest_size(half_life):
+    """Also where rows of all counts have the largest, and where all are forgotten at once."""
+    counts = RowCounts(arena_of(200, SIZES, 300), half_life)
+    ids, some = torch.arange(200), torch.arange(20)
+    for _ in range(8):
+        counts.add(some, torch.full((20,), 150))
+        assert not counts.levels(ids)[20:].any() and not counts.least.isnan().any()
+        counts.fit(0.0)
+
+
 def test_dividing_the_counts_changes_no_size():
     counts = RowCounts(arena_of(200, SIZES, 60))
     generator = torch.Generator().manual_seed(0)
@@ -652,7 +663,7 @@ def test_rows_find_the_room_that_was_fitted(backend, monkeypatch):
 
 def test_a_table_with_another_cap_is_refused():
     model = nn.ModuleDict({"a": table(), "b": table(max_elements=9000)})
-    with pytest.raises(ValueError, match="^table 'b' has max_elements: give it or a budget, not"):
+    with pytest.raises(ValueError, match="^the table has max_elements: give it or a budget, not"):
         ByCounts(model, "50%")
     assert model["a"].budget is None
     with pytest.raises(ValueError, match="^the table has max_elements: give it or a budget, not"):
@@ -709,6 +720,7 @@ def test_a_table_may_bring_its_own_budget():
         {"every": 0},
         {"every": 1.5},
         {"half_life": 0},
+        {"half_life": 0.9},
         {"hysteresis": 0.5},
         {"hysteresis": math.nan},
         {"reserve": 0.7},
@@ -762,6 +774,7 @@ def test_copies_of_a_model_note_nothing():
     for other in copies:
         train(other, torch.optim.SGD(other.parameters(), lr=0.1), 2)
         assert torch.equal(other.table.arena.level(), torch.zeros(ROWS, dtype=torch.int64))
+        assert other.table.arena.kept_pages == 0  # all pages serve rows that its owner promotes
     assert counted(growth).sum() == 0 and moves_of(growth) == 0
     own = ByCounts(copies[0], every=1)
     train(copies[0], torch.optim.SGD(copies[0].parameters(), lr=0.1), 2)
@@ -795,6 +808,18 @@ def test_removed_it_notes_and_moves_nothing():
     growth.remove()
     train(model, optimizer, 2, first=2, drift=50)
     assert growth.report() == before and torch.equal(counted(growth), total)
+
+
+def test_removed_twice_it_leaves_what_grows_since():
+    model = Model()
+    first = ByCounts(model, "50%")
+    first.remove()
+    assert model.table.arena.kept_pages == 0
+    ByCounts(model, "50%")
+    first.remove()
+    assert model.table.arena.kept_pages == 1
+    with pytest.raises(ValueError, match="grows already"):
+        ByCounts(model)
 
 
 def test_it_lives_as_long_as_the_model():

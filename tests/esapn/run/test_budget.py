@@ -109,6 +109,11 @@ def test_counts_need_one():
         SearchConfig(method="counts")
 
 
+def test_counts_need_several_sizes():
+    with pytest.raises(ConfigError, match=r"^--sizes must be several for --method counts, got \[4"):
+        SearchConfig(method="counts", budget="300%", sizes=(4,))
+
+
 def test_a_large_budget_changes_nothing():
     """No number of a run, of a policy's neither."""
     one, other = (tiny(budget=budget).walk() for budget in ("", "1 MB"))
@@ -132,6 +137,23 @@ def test_a_resumed_run_goes_on_counting(method):
     del old["refused"]  # of a run that was written before there were budgets
     again.load_state_dict(old)
     assert again.refused == {}
+
+
+def test_a_run_goes_on_whose_budget_was_split_by_ids():
+    """As it was before rows grew by counts, whose state no such checkpoint holds."""
+    stream, settings = tiny_stream(), {"method": "always", "budget": "260%"}
+    whole, half, again = (tiny(stream=stream, **settings) for _ in range(3))
+    for run in (whole, half):
+        for (name, table), ids in zip(run.model.tables().items(), (USERS, ITEMS), strict=True):
+            assert name == ("user" if ids == USERS else "item")
+            table.set_budget(int(2.6 * PLAIN) * ids // (USERS + ITEMS))
+    for _ in range(7):
+        half.step()
+    old = half.state_dict()
+    del old["growth"]
+    again.load_state_dict(old)
+    expected, found = whole.walk(), again.walk()
+    assert found.bytes == expected.bytes and found.test == expected.test
 
 
 @pytest.mark.parametrize("method", ["darts", "autoemb", "biases"])
