@@ -89,6 +89,20 @@ def test_pareto_points_and_front(comparison, tuned):
     assert "power-0.3" not in caption and "always" not in caption
 
 
+@pytest.mark.parametrize(
+    ("least", "most", "scale"), [(311, 312, "linear"), (200, 790, "linear"), (200, 800, "log")]
+)
+def test_bytes_that_hardly_differ_share_an_axis(least, most, scale):
+    axes = Figure().subplots()
+    axes.plot([1, 2], [1000 * least, 1000 * most])
+    figures._bytes_axis(axes, "y")
+    low, high = axes.get_ylim()
+    assert axes.get_yscale() == scale and low < 1000 * least < 1000 * most < high > 1.4 * low
+    axes.figure.canvas.draw()
+    texts = [tick.get_text() for tick in axes.get_yticklabels() if tick.get_text()]
+    assert len(set(texts)) == len(texts) > 1 and all(text.endswith(" kB") for text in texts)
+
+
 def test_curves_by_frequency(comparison, tuned):
     figure, _ = drawn_by("frequency", tuned, comparison)
     runs = [run.content["by_frequency"]["user"] for run in tuned.of("biases")]
