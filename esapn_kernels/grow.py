@@ -200,7 +200,7 @@ ResizableEmbedding`; ``"3%"`` is of all the plain tables. Each table may take wh
         _follow_optimizers()
         _growths.add(self)
         self._handles = []
-        self._keep_pages(1)
+        self._keep_pages(True)
         for name, table in self.tables.items():
             hook = _Noting(self, name)
             self._handles.append(table.register_forward_hook(hook, with_kwargs=True))
@@ -233,14 +233,14 @@ ResizableEmbedding`; ``"3%"`` is of all the plain tables. Each table may take wh
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._keep_pages(0)
+        self._keep_pages(False)
         _growing.difference_update(self.tables.values())
 
-    def _keep_pages(self, count: int) -> None:
-        """Leave so many pages of every table to rows that shrink, which find room in a full one."""
+    def _keep_pages(self, kept: bool) -> None:
+        """Leave a page for every smaller size to rows that shrink, or none."""
         for table in self.tables.values():
             arena: Any = table.arena
-            arena.kept_pages = count
+            arena.kept_pages = len(table.sizes) - 1 if kept else 0
 
     def note(self, name: str, ids: Tensor) -> None:
         """The rows of ``ids`` were looked up."""

@@ -640,15 +640,21 @@ def test_a_full_table_follows_a_stream_that_drifts(backend, monkeypatch):
         sizes = model.table.sizes_of().double()
         now, before = (head + shift) % ROWS, (head + shift - 300) % ROWS
         assert sizes[now].mean() > 1.5 * sizes.mean() > 1.5 * sizes[before].mean()
-    moved = growth.report().tables["table"]
-    assert moved.demoted > 100
+    assert growth.report().tables["table"].demoted > 100
+    # Every id has its turn, and the size that its count is worth, or, between two counts, the next.
+    for _ in range(8):
+        growth.note("table", torch.arange(ROWS))
+        growth.step()
+        growth.step()
+    level, (least, most) = model.table.arena.level(), growth.wanted("table", torch.arange(ROWS))
+    assert (level <= most).all() and (level >= least).all()
 
 
 @pytest.mark.parametrize("backend", CPU)
 def test_rows_find_the_room_that_was_fitted(backend, monkeypatch):
     """At one move; none is kept small by those that take the places on its way."""
     monkeypatch.setenv("ESAPN_CPU_BACKEND", backend)
-    for budget, top in (("30%", 250), ("32%", 350), ("34%", 350)):
+    for budget, top in (("33%", 250), ("34%", 350), ("36%", 350)):
         module = table(4000, budget=budget)
         growth = ByCounts(module, every=1)
         times = torch.ones(4000, dtype=torch.int64)
@@ -817,7 +823,7 @@ def test_removed_twice_it_leaves_what_grows_since():
     assert model.table.arena.kept_pages == 0
     ByCounts(model, "50%")
     first.remove()
-    assert model.table.arena.kept_pages == 1
+    assert model.table.arena.kept_pages == len(SIZES) - 1
     with pytest.raises(ValueError, match="grows already"):
         ByCounts(model)
 
