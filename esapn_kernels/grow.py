@@ -2,8 +2,8 @@
 
     growth = ByCounts(model, budget="25%")      before the training loop, which stays as it is
 
-Lookups in training are noted as they happen; after the optimizer's step, at every so many, rows
-move. ``ByCounts`` gives an id the size
+Lookups in training are noted as they happen; after the optimizer's step, at every so many and at
+some of the first, rows move. ``ByCounts`` gives an id the size
 
     d(x) = the largest size <= s sqrt(u(x))         u: how often x was looked up, decayed
 
@@ -137,7 +137,8 @@ class Growth:
 ResizableEmbedding`; ``"3%"`` is of all the plain tables. Each table may take what its rows take now
             and a part of the rest in proportion to the square root of its rows, as far as it needs
             it. Default: the tables' own budgets.
-        every: move rows after every so many steps of the optimizer.
+        every: move rows after every so many steps of the optimizer, and before the first of these
+            after 1, 2, 4, 8, ... steps.
 
     Raises:
         TypeError: no module.
@@ -292,7 +293,7 @@ ResizableEmbedding`; ``"3%"`` is of all the plain tables. Each table may take wh
 
     @torch.no_grad()
     def step(self, names: Iterable[str] | None = None) -> None:
-        """The rows were stepped: at every ``every``-th call they move.
+        """The rows were stepped; after every ``every`` calls, and some of the first, they move.
 
         Args:
             names: of the tables; default: all.
@@ -300,7 +301,7 @@ ResizableEmbedding`; ``"3%"`` is of all the plain tables. Each table may take wh
         for name in self.tables if names is None else names:
             self._new.discard(name)
             self._steps[name] += 1
-            if self._steps[name] % self.every:
+            if not self._is_due(self._steps[name]):
                 continue
             ids, times = self._merge(name, on_all_ranks=True)
             del self._merged[name]
@@ -309,6 +310,10 @@ ResizableEmbedding`; ``"3%"`` is of all the plain tables. Each table may take wh
                 self.count(name, ids, times)
                 self.fit(name)
                 self._move(name, ids)
+
+    def _is_due(self, steps: int) -> bool:
+        early = steps < self.every and steps & (steps - 1) == 0
+        return early or steps % self.every == 0
 
     def _move(self, name: str, ids: Tensor) -> None:
         """Rows that take their turn shrink; rows that were looked up grow.

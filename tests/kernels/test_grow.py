@@ -294,6 +294,21 @@ def test_turns_pass_through_the_whole_table():
     assert sorted(seen[-2].tolist()) == list(range(ROWS))
 
 
+@pytest.mark.parametrize(
+    ("every", "moves"),
+    [(1, [1, 2, 3]), (4, [1, 2, 4, 8, 12, 16]), (10, [1, 2, 4, 8, 10, 20, 30, 40])],
+)
+def test_rows_move_sooner_at_first(every, moves):
+    """Else a short training had ended before rows grew."""
+    growth = ByCounts(table(budget="60%"), every=every)
+    counted, count = [], growth.count
+    for step in range(1, moves[-1] + 1):
+        growth.count = lambda *given, step=step: (counted.append(step), count(*given))
+        growth.note("", torch.tensor([step]))
+        growth.step()
+    assert counted == moves
+
+
 def test_a_row_shrinks_several_sizes_at_one_turn():
     large = torch.arange(ROWS) < 200
     model = Model(initial_size=torch.where(large, 16, 2))
