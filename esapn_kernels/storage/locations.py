@@ -353,6 +353,14 @@ class Locations(nn.Module, Rows):
         known = self._digest
         return known is not None and bool(digest(self.row_start) != known)
 
+    def _refuse_faulty(self) -> None:
+        """Raise if the locations are not places of rows."""
+        if why := self._fault(self._tensors()):
+            raise RuntimeError(
+                f"the tensors of the arena do not fit together, {why}: average by "
+                "esapn_kernels.averaging, or load a state dict as a whole"
+            )
+
     def _refuse_mixed(self) -> None:
         if self._is_written():
             self._revalidate()

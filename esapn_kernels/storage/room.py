@@ -118,7 +118,12 @@ class Room(Locations):
     def _bits(self) -> TakenBits:
         """Free places by bits, derived where they are not known so."""
         if not isinstance(self._free, TakenBits):
-            self._free = TakenBits(self._layout_with_sinks())
+            try:
+                self._free = TakenBits(self._layout_with_sinks())
+            except RuntimeError:
+                # Written through ``.data``, which no version counts: rows overlap.
+                self._refuse_faulty()
+                raise
         return self._free
 
     def _free_places(self) -> FreeLists | TakenBits:

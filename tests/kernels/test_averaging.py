@@ -16,6 +16,7 @@ from esapn_kernels import (
     optim,
 )
 from esapn_kernels.averaging import AveragedModel, match_rows
+from esapn_kernels.ops.backend import BACKENDS
 from esapn_kernels.reference import promote_reference, split_chain
 from esapn_kernels.storage.arena import Arena
 from tests.helpers import same
@@ -518,6 +519,16 @@ def test_torchs_own_average_of_matched_rows():
         theirs.update_parameters(module)
         assert torch.equal(theirs(IDS), ours(IDS))
     same_rows(theirs.module, ours.module)
+
+
+@pytest.mark.skipif("native" not in BACKENDS, reason="free places are derived on stacks otherwise")
+def test_starts_that_an_average_rounded_are_refused_when_rows_move():
+    """Lightning copies the average of all buffers by way of ``.data``."""
+    module = ResizableEmbedding(60, 16)
+    start = module.arena.row_start
+    start.data.copy_((0.9 * start + 0.1 * start).int())
+    with pytest.raises(RuntimeError, match="do not fit together, .*: average by esapn_kernels"):
+        module.promote(torch.arange(30))
 
 
 def test_while_no_row_moves_nothing_is_compared():
