@@ -7,8 +7,8 @@ some of the first, rows move. ``ByCounts`` gives an id the size
 
     d(x) = the largest size <= s sqrt(u(x))         u: how often x was looked up, decayed
 
-with the largest ``s`` whose rows fit the budget (``row_counts``). Work is done on the ids looked up
-and on as many others, whatever the size of the table:
+with the largest ``s`` up to ``scale`` whose rows fit the budget (``row_counts``). Work is done on
+the ids looked up and on as many others, whatever the size of the table:
 
     count    the ids looked up since rows last moved
     fit      at every so many moves, s from a histogram of u
@@ -480,6 +480,8 @@ class ByCounts(Growth):
         model, budget, every: as of :class:`Growth`.
         half_life: a lookup counts half after so many lookups of its table, one at least; default:
             for ever.
+        scale: the most that ``s`` may be: a row of size ``d`` was looked up ``(d / scale)^2`` times
+            at least, whatever room there is.
         hysteresis: a row grows once its count is so many times what its next size takes, and
             shrinks once it is less than what its size takes.
         reserve: the part of every table's pages that is left free, for rows on their way.
@@ -498,8 +500,8 @@ class ByCounts(Growth):
         ...     model(ids).square().mean().backward()
         ...     optimizer.step()
         ...     optimizer.zero_grad()
-        >>> model[0].sizes_of(torch.tensor([0, 1, 30])).tolist()
-        [2, 16, 16]
+        >>> model[0].sizes_of(torch.tensor([0, 8, 30])).tolist()
+        [2, 8, 16]
         >>> model[0].memory_report().serving <= model[0].budget
         True
     """
@@ -511,12 +513,14 @@ class ByCounts(Growth):
         *,
         every: int = 50,
         half_life: float = math.inf,
+        scale: float = 2.0,
         hysteresis: float = 1.25,
         reserve: float = 0.02,
         refit: int = 2,
     ) -> None:
         for what, value, low, high in (
             ("half_life", half_life, 1, math.inf),
+            ("scale", scale, 1e-3, math.inf),
             ("hysteresis", hysteresis, 1.0, math.inf),
             ("reserve", reserve, 0.0, 0.5),
             ("refit", refit, 1, math.inf),
@@ -525,6 +529,7 @@ class ByCounts(Growth):
                 raise ValueError(f"{what} must lie between {low} and {high}, got {value}")
         super().__init__(model, budget, every=every)
         self.hysteresis, self.reserve, self.refit = hysteresis, reserve, refit
+        self.scale = scale
         self._counts = {}
         for name, table in self.tables.items():
             assert isinstance(table.arena, Arena)
@@ -542,7 +547,7 @@ class ByCounts(Growth):
     def fit(self, name: str) -> None:
         """See :meth:`Growth.fit`."""
         if self._fits[name] % self.refit == 0:
-            self._counts[name].fit(self.reserve)
+            self._counts[name].fit(self.reserve, self.scale)
         self._fits[name] += 1
 
     def wanted(self, name: str, ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
     count    u(x) += 2^(t / half_life) for every lookup, t lookups so far: no other count decays
     sizes    d(x) = the largest size <= s sqrt(u(x))        the smallest where there is none
-    fit      the largest s whose rows fit the pages, from a histogram of u
+    fit      the largest s, up to a given one, whose rows fit the pages, from a histogram of u
 
 A bin of the histogram is the exponent of u and the first three bits of its fraction, so eight bins
 double u and no logarithm is rounded. ``s`` is one of those at which a bin begins to have the second
@@ -88,8 +88,11 @@ class RowCounts:
         self.log_weight -= octaves
         self.histogram = self._count_bins()
 
-    def fit(self, reserve: float) -> None:
-        """Find the largest ``s`` whose rows fit all pages but the part ``reserve`` of them."""
+    def fit(self, reserve: float, scale: float = math.inf) -> None:
+        """Find the largest ``s`` whose rows fit all pages but the part ``reserve`` of them.
+
+        Counts below ``(size / scale)^2``, decayed, are worth no row of a size.
+        """
         arena = self.arena
         pages = arena.page_level.numel() - 1
         room = pages - max(math.ceil(pages * reserve), arena.kept_pages)
@@ -111,6 +114,9 @@ class RowCounts:
         per_page = torch.tensor(arena.rows_per_page, device=rows.device)
         fits = (-(-rows // per_page)).sum(1) <= room
         least = begin[first[fits.int().argmax()].clamp(max=_BINS - 1)]
+        weight = 2.0**self.log_weight
+        floor = [(size / scale) ** 2 * weight for size in arena.sizes[1:]]
+        least = torch.maximum(least, torch.tensor(floor, device=least.device))
         self.least = torch.where(fits.any(), least, math.inf)
 
     def levels(self, ids: Tensor, times: float = 1.0) -> Tensor:

@@ -63,7 +63,10 @@ def test_rows_of_the_other_model_stay(search, short, monkeypatch, tmp_path, caps
     monkeypatch.setattr(growth, "measure", remember)
     if search:
         ratings = tmp_path / "ratings.csv"
-        rows = (f"{t % 89},{t * t % 83},{t % 5 + 1},{t}\n" for t in range(24 * 500))
+        rows = (
+            f"{(t * 7919 % 1000) ** 2 // 1000},{t * t % 83},{t % 5 + 1},{t}\n"
+            for t in range(24 * 500)
+        )
         ratings.write_text("user,item,rating,timestamp\n" + "".join(rows))
         monkeypatch.setattr(growth, "BATCH", 500)
         arguments = ["--search", str(ratings), "--budget", "200%"]

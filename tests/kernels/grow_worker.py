@@ -3,6 +3,7 @@
 Two ranks look up halves of the batch that one process looks up whole, in parts of their own number.
 """
 
+import math
 import sys
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def train(folder, world, rank):
     if world > 1:
         replicate(model)
         wrapped = DistributedDataParallel(model)
-    growth = ByCounts(model, "50%", every=3, half_life=900.0)
+    growth = ByCounts(model, "50%", every=3, half_life=900.0, scale=math.inf)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for step in range(STEPS):
         generator = torch.Generator().manual_seed(step)

@@ -1,6 +1,7 @@
 """grow.py: rows that grow and shrink by their counts within a budget; the loop stays as it is."""
 
 import copy
+import functools
 import gc
 import io
 import math
@@ -30,12 +31,14 @@ from esapn_kernels import (
     optim,
 )
 from esapn_kernels.averaging import AveragedModel
-from esapn_kernels.grow import ByCounts, Growth
+from esapn_kernels.grow import Growth
 from esapn_kernels.ops.backend import BACKENDS
 from esapn_kernels.row_counts import RowCounts
 from tests.helpers import same
 
 SIZES, ROWS = (2, 4, 8, 16), 600
+# As the budget allows, whatever the counts, but where that is tested.
+ByCounts = functools.partial(grow.ByCounts, scale=math.inf)
 CPU = [name for name in ("native", "torch") if name in BACKENDS]
 
 
@@ -292,6 +295,25 @@ def test_turns_pass_through_the_whole_table():
     assert turns.tolist() == [i % ROWS for i in range(7 * 97)]
     growth._move("table", torch.arange(ROWS))
     assert sorted(seen[-2].tolist()) == list(range(ROWS))
+
+
+@pytest.mark.parametrize("half_life", [math.inf, 5000.0])
+def test_few_lookups_are_worth_no_long_row(half_life):
+    """Whatever the budget: (d / scale)^2 of them, decayed, are the least for a row of size d."""
+    every, times = torch.arange(80), torch.arange(80) // 3
+    growth = grow.ByCounts(table(80, budget="400%"), every=1, half_life=half_life, refit=1)
+    counts, least = torch.zeros(80, dtype=torch.float64), (torch.tensor(SIZES[1:]) / 2).square()
+    for _ in range(4):
+        growth.note("", every.repeat_interleave(times))
+        growth.step()
+        counts = (counts + times) * 2 ** (-int(times.sum()) / half_life)
+        deserved = torch.bucketize(counts, least.double(), right=True)
+        assert torch.equal(growth.wanted("", every)[1], deserved)
+    assert deserved.unique().tolist() == [0, 1, 2, 3]
+    loose = grow.ByCounts(table(80, budget="400%"), every=1, scale=math.inf)
+    loose.note("", every[1:])
+    loose.step()
+    assert (loose.wanted("", every[1:])[1] == 3).all()
 
 
 @pytest.mark.parametrize(
@@ -742,6 +764,7 @@ def test_a_table_may_bring_its_own_budget():
         {"every": 1.5},
         {"half_life": 0},
         {"half_life": 0.9},
+        {"scale": 0},
         {"hysteresis": 0.5},
         {"hysteresis": math.nan},
         {"reserve": 0.7},
@@ -858,7 +881,7 @@ def test_it_lives_as_long_as_the_model():
 def test_one_may_end_while_another_steps():
     """Torch walks through the hooks of all optimizers then; there is one for all growths."""
 
-    class Collecting(ByCounts):
+    class Collecting(grow.ByCounts):
         def fit(self, name):
             gc.collect()
             super().fit(name)
