@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from esapn_kernels import ResizableEmbedding
-from esapn_kernels.budget import share_budget
+from esapn_kernels.share import share_budget
 
 from .config import SearchConfig
 from .policy import entropy, policy_loss, reward, sample_actions

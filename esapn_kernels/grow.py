@@ -42,10 +42,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from .budget import share_budget
 from .module import ResizableEmbedding
 from .ops.counts import DeviceCount
 from .row_counts import RowCounts
+from .share import share_budget
 from .storage.arena import Arena
 
 __all__ = ["ByCounts", "Growth", "GrowthReport", "TableGrowth"]

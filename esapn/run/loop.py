@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 
 from esapn_kernels import ResizableEmbedding
-from esapn_kernels.budget import budget_bytes, share_budget
+from esapn_kernels.budget import budget_bytes
 from esapn_kernels.grow import ByCounts
 from esapn_kernels.ops.backend import resolve_backend
+from esapn_kernels.share import share_budget
 from esapn_kernels.storage.arena import Arena
 
 from ..config import ConfigError, SearchConfig

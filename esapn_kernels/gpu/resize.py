@@ -91,7 +91,7 @@ def _claim_kernel(
     tl.atomic_min(owner_ptr + ids, offs.to(tl.int32), mask=group >= 0, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["n_ids", "page_shift"])
+@triton.jit(do_not_specialize=["n_ids", "page_shift", "kept"])
 def _scan_kernel(
     ids_ptr,
     owner_ptr,
