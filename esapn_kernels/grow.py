@@ -51,7 +51,10 @@ from .storage.arena import Arena
 __all__ = ["ByCounts", "Growth", "GrowthReport", "TableGrowth"]
 
 _CONDENSE = 64
-"""Calls whose ids are noted one by one; more are merged, and more than four times the rows."""
+"""Calls whose ids are noted one by one; more are merged."""
+
+_MANY = 1 << 16
+"""Ids that are noted one by one, or four times the rows; more are merged."""
 
 _TURNS = 8
 """How many times as many rows as were looked up may take their turn at a move, to find room."""
@@ -248,8 +251,8 @@ ResizableEmbedding`; ``"3%"`` is of all the plain tables. Each table may take wh
         noted = self._noted[name]
         noted.append(ids.clone())  # a loop may write its next batch to the same memory
         self._new.add(name)
-        many = sum(part.numel() for part in noted) > 4 * self.tables[name].arena.num_rows
-        if many or len(noted) >= _CONDENSE:
+        many = max(4 * self.tables[name].arena.num_rows, _MANY)
+        if len(noted) >= _CONDENSE or sum(part.numel() for part in noted) > many:
             self._merge(name)
 
     @torch.no_grad()

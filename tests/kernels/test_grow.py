@@ -425,10 +425,12 @@ def test_many_lookups_without_a_step_take_bounded_memory():
     growth = ByCounts(model, "200%")
     for step in range(3 * grow._CONDENSE + 5):
         model(draw(step, 20, 50))
-    # At most the ids of a call more than four times the rows.
-    assert sum(map(len, growth._noted["table"])) <= 4 * 50 + 20
+    assert len(growth._noted["table"]) == 5
     assert len(growth._merged["table"][0]) <= 50
     assert counted(growth).sum() == 20 * (3 * grow._CONDENSE + 5)
+    for _ in range(3):
+        growth.note("table", torch.arange(grow._MANY // 2 + 1) % 50)
+        assert sum(map(len, growth._noted["table"])) <= grow._MANY
 
 
 # Optimizers and loops.
