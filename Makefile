@@ -113,7 +113,7 @@ endif
 endif
 
 $(STAMP): setup.py constraints.txt $(wildcard esapn_kernels/csrc/*) | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,bench,serving,docs,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,tune,bench,serving,docs,dev]'
 	@touch $@
 
 $(CLIENTS)/.installed: setup.py constraints.txt tests/clients/requirements.txt $(wildcard esapn_kernels/csrc/*)

@@ -182,7 +182,7 @@ setup(
     options={} if FREE_THREADED else {"bdist_wheel": {"py_limited_api": "cp310"}},
     package_data={
         "esapn_kernels": ["py.typed"],
-        "esapn": ["py.typed"],
+        "esapn": ["py.typed", "tuned.json"],
         "esapn.compare": ["page.html"],
     },
     entry_points={"console_scripts": ["esapn = esapn.__main__:main"]},
@@ -203,6 +203,7 @@ setup(
             "scipy>=1.11",
             "jinja2>=3.1",
         ],
+        "tune": ["optuna>=5.0"],
         "serving": [
             "safetensors>=0.4",
             "onnx>=1.16",

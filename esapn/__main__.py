@@ -1,4 +1,4 @@
-"""Command line: ``python -m esapn search | compare | report``."""
+"""Command line: ``python -m esapn search | compare | tune | report``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from .errors import UserError
 
 # What torch says on a GPU and on a CPU.
 OUT_OF_MEMORY = "out of memory|allocate memory"
-GOES_ON = {"search": "; --resume goes on", "compare": "; the same command goes on"}
+GOES_ON = {"search": "; --resume goes on"}
+GOES_ON |= dict.fromkeys(("compare", "tune"), "; the same command goes on")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -24,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not re.search(OUT_OF_MEMORY, str(error)):
             raise
-        less = "; --workers 1 needs least" if args.command == "compare" else ""
+        less = "; --workers 1 needs least" if args.command in ("compare", "tune") else ""
         return _refuse(args.command, f"out of memory{less}")
     except KeyboardInterrupt:
         print(f"interrupted{GOES_ON.get(args.command, '')}", file=sys.stderr)
@@ -40,6 +41,10 @@ def _run(args: argparse.Namespace) -> int:
         from .run.command import search
 
         return search(args)
+    if args.command == "tune":
+        from .tune.command import tune
+
+        return tune(args)
     from .compare.command import compare, report
 
     return compare(args) if args.command == "compare" else report(args)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from . import errors
-from .config import CHOICES, GROUPS, MODES, ConfigError, SearchConfig
+from .config import CHOICES, GROUPS, MODES, ConfigError, SearchConfig, mode_defaults
 from .data.files import MALFORMED
 from .data.load import load_ratings
 from .data.movielens import MOVIELENS
@@ -189,6 +189,26 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
     _add_checkpoint_seconds(run)
 
 
+def _add_tune(parser: argparse.ArgumentParser) -> None:
+    groups = _groups(parser, ("tuning", "data", "sizes", "run"))
+    tuning, run = groups["tuning"], groups["run"]
+    _add_out(tuning, "folder for trials and the settings chosen")
+    text = "as in compare: fixed-16, or counts-25%%,hops=tails; what a name gives is not tuned"
+    tuning.add_argument("--methods", nargs="+", metavar="M", help=text)
+    text = "settings tried of every method; the first are the mode's own"
+    _add(tuning, "--trials", text=text, default=24, type=int, metavar="N")
+    text = "shuffles of the part to train on, which the best trials walk"
+    _add(tuning, "--orders", text=text, default=3, type=int, metavar="N")
+    _add(tuning, "--first-order", text="seed of the first one", default=0, type=int, metavar="SEED")
+    text = "no trials: walk with the settings chosen in these folders, on other orders"
+    tuning.add_argument("--check", nargs="+", type=Path, default=[], metavar="DIR", help=text)
+    names = [name for name in SHARED if name != "log_every"]
+    _add_settings(groups, [*names, "task"])
+    _add_data_options(groups["data"])
+    text = "processes at once; 0: one per core, or one in all on a GPU"
+    _add(run, "--workers", text=text, default=0, type=int, metavar="N")
+
+
 def _parsers() -> tuple[Parser, Parser]:
     """The whole command line, and its ``search``."""
     parser = Parser(prog=program(), description="Embedding sizes searched on a stream.")
@@ -217,6 +237,12 @@ def _parsers() -> tuple[Parser, Parser]:
         "--out DIR [--data DATA] [--methods M ...] [--seeds N] [options]",
     )
     _add_compare(compare)
+    tune = command(
+        "tune",
+        "settings of every method, on the part to train on alone; the same command resumes",
+        "--out DIR [--data DATA] [--methods M ...] [--trials N] [options]",
+    )
+    _add_tune(tune)
     report = command("report", "write report.html and figures of a comparison", "DIR", epilog="")
     report.add_argument("folder", type=Path, metavar="DIR", help="--out of a comparison")
     return parser, search
@@ -227,7 +253,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser, search = _parsers()
     args = parser.parse_args(argv)
     if args.command == "search":
-        search.set_defaults(**MODES[args.mode])
+        search.set_defaults(**mode_defaults(args.mode, args.method))
         args = parser.parse_args(argv)
     return args
 

@@ -6,11 +6,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from .errors import UserError
+from .jsonfile import load_json
 
-__all__ = ["CHOICES", "GROUPS", "MODES", "ConfigError", "SearchConfig"]
+__all__ = ["CHOICES", "GROUPS", "MODES", "ConfigError", "SearchConfig", "mode_defaults"]
 
 CHOICES = {
     "task": ("binary", "multiclass"),
@@ -39,18 +41,22 @@ CHOICES = {
     "acting": ("sample", "argmax"),
 }
 
+# Found on parts to train on; what made the file is in it. See docs/tuning.md.
+_TUNED = load_json(Path(__file__).with_name("tuned.json"))
+
 # What a mode changes of the defaults; those of `paper` are the published algorithm's.
 MODES: dict[str, dict[str, Any]] = {
     "paper": {},
     "tuned": {
-        "init_std": 0.01,
         "tower": "plain",
         "head": "plain",
         "row_optimizer": "adagrad",
-        "row_lr": 0.05,
         "hops": "padded",
+        **_TUNED["settings"],
     },
 }
+# And for a method alone, where those of the mode do not serve it.
+_OF_METHOD: dict[str, dict[str, dict[str, Any]]] = {"paper": {}, "tuned": _TUNED["methods"]}
 
 
 class ConfigError(UserError):
@@ -135,6 +141,9 @@ class SearchConfig:
     half_life: float = _sizes(
         0.0, "--method counts: an event counts half after so many; 0: for ever", "EVENTS"
     )
+    count_scale: float = _sizes(
+        2.0, "--method counts: size of an ID seen once, at most; less where room is short", "D"
+    )
     move_every: int = _sizes(20, "--method counts: between two moves of rows", "BATCHES")
 
     state: str = _policy("paper", "frequency and size; or statistics of an ID's events")
@@ -170,7 +179,7 @@ class SearchConfig:
             if getattr(self, name) < low:
                 _refuse(name, f"must be at least {low}", getattr(self, name))
         rates = ("lr", "row_lr", "tail_lr", "policy_lr")
-        for name in (*rates, "threshold", "power", "power_scale"):
+        for name in (*rates, "threshold", "power", "power_scale", "count_scale"):
             if not 0 < getattr(self, name) < math.inf:
                 _refuse(name, "must be positive and finite", getattr(self, name))
         for name in ("init_std", "row_accumulator", "entropy", "dwell", "half_life"):
@@ -207,8 +216,9 @@ class SearchConfig:
 
     @classmethod
     def of_mode(cls, mode: str, **settings: Any) -> SearchConfig:
-        """The mode's defaults, with ``settings`` over them."""
-        return cls(**{**MODES.get(mode, {}), **settings, "mode": mode})
+        """The mode's defaults for the method, with ``settings`` over them."""
+        defaults = mode_defaults(mode, settings.get("method", cls.method))
+        return cls(**{**defaults, **settings, "mode": mode})
 
     @property
     def row_sizes(self) -> tuple[int, ...]:
@@ -230,6 +240,18 @@ class SearchConfig:
             0.0
         """
         return {**cls().to_json(), **saved}
+
+
+def mode_defaults(mode: str, method: str) -> dict[str, Any]:
+    """What a mode changes of a method's defaults; nothing, if there is no such mode.
+
+    Example:
+        >>> mode_defaults("paper", "fixed")
+        {}
+        >>> mode_defaults("tuned", "fixed")["hops"]
+        'padded'
+    """
+    return {**MODES.get(mode, {}), **_OF_METHOD.get(mode, {}).get(method, {})}
 
 
 def _refuse(name: str, rule: str, value: object) -> None:

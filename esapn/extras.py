@@ -16,5 +16,6 @@ def needs(what: str, packages: Sequence[str]) -> str:
     *others, last = packages
     names = f"{', '.join(others)} and {last}" if others else last
     # TensorBoard is in no extra.
-    parts = {n if n == "tensorboard" else "esapn-kernels[train]": None for n in packages}
+    extras = {"tensorboard": "tensorboard", "optuna": "esapn-kernels[tune]"}
+    parts = {extras.get(name, "esapn-kernels[train]"): None for name in packages}
     return f"{what} needs {names}; to install: {shlex.join(['pip', 'install', *parts])}"

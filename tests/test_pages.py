@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from esapn.cli import parse
-from esapn.compare.methods import method_settings
+from esapn.methods import method_settings
 from esapn_kernels import info
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -6,7 +6,6 @@ Nothing is imported here that needs scipy or jinja2 before ``check_extras`` has 
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from ..cli import SHARED, check_extras, check_least, load, make_folder, say_coun
 from ..config import ConfigError, SearchConfig
 from ..jsonfile import load_json, write_json
 from ..run.loop import device_of
+from ..run.processes import at_once
 from . import workers
 from .jobs import Job, is_finished, plan
 
@@ -45,10 +45,9 @@ def compare(args: argparse.Namespace) -> int:
     make_folder(args.out / "runs", "probe")
     _keep_header(args.out / "compare.json", header)
     say_counts(ratings)
-    # Runs that share one GPU take as long as one after another.
-    at_once = args.workers or (1 if device == "cuda" else _cores())
-    print(f"{len(jobs)} runs, {at_once} at once, into {args.out}")
-    _run(args, unfinished, done=len(jobs) - len(unfinished), at_once=at_once)
+    processes = at_once(args.workers, device)
+    print(f"{len(jobs)} runs, {processes} at once, into {args.out}")
+    _run(args, unfinished, done=len(jobs) - len(unfinished), processes=processes)
     _write_page(args.out)
     return 0
 
@@ -60,7 +59,7 @@ def report(args: argparse.Namespace) -> int:
     return 0
 
 
-def _run(args: argparse.Namespace, jobs: Sequence[Job], *, done: int, at_once: int) -> None:
+def _run(args: argparse.Namespace, jobs: Sequence[Job], *, done: int, processes: int) -> None:
     """The jobs in processes of their own, under a bar."""
     from tqdm import tqdm
 
@@ -78,7 +77,7 @@ def _run(args: argparse.Namespace, jobs: Sequence[Job], *, done: int, at_once: i
             jobs,
             options,
             done=done,
-            workers=at_once,
+            workers=processes,
             seconds=args.checkpoint_seconds,
             progress=progress,
         )
@@ -104,12 +103,6 @@ def _keep_header(path: Path, header: dict[str, Any]) -> None:
             raise ConfigError(f"{path}: is of other data or another order; use another --out")
         header["started"] = held.get("started", header["started"])
     write_json(path, header)
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _left(seconds: float) -> str:

@@ -15,13 +15,13 @@ from typing import Any
 
 from esapn_kernels import info
 
-from ..config import MODES, SearchConfig
+from ..config import SearchConfig, mode_defaults
 from ..data.ratings import Ratings
 from ..jsonfile import load_json
+from ..methods import DEFAULT_METHODS, REFERENCES, method_settings
 from ..run.loop import check_budget, stream_of
 from ..run.result import describe_data
 from ..run.resume import check_origin
-from .methods import DEFAULT_METHODS, REFERENCES, method_settings
 
 __all__ = ["Job", "is_finished", "plan", "record_name"]
 
@@ -120,7 +120,7 @@ def _method(mode: str, label: str) -> dict[str, Any]:
         "family": family,
         "mode": mode,
         "text": ", ".join(f"{k} {v}" for k, v in settings.items()),
-        "options": {**MODES[mode], **settings},
+        "options": {**mode_defaults(mode, settings["method"]), **settings},
     }
 
 

@@ -1,36 +1,32 @@
-"""The processes of a comparison: one a run, as many at once as there are cores.
+"""The runs of a comparison in processes of their own.
 
-A run takes one thread. Killed runs go on from their checkpoints when the same command is given
+Killed runs go on from their checkpoints when the same command is given
 again, and finished ones are not made twice.
 """
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
 import statistics
-import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import as_completed
 from functools import lru_cache
-from multiprocessing import active_children, get_context, parent_process
 from typing import Any
 
 import torch
 
-from ..config import ConfigError, SearchConfig
+from ..config import SearchConfig
 from ..data.load import load_ratings
 from ..data.ratings import Ratings
 from ..data.stream import Stream
 from ..jsonfile import write_json
+from ..methods import method_settings
 from ..run.loop import Run, stream_of
+from ..run.processes import pool
 from ..run.result import forget_peak, record
 from ..run.resume import Saver, resume_or_start
 from .jobs import Job
-from .methods import method_settings
 
 __all__ = ["RemainingTime", "run_job", "run_jobs"]
 
@@ -118,22 +114,6 @@ class RemainingTime:
         return sum(known.get(label, usual) for label in labels) / self.workers
 
 
-def _follow_parent() -> None:
-    """Leave Ctrl-C to the parent process, and end when it has ended.
-
-    A worker that outlived its parent would write the files that the same command, given again,
-    writes as well.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def follow() -> None:
-        if (parent := parent_process()) is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
-
-
 def run_jobs(
     jobs: Sequence[Job],
     options: Options,
@@ -163,27 +143,11 @@ def run_jobs(
         return
     remaining = RemainingTime(workers)
     waiting = [job.label for job in jobs]
-    os.environ["OMP_NUM_THREADS"] = "1"
-    # spawn: a process forked after torch has made threads can hang.
-    others = set(active_children())
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_follow_parent)
-    try:
-        futures = [pool.submit(run_job, job, options, seconds) for job in jobs]
+    with pool(workers) as processes:
+        futures = [processes.submit(run_job, job, options, seconds) for job in jobs]
         for future in as_completed(futures):
             label, took = future.result()
             remaining.took(label, took)
             waiting.remove(label)
             done += 1
             progress(done, total, label, remaining.of(waiting))
-    except BrokenProcessPool:
-        raise ConfigError(
-            "a run's process was killed (out of memory?); finished runs and checkpoints stay: "
-            "the same command goes on"
-        ) from None
-    except BaseException:
-        # The pool would first wait for the runs that workers have begun or hold in their queue.
-        for worker in set(active_children()) - others:
-            worker.terminate()
-        raise
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)

@@ -24,7 +24,7 @@ from torch import Tensor
 from ..errors import check_least
 from .ratings import SIDES, DataError, Ratings, fail
 
-__all__ = ["NUM_CLASSES", "Batch", "Bounds", "Stream", "build_stream"]
+__all__ = ["NUM_CLASSES", "Batch", "Bounds", "Stream", "build_stream", "training_part"]
 
 NUM_CLASSES = 5
 # Events at a time, so that what is computed on the way is small beside the arrays.
@@ -157,21 +157,15 @@ def build_stream(
         True
     """
     n_events = len(ratings.user)
-    check_least(DataError, 2, batch_size=batch_size)
+    _check(ratings, batch_size, train_fraction)
     check_least(DataError, 1, history=history)
     check_least(DataError, 0, seed=seed)
-    if not 0 < train_fraction < 1:
-        raise DataError(f"train_fraction must be between 0 and 1, got {train_fraction}")
-    if n_events < 2 * batch_size:
-        fail(ratings.name, f"{n_events} events are fewer than two batches of {batch_size}")
     if task not in ("binary", "multiclass"):
         raise DataError(f"task must be binary or multiclass, got {task!r}")
     arrays = _ordered(ratings, task, positive_above, _permutation(ratings, order, seed))
 
     bounds = Bounds(n_events, batch_size)
-    # The tiny term: 0.29 * 100 is 28.999999999999996 in floats.
-    n_train = int(train_fraction * n_events + 1e-9) // batch_size * batch_size
-    n_train = min(max(n_train, batch_size), bounds[-1][0])
+    n_train = _train_events(bounds, train_fraction)
 
     tensors = {}
     for side in SIDES:
@@ -188,6 +182,64 @@ def build_stream(
         n_items=ratings.n_items,
         task=task,
     )
+
+
+def training_part(
+    ratings: Ratings,
+    *,
+    order: str = "shuffle",
+    seed: int = 0,
+    batch_size: int = 500,
+    train_fraction: float = 0.75,
+) -> Ratings:
+    """The events before the test part, in the order of the stream of equal arguments.
+
+    Of the other events nothing is read but, to put them in order, their timestamps. The IDs stay
+    those of all events, so that tables have all rows.
+
+    Args:
+        ratings: the E events.
+        order, seed, batch_size, train_fraction: as for :func:`build_stream`.
+
+    Raises:
+        DataError: as there.
+
+    Example:
+        >>> from esapn.data.synthetic import synthetic_ratings
+        >>> ratings = synthetic_ratings(1_000)
+        >>> part = training_part(ratings, batch_size=100)
+        >>> len(part.rating), part.n_users == ratings.n_users
+        (700, True)
+    """
+    _check(ratings, batch_size, train_fraction)
+    n_train = _train_events(Bounds(len(ratings.user), batch_size), train_fraction)
+    rows = _permutation(ratings, order, seed)[:n_train]
+    return Ratings(
+        user=ratings.user[rows],
+        item=ratings.item[rows],
+        rating=ratings.rating[rows],
+        timestamp=None if ratings.timestamp is None else ratings.timestamp[rows],
+        n_users=ratings.n_users,
+        n_items=ratings.n_items,
+        name=ratings.name,
+        checksum=ratings.checksum,
+    )
+
+
+def _check(ratings: Ratings, batch_size: int, train_fraction: float) -> None:
+    check_least(DataError, 2, batch_size=batch_size)
+    if not 0 < train_fraction < 1:
+        raise DataError(f"train_fraction must be between 0 and 1, got {train_fraction}")
+    if (n := len(ratings.user)) < 2 * batch_size:
+        fail(ratings.name, f"{n} events are fewer than two batches of {batch_size}")
+
+
+def _train_events(bounds: Bounds, train_fraction: float) -> int:
+    """How many events train: whole batches, and at least one of them is left for the test part."""
+    size = bounds.batch_size
+    # The tiny term: 0.29 * 100 is 28.999999999999996 in floats.
+    n_train = int(train_fraction * bounds.n_events + 1e-9) // size * size
+    return min(max(n_train, size), bounds[-1][0])
 
 
 def _permutation(ratings: Ratings, order: str, seed: int) -> np.ndarray:

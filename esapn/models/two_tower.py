@@ -149,9 +149,10 @@ class SoftTwoTower(Recommender):
 
     def row_optimizer(self, name: str, lr: float, start: float) -> torch.optim.Optimizer:
         """Torch's Adam or Adagrad over both tables."""
+        # Fused: gradients are dense, and a temporary of every table at every step costs more.
         if name == "adam":
-            return torch.optim.Adam(self.rows(), lr=lr)
-        return torch.optim.Adagrad(self.rows(), lr=lr, initial_accumulator_value=start)
+            return torch.optim.Adam(self.rows(), lr=lr, fused=True)
+        return torch.optim.Adagrad(self.rows(), lr=lr, initial_accumulator_value=start, fused=True)
 
     def memory(self, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, TableBytes]:
         """See :meth:`SoftEmbedding.memory`."""

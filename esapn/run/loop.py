@@ -193,7 +193,12 @@ class Run:
         tables = self.model.tables()
         if config.method == "counts":
             half_life = config.half_life or math.inf
-            self.growth = ByCounts(self.model, every=config.move_every, half_life=half_life)
+            self.growth = ByCounts(
+                self.model,
+                every=config.move_every,
+                half_life=half_life,
+                scale=config.count_scale,
+            )
         elif tables and config.method != "fixed":
             self.search = SizeSearch(tables, config)
         self.measures = Prequential(stream.n_train, len(stream.user), device)

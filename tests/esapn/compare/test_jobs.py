@@ -8,13 +8,13 @@ from dataclasses import replace
 import pytest
 
 from esapn.compare.jobs import is_finished
-from esapn.compare.methods import DEFAULT_METHODS, REFERENCES, method_settings
 from esapn.compare.records import load
 from esapn.config import CHOICES, MODES, ConfigError
 from esapn.data.ratings import DataError
 from esapn.data.stream import build_stream
 from esapn.data.synthetic import synthetic_ratings
 from esapn.jsonfile import write_json
+from esapn.methods import DEFAULT_METHODS, REFERENCES, method_settings
 from tests.esapn.compare.planned import only_job, planned
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from esapn.compare.jobs import plan
-from esapn.compare.methods import method_settings
 from esapn.config import ConfigError, SearchConfig
 from esapn.data.synthetic import synthetic_ratings
+from esapn.methods import method_settings
 from esapn.run.loop import check_budget
 from esapn.run.result import memory_table, record
 from tests.esapn.commands import SMALL, refused, result, search

@@ -9,7 +9,7 @@ import re
 from dataclasses import fields
 from typing import Any
 
-from ..config import ConfigError, SearchConfig
+from .config import ConfigError, SearchConfig
 
 __all__ = ["COMMON", "DEFAULT_METHODS", "KNOBS", "PRESETS", "REFERENCES", "method_settings"]
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from esapn.compare.methods import (
+from esapn.config import CHOICES, MODES, ConfigError, SearchConfig
+from esapn.methods import (
     COMMON,
     DEFAULT_METHODS,
     KNOBS,
@@ -12,7 +13,6 @@ from esapn.compare.methods import (
     REFERENCES,
     method_settings,
 )
-from esapn.config import CHOICES, MODES, ConfigError, SearchConfig
 
 
 @pytest.mark.parametrize("label", PRESETS)

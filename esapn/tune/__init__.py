@@ -1,0 +1,1 @@
+"""Settings of every method, found the same way, on the part to train on alone."""
