@@ -164,7 +164,7 @@ setup(
         "esapn_kernels",
         *(f"esapn_kernels.{folder}" for folder in ("cpu", "gpu", "ops", "storage")),
         "esapn",
-        *(f"esapn.{folder}" for folder in ("compare", "data", "models", "run")),
+        *(f"esapn.{folder}" for folder in ("compare", "data", "models", "run", "tune")),
     ],
     ext_modules=[
         Extension(
@@ -203,7 +203,9 @@ setup(
             "scipy>=1.11",
             "jinja2>=3.1",
         ],
-        "tune": ["optuna>=5.0"],
+        "tune": [
+            "optuna>=5.0",
+        ],
         "serving": [
             "safetensors>=0.4",
             "onnx>=1.16",

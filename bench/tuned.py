@@ -3,17 +3,14 @@
     python bench/tuned.py bench/results/tune-check-*.csv [--out esapn/tuned.json]
 
 A FILE is the ``trials.csv`` of a ``python -m esapn tune --check DIR ...``: every method on orders
-that nobody chose on, with the mode's settings (``default``), with those chosen for it on the same
-data (``own``) and with the rows' settings of every DIR, each beside what that DIR chose for the
-method itself. For every file and method
+that nobody chose on, with the mode's settings (``default``), with those that every DIR chose for
+it, and with rows' settings that are the same for all methods (``shared``). For every file and
+method
 
     regret of settings = their mean loss / the least mean loss of the method's settings - 1
 
-1. The mode has the rows' settings of the DIR with the least regret, in the mean over all files and
-   methods.
-2. A method whose mean regret over all files is above --tolerance with these has those of the DIR
-   that serves it best, if they cut it by half.
-3. A method's own settings are those of the DIR that it has its rows' settings from.
+A method has the shared settings if its mean regret over all files is at most --tolerance with them,
+else those of the DIR with the least one. Methods that were not tuned have the shared rows.
 """
 
 from __future__ import annotations
@@ -27,16 +24,16 @@ from typing import Any
 
 from harness.command import Parser, output
 
-from esapn.config import ConfigError
+from esapn.config import ConfigError, tuned_name
 from esapn.errors import UserError
 from esapn.methods import method_settings
+from esapn.tune.choice import DEFAULT, SHARED_ROWS
 from esapn.tune.space import ROWS
 from esapn.tune.trials import read
 from esapn.tune.walk import Walked
 
-# Not settings that were shared: they are no candidates.
-OWN, DEFAULT = "own", "default"
 Regrets = dict[str, dict[str, dict[str, float]]]  # file, method, settings
+Settings = dict[tuple[str, str], dict[str, Any]]  # method, settings
 
 
 class TunedError(UserError):
@@ -49,10 +46,10 @@ def regrets(walks: Sequence[Walked]) -> dict[str, dict[str, float]]:
     Example:
         >>> walks = [
         ...     Walked("fixed-2", label, 3, {"row_lr": 0.1}, (1.0, 1.0, 1.0, loss), 0.5, 8, 1.0)
-        ...     for label, loss in [("default", 0.3), ("own", 0.2), ("here", 0.25)]
+        ...     for label, loss in [("default", 0.3), ("shared", 0.2), ("here", 0.25)]
         ... ]
         >>> {k: round(v, 3) for k, v in regrets(walks)["fixed-2"].items()}
-        {'default': 0.5, 'own': 0.0, 'here': 0.25}
+        {'default': 0.5, 'shared': 0.0, 'here': 0.25}
     """
     losses: dict[str, dict[str, list[float]]] = {}
     for walk in walks:
@@ -70,90 +67,77 @@ def over_files(found: Regrets, method: str, name: str) -> float:
     return statistics.mean(by[method][name] for by in found.values())
 
 
-def choose(
-    found: Regrets, settings: Mapping[tuple[str, str], Mapping[str, Any]], tolerance: float
-) -> tuple[str, dict[str, str], dict[str, Any]]:
-    """The DIR that serves all, those of methods that it does not serve, and the mode's settings."""
-    methods = list(next(iter(found.values())))
-    names = [n for n in next(iter(found.values()))[methods[0]] if n not in (OWN, DEFAULT)]
-
-    def total(name: str) -> float:
-        return statistics.mean(over_files(found, method, name) for method in methods)
-
-    shared = min(names, key=total)
-    # A mode has settings for a method, whatever its size or its hops.
-    families: dict[str, list[str]] = {}
-    for method in methods:
-        families.setdefault(method_settings(method)[0], []).append(method)
-    apart: dict[str, str] = {}
-    content: dict[str, Any] = {"settings": {}, "methods": {}}
-    content["settings"] |= {name: settings[methods[0], shared][name] for name in ROWS}
-    used = [name for method in methods for name in {*settings[method, shared]} - {*ROWS}]
-    for family, members in families.items():
-
-        def regret(name: str, members: Sequence[str] = members) -> float:
-            return statistics.mean(over_files(found, method, name) for method in members)
-
-        best = min(names, key=regret)
-        if regret(shared) > tolerance and regret(best) < regret(shared) / 2:
-            apart[family] = best
-        taken = apart.get(family, shared)
-        own: dict[str, Any] = {}
-        for method in members:
-            # Those without more settings by name come first: they stand for the family.
-            for name, value in settings[method, taken].items():
-                own.setdefault(name, value)
-        for name, value in own.items():
-            only = sum(n == name for n in used) <= len(members) and name not in ROWS
-            if only and any(name in settings[m, shared] for m in members):
-                content["settings"][name] = value
-            elif name not in ROWS or family in apart:
-                content["methods"].setdefault(family, {})[name] = value
-    return shared, apart, content
+def choose(found: Regrets, tolerance: float) -> dict[str, str]:
+    """Method to the name of the settings that it has."""
+    chosen = {}
+    for method, by in next(iter(found.values())).items():
+        names = [name for name in by if name not in (DEFAULT, SHARED_ROWS)]
+        best = min(names, key=lambda name: over_files(found, method, name))
+        shared = over_files(found, method, SHARED_ROWS)
+        chosen[method] = SHARED_ROWS if shared <= tolerance else best
+    return chosen
 
 
-def show(found: Regrets, shared: str) -> None:
-    """Print the regrets, in thousandths of the least loss."""
-    for file, by in found.items():
-        names = list(next(iter(by.values())))
+def content(chosen: Mapping[str, str], settings: Settings) -> dict[str, Any]:
+    """What ``esapn/tuned.json`` holds: rows' settings for all, and of every method all of its own.
+
+    A method is there by what it is, without the bytes that its name gives it: ``counts``.
+    """
+    rows = {name: settings[next(iter(chosen)), SHARED_ROWS][name] for name in ROWS}
+    methods: dict[str, Any] = {}
+    for method, name in chosen.items():
+        _, given = method_settings(method)
+        key = tuned_name(given)
+        if key in methods:
+            raise TunedError(f"'{method}' and another method have one name in the mode: '{key}'")
+        methods[key] = settings[method, name]
+    return {"settings": rows, "methods": methods}
+
+
+def show(found: Regrets, chosen: Mapping[str, str]) -> None:
+    """Print the regrets, in thousandths of the least loss, and their means over all files."""
+    means = {m: {n: over_files(found, m, n) for n in by} for m, by in _first(found).items()}
+    for file, of_methods in {**found, "mean": means}.items():
+        names = list(next(iter(of_methods.values())))
         print(f"{file}: regret in thousandths of the method's least loss")
-        print(f"  {'method':<26}" + "".join(f"{name:>12}" for name in names))
-        for method, each in by.items():
-            print(f"  {method:<26}" + "".join(f"{1000 * each[name]:>12.2f}" for name in names))
-    print(f"shared by all methods: those of {shared}")
+        print(f"  {'method':<26}" + "".join(f"{name:>10}" for name in names))
+        for method, by in of_methods.items():
+            print(f"  {method:<26}" + "".join(f"{1000 * by[name]:>10.2f}" for name in names))
+    for method, name in chosen.items():
+        print(f"{method}: {name}")
 
 
-def load(paths: Sequence[Path]) -> tuple[Regrets, dict[tuple[str, str], dict[str, Any]]]:
+def _first(found: Regrets) -> dict[str, dict[str, float]]:
+    return next(iter(found.values()))
+
+
+def load(paths: Sequence[Path]) -> tuple[Regrets, Settings]:
     """The regrets of every file, and the settings by method and name.
 
     Raises:
         TunedError: a file that holds no check, or another one than the first.
     """
     found: Regrets = {}
-    settings: dict[tuple[str, str], dict[str, Any]] = {}
+    settings: Settings = {}
     for path in paths:
         walks = read(path)
         names = {walk.trial for walk in walks}
-        if not {OWN, DEFAULT} <= names or len(names) < 3:
+        if not {DEFAULT, SHARED_ROWS} < names:
             raise TunedError(f"{path}: holds no settings that were checked")
-        of_methods = {walk.method: set[str]() for walk in walks}
         for walk in walks:
-            of_methods[walk.method].add(walk.trial)
-            key = walk.method, walk.trial
-            if (
-                walk.trial not in (OWN, DEFAULT)
-                and settings.setdefault(key, dict(walk.settings)) != walk.settings
-            ):
+            key, mine = (walk.method, walk.trial), dict(walk.settings)
+            if walk.trial != DEFAULT and settings.setdefault(key, mine) != mine:
                 raise TunedError(f"{path}: '{walk.trial}' has other settings than in a file before")
-        if any(of != names for of in of_methods.values()):
-            raise TunedError(f"{path}: lacks some settings of some methods")
         found[path.stem] = regrets(walks)
-        first = next(iter(found.values()))
-        if {m: set(by) for m, by in found[path.stem].items()} != {
-            m: set(by) for m, by in first.items()
-        }:
+        if any(set(by) != names for by in found[path.stem].values()):
+            raise TunedError(f"{path}: lacks some settings of some methods")
+        if _names(found[path.stem]) != _names(_first(found)):
             raise TunedError(f"{path}: has other methods or settings than {paths[0]}")
     return found, settings
+
+
+def _names(found: Mapping[str, Mapping[str, float]]) -> dict[str, set[str]]:
+    return {method: set(by) for method, by in found.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -166,17 +150,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         found, settings = load(args.paths)
+        chosen = choose(found, args.tolerance)
+        written = content(chosen, settings)
     except (ConfigError, TunedError) as error:
         parser.error(str(error))
-    shared, apart, content = choose(found, settings, args.tolerance)
-    show(found, shared)
-    for family, name in apart.items():
-        print(f"{family} alone: those of {name}")
-    command = ["python", "bench/tuned.py", *map(str, args.paths)]
-    content = {"made_by": " ".join([*command, "--out", "esapn/tuned.json"]), **content}
-    print(json.dumps(content, indent=2))
+    show(found, chosen)
+    command = ["python", "bench/tuned.py", *map(str, args.paths), "--out", "esapn/tuned.json"]
+    written = {"made_by": " ".join(command), **written}
     if args.out:
-        args.out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        args.out.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
     return 0
 
 

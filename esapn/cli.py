@@ -253,7 +253,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser, search = _parsers()
     args = parser.parse_args(argv)
     if args.command == "search":
-        search.set_defaults(**mode_defaults(args.mode, args.method))
+        search.set_defaults(**mode_defaults(args.mode, vars(args)))
         args = parser.parse_args(argv)
     return args
 

@@ -12,7 +12,15 @@ from typing import Any
 from .errors import UserError
 from .jsonfile import load_json
 
-__all__ = ["CHOICES", "GROUPS", "MODES", "ConfigError", "SearchConfig", "mode_defaults"]
+__all__ = [
+    "CHOICES",
+    "GROUPS",
+    "MODES",
+    "ConfigError",
+    "SearchConfig",
+    "mode_defaults",
+    "tuned_name",
+]
 
 CHOICES = {
     "task": ("binary", "multiclass"),
@@ -55,8 +63,6 @@ MODES: dict[str, dict[str, Any]] = {
         **_TUNED["settings"],
     },
 }
-# And for a method alone, where those of the mode do not serve it.
-_OF_METHOD: dict[str, dict[str, dict[str, Any]]] = {"paper": {}, "tuned": _TUNED["methods"]}
 
 
 class ConfigError(UserError):
@@ -217,7 +223,7 @@ class SearchConfig:
     @classmethod
     def of_mode(cls, mode: str, **settings: Any) -> SearchConfig:
         """The mode's defaults for the method, with ``settings`` over them."""
-        defaults = mode_defaults(mode, settings.get("method", cls.method))
+        defaults = mode_defaults(mode, settings)
         return cls(**{**defaults, **settings, "mode": mode})
 
     @property
@@ -242,16 +248,50 @@ class SearchConfig:
         return {**cls().to_json(), **saved}
 
 
-def mode_defaults(mode: str, method: str) -> dict[str, Any]:
-    """What a mode changes of a method's defaults; nothing, if there is no such mode.
+def mode_defaults(mode: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What a mode changes of the defaults, given a run's ``method`` and its other settings.
+
+    Methods that were tuned have settings of their own; one size has those of the nearest width.
 
     Example:
-        >>> mode_defaults("paper", "fixed")
+        >>> mode_defaults("paper", {"method": "fixed"})
         {}
-        >>> mode_defaults("tuned", "fixed")["hops"]
+        >>> mode_defaults("tuned", {"method": "fixed", "fixed_size": 16})["hops"]
         'padded'
     """
-    return {**MODES.get(mode, {}), **_OF_METHOD.get(mode, {}).get(method, {})}
+    return {**MODES.get(mode, {}), **(_of_method(settings) if mode == "tuned" else {})}
+
+
+def tuned_name(settings: Mapping[str, Any]) -> str:
+    """The name under which ``tuned.json`` has a run's method.
+
+    A search that is held back, by ``dwell`` or by ``budget``, has other rows than a free one, and
+    so other settings.
+
+    Example:
+        >>> tuned_name({"method": "fixed", "fixed_size": 16})
+        'fixed-16'
+        >>> tuned_name({"method": "esapn", "dwell": 0.5, "hops": "tails"})
+        'esapn-dwell,hops=tails'
+    """
+    name = settings.get("method", SearchConfig.method)
+    if name == "fixed":
+        name = f"fixed-{settings.get('fixed_size', SearchConfig.fixed_size)}"
+    elif name == "esapn" and (settings.get("dwell") or settings.get("budget")):
+        name = "esapn-dwell"
+    return name + (",hops=tails" if settings.get("hops") == "tails" else "")
+
+
+def _of_method(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the method with its hops, else of the method; of one size, of the nearest width."""
+    tuned: dict[str, dict[str, Any]] = _TUNED["methods"]
+    name = tuned_name(settings)
+    plain = name.partition(",")[0]
+    if settings.get("method") == "fixed":
+        size = max(settings.get("fixed_size", SearchConfig.fixed_size), 1)
+        widths = [int(key.removeprefix("fixed-")) for key in tuned if key.startswith("fixed-")]
+        plain = f"fixed-{min(widths, key=lambda w: abs(math.log(w / size)), default=size)}"
+    return tuned.get(name, tuned.get(plain, {}))
 
 
 def _refuse(name: str, rule: str, value: object) -> None:

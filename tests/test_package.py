@@ -127,7 +127,7 @@ def test_extras(setup_arguments):
         extra: {re.split(r"[>;]", requirement)[0] for requirement in requirements}
         for extra, requirements in setup_arguments["extras_require"].items()
     }
-    assert set(names) == {"train", "bench", "serving", "docs", "dev"}
+    assert set(names) == {"train", "tune", "bench", "serving", "docs", "dev"}
     assert names["train"] == set(TRAIN_EXTRAS)
 
 

@@ -240,7 +240,7 @@ def test_paths_and_modules(page):
 def own_flags(capsys) -> dict[str, set[str]]:
     """The flags of every command of ``esapn``, from its help."""
     found = {}
-    for command in ("search", "compare", "report"):
+    for command in ("search", "compare", "tune", "report"):
         with pytest.raises(SystemExit):
             parse([command, "--help"])
         found[command] = set(re.findall(FLAG, capsys.readouterr().out))
@@ -259,7 +259,7 @@ def test_flags_in_the_prose(page, own_flags, script_help):
 def test_commands_of_the_search(page, own_flags, capsys):
     """Parsers and shells take them as they are, unabbreviated, and the methods are known."""
     for command in commands(page):
-        if command.arguments in (None, [], ["search"], ["compare"], ["report"]):
+        if command.arguments in (None, [], ["search"], ["compare"], ["tune"], ["report"]):
             continue  # not ours, or named in a sentence
         said = " ".join(command.words)
         assert shlex.join(command.words) == said

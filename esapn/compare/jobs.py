@@ -120,7 +120,7 @@ def _method(mode: str, label: str) -> dict[str, Any]:
         "family": family,
         "mode": mode,
         "text": ", ".join(f"{k} {v}" for k, v in settings.items()),
-        "options": {**mode_defaults(mode, settings["method"]), **settings},
+        "options": {**mode_defaults(mode, settings), **settings},
     }
 
 

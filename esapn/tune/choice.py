@@ -1,17 +1,20 @@
-"""What the trials say: a method's best settings, by how much, and settings for all methods."""
+"""What the trials say: a method's best settings, by how much, and rows' settings for all."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from .schedule import Listed
 from .space import ROWS
 
-__all__ = ["Choice", "choose", "lines", "loss_by_order", "shared_rows"]
+__all__ = ["DEFAULT", "SHARED_ROWS", "Choice", "choose", "lines", "loss_by_order", "shared_rows"]
+
+# Names of settings that a check walks with: the mode's, and those with the rows' for all methods.
+DEFAULT, SHARED_ROWS = "default", "shared"
 
 
 @dataclass(frozen=True)
@@ -67,17 +70,29 @@ def choose(listed: Listed, default: str = "0") -> Choice | None:
     )
 
 
-def shared_rows(choices: Sequence[Choice]) -> dict[str, Any]:
-    """The rows' settings of the method that is nearest to all others'; none if none has them all.
+def shared_rows(chosen: Iterable[tuple[Mapping[str, Any], str]]) -> tuple[dict[str, Any], str]:
+    """The rows' settings that are nearest to all others, and where they are from.
 
     Distances are those of logarithms, each in parts of its range.
+
+    Args:
+        chosen: settings of a method, and a name; those that lack one of the rows are left out.
+
+    Example:
+        >>> some = [{"row_lr": x, "row_accumulator": 0.1, "init_std": 0.1} for x in (0.1, 0.2, 2.0)]
+        >>> shared_rows(zip(some, "abc"))
+        ({'row_lr': 0.2, 'row_accumulator': 0.1, 'init_std': 0.1}, 'b')
     """
     rows = [
-        {name: choice.settings[name] for name in ROWS}
-        for choice in choices
-        if set(ROWS) <= set(choice.settings)
+        ({name: settings[name] for name in ROWS}, source)
+        for settings, source in chosen
+        if set(ROWS) <= set(settings)
     ]
-    return min(rows, key=lambda mine: sum(_distance(mine, other) for other in rows), default={})
+    return min(
+        rows,
+        key=lambda mine: sum(_distance(mine[0], other) for other, _ in rows),
+        default=({}, ""),
+    )
 
 
 def _distance(one: Mapping[str, float], other: Mapping[str, float]) -> float:

@@ -2,7 +2,7 @@
 
 DIR/tune.json       what is tuned, and on which data
 DIR/trials.csv      every walk, as soon as it is made
-DIR/settings.json   the settings chosen, by how much, and rows' settings for all methods
+DIR/settings.json   the settings chosen, and by how much
 DIR/tuning.png      quality over the settings tried
 """
 
@@ -26,17 +26,17 @@ from ..methods import method_settings
 from ..run.loop import check_budget, device_of, stream_of
 from ..run.processes import at_once, pool
 from . import trials
-from .choice import Choice, choose, lines, shared_rows
+from .choice import DEFAULT, SHARED_ROWS, choose, lines, shared_rows
 from .figure import draw
 from .schedule import Listed, Tuning
-from .space import ROWS, ranges
+from .space import ranges
 from .walk import Job, Part, Walked, config_of, part_of, walk
 
 __all__ = ["DEFAULT_METHODS", "tune"]
 
 DEFAULT_METHODS = (
     *("fixed-2", "fixed-4", "fixed-8", "fixed-16", "fixed-64", "fixed-128"),
-    *("counts-6.25%", "counts-6.25%,hops=tails", "esapn", "darts", "autoemb"),
+    *("counts-6.25%", "counts-6.25%,hops=tails", "esapn", "esapn-dwell-0.5", "darts", "autoemb"),
     *("thresholds-16", "power-1"),
 )
 
@@ -75,7 +75,7 @@ def tune(args: argparse.Namespace) -> int:
     make_folder(args.out, "trials.csv")
     _keep_header(args.out / "tune.json", header)
     _walk_all(args.out / "trials.csv", tuned, part, processes)
-    _finish(args.out, tuned, header, default="default" if checked else "0")
+    _finish(args.out, tuned, header, default=DEFAULT if checked else "0")
     return 0
 
 
@@ -137,15 +137,11 @@ def _keep_header(path: Path, header: dict[str, Any]) -> None:
 
 
 def _chosen(folder: Path) -> dict[str, dict[str, Any]]:
-    """Method to its settings of ``settings.json``; those with the shared rows' beside them."""
+    """Method to its settings of ``settings.json``."""
     path = folder / "settings.json"
     try:
-        held = load_json(path)
-        rows = {name: held["rows"][name] for name in ROWS}
-        return {
-            method: {"own": dict(about["settings"]), "rows": rows}
-            for method, about in held["methods"].items()
-        }
+        methods = load_json(path)["methods"]
+        return {method: dict(about["settings"]) for method, about in methods.items()}
     except OSError as error:
         raise ConfigError(f"--check {path}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -153,20 +149,25 @@ def _chosen(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _candidates(
-    method: str, default: Mapping[str, Any], checked: Mapping[str, Mapping[str, Any]]
+    method: str, default: Mapping[str, Any], checked: Mapping[str, Mapping[str, Mapping[str, Any]]]
 ) -> dict[str, dict[str, Any]]:
-    """The mode's settings; those chosen in the first folder; with the rows' of every folder.
+    """Settings by their names: the mode's, those of every folder, and those with shared rows.
 
     Raises:
-        ConfigError: a folder has not tuned the method.
+        ConfigError: a folder has not tuned the method, or not in the same settings.
     """
-    found = {"default": dict(default)}
+    found = {DEFAULT: dict(default)}
     for folder, chosen in checked.items():
-        if method not in chosen:
-            raise ConfigError(f"--check {folder}: '{method}' was not tuned there")
-        own = {name: chosen[method]["own"][name] for name in default}
-        found.setdefault("own", own)
-        found[folder] = {**own, **{n: v for n, v in chosen[method]["rows"].items() if n in own}}
+        if set(chosen.get(method, ())) != set(default):
+            raise ConfigError(f"--check {folder}: '{method}' was not tuned there, or not so")
+        found[folder] = {name: chosen[method][name] for name in default}
+    rows, folder = shared_rows(
+        (settings, folder)
+        for folder, chosen in sorted(checked.items())
+        for settings in chosen.values()
+    )
+    if rows:
+        found[SHARED_ROWS] = {**found[folder], **{n: v for n, v in rows.items() if n in default}}
     return found
 
 
@@ -233,7 +234,7 @@ def _finish(out: Path, tuned: Sequence[Listed], header: Mapping[str, Any], *, de
     lost = [listed.method for listed in tuned if listed.method not in {c.method for c in choices}]
     names = ("data", "common", "orders", "check", "command")
     content = {name: header[name] for name in names}
-    content |= {"rows": shared_rows(choices), "methods": _by_method(choices)}
+    content["methods"] = {choice.method: choice.to_json() for choice in choices}
     write_json(out / "settings.json", content)
     task, data = header["common"]["task"], header["data"]["name"]
     draw(out / "tuning.png", tuned, f"{data}, {task}: validation loss over the settings tried")
@@ -241,7 +242,3 @@ def _finish(out: Path, tuned: Sequence[Listed], header: Mapping[str, Any], *, de
     for method in lost:
         print(f"{method}: no trial ended with a finite loss")
     print(f"wrote {out / 'settings.json'}, {out / 'trials.csv'} and {out / 'tuning.png'}")
-
-
-def _by_method(choices: Sequence[Choice]) -> dict[str, Any]:
-    return {choice.method: choice.to_json() for choice in choices}

@@ -10,44 +10,58 @@ from .space import SETTINGS
 
 __all__ = ["draw"]
 
-_LEAST = 1e-5
+# Differences in loss below are noise, those above are all bad.
+_LEAST, _MOST = 3e-5, 3e-3
 
 
 def draw(path: Path, tuned: Sequence[Listed], title: str) -> None:
-    """Draw what each trial lost on the first order to the method's best one there.
+    """Draw a panel a setting, with a line of points a method: its trials on the first order.
 
-    Trials that were stopped have no validation loss and are left out, as are settings that no
-    method varied.
+    The darker a point, the less its loss is above that of the method's best trial, which has a
+    ring. Where dark points lie close together the setting matters; where they lie everywhere it
+    does not. Stopped trials have no validation loss and are left out.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
 
     names = [n for n in SETTINGS if any(n in walk for m in tuned for walk in m.settings.values())]
     columns = min(len(names), 4) or 1
     rows = -(-len(names) // columns) or 1
-    figure = Figure(figsize=(3.2 * columns, 2.9 * rows + 0.6), layout="constrained")
+    size = (3.2 * columns + 1.5, rows * (0.8 + 0.22 * len(tuned)) + 0.6)
+    figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(rows, columns, squeeze=False).flat
+    panels = list(figure.subplots(rows, columns, squeeze=False, sharey=True).flat)
+    shades = {"cmap": "inferno", "norm": LogNorm(_LEAST, _MOST, clip=True)}
     for panel, name in zip(panels, names, strict=False):
-        for index, listed in enumerate(tuned):
-            walks = [w[listed.orders[0]] for w in listed.walks.values() if listed.orders[0] in w]
-            walks = [walk for walk in walks if not walk.stopped and name in walk.settings]
-            best = min((walk.loss for walk in walks), default=0.0)
-            panel.plot(
-                [max(float(walk.settings[name]), SETTINGS[name].low) for walk in walks],
-                [max(walk.loss - best, _LEAST) for walk in walks],
-                "o" if index < 10 else "^",
-                color=f"C{index % 10}",
-                markersize=4,
-                alpha=0.7,
-                label=listed.method,
-            )
-        panel.set(xscale="log", yscale="log", xlabel=name)
-    for panel in list(panels)[len(names) :]:
+        for line, listed in enumerate(tuned):
+            # The best last: on top.
+            points = sorted(_points(listed, name), key=lambda point: -point[1])
+            if not points:
+                continue
+            x, lost = zip(*points, strict=True)
+            y = [line] * len(x)
+            panel.scatter(x, y, c=[max(v, _LEAST) for v in lost], s=22, **shades)
+            panel.scatter(x[-1], line, s=70, facecolors="none", edgecolors="black")
+        panel.set(xscale="log", xlabel=name)
+        panel.xaxis.set_minor_formatter(NullFormatter())
+        panel.grid(axis="y", alpha=0.2)
+    panels[0].set_yticks(range(len(tuned)), [listed.method for listed in tuned])
+    panels[0].set_ylim(len(tuned) - 0.5, -0.5)
+    for panel in panels[len(names) :]:
         panel.set_axis_off()
-    first = figure.axes[0]
-    first.set_ylabel("loss less the method's best")
+    if drawn := [c for panel in panels for c in panel.collections if c.get_array() is not None]:
+        figure.colorbar(drawn[0], ax=panels, label="loss less the method's best", extend="both")
     figure.suptitle(title)
-    handles, labels = first.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6) or 1)
     figure.savefig(path, dpi=110)
+
+
+def _points(listed: Listed, name: str) -> list[tuple[float, float]]:
+    """A setting's values in the trials that ended, and what they lost on the first order."""
+    walks = [walks[k] for walks in listed.walks.values() for k in listed.orders[:1] if k in walks]
+    ended = [walk for walk in walks if not walk.stopped and name in walk.settings]
+    best = min((walk.loss for walk in ended), default=0.0)
+    return [
+        (max(float(walk.settings[name]), SETTINGS[name].low), walk.loss - best) for walk in ended
+    ]

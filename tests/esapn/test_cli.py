@@ -59,7 +59,7 @@ def test_help_names_every_setting_in_its_group(capsys):
 
 def test_help_of_the_other_commands(capsys):
     text = " ".join(help_of(capsys=capsys))
-    for word in ("search", "compare", "report"):
+    for word in ("search", "compare", "tune", "report"):
         assert f" {word} " in text
     text = " ".join(help_of("compare", capsys=capsys))
     for flag in ("data", "order", "tasks", "modes", "methods", "seeds", "workers", "out"):
@@ -122,7 +122,7 @@ def test_out_is_required(capsys):
     ("arguments", "expected"),
     [
         ([], "required: COMMAND"),
-        (["train"], "invalid choice: 'train' (choose from search, compare, report)"),
+        (["train"], "invalid choice: 'train' (choose from search, compare, tune, report)"),
         (["serach"], "report); did you mean search?"),
         (["--verison"], "unknown option --verison"),
         (["search", "--row-lt", "3"], "unknown option --row-lt; did you mean --row-lr?"),

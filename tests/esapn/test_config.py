@@ -8,7 +8,9 @@ from dataclasses import fields
 
 import pytest
 
-from esapn.config import CHOICES, MODES, ConfigError, SearchConfig
+from esapn import config as config_module
+from esapn.config import CHOICES, MODES, ConfigError, SearchConfig, mode_defaults
+from esapn.tune.space import ROWS, SETTINGS
 
 PUBLISHED = {
     "sizes": (2, 4, 8, 16, 64, 128),
@@ -52,7 +54,16 @@ REFUSED = [
     *(("budget", text) for text in ("3 XB", "-1", "0%")),
     *(
         (name, value)
-        for name in ("lr", "row_lr", "tail_lr", "policy_lr", "threshold", "power", "power_scale")
+        for name in (
+            "lr",
+            "row_lr",
+            "tail_lr",
+            "policy_lr",
+            "threshold",
+            "power",
+            "power_scale",
+            "count_scale",
+        )
         for value in (0.0, -1e-3, math.nan, math.inf)
     ),
     *(
@@ -81,13 +92,64 @@ def test_modes_change_defaults_and_nothing_else():
     for mode, changes in MODES.items():
         plain, config = SearchConfig(mode=mode).to_json(), SearchConfig.of_mode(mode).to_json()
         changed = {name for name, value in config.items() if value != plain[name]}
-        assert changed == set(changes)
-        assert {name: config[name] for name in changes} == changes
-    assert SearchConfig.of_mode("tuned", row_lr=0.5, seed=3) == SearchConfig(
-        **{**MODES["tuned"], "row_lr": 0.5, "seed": 3, "mode": "tuned"}
+        defaults = mode_defaults(mode, {"method": "esapn"})
+        assert set(defaults) >= set(changes) and changed == set(defaults)
+        assert {name: config[name] for name in defaults} == defaults
+    assert SearchConfig.of_mode("tuned", method="always", row_lr=0.5, seed=3) == SearchConfig(
+        **{**MODES["tuned"], "method": "always", "row_lr": 0.5, "seed": 3, "mode": "tuned"}
     )
     with pytest.raises(ConfigError, match="--mode must be one of paper, tuned, got fast"):
         SearchConfig.of_mode("fast")
+
+
+TUNED = {
+    "fixed-2": {"row_lr": 0.5},
+    "fixed-128": {"row_lr": 0.02},
+    "esapn": {"row_lr": 0.03},
+    "esapn-dwell": {"row_lr": 0.09},
+    "counts": {"row_lr": 0.1, "count_scale": 3.0},
+    "counts,hops=tails": {"row_lr": 0.2, "tail_lr": 0.003},
+}
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"method": "fixed", "fixed_size": 2}, "fixed-2"),
+        ({"method": "fixed", "fixed_size": 15}, "fixed-2"),  # the nearest by its ratio
+        ({"method": "fixed", "fixed_size": 17}, "fixed-128"),
+        ({"method": "fixed"}, "fixed-128"),
+        ({"method": "counts", "budget": "3%"}, "counts"),
+        ({"method": "counts", "budget": "3%", "hops": "tails"}, "counts,hops=tails"),
+        ({"method": "power", "hops": "tails"}, None),
+        ({"method": "always"}, None),
+        ({}, "esapn"),
+        ({"method": "esapn", "hops": "tails"}, "esapn"),
+        ({"method": "esapn", "dwell": 0.5}, "esapn-dwell"),
+        ({"method": "esapn", "budget": "3%"}, "esapn-dwell"),
+    ],
+)
+def test_a_method_that_was_tuned_has_settings_of_its_own(settings, expected, monkeypatch):
+    monkeypatch.setitem(config_module._TUNED, "methods", TUNED)
+    own = TUNED.get(expected, {})
+    assert mode_defaults("tuned", settings) == {**MODES["tuned"], **own}
+    config = SearchConfig.of_mode("tuned", **settings)
+    assert {name: getattr(config, name) for name in own} == own
+    assert SearchConfig.of_mode("tuned", **settings, row_lr=0.7).row_lr == 0.7
+    # As published, whatever was tuned.
+    assert mode_defaults("paper", settings) == {}
+    assert SearchConfig.of_mode("paper", **settings).row_lr == SearchConfig().row_lr
+
+
+def test_the_settings_found_are_in_their_ranges_and_of_known_methods():
+    found = config_module._TUNED
+    assert set(found["settings"]) == set(ROWS)
+    for name, settings in [("", found["settings"]), *found["methods"].items()]:
+        assert set(settings) <= set(SETTINGS)
+        assert all(SETTINGS[k].low <= value <= SETTINGS[k].high for k, value in settings.items())
+        method, _, given = name.partition(",")
+        assert given in ("", "hops=tails")
+        assert not method or method.partition("-")[0] in CHOICES["method"]
 
 
 @pytest.mark.parametrize(("name", "value"), REFUSED)

@@ -62,10 +62,6 @@ def test_the_same_trials_of_every_method_and_a_choice_of_each(here, tmp_path, ca
         assert (firsts[0]["policy_lr"] != "") == (method == "esapn")
     found = settings(tmp_path / "out")
     assert found["orders"] == [0, 1] and list(found["methods"]) == list(METHODS)
-    assert set(found["rows"]) == set(ROWS)
-    assert found["rows"] in [
-        {n: about["settings"][n] for n in ROWS} for about in found["methods"].values()
-    ]
     for method, about in found["methods"].items():
         mine = [r for r in rows if r["method"] == method and r["trial"] == about["trial"]]
         losses = {r["order"]: float(r["validation"]) for r in mine}
@@ -112,20 +108,24 @@ def test_a_choice_is_checked_on_other_orders(here, tmp_path, capsys):
     assert tune(tmp_path / "check", *more, methods=None) == 0
     rows = lines(tmp_path / "check")
     assert len(rows) == 3 * 2 * 4  # methods, orders, settings
-    one, two = settings(tmp_path / "one"), settings(tmp_path / "two")
+    chosen = {name: settings(tmp_path / name)["methods"] for name in ("one", "two")}
+    shared = [{n: row[n] for n in ROWS} for row in rows if row["trial"] == "shared"]
+    assert all(each == shared[0] for each in shared)
+    assert {n: float(v) for n, v in shared[0].items()} in [
+        {n: about["settings"][n] for n in ROWS} for by in chosen.values() for about in by.values()
+    ]
     for row in rows:
         assert row["order"] in ("2", "3")
-        mine = {n: float(row[n]) for n in ROWS}
-        if row["trial"] == "own":
-            own = one["methods"][row["method"]]["settings"]
-            assert mine == {n: own[n] for n in ROWS}
-        if row["trial"] == "two":
-            assert mine == two["rows"]
-            if row["method"] == "esapn":
-                own = two["methods"]["esapn"]["settings"]
-                assert float(row["policy_lr"]) == own["policy_lr"]
+        if row["trial"] in chosen:
+            own = chosen[row["trial"]][row["method"]]["settings"]
+            assert {n: float(row[n]) for n in own} == own
     found = settings(tmp_path / "check")["methods"]
-    assert {about["trial"] for about in found.values()} <= {"default", "own", "one", "two"}
+    assert {about["trial"] for about in found.values()} <= {"default", "shared", "one", "two"}
+    # The order of the folders changes no settings: only the first gives the methods.
+    more = ["--check", tmp_path / "two", tmp_path / "one", "--first-order", 2]
+    assert tune(tmp_path / "turned", *more, methods=None) == 0
+    key = lambda row: (row["method"], row["trial"], row["order"])  # noqa: E731
+    assert sorted(lines(tmp_path / "turned"), key=key) == sorted(rows, key=key)
 
 
 def test_processes_give_what_one_process_gives(here, tmp_path, monkeypatch):

@@ -48,7 +48,8 @@ def test_points_are_shared_by_all_methods_and_lie_in_the_ranges():
         ]
         assert all(0 <= place <= 1 for place in places)
         # One point of a Sobol net in every eighth of a range; whole numbers may be rounded out.
-        assert span.whole or sorted(min(int(p * SPREAD), SPREAD - 1) for p in places) == list(range(SPREAD))
+        eighths = sorted(min(int(place * SPREAD), SPREAD - 1) for place in places)
+        assert span.whole or eighths == list(range(SPREAD))
 
 
 def test_settings_are_rounded_as_their_kind():
