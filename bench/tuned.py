@@ -16,9 +16,13 @@ else those of the DIR with the least one. Methods that were not tuned have the s
 from __future__ import annotations
 
 import json
+import math
+import shlex
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +87,10 @@ def content(chosen: Mapping[str, str], settings: Settings) -> dict[str, Any]:
 
     A method is there by what it is, without the bytes that its name gives it: ``counts``.
     """
-    rows = {name: settings[next(iter(chosen)), SHARED_ROWS][name] for name in ROWS}
+    whole = [m for m in chosen if set(ROWS) <= set(settings[m, SHARED_ROWS])]
+    if not whole:
+        raise TunedError("no method has all settings of its rows tuned")
+    rows = {name: settings[whole[0], SHARED_ROWS][name] for name in ROWS}
     methods: dict[str, Any] = {}
     for method, name in chosen.items():
         _, given = method_settings(method)
@@ -128,10 +135,13 @@ def load(paths: Sequence[Path]) -> tuple[Regrets, Settings]:
             key, mine = (walk.method, walk.trial), dict(walk.settings)
             if walk.trial != DEFAULT and settings.setdefault(key, mine) != mine:
                 raise TunedError(f"{path}: '{walk.trial}' has other settings than in a file before")
-        found[path.stem] = regrets(walks)
-        if any(set(by) != names for by in found[path.stem].values()):
-            raise TunedError(f"{path}: lacks some settings of some methods")
-        if _names(found[path.stem]) != _names(_first(found)):
+        walked = Counter((walk.method, walk.trial, walk.order) for walk in walks)
+        every = product({w.method for w in walks}, names, {w.order for w in walks})
+        if walked != Counter(every) or not all(0 < walk.loss < math.inf for walk in walks):
+            raise TunedError(f"{path}: some method lacks some settings on some order")
+        file = str(path)
+        found[file] = regrets(walks)
+        if _names(found[file]) != _names(_first(found)):
             raise TunedError(f"{path}: has other methods or settings than {paths[0]}")
     return found, settings
 
@@ -155,8 +165,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ConfigError, TunedError) as error:
         parser.error(str(error))
     show(found, chosen)
-    command = ["python", "bench/tuned.py", *map(str, args.paths), "--out", "esapn/tuned.json"]
-    written = {"made_by": " ".join(command), **written}
+    command = ["python", "bench/tuned.py", *(sys.argv[1:] if argv is None else argv)]
+    written = {"made_by": shlex.join(command), **written}
     if args.out:
         args.out.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
     return 0

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from . import errors
-from .config import CHOICES, GROUPS, MODES, ConfigError, SearchConfig, mode_defaults
+from .config import BY_METHOD, CHOICES, GROUPS, MODES, ConfigError, SearchConfig, mode_defaults
 from .data.files import MALFORMED
 from .data.load import load_ratings
 from .data.movielens import MOVIELENS
@@ -109,11 +109,17 @@ def _add_settings(groups: dict[str, Any], names: Sequence[str] = ()) -> None:
             f"--{setting.name.replace('_', '-')}",
             text=about["help"],
             default=default,
-            others={m: v[setting.name] for m, v in MODES.items() if setting.name in v},
+            others=_of_modes(setting.name),
             choices=CHOICES.get(setting.name),
             metavar=about["metavar"],
             **options,
         )
+
+
+def _of_modes(name: str) -> dict[str, Any]:
+    """What modes change a setting to, or by what."""
+    found = {mode: values[name] for mode, values in MODES.items() if name in values}
+    return found | {mode: "by method" for mode, names in BY_METHOD.items() if name in names}
 
 
 def _add(group: Any, flag: str, *, text: str, default: Any, **options: Any) -> None:
@@ -199,7 +205,8 @@ def _add_tune(parser: argparse.ArgumentParser) -> None:
     _add(tuning, "--trials", text=text, default=24, type=int, metavar="N")
     text = "shuffles of the part to train on, which the best trials walk"
     _add(tuning, "--orders", text=text, default=3, type=int, metavar="N")
-    _add(tuning, "--first-order", text="seed of the first one", default=0, type=int, metavar="SEED")
+    text = "seed of the first one [0; of a check: after those chosen on]"
+    tuning.add_argument("--first-order", type=int, metavar="SEED", help=text)
     text = "no trials: walk with the settings chosen in these folders, on other orders"
     tuning.add_argument("--check", nargs="+", type=Path, default=[], metavar="DIR", help=text)
     names = [name for name in SHARED if name != "log_every"]

@@ -13,6 +13,7 @@ from .errors import UserError
 from .jsonfile import load_json
 
 __all__ = [
+    "BY_METHOD",
     "CHOICES",
     "GROUPS",
     "MODES",
@@ -51,6 +52,8 @@ CHOICES = {
 
 # Found on parts to train on; what made the file is in it. See docs/tuning.md.
 _TUNED = load_json(Path(__file__).with_name("tuned.json"))
+BY_METHOD = {"tuned": frozenset().union(*_TUNED["methods"].values())}
+"""The settings that a mode changes in a way of every method's own."""
 
 # What a mode changes of the defaults; those of `paper` are the published algorithm's.
 MODES: dict[str, dict[str, Any]] = {
@@ -276,8 +279,8 @@ def tuned_name(settings: Mapping[str, Any]) -> str:
     """
     name = settings.get("method", SearchConfig.method)
     if name == "fixed":
-        name = f"fixed-{settings.get('fixed_size', SearchConfig.fixed_size)}"
-    elif name == "esapn" and (settings.get("dwell") or settings.get("budget")):
+        return f"fixed-{settings.get('fixed_size', SearchConfig.fixed_size)}"
+    if name == "esapn" and (settings.get("dwell") or settings.get("budget")):
         name = "esapn-dwell"
     return name + (",hops=tails" if settings.get("hops") == "tails" else "")
 

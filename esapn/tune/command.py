@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
 from typing import Any
@@ -19,18 +19,19 @@ from typing import Any
 from esapn_kernels import info
 
 from ..cli import SHARED, check_extras, check_least, make_folder
-from ..config import ConfigError
+from ..config import ConfigError, SearchConfig
 from ..data.ratings import Ratings
-from ..jsonfile import load_json, write_json
+from ..jsonfile import write_json
 from ..methods import method_settings
 from ..run.loop import check_budget, device_of, stream_of
 from ..run.processes import at_once, pool
 from . import trials
-from .choice import DEFAULT, SHARED_ROWS, choose, lines, shared_rows
+from .choice import DEFAULT, choose, lines
 from .figure import draw
+from .folder import Chosen, candidates, check_header, chosen_in, keep_header
 from .schedule import Listed, Tuning
 from .space import ranges
-from .walk import Job, Part, Walked, config_of, part_of, walk
+from .walk import QUARTERS, Job, Part, Walked, config_of, part_of, walk
 
 __all__ = ["DEFAULT_METHODS", "tune"]
 
@@ -45,38 +46,106 @@ def tune(args: argparse.Namespace) -> int:
     """Make the walks that have no line yet, then choose; returns the exit status."""
     check_extras("scipy", *([] if args.check else ["optuna"]))
     check_least(1, trials=args.trials, orders=args.orders)
-    check_least(0, workers=args.workers, first_order=args.first_order)
+    check_least(0, workers=args.workers)
     processes = at_once(args.workers, device_of(args.device))
     part = _part(args)
-    orders = list(range(args.first_order, args.first_order + args.orders))
-    checked = {folder.name: _chosen(folder) for folder in args.check}
-    tuned_there = next(iter(checked.values()), DEFAULT_METHODS)
-    methods = list(dict.fromkeys(args.methods or tuned_there))
-    first = {method: config_of(part, method, {}, orders[0]) for method in methods}
+    # Before the data are read: a setting out of range is found at once.
+    SearchConfig(**part.settings)
+    checked = chosen_in(args.check)
+    orders = _orders(args, checked)
+    tuned = _methods(args, part, orders, checked)
     ratings = part_of(part)
-    stream = stream_of(next(iter(first.values())), ratings)
-    for config in first.values():
-        check_budget(config, stream)
-    header = _header(args, part, ratings, orders, methods)
-    lanes = -(-processes // len(methods))
+    _check_part(ratings, part, tuned, orders)
+    header = _header(args, part, ratings, orders, list(checked))
+    check_header(args.out, header)
+    path = args.out / "trials.csv"
+    _take(path, tuned)
+    make_folder(args.out, path.name)
+    keep_header(args.out, header)
+    trials.mend(path)
+    _walk_all(path, tuned, part, processes)
+    _finish(args.out, tuned, header, default=DEFAULT if checked else "0")
+    return 0
+
+
+def _orders(args: argparse.Namespace, checked: Mapping[str, Chosen]) -> list[int]:
+    """A check's begin after those that the settings were chosen on.
+
+    Raises:
+        ConfigError: some are those that they were chosen on, or out of range.
+    """
+    seen = {order for chosen in checked.values() for order in chosen.orders}
+    first = args.first_order
+    if first is None:
+        first = max(seen, default=-1) + 1
+    found = list(range(first, first + args.orders))
+    if not 0 <= first <= found[-1] < 2**32:
+        raise ConfigError(f"--first-order must lie between 0 and 2^32 - {args.orders}, got {first}")
+    if again := sorted(seen & set(found)):
+        raise ConfigError(f"--first-order {first}: settings were chosen on order {again[0]}")
+    return found
+
+
+def _methods(
+    args: argparse.Namespace, part: Part, orders: list[int], checked: Mapping[str, Chosen]
+) -> list[Listed]:
+    """Every method with what it will walk.
+
+    Raises:
+        ConfigError: an unknown method, one without settings to tune, or settings out of range.
+    """
+    known = next(iter(checked.values())).methods if checked else DEFAULT_METHODS
     tuned: list[Listed] = []
-    for method in methods:
-        config = first[method]
+    for method in dict.fromkeys(args.methods or known):
+        config = config_of(part, method, {}, orders[0])
         spans = ranges(config, method_settings(method)[1])
         if not spans:
             raise ConfigError(f"--methods: there is nothing to tune in '{method}'")
-        if checked:
-            default = {name: getattr(config, name) for name in spans}
-            tuned.append(Listed(method, _candidates(method, default, checked), orders))
-        else:
-            tuned.append(
-                Tuning(method, config, spans, trials=args.trials, orders=orders, at_once=lanes)
+        if not checked:
+            tuned.append(Tuning(method, config, spans, trials=args.trials, orders=orders))
+            continue
+        listed = candidates(method, {name: getattr(config, name) for name in spans}, checked)
+        for settings in listed.values():
+            config_of(part, method, settings, orders[0])
+        tuned.append(Listed(method, listed, orders))
+    return tuned
+
+
+def _check_part(
+    ratings: Ratings, part: Part, tuned: Sequence[Listed], orders: Sequence[int]
+) -> None:
+    """Refuse a part that is too short for quarters, and budgets that do not hold the rows."""
+    configs = {listed.method: config_of(part, listed.method, {}, orders[0]) for listed in tuned}
+    stream = stream_of(next(iter(configs.values())), ratings)
+    if stream.n_train < (QUARTERS - 1) * stream.bounds.batch_size:
+        raise ConfigError(
+            f"{ratings.name}: {len(ratings.rating)} events to train on are less than one batch a "
+            f"quarter: --batch-size {stream.bounds.batch_size} is too large"
+        )
+    for method, config in configs.items():
+        try:
+            check_budget(config, stream)
+        except ConfigError as error:
+            raise ConfigError(f"--methods {method}: {error}") from None
+
+
+def _take(path: Path, tuned: Sequence[Listed]) -> None:
+    """Take the walks of a file, which are not made again; those of other trials are left alone.
+
+    Raises:
+        ConfigError: a walk has other settings than its trial has now.
+    """
+    of = {listed.method: listed for listed in tuned}
+    for walked in trials.read(path):
+        listed = of.get(walked.method)
+        if listed is None or walked.order not in listed.orders or not listed.has(walked.trial):
+            continue
+        if not listed.fits(walked):
+            raise ConfigError(
+                f"{path}: '{walked.trial}' of {walked.method} has other settings by now; "
+                "use another --out"
             )
-    make_folder(args.out, "trials.csv")
-    _keep_header(args.out / "tune.json", header)
-    _walk_all(args.out / "trials.csv", tuned, part, processes)
-    _finish(args.out, tuned, header, default=DEFAULT if checked else "0")
-    return 0
+        listed.add(walked)
 
 
 def _part(args: argparse.Namespace) -> Part:
@@ -94,7 +163,7 @@ def _header(
     part: Part,
     ratings: Ratings,
     orders: Sequence[int],
-    methods: Sequence[str],
+    checked: Sequence[str],
 ) -> dict[str, Any]:
     common = {n: list(v) if isinstance(v, tuple) else v for n, v in part.common}
     return {
@@ -107,78 +176,17 @@ def _header(
         },
         "common": common,
         "orders": list(orders),
-        "methods": list(methods),
-        "trials": args.trials,
-        "check": [folder.name for folder in args.check],
+        "check": list(checked),
         "command": shlex.join(["python", "-m", "esapn", *sys.argv[1:]]),
         "info": info.collect(),
     }
 
 
-def _keep_header(path: Path, header: dict[str, Any]) -> None:
-    """Write ``tune.json``, unless the folder holds trials of other data, settings or orders."""
-    if path.exists():
-        try:
-            held = load_json(path)
-            same = all(held[name] == header[name] for name in ("orders", "check"))
-            same = same and held["data"]["sha256"] == header["data"]["sha256"]
-            # Where the data lie may change: their checksum says what they are.
-            others = {"data", "device"}
-            same = same and all(
-                held["common"][name] == value
-                for name, value in header["common"].items()
-                if name not in others
-            )
-        except (OSError, ValueError, KeyError, TypeError):
-            raise ConfigError(f"{path} cannot be read: use another --out, or remove it") from None
-        if not same:
-            raise ConfigError(f"{path}: is of other data, settings or orders; use another --out")
-    write_json(path, header)
-
-
-def _chosen(folder: Path) -> dict[str, dict[str, Any]]:
-    """Method to its settings of ``settings.json``."""
-    path = folder / "settings.json"
-    try:
-        methods = load_json(path)["methods"]
-        return {method: dict(about["settings"]) for method, about in methods.items()}
-    except OSError as error:
-        raise ConfigError(f"--check {path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ConfigError(f"--check {path} holds no settings that were chosen") from None
-
-
-def _candidates(
-    method: str, default: Mapping[str, Any], checked: Mapping[str, Mapping[str, Mapping[str, Any]]]
-) -> dict[str, dict[str, Any]]:
-    """Settings by their names: the mode's, those of every folder, and those with shared rows.
-
-    Raises:
-        ConfigError: a folder has not tuned the method, or not in the same settings.
-    """
-    found = {DEFAULT: dict(default)}
-    for folder, chosen in checked.items():
-        if set(chosen.get(method, ())) != set(default):
-            raise ConfigError(f"--check {folder}: '{method}' was not tuned there, or not so")
-        found[folder] = {name: chosen[method][name] for name in default}
-    rows, folder = shared_rows(
-        (settings, folder)
-        for folder, chosen in sorted(checked.items())
-        for settings in chosen.values()
-    )
-    if rows:
-        found[SHARED_ROWS] = {**found[folder], **{n: v for n, v in rows.items() if n in default}}
-    return found
-
-
 def _walk_all(path: Path, tuned: Sequence[Listed], part: Part, processes: int) -> None:
-    """All walks in processes of their own, under a bar; those of ``path`` are not made again."""
+    """The walks that are left, in processes of their own, under a bar."""
     from tqdm import tqdm
 
     of = {listed.method: listed for listed in tuned}
-    for walked in trials.read(path):
-        if walked.method in of and walked.order in of[walked.method].orders:
-            of[walked.method].add(walked)
     layout = "{l_bar}{bar}| {n}/{total} walks [{elapsed}<{remaining}]{postfix}"
     with tqdm(bar_format=layout, initial=_made(tuned), total=_total(tuned)) as bar:
 
@@ -189,27 +197,16 @@ def _walk_all(path: Path, tuned: Sequence[Listed], part: Part, processes: int) -
             bar.set_postfix_str(f"{walked.method} {walked.trial}", refresh=False)
             bar.update(_made(tuned) - bar.n)
 
-        if (first := _next(tuned)) is not None:
-            _work(first, lambda: _next(tuned), ended, part, processes)
-
-
-def _work(
-    first: Job,
-    next_job: Callable[[], Job | None],
-    ended: Callable[[Walked], None],
-    part: Part,
-    processes: int,
-) -> None:
-    with pool(processes) as executor:
-        running: set[Future[Walked]] = {executor.submit(walk, first, part)}
-        while running:
-            while len(running) < processes and (job := next_job()) is not None:
-                running.add(executor.submit(walk, job, part))
-            done, running = wait(running, return_when=FIRST_COMPLETED)
-            for future in done:
-                ended(future.result())
-            if not running and (job := next_job()) is not None:
-                running.add(executor.submit(walk, job, part))
+        with pool(processes) as executor:
+            running: set[Future[Walked]] = set()
+            while True:
+                while len(running) < processes and (job := _next(tuned)) is not None:
+                    running.add(executor.submit(walk, job, part))
+                if not running:
+                    break
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    ended(future.result())
 
 
 def _next(tuned: Sequence[Listed]) -> Job | None:

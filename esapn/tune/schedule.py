@@ -11,8 +11,8 @@ Every method is tuned the same way:
    and so on; trial 0 walks them all.
 
 The choice is among the trials that walked every order. What comes next depends on the walks made
-and on nothing else, so a tuning that was interrupted goes on as if it had not been, if a method has
-one trial at a time.
+and not on when they ended, so a tuning that was interrupted goes on as if it had not been: walks
+that do not depend on each other may be made at once, those that follow a trial wait for it.
 """
 
 from __future__ import annotations
@@ -60,6 +60,14 @@ class Listed:
         """All walks, as far as they are known."""
         return len(self.settings) * len(self.orders)
 
+    def has(self, trial: str) -> bool:
+        """Whether it is one of these."""
+        return trial in self.settings
+
+    def fits(self, walked: Walked) -> bool:
+        """Whether a walk's settings are those of its name, here."""
+        return dict(walked.settings) == self.settings.get(walked.trial)
+
     def add(self, walked: Walked) -> None:
         """A walk was made."""
         self.settings.setdefault(walked.trial, dict(walked.settings))
@@ -88,7 +96,6 @@ class Tuning(Listed):
         ranges: of the settings that are tried.
         trials: how many.
         orders: the first one is walked by all.
-        at_once: trials that may be open at once.
     """
 
     def __init__(
@@ -99,11 +106,22 @@ class Tuning(Listed):
         *,
         trials: int,
         orders: Sequence[int],
-        at_once: int = 1,
     ) -> None:
         super().__init__(method, {}, orders)
         self.config, self.ranges, self.trials = config, dict(ranges), trials
-        self.at_once = at_once
+
+    @property
+    def default(self) -> dict[str, Any]:
+        """The settings of trial 0."""
+        return {name: getattr(self.config, name) for name in self.ranges}
+
+    def has(self, trial: str) -> bool:
+        """Whether it is one of the first ``trials``."""
+        return trial in {str(number) for number in range(self.trials)}
+
+    def fits(self, walked: Walked) -> bool:
+        """Whether a walk's settings can be those of its trial, here."""
+        return walked.trial != "0" or dict(walked.settings) == self.default
 
     @property
     def total(self) -> int:
@@ -113,14 +131,15 @@ class Tuning(Listed):
 
     def next(self) -> Job | None:
         """The next walk: a new trial's first, or once there is none one of the best trials'."""
-        if len(self.open) >= self.at_once:
-            return None
         number = next(k for k in itertools.count() if str(k) not in self.settings)
         if number < self.trials:
+            follows = number > SPREAD
+            if follows and self.open:
+                return None
             trial = str(number)
             self.settings[trial] = self._settings(number)
             self.walks[trial] = {}
-            return self._begin(trial, self.orders[0], self._limits() if number else _NO_LIMITS)
+            return self._begin(trial, self.orders[0], self._limits() if follows else _NO_LIMITS)
         for rung in range(1, len(self.orders)):
             order = self.orders[rung]
             if any(k != order for _, k in self.open):
@@ -134,7 +153,7 @@ class Tuning(Listed):
         """Those that walk one order more than ``rung``: the best, and trial 0."""
         walked = self.orders[:rung]
         means = {t: mean for t in self.walks if (mean := self._mean(t, walked)) is not None}
-        ranked = sorted(means, key=lambda trial: means[trial])
+        ranked = sorted(means, key=lambda trial: (means[trial], int(trial)))
         best = ranked[: math.ceil(self.trials / 3**rung)]
         return [*best, *(t for t in ranked[len(best) :] if t == "0")]
 
@@ -146,20 +165,19 @@ class Tuning(Listed):
         return statistics.mean(losses)
 
     def _first(self) -> list[Walked]:
-        walks = (walks.get(self.orders[0]) for walks in self.walks.values())
+        """Walks on the first order, by the trials' numbers."""
+        walks = (self.walks[trial].get(self.orders[0]) for trial in sorted(self.walks, key=int))
         return [walked for walked in walks if walked is not None]
 
     def _limits(self) -> tuple[float, ...]:
         """Of a walk on the first order: medians, once the shared points have been walked."""
         first = self._first()
-        if len(first) <= SPREAD:
-            return _NO_LIMITS
         medians = [_median(first, quarter) for quarter in range(QUARTERS)]
         return (math.inf, *medians[1:-1], math.inf)
 
     def _settings(self, number: int) -> dict[str, Any]:
         if number == 0:
-            return {name: getattr(self.config, name) for name in self.ranges}
+            return self.default
         if number <= SPREAD:
             return spread(number - 1, self.ranges)
         return self._suggested(number)

@@ -53,6 +53,8 @@ def ranges(config: SearchConfig, given: Iterable[str] = ()) -> dict[str, Range]:
     if config.method == "biases":
         return {}
     found = {**ROWS, **_OWN.get(config.method, {})}
+    if config.row_optimizer != "adagrad":
+        del found["row_accumulator"]
     if config.hops == "tails" and len(config.row_sizes) > 1:
         found |= _TAILS
     return {name: span for name, span in found.items() if name not in set(given)}

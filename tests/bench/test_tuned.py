@@ -68,6 +68,21 @@ def test_the_tolerance_decides(tmp_path):
     assert json.loads(out.read_text())["methods"]["fixed-2"]["row_lr"] == 0.1
 
 
+def test_files_of_one_name_in_two_folders_both_count(tmp_path, capsys):
+    from tuned import main
+
+    paths = []
+    for path in made(tmp_path):
+        paths.append(tmp_path / path.stem / "trials.csv")
+        paths[-1].parent.mkdir()
+        path.rename(paths[-1])
+    assert main([str(path) for path in paths]) == 0
+    said = capsys.readouterr().out
+    assert all(f"{path}: regret" in said for path in paths)
+    line = next(x for x in said.split("mean:")[1].splitlines() if "fixed-2" in x)
+    assert [float(x) for x in line.split()[1:]] == pytest.approx([500, 175, 100, 25])
+
+
 def refusal(capsys, *arguments: object) -> str:
     from tuned import main
 
@@ -87,10 +102,11 @@ def test_what_is_no_check_is_refused(tmp_path, capsys):
     assert "cannot be read" in refusal(capsys, tmp_path / "other.csv")
     less = check(tmp_path / "less.csv", {"fixed-2": dict.fromkeys(OTHERS, 0.2)})
     assert "has other methods or settings" in refusal(capsys, one, less)
-    check(two, {"counts-25%": {"default": 0.2}})
     part = check(tmp_path / "part.csv", {"fixed-2": dict.fromkeys(OTHERS, 0.2)})
     check(part, {"counts-25%": {"default": 0.2, "shared": 0.2}})
-    assert "lacks some settings" in refusal(capsys, part)
+    assert "lacks some settings on some order" in refusal(capsys, part)
+    check(two, {"counts-25%": {"default": 0.2}})
+    assert "lacks some settings on some order" in refusal(capsys, one, two)  # lines twice
     moved = check(
         tmp_path / "moved.csv",
         {method: dict.fromkeys(OTHERS, 0.2) for method in OWN},

@@ -52,7 +52,12 @@ def test_help_names_every_setting_in_its_group(capsys):
     more = ("archive", "url", "cache", "malformed", "checkpoint-seconds")
     for flag in (*more, "out", "threads", "resume", "keep-best", "tensorboard"):
         assert f" --{flag}" in text
-    for shown in ("EVENTS in a batch [500]", "[60]", "[2 4 8 16 64 128]", "[0.001; tuned: 0.05]"):
+    for shown in (
+        "EVENTS in a batch [500]",
+        "[60]",
+        "[2 4 8 16 64 128]",
+        "[linear; tuned: padded]",
+    ):
         assert shown in text
     assert "ml-1m, " in text
 

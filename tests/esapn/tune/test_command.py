@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import pytest
 
+from esapn import config as config_module
 from esapn.tune import command
 from esapn.tune.space import ROWS
 from tests.esapn.commands import CSV, run
@@ -129,10 +130,10 @@ def test_a_choice_is_checked_on_other_orders(here, tmp_path, capsys):
 
 
 def test_processes_give_what_one_process_gives(here, tmp_path, monkeypatch):
-    assert tune(tmp_path / "one", methods=("fixed-2", "fixed-4")) == 0
+    assert tune(tmp_path / "one", trials=11, methods=("fixed-2",)) == 0
     monkeypatch.undo()
     monkeypatch.setenv("ESAPN_CACHE", str(tmp_path / "cache"))
-    assert tune(tmp_path / "two", "--workers", 2, methods=("fixed-2", "fixed-4")) == 0
+    assert tune(tmp_path / "two", "--workers", 3, trials=11, methods=("fixed-2",)) == 0
     key = lambda row: (row["method"], int(row["trial"]), row["order"])  # noqa: E731
     assert sorted(lines(tmp_path / "one"), key=key) == sorted(lines(tmp_path / "two"), key=key)
 
@@ -150,11 +151,15 @@ def refusal(capsys, *arguments) -> str:
     [
         (["--trials", 0], "--trials must be at least 1"),
         (["--orders", 0], "--orders must be at least 1"),
-        (["--first-order", -1], "--first-order must be at least 0"),
+        (["--first-order", -1], "--first-order must lie between 0 and"),
+        (["--first-order", 2**32 - 1, "--orders", 2], "--first-order must lie between 0 and"),
+        (["--order-seed", 2**32], "--order-seed must lie between 0 and"),
+        (["--order-seed", -1], "--order-seed must lie between 0 and"),
+        (["--events", 200], "less than one batch a quarter"),
         (["--methods", "fixt-2"], "unknown method"),
         (["--methods", "biases"], "nothing to tune"),
         (["--methods", "fixed-2,row_lr=0.1,row_accumulator=0.1,init_std=0.1"], "nothing to tune"),
-        (["--methods", "counts-1%"], "does not hold the rows"),
+        (["--methods", "counts-1%"], "--methods counts-1%: --budget 1% does not hold the rows"),
         (["--check", "absent"], "No such file"),
         (["--task", "triple"], "invalid choice"),
         (["--order", "time"], "needs timestamps"),
@@ -188,14 +193,87 @@ def test_a_folder_of_other_data_orders_or_settings_is_refused(here, tmp_path, ca
         assert "use another --out" in refusal(capsys, *same, *other)
     (tmp_path / "out" / "tune.json").write_text("{}")
     assert "cannot be read" in refusal(capsys, *same, "--orders", 1)
+    (tmp_path / "out" / "tune.json").unlink()
+    assert "but no tune.json" in refusal(capsys, *same, "--orders", 1)
     assert (tmp_path / "out" / "trials.csv").read_bytes() == kept
 
 
-@pytest.mark.parametrize("text", ["[]", "{}", '{"methods": {"esapn": {}}}', "nonsense"])
+def test_trials_that_cannot_be_read_are_left_as_they_are(here, tmp_path, capsys):
+    assert tune(tmp_path / "out", trials=1, orders=1, methods=("fixed-2",)) == 0
+    (tmp_path / "out" / "trials.csv").write_text("mine\n1")
+    files = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    same = [*SMALL, "--methods", "fixed-2", "--out", tmp_path / "out", "--orders", 1]
+    assert "cannot be read as trials" in refusal(capsys, *same, "--trials", 2)
+    assert files == {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+
+
+def test_trials_of_other_settings_are_not_taken_for_the_present_ones(
+    here, tmp_path, capsys, monkeypatch
+):
+    assert tune(tmp_path / "one", trials=2, orders=1, methods=("fixed-2",)) == 0
+    more = ["--check", tmp_path / "one", "--first-order", 5, "--orders", 1]
+    assert tune(tmp_path / "check", *more, methods=None) == 0
+    held = settings(tmp_path / "one")
+    held["methods"]["fixed-2"]["settings"]["row_lr"] = 0.123
+    (tmp_path / "one" / "settings.json").write_text(json.dumps(held))
+    same = [*SMALL, "--out", tmp_path / "check", *more]
+    assert "'one' of fixed-2 has other settings" in refusal(capsys, *same)
+    monkeypatch.setitem(config_module.MODES["tuned"], "tower", "norm")  # no setting that is tuned
+    monkeypatch.setitem(config_module._TUNED["methods"], "fixed-2", {"row_lr": 0.321})
+    same = [*SMALL, "--methods", "fixed-2", "--out", tmp_path / "one", "--orders", 1]
+    assert "'0' of fixed-2 has other settings" in refusal(capsys, *same)
+
+
+def test_fewer_trials_leave_the_others_out_of_the_choice(here, tmp_path):
+    assert tune(tmp_path / "out", trials=4, orders=1, methods=("fixed-2",)) == 0
+    before = lines(tmp_path / "out")
+    assert tune(tmp_path / "out", trials=1, orders=1, methods=("fixed-2",)) == 0
+    assert lines(tmp_path / "out") == before
+    assert settings(tmp_path / "out")["methods"]["fixed-2"]["trial"] == "0"
+
+
+def test_a_check_walks_other_orders_than_the_choice(here, tmp_path, capsys):
+    assert tune(tmp_path / "one", trials=1, orders=2, methods=("fixed-2",)) == 0
+    more = ["--check", tmp_path / "one", "--out", tmp_path / "out"]
+    said = refusal(capsys, *SMALL, *more, "--first-order", 1, "--orders", 1)
+    assert "settings were chosen on order 1" in said and not (tmp_path / "out").exists()
+    assert tune(tmp_path / "out", "--check", tmp_path / "one", orders=1, methods=None) == 0
+    assert {row["order"] for row in lines(tmp_path / "out")} == {"2"}
+
+
+@pytest.mark.parametrize("names", [("a/t", "b/t"), ("default",), ("shared",)])
+def test_folders_that_cannot_be_told_apart_are_refused(names, tmp_path, capsys):
+    folders = [tmp_path / name for name in names]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        about = {"settings": dict.fromkeys(ROWS, 0.1)}
+        held = {"orders": [0], "methods": {"fixed-2": about}}
+        (folder / "settings.json").write_text(json.dumps(held))
+    said = refusal(capsys, *SMALL, "--out", tmp_path / "out", "--check", *folders)
+    assert "name it otherwise" in said and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("[]", "{}", '{"methods": {"esapn": {}}}', "nonsense", '{"orders": [0], "methods": {}}'),
+        '{"orders": [0], "methods": {"fixed-2": {"settings": {"row_lr": "x"}}}}',
+        '{"orders": [0], "methods": {"fixed-2": {"settings": {"row_lr": null}}}}',
+        '{"orders": [0], "methods": {"fixed-2": {"settings": {}}}}',
+    ],
+)
 def test_a_check_of_what_is_no_choice_is_refused(text, tmp_path, capsys):
     (tmp_path / "settings.json").write_text(text)
     said = refusal(capsys, *SMALL, "--out", tmp_path / "out", "--check", tmp_path)
     assert "no settings that were chosen" in said
+
+
+def test_a_check_of_settings_out_of_range_is_refused(tmp_path, capsys):
+    about = {"settings": {**dict.fromkeys(ROWS, 0.1), "row_lr": -1}}
+    held = {"orders": [0], "methods": {"fixed-2": about}}
+    (tmp_path / "settings.json").write_text(json.dumps(held))
+    said = refusal(capsys, *SMALL, "--out", tmp_path / "out", "--check", tmp_path)
+    assert "--row-lr must be positive" in said and not (tmp_path / "out").exists()
 
 
 def test_a_check_of_a_method_that_was_not_tuned_is_refused(here, tmp_path, capsys):

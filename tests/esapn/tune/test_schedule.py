@@ -11,14 +11,15 @@ from esapn.config import SearchConfig
 from esapn.tune.choice import choose, loss_by_order
 from esapn.tune.schedule import Listed, Tuning
 from esapn.tune.space import SPREAD, ranges, spread
+from esapn.tune.walk import Job
 from tests.esapn.tune.made import exhaust, make, walked
 
 CONFIG = SearchConfig.of_mode("tuned", method="fixed", fixed_size=4)
 RANGES = ranges(CONFIG)
 
 
-def tuning(trials=24, orders=(0, 1, 2), at_once=1) -> Tuning:
-    return Tuning("fixed-4", CONFIG, RANGES, trials=trials, orders=orders, at_once=at_once)
+def tuning(trials=24, orders=(0, 1, 2)) -> Tuning:
+    return Tuning("fixed-4", CONFIG, RANGES, trials=trials, orders=orders)
 
 
 def bowl(job) -> float:
@@ -106,27 +107,53 @@ def test_a_tuning_goes_on_as_if_it_had_not_been_interrupted(kept):
     assert exhaust(again, bowl) == jobs[kept:]
 
 
-def test_several_trials_may_be_open():
-    tuned = tuning(trials=4, orders=(5, 6), at_once=3)
-    jobs = [tuned.next() for _ in range(4)]
-    assert [job and job.trial for job in jobs] == ["0", "1", "2", None]
-    for job in (jobs[2], jobs[0]):
-        tuned.add(make(job, lambda job: 0.1 + 0.01 * int(job.trial)))
-    last = tuned.next()
-    assert last is not None and (last.trial, last.order) == ("3", 5)
-    tuned.add(make(last, lambda job: 0.2))
-    assert tuned.next() is None  # trial 1 may be the best
-    tuned.add(make(jobs[1], lambda job: 0.05))
-    assert [(j.trial, j.order) for j in (tuned.next(), tuned.next())] == [("1", 6), ("0", 6)]
+def test_walks_that_do_not_depend_on_each_other_may_be_made_at_once():
+    tuned = tuning(trials=SPREAD + 3, orders=(5, 6))
+    jobs = []
+    while (job := tuned.next()) is not None:
+        jobs.append(job)
+    # The shared points; what follows waits for them, whatever their order.
+    assert [job.trial for job in jobs] == [str(k) for k in range(SPREAD + 1)]
+    for job in reversed(jobs):
+        assert tuned.next() is None
+        tuned.add(make(job, bowl))
+    one = tuning(trials=SPREAD + 3, orders=(5, 6))
+    expected = exhaust(one, bowl)
+    for job in expected[SPREAD + 1 : SPREAD + 3]:
+        assert tuned.next() == job and tuned.next() is None
+        tuned.add(make(job, bowl))
+    rest = []
+    while (job := tuned.next()) is not None:
+        rest.append(job)
+    assert rest == expected[SPREAD + 3 :]
+    for job in rest:
+        tuned.add(make(job, bowl))
+    assert choose(tuned) == choose(one)
 
 
-def test_a_trial_that_was_lost_while_others_ended_is_made_again():
-    tuned = tuning(trials=3, orders=(0,), at_once=3)
-    jobs = [tuned.next() for _ in range(3)]
-    again = tuning(trials=3, orders=(0,), at_once=3)
-    for job in (jobs[0], jobs[2]):
+def test_a_shared_point_that_was_lost_is_made_again_without_limits():
+    jobs = exhaust(tuning(trials=14, orders=(0,)), bowl)
+    again = tuning(trials=14, orders=(0,))
+    for job in jobs[:3] + jobs[4:12]:
         again.add(make(job, bowl))
-    assert again.next() == jobs[1] and again.next() is None
+    assert again.next() == jobs[3]
+
+
+def test_a_walk_of_other_settings_or_another_trial_does_not_fit():
+    tuned = tuning(trials=3)
+    job = tuned.next()
+    assert job is not None and tuned.fits(make(job, bowl))
+    other = Job(job.method, "0", 0, (*job.settings[:-1], ("init_std", 0.5)))
+    assert not tuned.fits(make(other, bowl))
+    assert tuned.has("2") and not tuned.has("3") and not tuned.has("00") and not tuned.has("own")
+    listed = Listed("fixed-4", {"own": {"row_lr": 0.4}}, [3])
+    for rate, fits in ((0.4, True), (0.5, False)):
+        assert listed.fits(make(Job("fixed-4", "own", 3, (("row_lr", rate),)), bowl_0)) == fits
+    assert listed.has("own") and not listed.has("0")
+
+
+def bowl_0(job) -> float:
+    return 0.1
 
 
 def test_listed_settings_are_walked_on_every_order():

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from esapn.config import ConfigError
-from esapn.tune.trials import COLUMNS, append, read
+from esapn.tune.trials import COLUMNS, append, mend, read
 from esapn.tune.walk import Walked
 
 WALKS = [
@@ -43,18 +43,49 @@ def test_a_line_cut_off_is_left_out_and_the_file_goes_on(tmp_path):
         append(path, walk)
     whole = path.read_text()
     path.write_text(whole[:-9])
-    assert read(path) == WALKS[:1]
+    assert read(path) == WALKS[:1] and path.read_text() == whole[:-9]
+    mend(path)
     append(path, WALKS[1])
+    assert path.read_text() == whole
+    mend(path)
     assert path.read_text() == whole
     # Even the heading may be cut.
     path.write_text(whole[:9])
     assert read(path) == []
+    mend(path)
     append(path, WALKS[0])
     assert read(path) == WALKS[:1]
 
 
-@pytest.mark.parametrize("text", ["a,b\n1,2\n", ",".join(COLUMNS) + "\nesapn,0\n", "\0\n"])
-def test_another_file_is_refused(text, tmp_path):
+HEADING = ",".join(COLUMNS) + "\n"
+LINE = "esapn,0,0,0.4,0.1,0.1,,,,,0.3,0.2,0.2,0.1,0.5,8,1.0\n"
+
+
+def test_a_line_by_hand(tmp_path):
+    path = tmp_path / "trials.csv"
+    path.write_text(HEADING + LINE)
+    (walk,) = read(path)
+    assert walk.losses == (0.3, 0.2, 0.2, 0.1) and walk.settings["init_std"] == 0.1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a,b\n1,2\n",
+        "one line without an end",
+        "method,mine\nx,1\ny,2",
+        "\0\n",
+        HEADING + "esapn,0\n",
+        HEADING + LINE.replace("0.3,0.2,0.2,0.1", ",,,"),  # no losses
+        HEADING + LINE.replace("0.3,0.2,0.2,0.1", "0.3,,0.2,0.1"),  # a gap
+        HEADING + LINE.replace("0.4,0.1,0.1", ",,"),  # no settings
+        HEADING + LINE.replace("0.4,0.1,0.1", "nan,0.1,0.1"),
+        HEADING + LINE.replace("0.1,,,,", "0.1,,inf,,"),
+        HEADING + LINE.replace("0.1,,,,", "0.1,,,inf,"),
+        HEADING + LINE.replace("\n", ",more\n"),
+    ],
+)
+def test_another_file_is_refused_and_left_as_it_is(text, tmp_path):
     path = tmp_path / "trials.csv"
     path.write_text(text)
     with pytest.raises(ConfigError, match="cannot be read"):
