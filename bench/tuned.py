@@ -1,11 +1,11 @@
 """The mode ``tuned`` out of checked settings: one set for all methods, others where it fails one.
 
-    python bench/tuned.py bench/results/tune-check-*.csv [--out esapn/tuned.json]
+    python bench/tuned.py --binary FILE ... --multiclass FILE ... [--out esapn/tuned.json]
 
-A FILE is the ``trials.csv`` of a ``python -m esapn tune --check DIR ...``: every method on orders
-that nobody chose on, with the mode's settings (``default``), with those that every DIR chose for
-it, and with rows' settings that are the same for all methods (``shared``). For every file and
-method
+Each task has settings of its own: its loss sets how large gradients are. A FILE is the
+``trials.csv`` of a ``python -m esapn tune --check DIR ...``: every method on orders that nobody
+chose on, with the mode's settings (``default``), with those that every DIR chose for it, and with
+rows' settings that are the same for all methods (``shared``). For every file and method
 
     regret of settings = their mean loss / the least mean loss of the method's settings - 1
 
@@ -28,7 +28,7 @@ from typing import Any
 
 from harness.command import Parser, output
 
-from esapn.config import ConfigError, tuned_name
+from esapn.config import CHOICES, ConfigError, tuned_name
 from esapn.errors import UserError
 from esapn.methods import method_settings
 from esapn.tune.choice import DEFAULT, SHARED_ROWS
@@ -98,7 +98,7 @@ def content(chosen: Mapping[str, str], settings: Settings) -> dict[str, Any]:
         if key in methods:
             raise TunedError(f"'{method}' and another method have one name in the mode: '{key}'")
         methods[key] = settings[method, name]
-    return {"settings": rows, "methods": methods}
+    return {"rows": rows, "methods": methods}
 
 
 def show(found: Regrets, chosen: Mapping[str, str]) -> None:
@@ -153,20 +153,26 @@ def _names(found: Mapping[str, Mapping[str, float]]) -> dict[str, set[str]]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the regrets, writes the mode's settings and returns the exit status."""
     parser = Parser("bench/tuned.py", __doc__)
-    parser.add_argument("paths", nargs="+", type=Path, metavar="FILE")
+    for task in CHOICES["task"]:
+        text = "checks of this task"
+        parser.add_argument(
+            f"--{task}", nargs="+", type=Path, required=True, metavar="FILE", help=text
+        )
     text = "mean regret up to which a method takes the settings of all"
     parser.add_argument("--tolerance", type=float, default=0.001, metavar="SHARE", help=text)
     parser.add_argument("--out", type=output, metavar="FILE.json", help="the mode's settings")
     args = parser.parse_args(argv)
+    command = ["python", "bench/tuned.py", *(sys.argv[1:] if argv is None else argv)]
+    written: dict[str, Any] = {"made_by": shlex.join(command)}
     try:
-        found, settings = load(args.paths)
-        chosen = choose(found, args.tolerance)
-        written = content(chosen, settings)
+        for task in CHOICES["task"]:
+            found, settings = load(getattr(args, task))
+            chosen = choose(found, args.tolerance)
+            written[task] = content(chosen, settings)
+            print(f"{task}")
+            show(found, chosen)
     except (ConfigError, TunedError) as error:
         parser.error(str(error))
-    show(found, chosen)
-    command = ["python", "bench/tuned.py", *(sys.argv[1:] if argv is None else argv)]
-    written = {"made_by": shlex.join(command), **written}
     if args.out:
         args.out.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
     return 0

@@ -52,8 +52,12 @@ CHOICES = {
 
 # Found on parts to train on; what made the file is in it. See docs/tuning.md.
 _TUNED = load_json(Path(__file__).with_name("tuned.json"))
-BY_METHOD = {"tuned": frozenset().union(*_TUNED["methods"].values())}
-"""The settings that a mode changes in a way of every method's own."""
+BY_METHOD = {
+    "tuned": frozenset().union(
+        *(settings for task in CHOICES["task"] for settings in _TUNED[task]["methods"].values())
+    )
+}
+"""The settings that a mode changes in a way of its own for every task and method."""
 
 # What a mode changes of the defaults; those of `paper` are the published algorithm's.
 MODES: dict[str, dict[str, Any]] = {
@@ -63,7 +67,6 @@ MODES: dict[str, dict[str, Any]] = {
         "head": "plain",
         "row_optimizer": "adagrad",
         "hops": "padded",
-        **_TUNED["settings"],
     },
 }
 
@@ -252,9 +255,10 @@ class SearchConfig:
 
 
 def mode_defaults(mode: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What a mode changes of the defaults, given a run's ``method`` and its other settings.
+    """What a mode changes of the defaults, given a run's task, method and other settings.
 
-    Methods that were tuned have settings of their own; one size has those of the nearest width.
+    Tasks have losses of their own, and so their gradients other sizes. Methods that were tuned have
+    settings of their own; one size has those of the nearest width.
 
     Example:
         >>> mode_defaults("paper", {"method": "fixed"})
@@ -262,7 +266,7 @@ def mode_defaults(mode: str, settings: Mapping[str, Any]) -> dict[str, Any]:
         >>> mode_defaults("tuned", {"method": "fixed", "fixed_size": 16})["hops"]
         'padded'
     """
-    return {**MODES.get(mode, {}), **(_of_method(settings) if mode == "tuned" else {})}
+    return {**MODES.get(mode, {}), **(_tuned(settings) if mode == "tuned" else {})}
 
 
 def tuned_name(settings: Mapping[str, Any]) -> str:
@@ -285,16 +289,17 @@ def tuned_name(settings: Mapping[str, Any]) -> str:
     return name + (",hops=tails" if settings.get("hops") == "tails" else "")
 
 
-def _of_method(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _tuned(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Of the method with its hops, else of the method; of one size, of the nearest width."""
-    tuned: dict[str, dict[str, Any]] = _TUNED["methods"]
+    task = _TUNED.get(settings.get("task", SearchConfig.task), {"rows": {}, "methods": {}})
+    tuned: dict[str, dict[str, Any]] = task["methods"]
     name = tuned_name(settings)
     plain = name.partition(",")[0]
     if settings.get("method") == "fixed":
         size = max(settings.get("fixed_size", SearchConfig.fixed_size), 1)
         widths = [int(key.removeprefix("fixed-")) for key in tuned if key.startswith("fixed-")]
         plain = f"fixed-{min(widths, key=lambda w: abs(math.log(w / size)), default=size)}"
-    return tuned.get(name, tuned.get(plain, {}))
+    return {**task["rows"], **tuned.get(name, tuned.get(plain, {}))}
 
 
 def _refuse(name: str, rule: str, value: object) -> None:

@@ -27,6 +27,7 @@ def check(path: Path, losses: dict[str, dict[str, float]], rate: float = 0.0) ->
 
 
 def made(tmp_path, *, counts=(0.25, 0.2001, 0.2, 0.21)) -> list[Path]:
+    tmp_path.mkdir(exist_ok=True)
     names = ("default", "shared", "a", "b")
     fixed = {"one": (0.3, 0.22, 0.2, 0.21), "two": (0.3, 0.25, 0.24, 0.2)}
     return [
@@ -46,26 +47,41 @@ def test_shared_settings_where_they_serve_and_the_best_folders_where_not(tmp_pat
 
     out = tmp_path / "tuned.json"
     paths = made(tmp_path)
-    assert main([*map(str, paths), "--out", str(out)]) == 0
-    found = json.loads(out.read_text())
-    assert found["settings"] == {**ROWS, "row_lr": 0.1}
+    other = made(tmp_path / "five", counts=(0.25, 0.3, 0.2, 0.21))
+    tasks = ["--binary", *map(str, paths), "--multiclass", *map(str, other)]
+    assert main([*tasks, "--out", str(out)]) == 0
+    written = json.loads(out.read_text())
+    found = written["binary"]
+    assert found["rows"] == {**ROWS, "row_lr": 0.1}
     # fixed-2 loses 10 % and 25 % with the shared ones; 0 % and 20 % with a's, 5 % and 0 % with b's.
     assert found["methods"]["fixed-2"] == {**ROWS, "row_lr": 0.3}
     # counts lose half a thousandth: below the tolerance.
     assert found["methods"]["counts"] == {**ROWS, "row_lr": 0.1, **OWN["counts-25%"]}
-    assert found["made_by"].startswith("python bench/tuned.py") and "one.csv" in found["made_by"]
+    assert written["multiclass"]["methods"]["counts"]["row_lr"] == OTHERS["a"]
+    assert written["made_by"].startswith("python bench/tuned.py --binary")
+    assert "one.csv" in written["made_by"] and "--out" in written["made_by"]
     said = capsys.readouterr().out
     assert "fixed-2: b" in said and "counts-25%: shared" in said
+    assert means(said) == pytest.approx([500, 175, 100, 25])
+
+
+def means(said: str) -> list[float]:
+    """The mean regrets of fixed-2 in two classes."""
     line = next(x for x in said.split("mean:")[1].splitlines() if "fixed-2" in x)
-    assert [float(x) for x in line.split()[1:]] == pytest.approx([500, 175, 100, 25])
+    return [float(cell) for cell in line.split()[1:]]
+
+
+def tasks_of(*paths: object) -> list[str]:
+    """Arguments with the same files for both tasks."""
+    return ["--binary", *map(str, paths), "--multiclass", *map(str, paths)]
 
 
 def test_the_tolerance_decides(tmp_path):
     from tuned import main
 
     out = tmp_path / "tuned.json"
-    assert main([*map(str, made(tmp_path)), "--tolerance", "0.2", "--out", str(out)]) == 0
-    assert json.loads(out.read_text())["methods"]["fixed-2"]["row_lr"] == 0.1
+    assert main([*tasks_of(*made(tmp_path)), "--tolerance", "0.2", "--out", str(out)]) == 0
+    assert json.loads(out.read_text())["binary"]["methods"]["fixed-2"]["row_lr"] == 0.1
 
 
 def test_files_of_one_name_in_two_folders_both_count(tmp_path, capsys):
@@ -76,18 +92,17 @@ def test_files_of_one_name_in_two_folders_both_count(tmp_path, capsys):
         paths.append(tmp_path / path.stem / "trials.csv")
         paths[-1].parent.mkdir()
         path.rename(paths[-1])
-    assert main([str(path) for path in paths]) == 0
+    assert main(tasks_of(*paths)) == 0
     said = capsys.readouterr().out
     assert all(f"{path}: regret" in said for path in paths)
-    line = next(x for x in said.split("mean:")[1].splitlines() if "fixed-2" in x)
-    assert [float(x) for x in line.split()[1:]] == pytest.approx([500, 175, 100, 25])
+    assert means(said) == pytest.approx([500, 175, 100, 25])
 
 
 def refusal(capsys, *arguments: object) -> str:
     from tuned import main
 
     with pytest.raises(SystemExit) as left:
-        main([str(argument) for argument in arguments])
+        main(tasks_of(*arguments))
     captured = capsys.readouterr()
     assert left.value.code == 2 and captured.err.count("\n") == 1 and not captured.out
     return captured.err

@@ -95,8 +95,9 @@ def test_modes_change_defaults_and_nothing_else():
         defaults = mode_defaults(mode, {"method": "esapn"})
         assert set(defaults) >= set(changes) and changed == set(defaults)
         assert {name: config[name] for name in defaults} == defaults
-    assert SearchConfig.of_mode("tuned", method="always", row_lr=0.5, seed=3) == SearchConfig(
-        **{**MODES["tuned"], "method": "always", "row_lr": 0.5, "seed": 3, "mode": "tuned"}
+    given = {"method": "always", "row_lr": 0.5, "seed": 3}
+    assert SearchConfig.of_mode("tuned", **given) == SearchConfig(
+        **{**mode_defaults("tuned", given), **given, "mode": "tuned"}
     )
     with pytest.raises(ConfigError, match="--mode must be one of paper, tuned, got fast"):
         SearchConfig.of_mode("fast")
@@ -130,26 +131,32 @@ TUNED = {
     ],
 )
 def test_a_method_that_was_tuned_has_settings_of_its_own(settings, expected, monkeypatch):
-    monkeypatch.setitem(config_module._TUNED, "methods", TUNED)
-    own = TUNED.get(expected, {})
+    shared = {"row_lr": 0.3, "init_std": 0.2}
+    monkeypatch.setitem(config_module._TUNED, "binary", {"rows": shared, "methods": TUNED})
+    own = {**shared, **TUNED.get(expected, {})}
     assert mode_defaults("tuned", settings) == {**MODES["tuned"], **own}
     config = SearchConfig.of_mode("tuned", **settings)
     assert {name: getattr(config, name) for name in own} == own
     assert SearchConfig.of_mode("tuned", **settings, row_lr=0.7).row_lr == 0.7
+    # Another task, another loss.
+    other = mode_defaults("tuned", {**settings, "task": "multiclass"})
+    assert other.keys() >= {*MODES["tuned"], *ROWS} and other["init_std"] != 0.2
     # As published, whatever was tuned.
     assert mode_defaults("paper", settings) == {}
     assert SearchConfig.of_mode("paper", **settings).row_lr == SearchConfig().row_lr
 
 
 def test_the_settings_found_are_in_their_ranges_and_of_known_methods():
-    found = config_module._TUNED
-    assert set(found["settings"]) == set(ROWS)
-    for name, settings in [("", found["settings"]), *found["methods"].items()]:
-        assert set(settings) <= set(SETTINGS)
-        assert all(SETTINGS[k].low <= value <= SETTINGS[k].high for k, value in settings.items())
-        method, _, given = name.partition(",")
-        assert given in ("", "hops=tails")
-        assert not method or method.partition("-")[0] in CHOICES["method"]
+    for task in CHOICES["task"]:
+        found = config_module._TUNED[task]
+        assert set(found["rows"]) == set(ROWS)
+        for name, settings in [("", found["rows"]), *found["methods"].items()]:
+            assert set(settings) <= set(SETTINGS)
+            for key, value in settings.items():
+                assert SETTINGS[key].low <= value <= SETTINGS[key].high
+            method, _, given = name.partition(",")
+            assert given in ("", "hops=tails")
+            assert not method or method.partition("-")[0] in CHOICES["method"]
 
 
 @pytest.mark.parametrize(("name", "value"), REFUSED)
@@ -209,7 +216,7 @@ def test_json_round_trip():
 
 def test_saved_settings_are_completed_with_defaults_of_the_paper():
     """Whatever their mode: what every run did before a setting was added."""
-    config = SearchConfig.of_mode("tuned", seed=3)
+    config = SearchConfig.of_mode("tuned", seed=3, row_accumulator=0.0, tail_lr=0.01)
     saved = config.to_json()
     assert SearchConfig.complete(saved) == saved
     for name in ("row_accumulator", "positive_above", "tail_lr", "budget"):

@@ -218,8 +218,7 @@ def test_trials_of_other_settings_are_not_taken_for_the_present_ones(
     (tmp_path / "one" / "settings.json").write_text(json.dumps(held))
     same = [*SMALL, "--out", tmp_path / "check", *more]
     assert "'one' of fixed-2 has other settings" in refusal(capsys, *same)
-    monkeypatch.setitem(config_module.MODES["tuned"], "tower", "norm")  # no setting that is tuned
-    monkeypatch.setitem(config_module._TUNED["methods"], "fixed-2", {"row_lr": 0.321})
+    monkeypatch.setitem(config_module._TUNED["binary"]["methods"], "fixed-2", {"row_lr": 0.321})
     same = [*SMALL, "--methods", "fixed-2", "--out", tmp_path / "one", "--orders", 1]
     assert "'0' of fixed-2 has other settings" in refusal(capsys, *same)
 
