@@ -54,9 +54,20 @@ FORBIDDEN = [
     ),
     ("data and models know no run", "esapn/data/cache.py", "from ..run import metrics"),
     ("models and data do not know each other", "esapn/models/soft.py", "from ..data import load"),
-    ("a run knows no comparison", "esapn/run/metrics.py", "from ..compare import intervals"),
+    (
+        "a run knows no comparison and no tuning",
+        "esapn/run/metrics.py",
+        "from ..tune import space",
+    ),
+    (
+        "comparisons and tunings do not know each other",
+        "esapn/tune/space.py",
+        "from ..compare import intervals",
+    ),
     ("nothing imports the command line's entry", "esapn/cli.py", "from . import __main__"),
-    ("scipy and jinja2 are for comparisons", "esapn/rules.py", "import scipy"),
+    ("jinja2 is for comparisons", "esapn/rules.py", "import jinja2"),
+    ("scipy is for comparisons and tunings", "esapn/rules.py", "import scipy"),
+    ("optuna is for tunings", "esapn/rules.py", "import optuna"),
 ]
 
 

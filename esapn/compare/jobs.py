@@ -84,7 +84,7 @@ def plan(
     tasks, modes = list(dict.fromkeys(tasks)), list(dict.fromkeys(modes))
     seeds = list(dict.fromkeys(seeds))
     listed = [
-        _method(mode, label)
+        _method(mode, label, tasks)
         for mode in modes
         for label in dict.fromkeys(methods or DEFAULT_METHODS[mode])
     ]
@@ -112,21 +112,33 @@ def plan(
     return header, jobs
 
 
-def _method(mode: str, label: str) -> dict[str, Any]:
-    """What ``compare.json`` says of a method."""
+def _method(mode: str, label: str, tasks: Sequence[str]) -> dict[str, Any]:
+    """What ``compare.json`` says of a method; settings that differ by task are named with it."""
     family, settings = method_settings(label)
     return {
         "label": label,
         "family": family,
         "mode": mode,
         "text": ", ".join(f"{k} {v}" for k, v in settings.items()),
-        "options": {**mode_defaults(mode, settings), **settings},
+        "options": {**_by_task(mode, settings, tasks), **settings},
     }
 
 
+def _by_task(mode: str, settings: dict[str, Any], tasks: Sequence[str]) -> dict[str, Any]:
+    found = {task: mode_defaults(mode, {**settings, "task": task}) for task in tasks}
+    options: dict[str, Any] = {}
+    for name in dict.fromkeys(name for defaults in found.values() for name in defaults):
+        values = {task: defaults[name] for task, defaults in found.items() if name in defaults}
+        if len(values) == len(tasks) and len(set(values.values())) == 1:
+            options[name] = values[tasks[0]]
+        else:
+            options[name] = ", ".join(f"{value} ({task})" for task, value in values.items())
+    return options
+
+
 def _config(method: dict[str, Any], common: dict[str, Any], task: str, seed: int) -> SearchConfig:
-    options = method["options"]
-    return SearchConfig.of_mode(method["mode"], **common, task=task, seed=seed, **options)
+    _, settings = method_settings(method["label"])
+    return SearchConfig.of_mode(method["mode"], **common, task=task, seed=seed, **settings)
 
 
 def _reference(mode: str, listed: Sequence[dict[str, Any]]) -> str:

@@ -47,7 +47,7 @@ def ranges(config: SearchConfig, given: Iterable[str] = ()) -> dict[str, Range]:
     """The settings that a method has to be tuned in, less those ``given`` by its name.
 
     Example:
-        >>> list(ranges(SearchConfig(method="darts"), ["row_lr"]))
+        >>> list(ranges(SearchConfig.of_mode("tuned", method="darts"), ["row_lr"]))
         ['row_accumulator', 'init_std', 'policy_lr']
     """
     if config.method == "biases":

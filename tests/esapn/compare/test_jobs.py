@@ -9,7 +9,7 @@ import pytest
 
 from esapn.compare.jobs import is_finished
 from esapn.compare.records import load
-from esapn.config import CHOICES, MODES, ConfigError
+from esapn.config import CHOICES, MODES, ConfigError, mode_defaults
 from esapn.data.ratings import DataError
 from esapn.data.stream import build_stream
 from esapn.data.synthetic import synthetic_ratings
@@ -69,7 +69,7 @@ def test_the_plan_is_complete(tmp_path):
         ).items()
     for method in header["methods"]:
         settings = method_settings(method["label"])[1]
-        assert method["options"] == {**MODES[method["mode"]], **settings}
+        assert {**MODES[method["mode"]], **settings}.items() <= method["options"].items()
         assert all(f"{key} {value}" in method["text"] for key, value in settings.items())
     json.dumps(header)
 
@@ -165,3 +165,17 @@ def test_half_a_record_is_none(content, tmp_path):
     job.path.parent.mkdir()
     job.path.write_text(content)
     assert not is_finished(job)
+
+
+def test_a_mode_has_settings_of_its_own_for_every_task_and_method(tmp_path):
+    methods = ("power-1", "fixed-2,row_lr=0.7")
+    header, jobs = planned(tmp_path, modes=("tuned",), methods=methods, tasks=CHOICES["task"])
+    for job in jobs:
+        given = method_settings(job.label)[1]
+        expected = mode_defaults("tuned", {**given, "task": job.config.task}) | given
+        assert {name: getattr(job.config, name) for name in expected} == expected
+    assert len({job.config.row_lr for job in jobs if job.label == "power-1"}) == 2
+    first, second = (method["options"] for method in header["methods"])
+    rates = {job.config.task: job.config.row_lr for job in jobs if job.label == "power-1"}
+    assert first["row_lr"] == ", ".join(f"{rate} ({task})" for task, rate in rates.items())
+    assert second["row_lr"] == 0.7 and first["tower"] == "plain"

@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from esapn.config import CHOICES, MODES, SearchConfig
+from esapn.config import CHOICES, SearchConfig, mode_defaults
 from esapn.data.load import load_ratings
 from esapn.data.stream import build_stream
 from esapn.run import checkpoint
@@ -80,7 +80,8 @@ def test_a_mode_changes_defaults_and_a_flag_wins(resumed, tmp_path):
     more = ["--resume"] if resumed else []
     assert search(*SMALL, *flags, *more, "--out", tmp_path) == 0
     config = result(tmp_path)["config"]
-    expected = {"mode": "tuned", **MODES["tuned"], "row_lr": 0.02, "hops": "linear"}
+    defaults = mode_defaults("tuned", {"method": "esapn"})
+    expected = {"mode": "tuned", **defaults, "row_lr": 0.02, "hops": "linear"}
     assert expected.items() <= config.items()
     paper = SearchConfig().to_json()
     given = {"events", "batch_size", "hidden", "policy_hidden", "max_frequency"}

@@ -14,7 +14,8 @@ from esapn.tune.space import SPREAD, ranges, spread
 from esapn.tune.walk import Job
 from tests.esapn.tune.made import exhaust, make, walked
 
-CONFIG = SearchConfig.of_mode("tuned", method="fixed", fixed_size=4)
+BEFORE = {"row_lr": 0.05, "row_accumulator": 0.0, "init_std": 0.01}
+CONFIG = SearchConfig.of_mode("tuned", method="fixed", fixed_size=4, **BEFORE)
 RANGES = ranges(CONFIG)
 
 
