@@ -5,8 +5,8 @@ Every method is tuned the same way:
 1. Trial 0 has the mode's own settings, the ``SPREAD`` trials after it have points that all methods
    share, each further one is put where a Gaussian process over those before it expects most
    (``optuna``). It follows the first order alone.
-2. On the first order a trial stops at the end of its second or third quarter if that quarter's
-   loss is above the median of the trials before it.
+2. On the first order such a trial, and no other, stops at the end of its second or third quarter
+   if that quarter's loss is above the median of the trials before it.
 3. Then the best third of all trials walks the second order, the best third of these the third one,
    and so on; trial 0 walks them all.
 
