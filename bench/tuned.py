@@ -11,6 +11,9 @@ rows' settings that are the same for all methods (``shared``). For every file an
 
 A method has the shared settings if its mean regret over all files is at most --tolerance with them,
 else those of the DIR with the least one. Methods that were not tuned have the shared rows.
+
+Given as 16:FILE, a check is of tables whose largest size is 16. What is chosen there stands beside
+what is chosen for all sizes, as ``counts,to=16``.
 """
 
 from __future__ import annotations
@@ -82,10 +85,11 @@ def choose(found: Regrets, tolerance: float) -> dict[str, str]:
     return chosen
 
 
-def content(chosen: Mapping[str, str], settings: Settings) -> dict[str, Any]:
+def content(chosen: Mapping[str, str], settings: Settings, suffix: str = "") -> dict[str, Any]:
     """What ``esapn/tuned.json`` holds: rows' settings for all, and of every method all of its own.
 
-    A method is there by what it is, without the bytes that its name gives it: ``counts``.
+    A method is there by what it is, without the bytes that its name gives it: ``counts``, and the
+    ``suffix`` behind it.
     """
     whole = [m for m in chosen if set(ROWS) <= set(settings[m, SHARED_ROWS])]
     if not whole:
@@ -94,7 +98,7 @@ def content(chosen: Mapping[str, str], settings: Settings) -> dict[str, Any]:
     methods: dict[str, Any] = {}
     for method, name in chosen.items():
         _, given = method_settings(method)
-        key = tuned_name(given)
+        key = tuned_name(given) + suffix
         if key in methods:
             raise TunedError(f"'{method}' and another method have one name in the mode: '{key}'")
         methods[key] = settings[method, name]
@@ -146,6 +150,24 @@ def load(paths: Sequence[Path]) -> tuple[Regrets, Settings]:
     return found, settings
 
 
+def checks(paths: Sequence[str]) -> dict[str, list[Path]]:
+    """The files of all sizes, under no suffix, and those of a largest size under its own.
+
+    Example:
+        >>> checks(["a.csv", "16:b.csv"])
+        {'': [PosixPath('a.csv')], ',to=16': [PosixPath('b.csv')]}
+    """
+    found: dict[str, list[Path]] = {"": []}
+    for text in paths:
+        width, colon, path = text.partition(":")
+        narrow = bool(colon) and width.isdigit()
+        suffix = f",to={int(width)}" if narrow else ""
+        found.setdefault(suffix, []).append(Path(path if narrow else text))
+    if not found[""]:
+        raise TunedError("no check is of all sizes")
+    return found
+
+
 def _names(found: Mapping[str, Mapping[str, float]]) -> dict[str, set[str]]:
     return {method: set(by) for method, by in found.items()}
 
@@ -155,9 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser("bench/tuned.py", __doc__)
     for task in CHOICES["task"]:
         text = "checks of this task"
-        parser.add_argument(
-            f"--{task}", nargs="+", type=Path, required=True, metavar="FILE", help=text
-        )
+        parser.add_argument(f"--{task}", nargs="+", required=True, metavar="FILE", help=text)
     text = "mean regret up to which a method takes the settings of all"
     parser.add_argument("--tolerance", type=float, default=0.001, metavar="SHARE", help=text)
     parser.add_argument("--out", type=output, metavar="FILE.json", help="the mode's settings")
@@ -166,11 +186,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     written: dict[str, Any] = {"made_by": shlex.join(command)}
     try:
         for task in CHOICES["task"]:
-            found, settings = load(getattr(args, task))
-            chosen = choose(found, args.tolerance)
-            written[task] = content(chosen, settings)
-            print(f"{task}")
-            show(found, chosen)
+            for suffix, paths in checks(getattr(args, task)).items():
+                found, settings = load(paths)
+                chosen = choose(found, args.tolerance)
+                made = content(chosen, settings, suffix)
+                if suffix:
+                    written[task]["methods"] |= made["methods"]
+                else:
+                    written[task] = made
+                print(f"{task}{suffix}")
+                show(found, chosen)
     except (ConfigError, TunedError) as error:
         parser.error(str(error))
     if args.out:

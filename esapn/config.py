@@ -290,7 +290,7 @@ def tuned_name(settings: Mapping[str, Any]) -> str:
 
 
 def _tuned(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the method with its hops, else of the method; of one size, of the nearest width."""
+    """Of the method with its hops and largest size, or less of that; of one size, the nearest."""
     task = _TUNED.get(settings.get("task", SearchConfig.task), {"rows": {}, "methods": {}})
     tuned: dict[str, dict[str, Any]] = task["methods"]
     name = tuned_name(settings)
@@ -299,7 +299,9 @@ def _tuned(settings: Mapping[str, Any]) -> dict[str, Any]:
         size = max(settings.get("fixed_size", SearchConfig.fixed_size), 1)
         widths = [int(key.removeprefix("fixed-")) for key in tuned if key.startswith("fixed-")]
         plain = f"fixed-{min(widths, key=lambda w: abs(math.log(w / size)), default=size)}"
-    return {**task["rows"], **tuned.get(name, tuned.get(plain, {}))}
+    widest = (settings.get("sizes") or SearchConfig().sizes)[-1]
+    names = (f"{name},to={widest}", name, plain)
+    return {**task["rows"], **next((tuned[n] for n in names if n in tuned), {})}
 
 
 def _refuse(name: str, rule: str, value: object) -> None:

@@ -65,6 +65,20 @@ def test_shared_settings_where_they_serve_and_the_best_folders_where_not(tmp_pat
     assert means(said) == pytest.approx([500, 175, 100, 25])
 
 
+def test_checks_of_smaller_tables_stand_beside_those_of_all_sizes(tmp_path):
+    from tuned import main
+
+    out = tmp_path / "tuned.json"
+    every, small = made(tmp_path), made(tmp_path / "small", counts=(0.25, 0.3, 0.21, 0.2))
+    paths = [*every, *(f"16:{path}" for path in small)]
+    assert main([*tasks_of(*paths), "--out", str(out)]) == 0
+    methods = json.loads(out.read_text())["binary"]["methods"]
+    assert methods["counts"]["row_lr"] == OTHERS["shared"]
+    assert methods["counts,to=16"] == {**ROWS, "row_lr": OTHERS["b"], **OWN["counts-25%"]}
+    with pytest.raises(SystemExit):
+        main(tasks_of(*paths[2:]))
+
+
 def means(said: str) -> list[float]:
     """The mean regrets of fixed-2 in two classes."""
     line = next(x for x in said.split("mean:")[1].splitlines() if "fixed-2" in x)

@@ -110,6 +110,7 @@ TUNED = {
     "esapn-dwell": {"row_lr": 0.09},
     "counts": {"row_lr": 0.1, "count_scale": 3.0},
     "counts,hops=tails": {"row_lr": 0.2, "tail_lr": 0.003},
+    "counts,hops=tails,to=16": {"row_lr": 0.4, "tail_lr": 0.004},
 }
 
 
@@ -122,6 +123,11 @@ TUNED = {
         ({"method": "fixed"}, "fixed-128"),
         ({"method": "counts", "budget": "3%"}, "counts"),
         ({"method": "counts", "budget": "3%", "hops": "tails"}, "counts,hops=tails"),
+        (
+            {"method": "counts", "budget": "3%", "hops": "tails", "sizes": (2, 16)},
+            "counts,hops=tails,to=16",
+        ),
+        ({"method": "counts", "budget": "3%", "sizes": (2, 16)}, "counts"),
         ({"method": "power", "hops": "tails"}, None),
         ({"method": "always"}, None),
         ({}, "esapn"),
@@ -154,8 +160,8 @@ def test_the_settings_found_are_in_their_ranges_and_of_known_methods():
             assert set(settings) <= set(SETTINGS)
             for key, value in settings.items():
                 assert SETTINGS[key].low <= value <= SETTINGS[key].high
-            method, _, given = name.partition(",")
-            assert given in ("", "hops=tails")
+            method, *given = name.split(",")
+            assert set(given) <= {"hops=tails", "to=16"}
             assert not method or method.partition("-")[0] in CHOICES["method"]
 
 
