@@ -13,7 +13,8 @@ A method has the shared settings if its mean regret over all files is at most --
 else those of the DIR with the least one. Methods that were not tuned have the shared rows.
 
 Given as 16:FILE, a check is of tables whose largest size is 16. What is chosen there stands beside
-what is chosen for all sizes, as ``counts,to=16``.
+what is chosen for all sizes, as ``counts,to=16``; no tolerance is given, for the rows' settings
+shared by the few methods of such a check are not those of all methods.
 """
 
 from __future__ import annotations
@@ -188,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for task in CHOICES["task"]:
             for suffix, paths in checks(getattr(args, task)).items():
                 found, settings = load(paths)
-                chosen = choose(found, args.tolerance)
+                chosen = choose(found, 0.0 if suffix else args.tolerance)
                 made = content(chosen, settings, suffix)
                 if suffix:
                     written[task]["methods"] |= made["methods"]
