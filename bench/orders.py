@@ -4,7 +4,8 @@
     python bench/orders.py FILE.csv --less A B
 
 A DIR is the ``--out`` of a comparison that has finished; their ``--order-seed`` differ. --out joins
-their ``results.csv``, with the order's seed in front.
+their ``results.csv``, with the order's seed in front. Of a comparison whose largest size is not 128, as
+16, labels get ``,to=16``, so that it can be joined with one of all sizes.
 
 Seeds on one order see the same events, so they are no independent samples of a difference. For each
 task and mode: d = loss of A less loss of B, run by run; the mean of d over the seeds of each order;
@@ -29,6 +30,7 @@ from esapn.config import SearchConfig
 from esapn.errors import UserError
 
 Row = dict[str, str]
+WIDEST = SearchConfig().sizes[-1]
 
 
 class OrdersError(UserError):
@@ -53,14 +55,26 @@ def read(path: Path) -> list[Row]:
         if len(orders) != 1:
             raise OrdersError(f"{path}: runs of {len(orders)} orders, expected those of one")
         own = {"order_seed": str(orders.pop())}
+        widest = {
+            SearchConfig.complete(record.content["config"])["sizes"][-1]
+            for record in load(path).records
+        }.pop()
     try:
         with file.open(encoding="utf-8", newline="") as opened:
             rows = [own | row for row in csv.DictReader(opened)]
+        if path.is_dir() and widest != WIDEST:
+            rows = [_narrow(row, widest) for row in rows]
     except (OSError, UnicodeDecodeError) as error:
         raise OrdersError(f"{file}: cannot be read: {error}") from error
     if not rows or not {"order_seed", "task", "mode", "label", "seed", "loss"} <= rows[0].keys():
         raise OrdersError(f"{file}: holds no runs with their order")
     return rows
+
+
+def _narrow(row: Row, widest: int) -> Row:
+    """A run whose largest size is not 128: its label says so, its plain table is 128 wide too."""
+    plain = int(row["fixed128_bytes"]) * WIDEST // widest
+    return row | {"label": f"{row['label']},to={widest}", "fixed128_bytes": str(plain)}
 
 
 def join(parts: Iterable[list[Row]]) -> list[Row]:

@@ -16,6 +16,7 @@ __all__ = [
     "LEVEL",
     "Difference",
     "Interval",
+    "difference_of",
     "holm",
     "mean_interval",
     "paired_difference",
@@ -98,10 +99,27 @@ def paired_difference(a: Mapping[int, float], b: Mapping[int, float]) -> Differe
     seeds = sorted(a.keys() & b.keys())
     if not seeds:
         raise ValueError("a paired difference needs a common seed")
-    interval = mean_interval(a[s] - b[s] for s in seeds)
+    return difference_of(a[s] - b[s] for s in seeds)
+
+
+def difference_of(values: Iterable[float]) -> Difference:
+    """Mean of differences that are paired already, its 95 % interval and p = 2 P(T > |t|).
+
+    Args:
+        values: at least one; one per unit, as seeds or orders.
+
+    Raises:
+        ValueError: no value.
+
+    Example:
+        >>> d = difference_of([1.0, 3.0])
+        >>> d.mean, round(d.p, 3)
+        (2.0, 0.295)
+    """
+    interval = mean_interval(values)
     if interval.half is None:
         return Difference(interval.mean, None, 1, None)
-    if interval.half == 0:  # every seed differs by the same amount: t is 0 / 0 or infinite
+    if interval.half == 0:  # every unit differs by the same amount: t is 0 / 0 or infinite
         p = 1.0 if interval.mean == 0 else 0.0
     else:
         t = abs(interval.mean) / interval.half * float(stdtrit(interval.n - 1, (1 + LEVEL) / 2))

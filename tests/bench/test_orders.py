@@ -98,6 +98,20 @@ def test_comparisons_are_joined_and_compared(comparisons: list[Path], tmp_path: 
     assert main([str(out), *less]) == 0 and capsys.readouterr().out == said
 
 
+def test_a_smaller_largest_size_is_in_the_label_and_the_plain_table_is_128_wide(comparisons):
+    from orders import join, read
+
+    every, small = comparisons
+    for path in (small / "runs").iterdir():
+        content = json.loads(path.read_text())
+        content["config"] |= {"order_seed": 0, "sizes": [2, 4, 8, 16]}
+        path.write_text(json.dumps(content))
+    rows = join([read(every), read(small)])
+    (wide,) = {r["fixed128_bytes"] for r in rows if r["label"] == "never"}
+    (narrow,) = {r["fixed128_bytes"] for r in rows if r["label"] == "never,to=16"}
+    assert int(narrow) == 8 * int(wide)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [

@@ -1,0 +1,251 @@
+"""Quality over serving bytes on several orders: tables, and a figure of all sets.
+
+    python bench/frontier.py NAME=FILE.csv ... [--figure FILE.png]
+
+A FILE is what ``bench/orders.py --out`` joined. Orders are the units: a method's loss is the mean
+over orders of the mean over the seeds of each, and a difference is paired by order and seed, with
+Student's 95 % interval over orders. Every method is compared with
+
+    its bytes   the one size (FIXED) that takes no fewer bytes, of these the one with the fewest
+    any size    the one size of the least mean loss
+    hops        with tails: the same method with padded hops
+
+Holm's correction is over all differences of one kind and set. The figure has a line for each
+family: its loss less that of the widest one size, with the interval of that difference as its band.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness.command import Parser, output
+from orders import OrdersError, Row, differences, read
+
+from esapn.compare.formats import signed
+from esapn.compare.intervals import Difference, Interval, difference_of, holm, mean_interval
+from esapn.config import tuned_name
+from esapn.errors import UserError
+from esapn.methods import method_settings
+
+FIXED = "FIXED"
+FAMILIES = {
+    "fixed": FIXED,
+    "counts": "counts",
+    "counts,hops=tails": "counts, tails",
+    "power": "power",
+    "esapn": "ESAPN, free",
+    "esapn-dwell": "ESAPN",
+}
+STYLES = {
+    FIXED: ("#000000", "-", "o"),
+    "counts": ("#0072B2", "-", "s"),
+    "counts, tails": ("#D55E00", "-", "D"),
+    "counts to 16": ("#0072B2", "--", "s"),
+    "counts, tails to 16": ("#D55E00", "--", "D"),
+    "power": ("#009E73", ":", "v"),
+    "ESAPN": ("#CC79A7", ":", "^"),
+}
+"""Colour, line and marker of the families that the figure shows."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A method's means over orders, its family, and its bytes as a share of ids x 128 floats."""
+
+    label: str
+    family: str
+    share: float
+    peak: float
+    accuracy: float
+    loss: float
+    orders: int
+
+
+def family_of(label: str) -> str:
+    """A method's family in words.
+
+    Example:
+        >>> family_of("counts-50%,hops=tails,to=16"), family_of("fixed-8")
+        ('counts, tails to 16', 'FIXED')
+    """
+    label, _, widest = label.partition(",to=")
+    name = tuned_name(method_settings(label)[1])
+    name = "fixed" if name.startswith("fixed-") else name
+    return FAMILIES.get(name, name) + (f" to {widest}" if widest else "")
+
+
+def methods_of(rows: Sequence[Row]) -> list[Shown]:
+    """Every method of a set, one size first, then by family and bytes."""
+    found = []
+    for label in dict.fromkeys(row["label"] for row in rows):
+        mine = [row for row in rows if row["label"] == label]
+        plain = float(mine[0]["fixed128_bytes"])
+        means = {name: _over_orders(mine, name) for name in ("accuracy", "loss")}
+        found.append(
+            Shown(
+                label,
+                family_of(label),
+                _over_orders(mine, "serving_bytes") / plain,
+                max(float(row["serving_peak_bytes"]) for row in mine) / plain,
+                means["accuracy"],
+                means["loss"],
+                len({row["order_seed"] for row in mine}),
+            )
+        )
+    families = list(dict.fromkeys([FIXED, *STYLES, *(shown.family for shown in found)]))
+    return sorted(found, key=lambda shown: (families.index(shown.family), shown.share))
+
+
+def _over_orders(rows: Sequence[Row], name: str) -> float:
+    orders: dict[str, list[float]] = {}
+    for row in rows:
+        orders.setdefault(row["order_seed"], []).append(float(row[name]))
+    return mean_interval(mean_interval(values).mean for values in orders.values()).mean
+
+
+def rival(shown: Shown, methods: Sequence[Shown]) -> Shown | None:
+    """The one size that takes no fewer bytes; a budget of its bytes may leave some of them."""
+    fixed = [m for m in methods if m.family == FIXED and m.share >= 0.999 * shown.share]
+    return min(fixed, key=lambda m: m.share, default=None)
+
+
+def pairs(methods: Sequence[Shown]) -> dict[str, list[tuple[str, str]]]:
+    """Labels of the methods that are compared, by the kind of comparison."""
+    found: dict[str, list[tuple[str, str]]] = {"bytes": [], "any": [], "hops": []}
+    fixed = [m for m in methods if m.family == FIXED]
+    best = min(fixed, key=lambda m: m.loss, default=None)
+    labels = {m.label for m in methods}
+    for shown in methods:
+        if shown.family == FIXED or best is None:
+            continue
+        other = rival(shown, methods)
+        if other is not None:
+            found["bytes"].append((shown.label, other.label))
+        found["any"].append((shown.label, best.label))
+        twin = shown.label.replace(",hops=tails", "")
+        if twin != shown.label and twin in labels:
+            found["hops"].append((shown.label, twin))
+    return found
+
+
+def compared(rows: Sequence[Row], labels: Sequence[tuple[str, str]]) -> dict[str, Difference]:
+    """By the first label the difference of losses over orders; p after Holm's correction."""
+    found = {}
+    for a, b in labels:
+        orders, _, _ = differences(rows, a, b, "loss")
+        found[a] = difference_of(orders.values())
+    adjusted = iter(holm([d.p for d in found.values() if d.p is not None]))
+    return {
+        label: d if d.p is None else Difference(d.mean, d.half, d.n, next(adjusted))
+        for label, d in found.items()
+    }
+
+
+def table(name: str, rows: Sequence[Row]) -> list[str]:
+    """The lines of a set's table, in Markdown."""
+    methods = methods_of(rows)
+    kinds = {kind: compared(rows, labels) for kind, labels in pairs(methods).items()}
+    against = {a: b for a, b in pairs(methods)["bytes"]}
+    best = min((m for m in methods if m.family == FIXED), key=lambda m: m.loss).label
+    loss = "MSE" if rows[0]["task"] == "binary" else "cross-entropy"
+    heads = ["method", "bytes", "at most", "accuracy", loss, "less one size of its bytes"]
+    heads += [f"less the best one size ({best})", "tails less padded"]
+    lines = [f"{name}:", "", f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    for m in methods:
+        cells = [m.label, f"{m.share:.1%}", f"{m.peak:.1%}", f"{m.accuracy:.4f}", f"{m.loss:.5f}"]
+        for kind, d in ((kind, of.get(m.label)) for kind, of in kinds.items()):
+            cells.append(_cell(d, against.get(m.label, "") if kind == "bytes" else ""))
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _cell(d: Difference | None, other: str) -> str:
+    """A difference with its interval, bold where it is clear after Holm's correction."""
+    if d is None:
+        return "-"
+    text = signed(d.mean, 5).replace("\N{MINUS SIGN}", "-")
+    if d.half is not None:
+        ends = (signed(end, 5).replace("\N{MINUS SIGN}", "-") for end in (d.low, d.high))
+        text += f" [{', '.join(ends)}]"
+    if d.p is not None and d.p < 0.05:
+        text = f"**{text}**"
+    return f"{other}: {text}" if other else text
+
+
+def draw(sets: Mapping[str, Sequence[Row]], path: Path) -> None:
+    """A panel for each set: the families' losses less that of the widest one size."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, NullLocator
+
+    figure = Figure(figsize=(4.0 * len(sets) + 0.4, 5.0), layout="constrained", dpi=120)
+    FigureCanvasAgg(figure)
+    handles: dict[str, Any] = {}
+    panels = figure.subplots(1, len(sets), squeeze=False)[0]
+    for axes, (name, rows) in zip(panels, sets.items(), strict=True):
+        methods = methods_of(rows)
+        widest = max((m for m in methods if m.family == FIXED), key=lambda m: m.share)
+        for family, (color, line, marker) in STYLES.items():
+            members = [m for m in methods if m.family == family]
+            points = [_less(rows, m.label, widest.label) for m in members]
+            if not points:
+                continue
+            x = [100 * m.share for m in members]
+            y = [1000 * point.mean for point in points]
+            (handle,) = axes.plot(x, y, color=color, linestyle=line, marker=marker, markersize=5)
+            handles.setdefault(family, handle)
+            ends = [
+                [1000 * end for end in ends] for ends in zip(*((p.low, p.high) for p in points))
+            ]
+            axes.fill_between(x, low, high, color=color, alpha=0.13, linewidth=0)
+        axes.axhline(0, color="#555555", linewidth=0.8)
+        axes.set(xscale="log", title=name, xlabel="bytes, % of IDs x 128 floats")
+        axes.set_xticks([1.6, 3.1, 6.2, 12.5, 25, 50, 100])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        loss = "MSE" if rows[0]["task"] == "binary" else "cross-entropy"
+        axes.set_ylabel(f"{loss} less that of size 128, x 1000")
+        axes.grid(True, color="#e3e3e3", linewidth=0.7)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False
+    )
+    figure.suptitle("Quality over bytes: lower is better, left is smaller")
+    figure.savefig(path, metadata={"Software": None})
+
+
+def _less(rows: Sequence[Row], label: str, other: str) -> Interval:
+    orders, _, _ = differences(rows, label, other, "loss")
+    return mean_interval(orders.values())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the tables, draws the figure and returns the exit status."""
+    parser = Parser("bench/frontier.py", __doc__)
+    parser.add_argument("sets", nargs="+", metavar="NAME=FILE.csv", help="a set's name and runs")
+    parser.add_argument("--figure", type=output, metavar="FILE.png", help="quality over bytes")
+    args = parser.parse_args(argv)
+    try:
+        sets = {}
+        for text in args.sets:
+            name, equals, path = text.partition("=")
+            if not equals:
+                raise OrdersError(f"{text}: expected NAME=FILE.csv")
+            sets[name] = read(Path(path))
+            if not any(row["label"].startswith("fixed-") for row in sets[name]):
+                raise OrdersError(f"{path}: has no run of one size, such as fixed-8")
+        for name, rows in sets.items():
+            print("\n".join(table(name, rows)), end="\n\n")
+        if args.figure:
+            draw(sets, args.figure)
+    except UserError as error:
+        parser.error(str(error))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""bench/frontier.py: who is compared with whom, orders as the units, and what it refuses."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+from scipy import stats
+
+PLAIN = 1000.0
+# Label: bytes, and the loss on three orders.
+RUNS = {
+    "fixed-4": (40, (0.5, 0.6, 0.7)),
+    "fixed-8": (80, (0.4, 0.5, 0.7)),
+    "fixed-128": (1000, (0.45, 0.55, 0.75)),
+    "counts-8%": (79, (0.3, 0.45, 0.55)),
+    "counts-8%,hops=tails": (78, (0.2, 0.3, 0.5)),
+    "counts-50%,to=16": (80, (0.35, 0.4, 0.65)),
+    "power-4,budget=25%": (250, (0.4, 0.5, 0.6)),
+}
+
+
+@pytest.fixture
+def joined(tmp_path: Path) -> Path:
+    """Two seeds on each order, a tenth above and below its loss."""
+    path = tmp_path / "joined.csv"
+    with path.open("w", newline="") as file:
+        names = ["order_seed", "task", "mode", "label", "seed", "accuracy", "loss"]
+        names += ["serving_bytes", "serving_peak_bytes", "fixed128_bytes"]
+        writer = csv.writer(file)
+        writer.writerow(names)
+        for label, (size, losses) in RUNS.items():
+            for order, loss in enumerate(losses):
+                for seed, more in ((0, 0.1), (1, -0.1)):
+                    row = [order, "binary", "tuned", label, seed, 0.75, loss + more]
+                    writer.writerow([*row, size, size + seed, PLAIN])
+    return path
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    from orders import read
+
+    return read(path)
+
+
+def test_methods_their_families_and_their_bytes(joined):
+    from frontier import methods_of
+
+    found = methods_of(rows_of(joined))
+    assert [(m.label, m.family) for m in found] == [
+        ("fixed-4", "FIXED"),
+        ("fixed-8", "FIXED"),
+        ("fixed-128", "FIXED"),
+        ("counts-8%", "counts"),
+        ("counts-8%,hops=tails", "counts, tails"),
+        ("counts-50%,to=16", "counts to 16"),
+        ("power-4,budget=25%", "power"),
+    ]
+    assert found[3].share == pytest.approx(0.079) and found[3].peak == pytest.approx(0.08)
+    assert found[3].loss == pytest.approx(1.3 / 3) and found[3].orders == 3
+
+
+def test_one_size_of_as_many_bytes_the_best_one_and_the_same_with_padded_hops(joined):
+    from frontier import methods_of, pairs
+
+    found = pairs(methods_of(rows_of(joined)))
+    assert found["bytes"] == [
+        ("counts-8%", "fixed-8"),
+        ("counts-8%,hops=tails", "fixed-8"),
+        ("counts-50%,to=16", "fixed-8"),
+        ("power-4,budget=25%", "fixed-128"),
+    ]
+    assert {b for _, b in found["any"]} == {"fixed-8"} and len(found["any"]) == 4
+    assert found["hops"] == [("counts-8%,hops=tails", "counts-8%")]
+
+
+def test_differences_are_over_orders_with_holms_correction(joined):
+    from frontier import compared
+
+    labels = [("counts-8%", "fixed-8"), ("power-4,budget=25%", "fixed-8")]
+    found = compared(rows_of(joined), labels)
+    expected = stats.ttest_1samp([-0.1, -0.05, -0.15], 0.0)
+    interval = expected.confidence_interval(0.95)
+    mine = found["counts-8%"]
+    assert (mine.mean, mine.n) == (pytest.approx(-0.1), 3)
+    assert (mine.low, mine.high) == pytest.approx((interval.low, interval.high))
+    assert mine.p == pytest.approx(2 * expected.pvalue)
+    other = stats.ttest_1samp([0.0, 0.0, -0.1], 0.0)
+    assert found["power-4,budget=25%"].p == pytest.approx(other.pvalue)
+
+
+def test_the_tables_and_the_figure_are_made(joined, tmp_path, capsys):
+    from frontier import main
+
+    picture = tmp_path / "figure.png"
+    assert main([f"one=set={joined}".replace("one=set", "a set"), "--figure", str(picture)]) == 0
+    said = capsys.readouterr().out
+    assert "| counts-8% | 7.9% | 8.0% | 0.7500 | 0.43333 | fixed-8: -0.10000 [" in said
+    assert "less the best one size (fixed-8)" in said
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("nowhere.csv", "expected NAME=FILE.csv"),
+        ("a=nowhere.csv", "cannot be read"),
+    ],
+)
+def test_what_it_refuses(argument, said, capsys):
+    from frontier import main
+
+    with pytest.raises(SystemExit) as left:
+        main([argument])
+    captured = capsys.readouterr()
+    assert left.value.code == 2 and captured.err.count("\n") == 1 and said in captured.err
+
+
+def test_a_set_without_one_size_is_refused(joined, capsys):
+    from frontier import main
+
+    text = joined.read_text().replace("fixed-", "always,history=")
+    joined.write_text(text)
+    with pytest.raises(SystemExit):
+        main([f"a={joined}"])
+    assert "no run of one size" in capsys.readouterr().err
