@@ -198,9 +198,7 @@ def draw(sets: Mapping[str, Sequence[Row]], path: Path) -> None:
             y = [1000 * point.mean for point in points]
             (handle,) = axes.plot(x, y, color=color, linestyle=line, marker=marker, markersize=5)
             handles.setdefault(family, handle)
-            ends = [
-                [1000 * end for end in ends] for ends in zip(*((p.low, p.high) for p in points))
-            ]
+            low, high = ([1000 * getattr(p, end) for p in points] for end in ("low", "high"))
             axes.fill_between(x, low, high, color=color, alpha=0.13, linewidth=0)
         axes.axhline(0, color="#555555", linewidth=0.8)
         axes.set(xscale="log", title=name, xlabel="bytes, % of IDs x 128 floats")

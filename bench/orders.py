@@ -4,8 +4,8 @@
     python bench/orders.py FILE.csv --less A B
 
 A DIR is the ``--out`` of a comparison that has finished; their ``--order-seed`` differ. --out joins
-their ``results.csv``, with the order's seed in front. Of a comparison whose largest size is not 128, as
-16, labels get ``,to=16``, so that it can be joined with one of all sizes.
+their ``results.csv``, with the order's seed in front. Of a comparison whose largest size is not
+128, as 16, labels get ``,to=16``, so that it can be joined with one of all sizes.
 
 Seeds on one order see the same events, so they are no independent samples of a difference. For each
 task and mode: d = loss of A less loss of B, run by run; the mean of d over the seeds of each order;
