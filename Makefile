@@ -17,9 +17,8 @@ help: ## list the targets
 
 install: $(STAMP) ## build .venv with everything that the others need
 
-demo: $(STAMP) ## search on synthetic data, then a short lookup benchmark, into runs/demo
-	@mkdir -p runs/demo
-	$(BIN)/python -m esapn search --data synthetic --out runs/demo
+demo: $(STAMP) ## rows within a budget beside a plain table, then a short lookup benchmark, into runs/demo
+	$(BIN)/python examples/budget.py --out runs/demo
 	$(BIN)/python bench/lookup.py --quick --out runs/demo/lookup.json
 
 test: $(STAMP) ## run the tests and doctests; PYTEST_ARGS="-k lookup" narrows them

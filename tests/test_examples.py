@@ -30,6 +30,16 @@ def test_ctr(capsys):
         assert 0.3 < found["log_loss"] < 0.69 and found["auc"] > 0.55
 
 
+def test_budget(tmp_path, capsys):
+    budget = load("budget")
+    found = budget.main(["--events", "40000", "--budget", "12.5%", "--out", str(tmp_path)])
+    plain, rows = found[budget.PLAIN], found[budget.ROWS]
+    assert rows["bytes"] <= plain["bytes"] / 8 and rows["loss"] < plain["loss"]
+    said = capsys.readouterr().out
+    assert f"{plain['bytes']:,}" in said and f"{rows['loss']:.4f}" in said
+    assert (tmp_path / "budget.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_own_rule(capsys):
     found = load("own_rule").main(["--rows", "300", "--steps", "200", "--batch", "128"])
     assert "rows by size" in capsys.readouterr().out
@@ -55,6 +65,9 @@ MISTAKES = [
     ["ctr.py", "--events", "0"],
     ["ctr.py", "--init-std", "-1"],
     ["ctr.py", "--embedding", "other"],
+    ["budget.py", "--events", "0"],
+    ["budget.py", "--events", "4000", "--budget", "1%"],
+    ["budget.py", "--events", "4000", "--budget", "much"],
     ["own_rule.py", "--steps", "-1"],
     ["serving.py", "--rows", "0"],
     ["serving.py", "--out", __file__],
