@@ -200,40 +200,54 @@ def _events_axis(axes: Axes, comparison: Comparison) -> None:
         axes.axvline(train, color="#555555", linestyle=":", linewidth=1)
 
 
+def _over_bytes(figure: Figure, group: Group, styles: Styles, measure: str) -> Axes:
+    """A measure over serving bytes: a line a family, with the band of its members' intervals."""
+    figure.set_size_inches(8.0, 4.8)
+    axes = figure.subplots()
+    for family, members in group.families.items():
+        _family_line(axes, group, members, measure, family, styles[family])
+    _bytes_axis(axes, "x")
+    axes.set_xlabel("serving bytes at the end of the stream")
+    return axes
+
+
 def _pareto(
     figure: Figure, group: Group, styles: Styles, comparison: Comparison
 ) -> tuple[str, str]:
-    left, right = figure.subplots(1, 2)
-    for axes, measure in zip((left, right), MEASURED, strict=True):
-        for family, members in group.families.items():
-            _family_points(axes, group, members, measure, family, styles[family])
-        _bytes_axis(axes, "x")
-        axes.set_xlabel("serving bytes at the end of the stream")
+    axes = _over_bytes(figure, group, styles, "loss")
     front = [(group.mean(x, "serving"), group.standing(x)) for x in group.front]
     front.append((max(group.mean(m.label, "serving") for m in group.finished), front[-1][1]))
-    left.step(
+    axes.step(
         *zip(*front, strict=True),
         where="post",
         color="#555555",
         linewidth=6,
         alpha=0.2,
         solid_capstyle="round",
-        label="front of the loss",
+        label="front",
         zorder=1,
     )
-    left.set(ylabel=group.loss_name, title="Loss (lower is better)")
-    right.set(ylabel="accuracy (%)", title="Accuracy (higher is better)")
-    _finish(figure, (left, right))
+    axes.set_ylabel(f"{group.loss_name} (lower is better)")
+    _finish(figure, (axes,))
     return (
         "Quality over serving bytes",
-        "Test part, mean over seeds and 95 % interval; a line joins a family's members. Most of an "
-        "interval is what the seeds share: the tables above have the paired differences. The grey "
-        "band marks the front: no method has fewer bytes and a lower loss than "
+        "Test part; a line joins a family's members, its band is their 95 % interval over seeds. "
+        "Most of that is what the seeds share: the table has the paired differences. The grey "
+        "line is the front: no method has fewer bytes and a lower loss than "
         f"{', '.join(group.front)}.",
     )
 
 
-def _family_points(
+def _accuracy(
+    figure: Figure, group: Group, styles: Styles, comparison: Comparison
+) -> tuple[str, str]:
+    axes = _over_bytes(figure, group, styles, "accuracy")
+    axes.set_ylabel("accuracy, % (higher is better)")
+    _finish(figure, (axes,))
+    return "Accuracy over serving bytes", "As the first figure."
+
+
+def _family_line(
     axes: Axes,
     group: Group,
     members: Sequence[Method],
@@ -241,42 +255,27 @@ def _family_points(
     family: str,
     style: tuple[str, str],
 ) -> None:
-    """A family's members over their bytes; those of the reference's family by their labels too."""
+    """A family's members over their bytes, and the band of their intervals."""
     color, marker = style
-    reference = marker == "*"
     x = [group.mean(m.label, "serving") for m in members]
     means = [mean_interval(group.values(m.label, measure).values()) for m in members]
-    y = [SCALE[measure] * mean.mean for mean in means]
-    axes.errorbar(
+    scale = SCALE[measure]
+    axes.plot(
         x,
-        y,
-        yerr=_half(means, SCALE[measure]),
+        [scale * mean.mean for mean in means],
         color=color,
         marker=marker,
-        markersize=12 if reference else 6,
-        # The reference's family holds variants, not one knob's settings: no line.
-        linewidth=0 if reference else 1.3,
-        elinewidth=1.3,
-        capsize=2.5,
+        markersize=10 if marker == "*" else 6,
+        linewidth=1.3,
         label=family,
-        zorder=5 if reference else 3,
+        zorder=5 if marker == "*" else 3,
     )
-    named: list[float] = []
-    for place, height, method in zip(x, y, members, strict=True):
-        # A label is as wide as a factor of 3 in bytes; the tables have those left out.
-        if not reference or any(1 / 3 < place / other < 3 for other in named):
-            continue
-        named.append(place)
-        axes.annotate(
-            method.label,
-            (place, height),
-            xytext=(8, 8),
-            textcoords="offset points",
-            color=color,
-            fontsize=9,
-            zorder=6,
-            bbox={"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 0.5},
-        )
+    if any(mean.half for mean in means):
+        low, high = ([scale * getattr(mean, end) for mean in means] for end in ("low", "high"))
+        if len(x) > 1:
+            axes.fill_between(x, low, high, color=color, alpha=0.12, linewidth=0)
+        else:
+            axes.vlines(x, low, high, color=color, alpha=0.35, linewidth=5)
 
 
 def _buckets(group: Group, label: str, side: str, measure: str) -> dict[float, dict[int, float]]:
@@ -505,6 +504,7 @@ def _throughput(
 
 FIGURES = {
     "pareto": _pareto,
+    "accuracy": _accuracy,
     "frequency": _frequency,
     "difference": _frequency_difference,
     "sizes": _sizes,

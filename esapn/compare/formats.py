@@ -20,6 +20,7 @@ __all__ = [
     "percent",
     "plain",
     "plural",
+    "short",
     "signed",
 ]
 
@@ -30,6 +31,15 @@ PERCENT = "\N{NO-BREAK SPACE}%"
 def loss(value: float) -> str:
     """A loss, or another measure of its size."""
     return f"{value:.5f}"
+
+
+def short(value: float) -> str:
+    """A number to three significant digits.
+
+    >>> short(0.177991), short(72.5)
+    ('0.178', '72.5')
+    """
+    return f"{value:.3g}"
 
 
 def percent(value: float) -> str:

@@ -115,6 +115,8 @@ def plan(
 def _method(mode: str, label: str, tasks: Sequence[str]) -> dict[str, Any]:
     """What ``compare.json`` says of a method; settings that differ by task are named with it."""
     family, settings = method_settings(label)
+    if settings.get("hops") == "tails":
+        family += ", tails"
     return {
         "label": label,
         "family": family,

@@ -26,12 +26,17 @@ from .tables import (
     bytes_table,
     contrast_tables,
     cost_table,
+    measure_table,
     method_table,
     result_table,
     size_table,
 )
 
 __all__ = ["render", "write"]
+
+
+TASKS = {"binary": "binary", "multiclass": "five classes"}
+MODES = {"paper": "published setting", "tuned": "settings found"}
 
 
 @dataclass
@@ -41,6 +46,8 @@ class Part:
     title: str
     anchor: str
     summary: list[str]
+    results: PageTable | None = None
+    first: dict[str, str] | None = None
     tables: list[PageTable] = field(default_factory=list)
     memory: list[PageTable] = field(default_factory=list)
     drawn: list[dict[str, str]] = field(default_factory=list)
@@ -98,11 +105,12 @@ def render(comparison: Comparison, drawn: Sequence[Sequence[figures.Drawn]]) -> 
 
 
 def _part(group: Group, drawn: Sequence[figures.Drawn]) -> Part:
-    title = f"{group.task}, {group.mode}"
+    title = f"{TASKS.get(group.task, group.task)}, {MODES.get(group.mode, group.mode)}"
     anchor = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
     part = Part(title, anchor, summary(group))
     if group.records:
-        part.tables = [result_table(group), *contrast_tables(group), cost_table(group)]
+        part.results = result_table(group)
+        part.tables = [*contrast_tables(group), measure_table(group), cost_table(group)]
         part.memory = [*(size_table(group, side) for side in SIDES), bytes_table(group)]
     for picture in drawn:
         encoded = base64.b64encode(picture.path.read_bytes()).decode("ascii")
@@ -110,6 +118,8 @@ def _part(group: Group, drawn: Sequence[figures.Drawn]) -> Part:
             {"title": picture.title, "caption": picture.caption, "file": picture.path.name}
             | {"source": f"data:image/png;base64,{encoded}"}
         )
+    if part.drawn:
+        part.first = part.drawn.pop(0)
     return part
 
 

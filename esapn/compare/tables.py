@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..config import SearchConfig
 from ..data.ratings import SIDES
 from .contrasts import Compared, Contrast, paired_contrasts, same_bytes
 from .formats import (
@@ -21,8 +22,10 @@ from .formats import (
     percent,
     plain,
     plural,
+    short,
+    signed,
 )
-from .intervals import mean_interval
+from .intervals import Difference, mean_interval
 from .records import BYTES, Comparison, Group, load
 
 __all__ = [
@@ -30,6 +33,7 @@ __all__ = [
     "bytes_table",
     "contrast_tables",
     "cost_table",
+    "measure_table",
     "method_table",
     "place",
     "result_table",
@@ -61,7 +65,52 @@ class PageTable:
 
 
 def result_table(group: Group) -> PageTable:
-    """Quality and serving bytes of every method, the lowest loss first."""
+    """Serving bytes and quality of every method in few digits, the lowest loss first."""
+    reference = group.reference_method
+    columns = ["method", "bytes", f"{group.loss_name}", "accuracy %"]
+    pairs = {} if reference is None else {c.name: c.loss for c in paired_contrasts(group)}
+    if reference is not None:
+        columns.append(f"{group.loss_name} × 1000, less {reference.label}")
+    rows = []
+    for method in group.finished:
+        label = method.label
+        row = [label, of_fixed128(group, label, "serving")]
+        row += [short(group.mean(label, "loss")), short(100 * group.mean(label, "accuracy"))]
+        if reference is not None:
+            row.append(_thousandths(pairs[label].difference) if label in pairs else NONE)
+        rows.append(row)
+    done = {method.label for method in group.finished}
+    rows += [
+        [method.label, *[NONE] * (len(columns) - 1)]
+        for method in group.methods
+        if method.label not in done
+    ]
+    note = (
+        "Test part, each event predicted before it is learnt from; means over seeds to three "
+        "digits, the lowest loss first. Bytes are what serving takes at the end, of plain tables "
+        f"{_width(group)} wide."
+    )
+    if reference is not None:
+        note += " Differences are paired by seed, with the 95 % t interval of one of them."
+    return PageTable("Results", columns, rows, note, _reference_row(group))
+
+
+def _width(group: Group) -> str:
+    """The largest of the sizes that a group's runs were given, in numbers a row."""
+    configs = (SearchConfig.complete(record.content["config"]) for record in group.records)
+    return " or ".join(str(width) for width in sorted({config["sizes"][-1] for config in configs}))
+
+
+def _thousandths(d: Difference) -> str:
+    """The other less the reference, where ``d`` is the reference less the other."""
+    text = signed(-1000 * d.mean, 2)
+    if d.half is None:
+        return text
+    return f"{text} [{signed(-1000 * d.high, 2)}, {signed(-1000 * d.low, 2)}]"
+
+
+def measure_table(group: Group) -> PageTable:
+    """All measures of every method with their intervals, the lowest loss first."""
     binary = group.task == "binary"
     quality = [("accuracy %", "accuracy", percent), (group.loss_name, "loss", loss)]
     if binary:
@@ -93,7 +142,8 @@ def result_table(group: Group) -> PageTable:
         )
     if not binary:
         note += " The log loss of several classes is their cross-entropy."
-    return PageTable("Results", columns, rows, note, _reference_row(group), frozenset({0, 2}))
+    title = "All measures"
+    return PageTable(title, columns, rows, note, _reference_row(group), frozenset({0, 2}))
 
 
 def _reference_row(group: Group) -> frozenset[int]:

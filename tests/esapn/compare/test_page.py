@@ -16,11 +16,13 @@ from esapn.compare.tables import (
     bytes_table,
     contrast_tables,
     cost_table,
+    measure_table,
     result_table,
     size_table,
 )
 from tests.esapn.fake_comparison import METHODS, write_comparison
 
+MODES = {"paper": "published setting", "tuned": "settings found"}
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 
 
@@ -109,7 +111,7 @@ def test_fetches_nothing(parsed):
     for link in parsed.links:
         assert link.startswith(("#", "data:image/png;base64,")), link[:60]
     targets = [link[1:] for link in parsed.links if link.startswith("#")]
-    assert len(targets) == 10 and set(targets) <= set(parsed.ids)
+    assert len(targets) == 3 and set(targets) <= set(parsed.ids)
     assert len(set(parsed.ids)) == len(parsed.ids)
 
 
@@ -120,6 +122,13 @@ def test_figures_are_inside(folder, parsed):
     assert all(image["alt"] for image in parsed.images)
 
 
+def test_a_group_begins_with_its_figure_and_one_table(folder):
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    for part in text.split("<section ")[1:-1]:
+        places = [part.index(mark) for mark in ("<img", "<table", "<details")]
+        assert places == sorted(places) and part[: places[2]].count("<table") == 1
+
+
 def test_is_the_same_when_written_again(folder, parsed):
     before = (folder / "report.html").read_bytes()
     assert page.write(folder).read_bytes() == before
@@ -128,9 +137,10 @@ def test_is_the_same_when_written_again(folder, parsed):
 def test_every_table_of_a_group_is_there(folder, parsed):
     comparison = load(folder)
     for group in comparison.groups:
-        tables = [result_table(group), *contrast_tables(group), cost_table(group)]
+        tables = [result_table(group), *contrast_tables(group)]
+        tables += [measure_table(group), cost_table(group)]
         tables += [size_table(group, "user"), size_table(group, "item"), bytes_table(group)]
-        title = f"{group.task}, {group.mode}"
+        title = f"binary, {MODES[group.mode]}"
         shown = {name: rows for (part, name), rows in parsed.tables.items() if part == title}
         assert shown == {table.title: [table.columns, *table.rows] for table in tables}
         for line in summary(group):

@@ -8,12 +8,14 @@ import math
 import pytest
 
 from esapn.compare.contrasts import same_bytes
+from esapn.compare.formats import signed
 from esapn.compare.records import BYTES, Group, load
 from esapn.compare.tables import (
     PageTable,
     bytes_table,
     contrast_tables,
     cost_table,
+    measure_table,
     method_table,
     place,
     result_table,
@@ -39,8 +41,35 @@ def paper(tmp_path_factory) -> Group:
     return made_up(tmp_path_factory.mktemp("comparison"), modes=("paper",), seeds=range(5))
 
 
-def test_results_are_means_of_the_records(tuned):
+def test_results_are_short_and_differences_are_the_methods_less_the_reference(tuned):
     table = result_table(tuned)
+    rows = rows_of(table)
+    assert table.columns[:4] == ["method", "bytes", "MSE", "accuracy %"]
+    assert (
+        table.columns[4] == "MSE × 1000, less esapn-rich" and rows.keys() == METHODS["tuned"].keys()
+    )
+    assert [table.rows[i][0] for i in table.marked] == ["esapn-rich"]
+    assert rows["esapn-rich"][4] == "–"
+    for label in ("biases", "fixed-2"):
+        losses = [loss_of("binary", "tuned", label, seed) for seed in range(5)]
+        d = [x - loss_of("binary", "tuned", "esapn-rich", s) for s, x in enumerate(losses)]
+        mean = sum(d) / 5
+        half = 2.776445 * math.sqrt(sum((x - mean) ** 2 for x in d) / 4 / 5)
+        assert rows[label][2] == f"{sum(losses) / 5:.3g}"
+        shown = [signed(1000 * x, 2) for x in (mean, mean - half, mean + half)]
+        assert rows[label][4] == f"{shown[0]} [{shown[1]}, {shown[2]}]"
+    assert "128 wide" in table.note
+
+
+def test_results_without_a_reference_have_no_differences(tmp_path):
+    gone = {f"binary-tuned-esapn-rich-s{seed}" for seed in range(3)}
+    table = result_table(made_up(tmp_path, labels={"esapn-rich", "biases"}, skip=gone))
+    assert table.columns == ["method", "bytes", "MSE", "accuracy %"]
+    assert table.rows[-1] == ["esapn-rich", "–", "–", "–"] and not table.marked
+
+
+def test_measures_are_means_of_the_records(tuned):
+    table = measure_table(tuned)
     head, rows = table.columns, rows_of(table)
     assert head[:4] == ["method", "seeds", "front", "accuracy %"] and "log loss" in head
     assert rows.keys() == METHODS["tuned"].keys()
@@ -56,7 +85,7 @@ def test_results_are_means_of_the_records(tuned):
 
 def test_several_classes_have_cross_entropy_and_no_auc(tmp_path):
     group = made_up(tmp_path, task="multiclass", labels={"esapn-rich", "biases"})
-    table = result_table(group)
+    table = measure_table(group)
     assert "cross-entropy" in table.columns and not {"AUC", "log loss", "MSE"} & set(table.columns)
     mean = sum(loss_of("multiclass", "tuned", "biases", seed) for seed in range(3)) / 3
     assert rows_of(table)["biases"][4].startswith(f"{mean:.5f} ±")
@@ -66,7 +95,7 @@ def test_several_classes_have_cross_entropy_and_no_auc(tmp_path):
 def test_missing_seeds_and_methods_are_shown(tmp_path):
     gone = {f"binary-tuned-esapn-rich-s{seed}" for seed in range(3)} | {"binary-tuned-always-s1"}
     labels = {"esapn-rich", "always", "biases"}
-    table = result_table(made_up(tmp_path, labels=labels, skip=gone))
+    table = measure_table(made_up(tmp_path, labels=labels, skip=gone))
     rows = rows_of(table)
     assert {label: row[1] for label, row in rows.items()} == {
         "biases": "3",
