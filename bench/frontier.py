@@ -23,13 +23,14 @@ from pathlib import Path
 from typing import Any
 
 from harness.command import Parser, output
-from orders import OrdersError, Row, differences, read
+from orders import WIDEST, OrdersError, Row, differences, read
 
 from esapn.compare.formats import signed
 from esapn.compare.intervals import Difference, Interval, difference_of, holm, mean_interval
 from esapn.config import tuned_name
 from esapn.errors import UserError
 from esapn.methods import method_settings
+from esapn_kernels.budget import budget_bytes
 
 FIXED = "FIXED"
 FAMILIES = {
@@ -145,6 +146,24 @@ def compared(rows: Sequence[Row], labels: Sequence[tuple[str, str]]) -> dict[str
     }
 
 
+def over_cap(rows: Sequence[Row]) -> float | None:
+    """Bytes at most over the budget, the largest of all runs that have one; None: none has.
+
+    Example:
+        >>> run = {"label": "counts-50%,to=16", "fixed128_bytes": "1600"}
+        >>> over_cap([run | {"serving_peak_bytes": "90"}])  # half of 200
+        0.9
+    """
+    found = []
+    for row in rows:
+        label, _, widest = row["label"].partition(",to=")
+        budget = method_settings(label)[1].get("budget")
+        if budget:
+            plain = int(row["fixed128_bytes"]) * int(widest or WIDEST) // WIDEST
+            found.append(float(row["serving_peak_bytes"]) / budget_bytes(budget, plain))
+    return max(found, default=None)
+
+
 def table(name: str, rows: Sequence[Row]) -> list[str]:
     """The lines of a set's table, in Markdown."""
     methods = methods_of(rows)
@@ -238,6 +257,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise OrdersError(f"{path}: has no run of one size, such as fixed-8")
         for name, rows in sets.items():
             print("\n".join(table(name, rows)), end="\n\n")
+            if (most := over_cap(rows)) is not None:
+                print(f"Bytes at most over the budget, of all runs: {most:.5f}", end="\n\n")
         if args.figure:
             draw(sets, args.figure)
     except UserError as error:

@@ -8,7 +8,10 @@ python examples/budget.py --out runs/budget
 """
 
 import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,66 +36,70 @@ class Score(nn.Module):
 
     def forward(self, user: Tensor, item: Tensor) -> Tensor:
         pair = torch.cat([self.user(user), self.item(item)], 1)
-        return torch.sigmoid(self.head(pair)[:, 0])
+        score: Tensor = self.head(pair)[:, 0]
+        return torch.sigmoid(score)
 
 
-def plain(users: int, items: int) -> tuple[Score, list[torch.optim.Optimizer]]:
-    """The model with tables of torch, and what trains it."""
+@dataclass
+class Built:
+    """A model, what trains it, and the bytes that its tables take to serve."""
+
+    model: Score
+    optimizers: list[torch.optim.Optimizer]
+    serving: Callable[[], int]
+
+
+def plain(users: int, items: int) -> Built:
+    """With tables of torch."""
     found = SearchConfig.of_mode("tuned", method="fixed", fixed_size=WIDTH)
-    model = Score(nn.Embedding(users, WIDTH), nn.Embedding(items, WIDTH))
-    tables = [model.user.weight, model.item.weight]
+    tables = [nn.Embedding(n, WIDTH) for n in (users, items)]
     for table in tables:
-        nn.init.normal_(table, std=found.init_std)
+        nn.init.normal_(table.weight, std=found.init_std)
+    model = Score(*tables)
     rows = torch.optim.Adagrad(
-        tables, lr=found.row_lr, initial_accumulator_value=found.row_accumulator
+        [table.weight for table in tables],
+        lr=found.row_lr,
+        initial_accumulator_value=found.row_accumulator,
     )
-    return model, [rows, torch.optim.Adam(model.head.parameters(), lr=1e-3)]
+    head = torch.optim.Adam(model.head.parameters(), lr=1e-3)
+    return Built(model, [rows, head], lambda: sum(table.weight.nbytes for table in tables))
 
 
-def within(budget: str, users: int, items: int) -> tuple[Score, list[torch.optim.Optimizer]]:
-    """The model with rows that share ``budget``, and what trains it."""
+def within(budget: str, users: int, items: int) -> Built:
+    """With rows that share ``budget``."""
     found = SearchConfig.of_mode("tuned", method="counts", budget=budget)
-    model = Score(
-        *(
-            ResizableEmbedding(n, WIDTH, init="padded", init_std=found.init_std)
-            for n in (users, items)
-        )
-    )
-    for table in (model.user, model.item):
+    tables = [
+        ResizableEmbedding(n, WIDTH, init="padded", init_std=found.init_std) for n in (users, items)
+    ]
+    for table in tables:
+        assert table.chain is not None
         table.chain.requires_grad_(False)  # a row that grows appends zeros, which it then learns
+    model = Score(*tables)
     ByCounts(model, budget=budget, every=found.move_every, scale=found.count_scale)
-    rows = optim.Adagrad(
-        [model.user, model.item], lr=found.row_lr, initial_accumulator_value=found.row_accumulator
+    rows = optim.Adagrad(tables, lr=found.row_lr, initial_accumulator_value=found.row_accumulator)
+    head = torch.optim.Adam(model.head.parameters(), lr=1e-3)
+    # Rows, what says where they lie, and hops.
+    return Built(
+        model, [rows, head], lambda: sum(table.memory_report().serving for table in tables)
     )
-    return model, [rows, torch.optim.Adam(model.head.parameters(), lr=1e-3)]
 
 
-def bytes_of(model: Score) -> int:
-    """What both tables take to serve: rows, and of resizable ones locations and hops."""
-    tables = (model.user, model.item)
-    if isinstance(model.user, ResizableEmbedding):
-        return sum(table.memory_report().serving for table in tables)
-    return sum(table.weight.nbytes for table in tables)
-
-
-def train(
-    model: Score, optimizers: list[torch.optim.Optimizer], user: Tensor, item: Tensor, high: Tensor
-) -> tuple[Tensor, Tensor]:
+def train(built: Built, user: Tensor, item: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     """Squared errors of the predictions before learning, and whether they were right."""
     errors, right = [], []
     for ids in torch.arange(len(user)).split(BATCH):
-        score = model(user[ids], item[ids])
+        score = built.model(user[ids], item[ids])
         error = (score - high[ids]).square()
         errors.append(error.detach())
         right.append((score.detach() > 0.5) == (high[ids] > 0.5))
         error.sum().backward()  # the rates above are for sums over a batch
-        for optimizer in optimizers:
+        for optimizer in built.optimizers:
             optimizer.step()
             optimizer.zero_grad()
     return torch.cat(errors), torch.cat(right)
 
 
-def draw(path: Path, found: dict[str, dict], events: int) -> None:
+def draw(path: Path, found: dict[str, dict[str, Any]], events: int) -> None:
     """Bytes at the left, errors over the stream at the right."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -121,7 +128,7 @@ def draw(path: Path, found: dict[str, dict], events: int) -> None:
     figure.savefig(path, metadata={"Software": None})
 
 
-def main(arguments: list[str] | None = None) -> dict[str, dict]:
+def main(arguments: list[str] | None = None) -> dict[str, dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--events", type=int, default=200_000, help="length of the stream")
     parser.add_argument("--budget", default="6.25%", help="of the plain tables, or bytes as '1 MB'")
@@ -144,13 +151,13 @@ def main(arguments: list[str] | None = None) -> dict[str, dict]:
                 built[name] = within(options.budget, users, items)
         except ValueError as error:
             parser.error(str(error))
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     print(f"{options.events:,} events, {users:,} users, {items:,} items; the last quarter:\n")
     print(f"{'':<24}{'bytes':>12}{'share':>9}{'error':>9}{'accuracy':>10}")
     for name in built:
-        errors, right = train(*built[name], user, item, high)
+        errors, right = train(built[name], user, item, high)
         last = options.events * 3 // 4
-        found[name] = {"bytes": bytes_of(built[name][0]), "errors": errors}
+        found[name] = {"bytes": built[name].serving(), "errors": errors}
         found[name] |= {"loss": float(errors[last:].mean())}
         found[name] |= {"accuracy": float(right[last:].float().mean())}
         share = found[name]["bytes"] / found[PLAIN]["bytes"]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from scipy import stats
 
-PLAIN = 1000.0
+PLAIN = 1000
 # Label: bytes, and the loss on three orders.
 RUNS = {
     "fixed-4": (40, (0.5, 0.6, 0.7)),
@@ -98,6 +98,8 @@ def test_the_tables_and_the_figure_are_made(joined, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "| counts-8% | 7.9% | 8.0% | 0.7500 | 0.43333 | fixed-8: -0.10000 [" in said
     assert "less the best one size (fixed-8)" in said
+    # The budget of all sizes is 80 bytes, that of 2 to 16 a half of 125: both have a peak of 81.
+    assert f"of all runs: {81 / 62:.5f}" in said
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
