@@ -45,8 +45,8 @@ STYLES = {
     FIXED: ("#000000", "-", "o"),
     "counts": ("#0072B2", "-", "s"),
     "counts, tails": ("#D55E00", "-", "D"),
-    "counts to 16": ("#0072B2", "--", "s"),
-    "counts, tails to 16": ("#D55E00", "--", "D"),
+    "counts, to 16": ("#0072B2", "--", "s"),
+    "counts, tails, to 16": ("#D55E00", "--", "D"),
     "power": ("#009E73", ":", "v"),
     "ESAPN": ("#CC79A7", ":", "^"),
 }
@@ -59,8 +59,8 @@ class Shown:
 
     label: str
     family: str
+    name: str
     share: float
-    peak: float
     accuracy: float
     loss: float
     orders: int
@@ -71,27 +71,37 @@ def family_of(label: str) -> str:
 
     Example:
         >>> family_of("counts-50%,hops=tails,to=16"), family_of("fixed-8")
-        ('counts, tails to 16', 'FIXED')
+        ('counts, tails, to 16', 'FIXED')
     """
     label, _, widest = label.partition(",to=")
-    name = tuned_name(method_settings(label)[1])
+    settings = method_settings(label)[1]
+    name = tuned_name(settings)
     name = "fixed" if name.startswith("fixed-") else name
-    return FAMILIES.get(name, name) + (f" to {widest}" if widest else "")
+    words = [FAMILIES.get(name, name)]
+    words += ["decayed"] if settings.get("half_life") else []
+    words += [f"to {widest}"] if widest else []
+    return ", ".join(words)
+
+
+def name_of(label: str, family: str) -> str:
+    """What a table calls a method: its bytes stand beside it."""
+    return f"{FIXED} {label.removeprefix('fixed-')}" if family == FIXED else family
 
 
 def methods_of(rows: Sequence[Row]) -> list[Shown]:
     """Every method of a set, one size first, then by family and bytes."""
     found = []
     for label in dict.fromkeys(row["label"] for row in rows):
+        family = family_of(label)
         mine = [row for row in rows if row["label"] == label]
         plain = float(mine[0]["fixed128_bytes"])
         means = {name: _over_orders(mine, name) for name in ("accuracy", "loss")}
         found.append(
             Shown(
                 label,
-                family_of(label),
+                family,
+                name_of(label, family),
                 _over_orders(mine, "serving_bytes") / plain,
-                max(float(row["serving_peak_bytes"]) for row in mine) / plain,
                 means["accuracy"],
                 means["loss"],
                 len({row["order_seed"] for row in mine}),
@@ -168,14 +178,15 @@ def table(name: str, rows: Sequence[Row]) -> list[str]:
     """The lines of a set's table, in Markdown."""
     methods = methods_of(rows)
     kinds = {kind: compared(rows, labels) for kind, labels in pairs(methods).items()}
-    against = {a: b for a, b in pairs(methods)["bytes"]}
-    best = min((m for m in methods if m.family == FIXED), key=lambda m: m.loss).label
+    names = {m.label: m.name for m in methods}
+    against = {a: names[b] for a, b in pairs(methods)["bytes"]}
+    best = min((m for m in methods if m.family == FIXED), key=lambda m: m.loss).name
     loss = "MSE" if rows[0]["task"] == "binary" else "cross-entropy"
-    heads = ["method", "bytes", "at most", "accuracy", loss, "less one size of its bytes"]
-    heads += [f"less the best one size ({best})", "tails less padded"]
+    heads = ["method", "bytes", "accuracy", loss, "less one size of its bytes"]
+    heads += [f"less the best one size, {best}", "tails less padded"]
     lines = [f"{name}:", "", f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for m in methods:
-        cells = [m.label, f"{m.share:.1%}", f"{m.peak:.1%}", f"{m.accuracy:.4f}", f"{m.loss:.5f}"]
+        cells = [m.name, f"{100 * m.share:.1f} %", f"{m.accuracy:.4f}", f"{m.loss:.5f}"]
         for kind, d in ((kind, of.get(m.label)) for kind, of in kinds.items()):
             cells.append(_cell(d, against.get(m.label, "") if kind == "bytes" else ""))
         lines.append(f"| {' | '.join(cells)} |")

@@ -361,12 +361,15 @@ def test_the_tables_of_the_settings_found_are_those_of_their_records(heading):
         assert float(size.rstrip(" %")) == pytest.approx(100 * statistics.mean(share), abs=0.051)
 
 
-def test_the_losses_of_the_tuning_are_those_of_its_trials():
+@pytest.mark.parametrize(
+    ("heading", "files"), [("## What was found", "tune"), ("## Sizes up to 16", "tune-to16")]
+)
+def test_the_losses_of_the_tuning_are_those_of_its_trials(heading, files):
     """Of every method before, trial 0, and of the trial with the least mean over all orders."""
     expected: dict[str, list[str]] = {}
     for name in ("ml1m", "ml1m5", "anime"):
         losses: dict[str, dict[str, list[float]]] = {}
-        path = ROOT / "bench" / "results" / f"tune-{name}.csv"
+        path = ROOT / "bench" / "results" / f"{files}-{name}.csv"
         with path.open(newline="", encoding="utf-8") as file:
             for line in csv.DictReader(file):
                 if line["validation"]:
@@ -378,8 +381,8 @@ def test_the_losses_of_the_tuning_are_those_of_its_trials():
             expected.setdefault(method, []).extend(
                 f"{loss:.5f}" for loss in (means["0"], min(means.values()))
             )
-    section = (ROOT / "docs" / "tuning.md").read_text(encoding="utf-8")
-    table = section.partition("| method |")[2].partition("\n\n")[0]
+    page = (ROOT / "docs" / "tuning.md").read_text(encoding="utf-8")
+    table = page.partition(heading)[2].partition("| method |")[2].partition("\n\n")[0]
     rows = [[c.strip() for c in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
     assert {method: cells for method, *cells in rows} == expected
 

@@ -54,10 +54,10 @@ def test_methods_their_families_and_their_bytes(joined):
         ("fixed-128", "FIXED"),
         ("counts-8%", "counts"),
         ("counts-8%,hops=tails", "counts, tails"),
-        ("counts-50%,to=16", "counts to 16"),
+        ("counts-50%,to=16", "counts, to 16"),
         ("power-4,budget=25%", "power"),
     ]
-    assert found[3].share == pytest.approx(0.079) and found[3].peak == pytest.approx(0.08)
+    assert found[3].share == pytest.approx(0.079) and found[1].name == "FIXED 8"
     assert found[3].loss == pytest.approx(1.3 / 3) and found[3].orders == 3
 
 
@@ -96,8 +96,8 @@ def test_the_tables_and_the_figure_are_made(joined, tmp_path, capsys):
     picture = tmp_path / "figure.png"
     assert main([f"one=set={joined}".replace("one=set", "a set"), "--figure", str(picture)]) == 0
     said = capsys.readouterr().out
-    assert "| counts-8% | 7.9% | 8.0% | 0.7500 | 0.43333 | fixed-8: -0.10000 [" in said
-    assert "less the best one size (fixed-8)" in said
+    assert "| counts | 7.9 % | 0.7500 | 0.43333 | FIXED 8: -0.10000 [" in said
+    assert "less the best one size, FIXED 8" in said
     # The budget of all sizes is 80 bytes, that of 2 to 16 a half of 125: both have a peak of 81.
     assert f"of all runs: {81 / 62:.5f}" in said
     assert picture.read_bytes().startswith(b"\x89PNG")
