@@ -2,9 +2,11 @@
 
     python bench/frontier.py NAME=FILE.csv ... [--figure FILE.png]
 
-A FILE is what ``bench/orders.py --out`` joined. Orders are the units: a method's loss is the mean
-over orders of the mean over the seeds of each, and a difference is paired by order and seed, with
-Student's 95 % interval over orders. Every method is compared with
+A FILE is what ``bench/orders.py --out`` joined. Orders are the units, or seeds where there is one
+order: a difference is paired by order and seed, and has Student's 95 % interval over orders. Orders
+differ more than methods do, and not every method walked all of them: a method's loss is that of the
+widest one size, over all orders, and the mean difference to it over those that both walked. Every
+method is compared with
 
     its bytes   the one size (FIXED) that takes no fewer bytes, of these the one with the fewest
     any size    the one size of the least mean loss
@@ -23,10 +25,10 @@ from pathlib import Path
 from typing import Any
 
 from harness.command import Parser, output
-from orders import WIDEST, OrdersError, Row, differences, read
+from orders import WIDEST, OrdersError, Row, paired, read
 
 from esapn.compare.formats import signed
-from esapn.compare.intervals import Difference, Interval, difference_of, holm, mean_interval
+from esapn.compare.intervals import Difference, difference_of, holm, mean_interval
 from esapn.config import tuned_name
 from esapn.errors import UserError
 from esapn.methods import method_settings
@@ -48,7 +50,8 @@ STYLES = {
     "counts, to 16": ("#0072B2", "--", "s"),
     "counts, tails, to 16": ("#D55E00", "--", "D"),
     "power": ("#009E73", ":", "v"),
-    "ESAPN": ("#CC79A7", ":", "^"),
+    "ESAPN": ("#CC79A7", "-", "^"),
+    "ESAPN, to 16": ("#CC79A7", "--", "^"),
 }
 """Colour, line and marker of the families that the figure shows."""
 
@@ -63,7 +66,7 @@ class Shown:
     share: float
     accuracy: float
     loss: float
-    orders: int
+    units: int
 
 
 def family_of(label: str) -> str:
@@ -90,32 +93,48 @@ def name_of(label: str, family: str) -> str:
 
 def methods_of(rows: Sequence[Row]) -> list[Shown]:
     """Every method of a set, one size first, then by family and bytes."""
+    labels = list(dict.fromkeys(row["label"] for row in rows))
+    fixed = [label for label in labels if family_of(label) == FIXED]
+    widest = max(fixed, key=lambda label: int(label.removeprefix("fixed-")))
+    base = {name: _mean(rows, widest, name) for name in ("accuracy", "loss")}
     found = []
-    for label in dict.fromkeys(row["label"] for row in rows):
+    for label in labels:
         family = family_of(label)
-        mine = [row for row in rows if row["label"] == label]
-        plain = float(mine[0]["fixed128_bytes"])
-        means = {name: _over_orders(mine, name) for name in ("accuracy", "loss")}
+        plain = float(next(row["fixed128_bytes"] for row in rows if row["label"] == label))
+        less = {name: difference(rows, label, widest, name) for name in base}
         found.append(
             Shown(
                 label,
                 family,
                 name_of(label, family),
-                _over_orders(mine, "serving_bytes") / plain,
-                means["accuracy"],
-                means["loss"],
-                len({row["order_seed"] for row in mine}),
+                _mean(rows, label, "serving_bytes") / plain,
+                base["accuracy"] + less["accuracy"].mean,
+                base["loss"] + less["loss"].mean,
+                less["loss"].n,
             )
         )
     families = list(dict.fromkeys([FIXED, *STYLES, *(shown.family for shown in found)]))
     return sorted(found, key=lambda shown: (families.index(shown.family), shown.share))
 
 
-def _over_orders(rows: Sequence[Row], name: str) -> float:
+def _mean(rows: Sequence[Row], label: str, name: str) -> float:
+    """The mean over orders of the mean over the seeds of each."""
     orders: dict[str, list[float]] = {}
     for row in rows:
-        orders.setdefault(row["order_seed"], []).append(float(row[name]))
+        if row["label"] == label:
+            orders.setdefault(row["order_seed"], []).append(float(row[name]))
     return mean_interval(mean_interval(values).mean for values in orders.values()).mean
+
+
+def difference(rows: Sequence[Row], a: str, b: str, name: str = "loss") -> Difference:
+    """Method ``a`` less method ``b``, over orders; over seeds where all runs are of one order."""
+    runs = paired(rows, a, b, name)
+    if len({row["order_seed"] for row in rows}) == 1:
+        return difference_of(runs.values())
+    orders: dict[int, list[float]] = {}
+    for (order, _), value in runs.items():
+        orders.setdefault(order, []).append(value)
+    return difference_of(mean_interval(values).mean for values in orders.values())
 
 
 def rival(shown: Shown, methods: Sequence[Shown]) -> Shown | None:
@@ -145,10 +164,7 @@ def pairs(methods: Sequence[Shown]) -> dict[str, list[tuple[str, str]]]:
 
 def compared(rows: Sequence[Row], labels: Sequence[tuple[str, str]]) -> dict[str, Difference]:
     """By the first label the difference of losses over orders; p after Holm's correction."""
-    found = {}
-    for a, b in labels:
-        orders, _, _ = differences(rows, a, b, "loss")
-        found[a] = difference_of(orders.values())
+    found = {a: difference(rows, a, b) for a, b in labels}
     adjusted = iter(holm([d.p for d in found.values() if d.p is not None]))
     return {
         label: d if d.p is None else Difference(d.mean, d.half, d.n, next(adjusted))
@@ -182,11 +198,13 @@ def table(name: str, rows: Sequence[Row]) -> list[str]:
     against = {a: names[b] for a, b in pairs(methods)["bytes"]}
     best = min((m for m in methods if m.family == FIXED), key=lambda m: m.loss).name
     loss = "MSE" if rows[0]["task"] == "binary" else "cross-entropy"
-    heads = ["method", "bytes", "accuracy", loss, "less one size of its bytes"]
+    units = "seeds" if len({row["order_seed"] for row in rows}) == 1 else "orders"
+    heads = ["method", "bytes", units, "accuracy", loss, "less one size of its bytes"]
     heads += [f"less the best one size, {best}", "tails less padded"]
     lines = [f"{name}:", "", f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for m in methods:
-        cells = [m.name, f"{100 * m.share:.1f} %", f"{m.accuracy:.4f}", f"{m.loss:.5f}"]
+        cells = [m.name, f"{100 * m.share:.1f} %", str(m.units)]
+        cells += [f"{m.accuracy:.4f}", f"{m.loss:.5f}"]
         for kind, d in ((kind, of.get(m.label)) for kind, of in kinds.items()):
             cells.append(_cell(d, against.get(m.label, "") if kind == "bytes" else ""))
         lines.append(f"| {' | '.join(cells)} |")
@@ -221,7 +239,7 @@ def draw(sets: Mapping[str, Sequence[Row]], path: Path) -> None:
         widest = max((m for m in methods if m.family == FIXED), key=lambda m: m.share)
         for family, (color, line, marker) in STYLES.items():
             members = [m for m in methods if m.family == family]
-            points = [_less(rows, m.label, widest.label) for m in members]
+            points = [difference(rows, m.label, widest.label) for m in members]
             if not points:
                 continue
             x = [100 * m.share for m in members]
@@ -244,11 +262,6 @@ def draw(sets: Mapping[str, Sequence[Row]], path: Path) -> None:
     )
     figure.suptitle("Quality over bytes: lower is better, left is smaller")
     figure.savefig(path, metadata={"Software": None})
-
-
-def _less(rows: Sequence[Row], label: str, other: str) -> Interval:
-    orders, _, _ = differences(rows, label, other, "loss")
-    return mean_interval(orders.values())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

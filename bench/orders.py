@@ -91,6 +91,22 @@ def join(parts: Iterable[list[Row]]) -> list[Row]:
     return rows
 
 
+def paired(rows: Sequence[Row], a: str, b: str, measure: str) -> dict[tuple[int, int], float]:
+    """Order and seed to the difference of ``measure``, method ``a`` less method ``b``.
+
+    Raises:
+        OrdersError: the two have no run in common.
+    """
+    of: dict[str, dict[tuple[int, int], float]] = {a: {}, b: {}}
+    for row in rows:
+        if row["label"] in of:
+            of[row["label"]][int(row["order_seed"]), int(row["seed"])] = float(row[measure])
+    runs = {key: of[a][key] - of[b][key] for key in sorted(of[a].keys() & of[b].keys())}
+    if not runs:
+        raise OrdersError(f"{a} and {b} have no run with one order and seed in common")
+    return runs
+
+
 def differences(
     rows: Sequence[Row], a: str, b: str, measure: str
 ) -> tuple[dict[int, float], Interval, Interval]:
@@ -118,13 +134,7 @@ def differences(
         >>> orders, over_orders.mean
         ({0: 0.5, 1: -0.5}, 0.0)
     """
-    of: dict[str, dict[tuple[int, int], float]] = {a: {}, b: {}}
-    for row in rows:
-        if row["label"] in of:
-            of[row["label"]][int(row["order_seed"]), int(row["seed"])] = float(row[measure])
-    runs = {key: of[a][key] - of[b][key] for key in sorted(of[a].keys() & of[b].keys())}
-    if not runs:
-        raise OrdersError(f"{a} and {b} have no run with one order and seed in common")
+    runs = paired(rows, a, b, measure)
     orders = {
         order: mean_interval(d for (o, _), d in runs.items() if o == order).mean
         for order in sorted({order for order, _ in runs})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from pathlib import Path
 
 import pytest
@@ -58,7 +59,29 @@ def test_methods_their_families_and_their_bytes(joined):
         ("power-4,budget=25%", "power"),
     ]
     assert found[3].share == pytest.approx(0.079) and found[1].name == "FIXED 8"
-    assert found[3].loss == pytest.approx(1.3 / 3) and found[3].orders == 3
+    assert found[3].loss == pytest.approx(1.3 / 3) and found[3].units == 3
+
+
+def test_a_method_that_walked_fewer_orders_stands_by_its_difference(joined):
+    from frontier import methods_of
+
+    rows = rows_of(joined)
+    fewer = [r for r in rows if r["label"] != "counts-8%" or r["order_seed"] == "1"]
+    found = {m.label: m for m in methods_of(fewer)}["counts-8%"]
+    # FIXED 128 has a mean of 1.75 / 3, and 0.55 on that order.
+    assert found.loss == pytest.approx(1.75 / 3 + 0.45 - 0.55) and found.units == 1
+
+
+def test_seeds_are_the_units_of_one_order(joined):
+    from frontier import difference
+
+    rows = [row for row in rows_of(joined) if row["order_seed"] == "0"]
+    for row in rows:
+        if row["label"] == "fixed-8" and row["seed"] == "1":
+            row["loss"] = "0.4"
+    found = difference(rows, "counts-8%", "fixed-8")
+    # Seed 0: 0.4 less 0.5, seed 1: 0.2 less 0.4.
+    assert found.n == 2 and found.mean == pytest.approx(-0.15)
 
 
 def test_one_size_of_as_many_bytes_the_best_one_and_the_same_with_padded_hops(joined):
@@ -96,7 +119,7 @@ def test_the_tables_and_the_figure_are_made(joined, tmp_path, capsys):
     picture = tmp_path / "figure.png"
     assert main([f"one=set={joined}".replace("one=set", "a set"), "--figure", str(picture)]) == 0
     said = capsys.readouterr().out
-    assert "| counts | 7.9 % | 0.7500 | 0.43333 | FIXED 8: -0.10000 [" in said
+    assert "| counts | 7.9 % | 3 | 0.7500 | 0.43333 | FIXED 8: -0.10000 [" in said
     assert "less the best one size, FIXED 8" in said
     # The budget of all sizes is 80 bytes, that of 2 to 16 a half of 125: both have a peak of 81.
     assert f"of all runs: {81 / 62:.5f}" in said
@@ -127,3 +150,21 @@ def test_a_set_without_one_size_is_refused(joined, capsys):
     with pytest.raises(SystemExit):
         main([f"a={joined}"])
     assert "no run of one size" in capsys.readouterr().err
+
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs" / "comparison.md").read_text(encoding="utf-8")
+SETS = re.findall(r'"([^"=]+)=(bench/results/[\w-]+\.csv)"', PAGE)
+
+
+@pytest.mark.parametrize(("name", "path"), SETS)
+def test_the_tables_of_the_comparison_are_those_of_its_records(name, path):
+    from frontier import over_cap, table
+
+    rows = rows_of(ROOT / path)
+    assert "\n".join(table(name, rows)) in PAGE
+    assert over_cap(rows) <= 1
+
+
+def test_the_comparison_has_four_sets():
+    assert len(SETS) == 4
