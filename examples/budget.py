@@ -1,8 +1,9 @@
-"""Rows within a budget of bytes, beside a plain table, in one training loop.
+"""Rows within a budget of bytes, beside plain tables, in one training loop.
 
 A stream of ratings in which few ids have most of the events, every event predicted before it is
-learnt: is the rating above 3.5? The two models differ in their tables alone. Prints what both take
-and how well they predict, and draws it.
+learnt: is the rating above 3.5? Compared are a plain table, wide; a plain table of the budget's
+bytes; and rows of 2 to 16 numbers that share the budget. Prints what each takes and how well it
+predicts, and draws it.
 
 python examples/budget.py --out runs/budget
 """
@@ -21,18 +22,19 @@ from esapn.data.load import load_ratings
 from esapn_kernels import ResizableEmbedding, optim
 from esapn_kernels.grow import ByCounts
 
-WIDTH = 128
+WIDE, NARROW, SIZES = 128, 8, (2, 4, 8, 16)
 BATCH = 500
-PLAIN, ROWS = f"nn.Embedding, {WIDTH} wide", "rows within a budget"
+PLAIN, SAME, ROWS = f"nn.Embedding, {WIDE} wide", f"nn.Embedding, {NARROW} wide", "rows, 2 to 16"
 
 
 class Score(nn.Module):
     """A user's and an item's vectors into a hidden layer, and a probability out of it."""
 
-    def __init__(self, user: nn.Module, item: nn.Module) -> None:
+    def __init__(self, user: nn.Embedding, item: nn.Embedding) -> None:
         super().__init__()
         self.user, self.item = user, item
-        self.head = nn.Sequential(nn.Linear(2 * WIDTH, 512), nn.ReLU(), nn.Linear(512, 1))
+        width = user.embedding_dim + item.embedding_dim
+        self.head = nn.Sequential(nn.Linear(width, 512), nn.ReLU(), nn.Linear(512, 1))
 
     def forward(self, user: Tensor, item: Tensor) -> Tensor:
         pair = torch.cat([self.user(user), self.item(item)], 1)
@@ -49,10 +51,10 @@ class Built:
     serving: Callable[[], int]
 
 
-def plain(users: int, items: int) -> Built:
+def plain(width: int, users: int, items: int) -> Built:
     """With tables of torch."""
-    found = SearchConfig.of_mode("tuned", method="fixed", fixed_size=WIDTH)
-    tables = [nn.Embedding(n, WIDTH) for n in (users, items)]
+    found = SearchConfig.of_mode("tuned", method="fixed", fixed_size=width)
+    tables = [nn.Embedding(n, width) for n in (users, items)]
     for table in tables:
         nn.init.normal_(table.weight, std=found.init_std)
     model = Score(*tables)
@@ -67,9 +69,10 @@ def plain(users: int, items: int) -> Built:
 
 def within(budget: str, users: int, items: int) -> Built:
     """With rows that share ``budget``."""
-    found = SearchConfig.of_mode("tuned", method="counts", budget=budget)
+    found = SearchConfig.of_mode("tuned", method="counts", budget=budget, sizes=SIZES)
     tables = [
-        ResizableEmbedding(n, WIDTH, init="padded", init_std=found.init_std) for n in (users, items)
+        ResizableEmbedding(n, sizes=SIZES, init="padded", init_std=found.init_std)
+        for n in (users, items)
     ]
     for table in tables:
         assert table.chain is not None
@@ -104,12 +107,17 @@ def draw(path: Path, found: dict[str, dict[str, Any]], events: int) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    colors = {PLAIN: "#0072B2", ROWS: "#D55E00"}
+    colors = {PLAIN: "#0072B2", SAME: "#56B4E9", ROWS: "#D55E00"}
     figure = Figure(figsize=(11, 4.2), layout="constrained", dpi=120)
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, width_ratios=(1, 2))
     sizes = [one["bytes"] / 1e6 for one in found.values()]
-    bars = left.bar(list(found), sizes, color=[colors[name] for name in found], width=0.6)
+    bars = left.bar(
+        ["\n".join(name.split(", ")) for name in found],
+        sizes,
+        color=[colors[name] for name in found],
+        width=0.6,
+    )
     left.bar_label(bars, [f"{size:.2f} MB" for size in sizes])
     left.set_ylabel("bytes that serving takes, MB")
     for name, one in found.items():
@@ -122,8 +130,8 @@ def draw(path: Path, found: dict[str, dict[str, Any]], events: int) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     share = found[ROWS]["bytes"] / found[PLAIN]["bytes"]
     figure.suptitle(
-        f"{share:.0%} of the bytes, a mean squared error of {found[ROWS]['loss']:.4f} "
-        f"in place of {found[PLAIN]['loss']:.4f}"
+        f"{share:.0%} of the bytes of a table {WIDE} wide, a mean squared error of "
+        f"{found[ROWS]['loss']:.4f} in place of {found[PLAIN]['loss']:.4f}"
     )
     figure.savefig(path, metadata={"Software": None})
 
@@ -131,10 +139,12 @@ def draw(path: Path, found: dict[str, dict[str, Any]], events: int) -> None:
 def main(arguments: list[str] | None = None) -> dict[str, dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--events", type=int, default=200_000, help="length of the stream")
-    parser.add_argument("--budget", default="6.25%", help="of the plain tables, or bytes as '1 MB'")
+    parser.add_argument("--budget", default="50%", help="of tables 16 wide, or bytes as '1 MB'")
     parser.add_argument("--seed", type=int, default=0, help="of the stream and of the models")
     parser.add_argument("--out", type=Path, help="a folder for the figure")
     options = parser.parse_args(arguments)
+    if options.seed < 0:
+        parser.error("--seed must be at least 0")
     if options.events < 4 * BATCH:
         parser.error(f"--events must be at least {4 * BATCH}")
     ratings = load_ratings("synthetic", events=options.events, seed=options.seed)
@@ -142,13 +152,13 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, Any]]:
     user, item = torch.as_tensor(ratings.user).long(), torch.as_tensor(ratings.item).long()
     high = (torch.as_tensor(ratings.rating) > 3.5).float()
     built = {}
-    for name in (PLAIN, ROWS):
+    for name in (PLAIN, SAME, ROWS):
         torch.manual_seed(options.seed)
         try:
-            if name == PLAIN:
-                built[name] = plain(users, items)
-            else:
+            if name == ROWS:
                 built[name] = within(options.budget, users, items)
+            else:
+                built[name] = plain(WIDE if name == PLAIN else NARROW, users, items)
         except ValueError as error:
             parser.error(str(error))
     found: dict[str, dict[str, Any]] = {}

@@ -32,9 +32,10 @@ def test_ctr(capsys):
 
 def test_budget(tmp_path, capsys):
     budget = load("budget")
-    found = budget.main(["--events", "40000", "--budget", "12.5%", "--out", str(tmp_path)])
-    plain, rows = found[budget.PLAIN], found[budget.ROWS]
-    assert rows["bytes"] <= plain["bytes"] / 8 and rows["loss"] < plain["loss"]
+    found = budget.main(["--events", "40000", "--out", str(tmp_path)])
+    plain, same, rows = (found[name] for name in (budget.PLAIN, budget.SAME, budget.ROWS))
+    assert rows["bytes"] <= same["bytes"] == plain["bytes"] // 16
+    assert rows["loss"] < plain["loss"]
     said = capsys.readouterr().out
     assert f"{plain['bytes']:,}" in said and f"{rows['loss']:.4f}" in said
     assert (tmp_path / "budget.png").read_bytes().startswith(b"\x89PNG")
@@ -66,7 +67,8 @@ MISTAKES = [
     ["ctr.py", "--init-std", "-1"],
     ["ctr.py", "--embedding", "other"],
     ["budget.py", "--events", "0"],
-    ["budget.py", "--events", "4000", "--budget", "1%"],
+    ["budget.py", "--seed", "-1"],
+    ["budget.py", "--events", "4000", "--budget", "9%"],
     ["budget.py", "--events", "4000", "--budget", "much"],
     ["own_rule.py", "--steps", "-1"],
     ["serving.py", "--rows", "0"],
