@@ -17,9 +17,10 @@ help: ## list the targets
 
 install: $(STAMP) ## build .venv with everything that the others need
 
-demo: $(STAMP) ## rows within a budget beside a plain table, then a short lookup benchmark, into runs/demo
-	$(BIN)/python examples/budget.py --out runs/demo
+demo: $(STAMP) ## a short lookup benchmark, then rows within a budget beside plain tables, into runs/demo
+	@mkdir -p runs/demo
 	$(BIN)/python bench/lookup.py --quick --out runs/demo/lookup.json
+	$(BIN)/python examples/budget.py --out runs/demo
 
 test: $(STAMP) ## run the tests and doctests; PYTEST_ARGS="-k lookup" narrows them
 	@$(BIN)/python -m pytest $(WORKERS) --sanitize=0.05 $(PYTEST_ARGS)
