@@ -101,8 +101,7 @@ def name_of(label: str, family: str) -> str:
 def methods_of(rows: Sequence[Row]) -> list[Shown]:
     """Every method of a set, one size first, then by family and bytes."""
     labels = list(dict.fromkeys(row["label"] for row in rows))
-    fixed = [label for label in labels if family_of(label) == FIXED]
-    widest = max(fixed, key=lambda label: method_settings(label)[1]["fixed_size"])
+    widest = _widest(rows)
     base = {name: _mean(rows, widest, name) for name in ("accuracy", "loss")}
     found = []
     for label in labels:
@@ -124,6 +123,17 @@ def methods_of(rows: Sequence[Row]) -> list[Shown]:
     return sorted(found, key=lambda shown: (families.index(shown.family), shown.share))
 
 
+def _widest(rows: Sequence[Row]) -> str:
+    """The label of the widest one size."""
+    fixed = {row["label"] for row in rows if family_of(row["label"]) == FIXED}
+    return max(fixed, key=lambda label: int(label.removeprefix("fixed-")))
+
+
+def _one_order(rows: Sequence[Row]) -> bool:
+    """Whether seeds are the units."""
+    return len({row["order_seed"] for row in rows}) == 1
+
+
 def _mean(rows: Sequence[Row], label: str, name: str) -> float:
     """The mean over orders of the mean over the seeds of each."""
     orders: dict[str, list[float]] = {}
@@ -136,7 +146,7 @@ def _mean(rows: Sequence[Row], label: str, name: str) -> float:
 def difference(rows: Sequence[Row], a: str, b: str, name: str = "loss") -> Difference:
     """Method ``a`` less method ``b``, over orders; over seeds where all runs are of one order."""
     runs = paired(rows, a, b, name)
-    if len({row["order_seed"] for row in rows}) == 1:
+    if _one_order(rows):
         return difference_of(runs.values())
     orders: dict[int, list[float]] = {}
     for (order, _), value in runs.items():
@@ -150,14 +160,17 @@ def rival(shown: Shown, methods: Sequence[Shown]) -> Shown | None:
     return min(fixed, key=lambda m: m.share, default=None)
 
 
+def best_fixed(methods: Sequence[Shown]) -> Shown:
+    """The one size of the least mean loss."""
+    return min((m for m in methods if m.family == FIXED), key=lambda m: m.loss)
+
+
 def pairs(methods: Sequence[Shown]) -> dict[str, list[tuple[str, str]]]:
     """Labels of the methods that are compared, by the kind of comparison."""
     found: dict[str, list[tuple[str, str]]] = {"bytes": [], "any": [], "hops": []}
-    fixed = [m for m in methods if m.family == FIXED]
-    best = min(fixed, key=lambda m: m.loss, default=None)
-    labels = {m.label for m in methods}
+    best, labels = best_fixed(methods), {m.label for m in methods}
     for shown in methods:
-        if shown.family == FIXED or best is None:
+        if shown.family == FIXED:
             continue
         other = rival(shown, methods)
         if other is not None:
@@ -172,7 +185,7 @@ def pairs(methods: Sequence[Shown]) -> dict[str, list[tuple[str, str]]]:
 def compared(rows: Sequence[Row], labels: Sequence[tuple[str, str]]) -> dict[str, Difference]:
     """By the first label the difference of losses over orders; p after Holm's correction."""
     found = {a: difference(rows, a, b) for a, b in labels}
-    if len({row["order_seed"] for row in rows}) == 1:
+    if _one_order(rows):
         return {a: Difference(d.mean, d.half, d.n, None) for a, d in found.items()}
     adjusted = iter(holm([d.p for d in found.values() if d.p is not None]))
     return {
@@ -205,9 +218,9 @@ def table(name: str, rows: Sequence[Row]) -> list[str]:
     kinds = {kind: compared(rows, labels) for kind, labels in pairs(methods).items()}
     names = {m.label: m.name for m in methods}
     against = {a: names[b] for a, b in pairs(methods)["bytes"]}
-    best = min((m for m in methods if m.family == FIXED), key=lambda m: m.loss).name
+    best = best_fixed(methods).name
     loss = "MSE" if rows[0]["task"] == "binary" else "cross-entropy"
-    units = "seeds" if len({row["order_seed"] for row in rows}) == 1 else "orders"
+    units = "seeds" if _one_order(rows) else "orders"
     heads = ["method", "bytes", units, "accuracy", loss, "less one size of its bytes"]
     heads += [f"less the best one size, {best}", "tails less padded"]
     lines = [f"{name}:", "", f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
@@ -244,11 +257,10 @@ def draw(sets: Mapping[str, Sequence[Row]], path: Path) -> None:
     handles: dict[str, Any] = {}
     panels = figure.subplots(1, len(sets), squeeze=False)[0]
     for axes, (name, rows) in zip(panels, sets.items(), strict=True):
-        methods = methods_of(rows)
-        widest = max((m for m in methods if m.family == FIXED), key=lambda m: m.share)
+        methods, widest = methods_of(rows), _widest(rows)
         for family, (color, line, marker) in STYLES.items():
             members = [m for m in methods if m.family == family]
-            points = [difference(rows, m.label, widest.label) for m in members]
+            points = [difference(rows, m.label, widest) for m in members]
             if not points:
                 continue
             x = [100 * m.share for m in members]

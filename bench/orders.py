@@ -45,24 +45,19 @@ def read(path: Path) -> list[Row]:
         ReportError: a folder that holds no readable comparison.
     """
     own: Row = {}
-    file = path
+    file, widest = path, WIDEST
     if path.is_dir():
         file = path / "results.csv"
-        orders = {
-            SearchConfig.complete(record.content["config"])["order_seed"]
-            for record in load(path).records
-        }
+        configs = [SearchConfig.complete(record.content["config"]) for record in load(path).records]
+        orders = {config["order_seed"] for config in configs}
         if len(orders) != 1:
             raise OrdersError(f"{path}: runs of {len(orders)} orders, expected those of one")
         own = {"order_seed": str(orders.pop())}
-        widest = {
-            SearchConfig.complete(record.content["config"])["sizes"][-1]
-            for record in load(path).records
-        }.pop()
+        widest = configs[0]["sizes"][-1]
     try:
         with file.open(encoding="utf-8", newline="") as opened:
             rows = [own | row for row in csv.DictReader(opened)]
-        if path.is_dir() and widest != WIDEST:
+        if widest != WIDEST:
             rows = [_narrow(row, widest) for row in rows]
     except (OSError, UnicodeDecodeError) as error:
         raise OrdersError(f"{file}: cannot be read: {error}") from error
