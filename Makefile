@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install again demo test sanitize asan test-newest clients gpu gpu-bench docs lint format clean
+.PHONY: help install again demo test sanitize asan test-newest clients sharded test-sharded gpu gpu-bench docs lint format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 14
@@ -68,6 +68,14 @@ CLIENTS := .venv-clients
 clients: $(CLIENTS)/.installed ## RecBole, transformers and others on our class, in .venv-clients; prints docs/clients.md's table
 	@$(CLIENTS)/bin/python -m pytest tests/clients -W ignore $(WORKERS) $(PYTEST_ARGS)
 
+# An environment of its own: TorchRec's FBGEMM loads with one version of torch alone.
+SHARDED := .venv-sharded
+
+sharded: $(SHARDED)/.installed ## build .venv-sharded: TorchRec for tables over many ranks
+
+test-sharded: $(SHARDED)/.installed ## tables over 1 to 4 ranks against one process, in .venv-sharded
+	@$(SHARDED)/bin/python -m pytest tests/sharded $(PYTEST_ARGS)
+
 # With $(PYTHON), which has the torch that fits the GPU: nothing is installed.
 OUT ?= runs/gpu
 
@@ -93,10 +101,10 @@ format: $(STAMP) ## apply what ruff can fix
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-clean: ## remove caches, builds and runs, but not .venv and .venv-clients
+clean: ## remove caches, builds and runs, but no .venv
 	rm -rf build dist runs *.egg-info .benchmarks .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	rm -f esapn_kernels/_native*.so
-	find . \( -path ./$(VENV) -o -path ./$(CLIENTS) \) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+	find . \( -path ./$(VENV) -o -path ./$(CLIENTS) -o -path ./$(SHARDED) \) -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
@@ -121,4 +129,10 @@ $(CLIENTS)/.installed: setup.py constraints.txt tests/clients/requirements.txt $
 	$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
 	$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
 	  --no-deps -r tests/clients/requirements.txt
+	@touch $@
+
+$(SHARDED)/.installed: setup.py constraints.txt requirements-sharded.txt $(wildcard esapn_kernels/csrc/*)
+	$(PYTHON) -m venv $(SHARDED)
+	$(SHARDED)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	$(SHARDED)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-sharded.txt
 	@touch $@

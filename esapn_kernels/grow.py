@@ -190,7 +190,7 @@ ResizableEmbedding`; ``"3%"`` is of all the plain tables. Each table may take wh
             share_budget(found, budget)
         self.every = every
         self._steps, self._lookups = dict.fromkeys(self.tables, 0), dict.fromkeys(self.tables, 0)
-        self._noted: dict[str, list[Tensor]] = {name: [] for name in self.tables}
+        self._noted: dict[str, list[tuple[Tensor, Tensor | None]]] = {n: [] for n in self.tables}
         # Of every table the ids noted since rows last moved, distinct, and how often.
         self._merged: dict[str, tuple[Tensor, Tensor]] = {}
         self._new: set[str] = set()
@@ -208,7 +208,7 @@ ResizableEmbedding`; ``"3%"`` is of all the plain tables. Each table may take wh
         for name, table in self.tables.items():
             hook = _Noting(self, name)
             self._handles.append(table.register_forward_hook(hook, with_kwargs=True))
-            _growing.add(table)
+            _growing[table] = weakref.ref(hook)
 
     def wanted(self, name: str, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Levels that the rows of ``ids`` should have: at least, and at most.
@@ -238,7 +238,8 @@ ResizableEmbedding`; ``"3%"`` is of all the plain tables. Each table may take wh
             handle.remove()
         self._handles.clear()
         self._keep_pages(False)
-        _growing.difference_update(self.tables.values())
+        for table in self.tables.values():
+            del _growing[table]
 
     def _keep_pages(self, kept: bool) -> None:
         """Leave a page for every smaller size to rows that shrink, or none."""
@@ -246,13 +247,14 @@ ResizableEmbedding`; ``"3%"`` is of all the plain tables. Each table may take wh
             arena: Any = table.arena
             arena.kept_pages = len(table.sizes) - 1 if kept else 0
 
-    def note(self, name: str, ids: Tensor) -> None:
-        """The rows of ``ids`` were looked up."""
+    def note(self, name: str, ids: Tensor, times: Tensor | None = None) -> None:
+        """The rows of ``ids`` were looked up, each so many ``times``; default: once."""
         noted = self._noted[name]
-        noted.append(ids.clone())  # a loop may write its next batch to the same memory
+        # A loop may write its next batch to the same memory.
+        noted.append((ids.clone(), None if times is None else times.clone()))
         self._new.add(name)
         many = max(4 * self.tables[name].arena.num_rows, _MANY)
-        if len(noted) >= _CONDENSE or sum(part.numel() for part in noted) > many:
+        if len(noted) >= _CONDENSE or sum(part.numel() for part, _ in noted) > many:
             self._merge(name)
 
     @torch.no_grad()
@@ -261,17 +263,27 @@ ResizableEmbedding`; ``"3%"`` is of all the plain tables. Each table may take wh
         table, noted, device = self.tables[name], self._noted[name], self._device(name)
         self._noted[name] = []
         none = torch.zeros(0, dtype=torch.int64, device=device)
-        ids = torch.cat([none, *(part.to(device).reshape(-1) for part in noted)])
-        known = (ids >= 0) & (ids < table.arena.num_rows)
-        if table.padding_idx is not None:
-            known &= ids != table.padding_idx
-        ids, times = _distinct(ids[known], table.arena.num_rows)
+        once = [ids.to(device).reshape(-1) for ids, times in noted if times is None]
+        ids = self._known(name, torch.cat([none, *once]))
+        ids, times = _distinct(ids, table.arena.num_rows)
+        counted = [(ids.to(device), n.to(device)) for ids, n in noted if n is not None]
         if (before := self._merged.get(name)) is not None:
-            ids, times = _summed(torch.cat([before[0], ids]), torch.cat([before[1], times]))
+            counted.append(before)
+        if counted:
+            every = torch.cat([ids, *(part for part, _ in counted)])
+            ids, times = _summed(every, torch.cat([times, *(n for _, n in counted)]))
         if on_all_ranks and table.agree is not None:
             ids, times = _summed(table.agree(ids), table.agree(times))
         self._merged[name] = ids, times
         return ids, times
+
+    def _known(self, name: str, ids: Tensor) -> Tensor:
+        """Those of the ``ids`` that are in range and not the padding row's."""
+        table = self.tables[name]
+        known = (ids >= 0) & (ids < table.arena.num_rows)
+        if table.padding_idx is not None:
+            known &= ids != table.padding_idx
+        return ids[known]
 
     def _device(self, name: str) -> torch.device:
         return self.tables[name].arena.storage.device
@@ -393,7 +405,8 @@ ResizableEmbedding`; ``"3%"`` is of all the plain tables. Each table may take wh
 
     def counter_bytes(self, name: str) -> int:
         """Bytes of what is noted and counted of a table's ids."""
-        return sum(t.nbytes for t in (*self._noted[name], *self._merged.get(name, ())))
+        parts = [*self._noted[name], self._merged.get(name, ())]
+        return sum(tensor.nbytes for part in parts for tensor in part if tensor is not None)
 
     def report(self) -> GrowthReport:
         """Sizes, bytes, moves and refusals of every table."""
@@ -601,17 +614,36 @@ class _Noting:
                 ids = torch._C._functorch.get_unwrapped(ids)
             self._growth.note(self._name, ids)
 
-    def note(self, ids: Tensor) -> None:
-        """Note ids of compiled code."""
+    def note(self, ids: Tensor, times: Tensor | None = None) -> None:
+        """Note ids that the hook did not see."""
         if self._growth is not None:
-            self._growth.note(self._name, ids)
+            self._growth.note(self._name, ids, times)
 
     def __reduce__(self) -> tuple[type[_Noting], tuple[()]]:
         return _Noting, ()
 
 
-_growing: weakref.WeakSet[ResizableEmbedding] = weakref.WeakSet()
-"""Tables whose rows grow by themselves."""
+_growing: weakref.WeakKeyDictionary[ResizableEmbedding, weakref.ref[_Noting]]
+_growing = weakref.WeakKeyDictionary()
+"""Tables whose rows grow by themselves, and the hook that each of them holds."""
+
+
+def is_growing(table: ResizableEmbedding) -> bool:
+    """Whether the rows of ``table`` grow by themselves."""
+    return table in _growing
+
+
+def note_lookup(table: ResizableEmbedding, ids: Tensor, times: Tensor | None) -> None:
+    """A lookup in training that no hook sees: by ``table.forward``, of ids known to be in range.
+
+    Args:
+        ids: ``[n]``.
+        times: ``[n]``, how often each was looked up; default: once.
+    """
+    hook = _growing.get(table)
+    if hook is not None and (noting := hook()) is not None:
+        noting.note(ids, times)
+
 
 _growths: weakref.WeakSet[Growth] = weakref.WeakSet()
 """Those whose rows move after steps of optimizers."""
