@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .module import ResizableEmbedding
 from .storage.arena import Arena
 
-__all__ = ["replicate"]
+__all__ = ["Agreement", "replicate"]
 
 
 def replicate(
@@ -89,7 +89,7 @@ def replicate(
     parameters: set[nn.Parameter] = set()
     for table in tables.values():
         _send(table, process_group)
-        table.agree = _Agreement(process_group)
+        table.agree = Agreement(process_group)
         for parameter in table.parameters():
             # A frozen one takes no hook, and may be thawed later.
             requires_grad = parameter.requires_grad
@@ -163,14 +163,26 @@ class _Averaging:
         parameter.grad /= dist.get_world_size(self.group)
 
 
-class _Agreement:
-    """The ids that any rank resizes, in the order of the ranks, on every rank."""
+class Agreement:
+    """The ids that all ranks give, in the order of the ranks, on every rank."""
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         self.group = group
 
     def __call__(self, ids: Tensor, refused: bool = False) -> Tensor:
-        """``ids`` ``[n]``, any ``n``; ``refused``: this rank raises, and so must all of them."""
+        """As :meth:`gather`, the ids alone."""
+        return self.gather(ids, refused)[1]
+
+    def gather(self, ids: Tensor, refused: bool = False) -> tuple[list[int], Tensor]:
+        """How many ids each rank gave, and all of them, int64.
+
+        Args:
+            ids: ``[n]``, any ``n``.
+            refused: this rank raises, and so must all of them.
+
+        Raises:
+            RuntimeError: a rank refused.
+        """
         count = torch.tensor([-1 if refused else ids.numel()], device=ids.device)
         numbers = torch.cat(self._gathered(count)).tolist()
         if min(numbers) < 0:
@@ -180,7 +192,7 @@ class _Agreement:
         padded = ids.new_zeros(max(numbers), dtype=torch.int64)
         padded[: ids.numel()] = ids
         parts = zip(self._gathered(padded), numbers, strict=True)
-        return torch.cat([part[:number] for part, number in parts])
+        return numbers, torch.cat([part[:number] for part, number in parts])
 
     def _gathered(self, mine: Tensor) -> list[Tensor]:
         parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(self.group))]

@@ -10,7 +10,7 @@ from .module import ResizableEmbedding
 from .storage.arena import Arena
 from .storage.cap import most_pages, table_bytes
 
-__all__ = ["share_budget"]
+__all__ = ["share_budget", "shares"]
 
 
 def share_budget(tables: Mapping[str, ResizableEmbedding], budget: int | str) -> None:
@@ -36,6 +36,19 @@ def share_budget(tables: Mapping[str, ResizableEmbedding], budget: int | str) ->
         >>> share_budget(tables, "50%")
         >>> sum(table.budget for table in tables.values()) <= 10_000 * 16 * 4 // 2
         True
+    """
+    budgets = shares(tables, budget)
+    for name, most in budgets.items():
+        tables[name].check_budget(most)
+    for name, most in budgets.items():
+        tables[name].set_budget(most)
+
+
+def shares(tables: Mapping[str, ResizableEmbedding], budget: int | str) -> dict[str, int]:
+    """The bytes that :func:`share_budget` gives, of tables on the meta device too.
+
+    Raises:
+        ValueError: they do not hold the rows as they are, or are no budget.
     """
     names = {table: name for name, table in tables.items()}
     tables = {name: table for table, name in names.items()}
@@ -63,11 +76,7 @@ def share_budget(tables: Mapping[str, ResizableEmbedding], budget: int | str) ->
             del weights[name]
             budgets[name] += part
     # Those of one size and no row take nothing, which is no budget.
-    budgets = {name: most for name, most in budgets.items() if most}
-    for name, most in budgets.items():
-        tables[name].check_budget(most)
-    for name, most in budgets.items():
-        tables[name].set_budget(most)
+    return {name: most for name, most in budgets.items() if most}
 
 
 def _most_bytes(table: ResizableEmbedding, plain: int, holes: bool) -> int:

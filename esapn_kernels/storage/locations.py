@@ -290,7 +290,9 @@ class Locations(nn.Module, Rows):
             yield part, self.page_level[self.row_start[part] // self.page]
 
     def count_rows(self) -> list[int]:
-        """How many rows every size has."""
+        """How many rows every size has; on the meta device, at the start."""
+        if isinstance(self._initial_level, int) and self._is_on_meta():
+            return [self.num_rows * (k == self._initial_level) for k in range(len(self.sizes))]
         self._check_accepted()
         total = torch.zeros(len(self.sizes), dtype=torch.int64, device=self.row_start.device)
         for _, level in self.levels():
