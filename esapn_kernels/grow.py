@@ -484,6 +484,51 @@ ResizableEmbedding`; ``"3%"`` is of all the plain tables. Each table may take wh
         self._lookups = dict(state["lookups"])
         self._new = set(state["new"])
 
+    def row_state(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What is counted of a table's rows, ``[rows]`` each, and numbers beside it.
+
+        Unlike :meth:`state_dict` it can be cut and joined where rows are spread over other tables,
+        as when a run goes on on another number of ranks.
+        """
+        ids, times = self._merge(name)
+        noted = torch.zeros(self.tables[name].arena.num_rows, dtype=torch.int32, device=ids.device)
+        noted[ids] = times.int()
+        numbers = {
+            "rule": type(self).__name__,
+            "steps": self._steps[name],
+            "lookups": self._lookups[name],
+            "next": self._next[name],
+            "moves": [self._promoted[name].total(), self._demoted[name].total()],
+            "refused": self.refusals(name),
+        }
+        return {"noted": noted}, numbers
+
+    def load_row_state(
+        self, name: str, rows: Mapping[str, Tensor], numbers: Mapping[str, Any], *, same: bool
+    ) -> None:
+        """Take what :meth:`row_state` gave, once the table has its rows.
+
+        Args:
+            same: the numbers are of just these rows; else only the number of steps is taken.
+
+        Raises:
+            ValueError: they are of another rule; nothing is changed.
+        """
+        if numbers["rule"] != type(self).__name__:
+            raise ValueError(
+                f"the growth that was saved is a {numbers['rule']}, this is a {type(self).__name__}"
+            )
+        ids = rows["noted"].nonzero()[:, 0].to(self._device(name))
+        times = rows["noted"].to(ids.device)[ids].long()
+        self._merged[name], self._noted[name] = (ids, times), []
+        self._new.discard(name)
+        self._steps[name] = numbers["steps"]
+        up, down = numbers["moves"] if same else (0, 0)
+        self._promoted[name], self._demoted[name] = DeviceCount(up), DeviceCount(down)
+        self._refused[name] = (numbers["refused"] if same else 0) - self.tables[name].refused
+        self._lookups[name] = numbers["lookups"] if same else 0
+        self._next[name] = numbers["next"] if same else 0
+
     def refusals(self, name: str) -> int:
         """Rows of a table that stayed for want of room, once a move."""
         return self._refused[name] + self.tables[name].refused
@@ -582,6 +627,22 @@ class ByCounts(Growth):
         for name, counts in state["counts"].items():
             self._counts[name].load_state_dict(counts)
         self._fits = dict(state["fits"])
+
+    def row_state(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """See :meth:`Growth.row_state`; the counts are among it."""
+        rows, numbers = super().row_state(name)
+        counts = self._counts[name]
+        numbers |= {"fits": self._fits[name], "least": counts.decayed_least()}
+        return {**rows, "counts": counts.decayed()}, numbers
+
+    def load_row_state(
+        self, name: str, rows: Mapping[str, Tensor], numbers: Mapping[str, Any], *, same: bool
+    ) -> None:
+        """See :meth:`Growth.load_row_state`."""
+        super().load_row_state(name, rows, numbers, same=same)
+        # Of other rows the fit is made anew before they move.
+        self._counts[name].load_decayed(rows["counts"], numbers["least"] if same else None)
+        self._fits[name] = numbers["fits"] if same else 0
 
 
 class _Noting:

@@ -133,3 +133,24 @@ class RowCounts:
         self.least.copy_(state["least"])
         self.log_weight = state["log_weight"]
         self.histogram = self._count_bins()
+
+    def decayed(self) -> Tensor:
+        """The counts as they are now, float64 ``[N]``, whatever a lookup weighs."""
+        return self.u.double() * 2.0**-self.log_weight
+
+    def load_decayed(self, counts: Tensor, least: list[float] | None) -> None:
+        """Take what :meth:`decayed` gave, maybe of other rows; a lookup weighs one again.
+
+        Args:
+            counts: ``[N]``.
+            least: where sizes begin, as :meth:`decayed_least` gave; default: until the next
+                :meth:`fit` no row is worth more than the smallest.
+        """
+        self.u.copy_(counts)
+        self.log_weight = 0.0
+        self.least.copy_(torch.tensor([math.inf] * len(self.least) if least is None else least))
+        self.histogram = self._count_bins()
+
+    def decayed_least(self) -> list[float]:
+        """From which counts, as :meth:`decayed` gives them, rows have which size."""
+        return (self.least.double() * 2.0**-self.log_weight).tolist()

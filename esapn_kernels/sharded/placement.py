@@ -1,6 +1,6 @@
 """Which rank owns an id, and which of its rows it is.
 
-    position    p(x) = a x mod N        a: the number nearest to 0.618 N that shares no factor with N
+    position    p(x) = a x mod N        a: nearest to 0.618 N of those that share no factor with N
     owner       r with floor(r N / W) <= p(x) < floor((r + 1) N / W)
     row         p(x) - floor(r N / W)
 

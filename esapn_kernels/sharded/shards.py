@@ -17,14 +17,16 @@ Source: the modules that these take the place of: TorchRec's ``ShardedEmbeddingC
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.module import _IncompatibleKeys
 from torchrec.distributed.dist_data import SequenceEmbeddingsAllToAll
 from torchrec.distributed.embedding import EmbeddingCollectionContext, EmbeddingCollectionSharder
 from torchrec.distributed.embedding_sharding import KJTListSplitsAwaitable
@@ -50,7 +52,11 @@ from torchrec.distributed.types import (
     ShardingType,
 )
 from torchrec.modules.embedding_configs import PoolingType
-from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
+from torchrec.modules.embedding_modules import (
+    EmbeddingBagCollection,
+    EmbeddingCollection,
+    get_embedding_names_by_table,
+)
 from torchrec.optim.fused import EmptyFusedOptimizer, FusedOptimizerModule
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
@@ -161,7 +167,8 @@ class RaggedCollection(
                     "the owner of rows steps them in backward: optimizer must give an immediate "
                     "one of esapn_kernels.optim, as partial(optim.Adagrad, lr=0.05) does"
                 )
-            rows.arena.parameter._in_backward_optimizers = [EmptyFusedOptimizer()]
+            # What TorchRec's in_backward_optimizer_filter looks for.
+            setattr(rows.arena.parameter, "_in_backward_optimizers", [EmptyFusedOptimizer()])  # noqa: B010
             self.rows[name] = rows
             self.tables[name] = ShardedTable(rows, steps, place, group)
         # Outputs of one width travel together.
@@ -237,7 +244,7 @@ class RaggedCollection(
             raise KeyError(f"features {sorted(missing)} are missing: there are {features.keys()}")
         if self._weighted and features.weights_or_none() is None:
             raise ValueError("the collection is weighted, and features have no weights")
-        return features.to_dict()
+        return _split(features)
 
     def _refusal(self, ids: dict[str, Tensor]) -> str | None:
         """Why the ids cannot be looked up."""
@@ -372,10 +379,8 @@ class RaggedCollection(
             values = rows[begin:end] if where is None else rows.index_select(0, where[begin:end])
             weights = jagged.values() if self._need_indices else None
             return JaggedTensor(values, lengths=jagged.lengths(), weights=weights)
-        if where is None:
-            where = torch.arange(begin, end, device=rows.device)
-        else:
-            where = where[begin:end]
+        every = torch.arange(rows.shape[0], device=rows.device) if where is None else where
+        where = every[begin:end]
         lengths, offsets = jagged.lengths(), jagged.offsets()
         weights = jagged.weights().to(rows.dtype) if self._weighted else None
         mean = feature.pooling is PoolingType.MEAN
@@ -386,6 +391,28 @@ class RaggedCollection(
         if mean and weights is not None:
             pooled = pooled / lengths.clamp(min=1).to(rows.dtype)[:, None]
         return pooled
+
+    def state_dict(  # type: ignore[override]
+        self, destination: Any = None, prefix: str = "", keep_vars: bool = False
+    ) -> Any:
+        """Rows of all ranks in the order of positions, as blocks that
+        ``torch.distributed.checkpoint`` writes; collective."""
+        destination = OrderedDict() if destination is None else destination
+        for name, table in self.tables.items():
+            for key, part in table.state().items():
+                if not key.startswith("optimizer."):
+                    destination[f"{prefix}rows.{name}.{key}"] = part
+        return destination
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """Refused where there is something to load: memory for rows depends on their sizes.
+
+        Raises:
+            NotImplementedError: :func:`~esapn_kernels.sharded.load` does it.
+        """
+        if any(key.startswith("rows.") for key in state_dict):
+            raise NotImplementedError("sharded tables are loaded by esapn_kernels.sharded.load")
+        return _IncompatibleKeys([f"rows.{name}" for name in self.tables], list(state_dict))
 
     @property
     def fused_optimizer(self) -> KeyedOptimizer:
@@ -437,22 +464,29 @@ class _Summing:
         return grad
 
 
-def _features(module: Any) -> list[_Feature]:
+def _features(module: nn.Module) -> list[_Feature]:
     """What a collection looks up, table by table."""
-    bags = isinstance(module, EmbeddingBagCollection)
-    outputs = iter(module.embedding_names()) if bags else None
-    found = []
-    for i, config in enumerate(table_configs(module)):
-        names = module.embedding_names_by_table()[i] if outputs is None else None
-        for j, key in enumerate(config.feature_names):
-            output = names[j] if names is not None else next(cast(Iterator[str], outputs))
-            pooling = config.pooling if bags else None
-            found.append(_Feature(key, output, config.name, pooling))
-    return found
+    configs = table_configs(module)
+    return [
+        _Feature(key, output, config.name, getattr(config, "pooling", None))
+        for config, outputs in zip(configs, get_embedding_names_by_table(configs), strict=True)
+        for key, output in zip(config.feature_names, outputs, strict=True)
+    ]
+
+
+def _split(features: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
+    """``features.to_dict()``, which fails where a batch has no line."""
+    keys, lines = features.keys(), features.stride()
+    counts = features.length_per_key() if lines else [0] * len(keys)
+    lengths = features.lengths().view(len(keys), lines)
+    weights = features.weights_or_none()
+    each = [None] * len(keys) if weights is None else weights.split(counts)
+    parts = zip(keys, features.values().split(counts), each, lengths, strict=True)
+    return {key: JaggedTensor(ids, weights=w, lengths=n) for key, ids, w, n in parts}
 
 
 def _seed(group: dist.ProcessGroup, device: torch.device) -> int:
-    """Rank 0's, drawn from its generator: ranks draw other numbers even if all were seeded alike."""
+    """Of rank 0's generator: ranks draw other numbers even if all were seeded alike."""
     seed = torch.randint(1 << 48, (1,)).to(device)
     dist.broadcast(seed, src=dist.get_global_rank(group, 0), group=group)
     return int(seed)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,8 @@ from ..module import ResizableEmbedding
 from ..ops.checks import check_ids
 from ..ops.memory import MemoryReport
 from ..optim import FusedOptimizer
+from ..storage.packed import pack, packed_numel, unpack
+from .block import Block
 from .placement import Placement
 
 __all__ = ["ShardedTable"]
@@ -114,6 +117,118 @@ class ShardedTable:
         """Bytes of this rank's block."""
         return self.rows.memory_report()
 
+    @torch.no_grad()
+    def state(self) -> dict[str, Tensor]:
+        """Sizes, rows and their optimizer's state in the order of positions; collective.
+
+        Returns:
+            ``levels`` int8 ``[N]``; ``rows`` and state that lies as they do, all rows one behind
+            the other; state ``[N]`` of a number a row; each as a :class:`Block`. ``chain`` and what
+            else the optimizer keeps as they are. All are copies.
+        """
+        arena, ids = self._arena, torch.arange(self.count, device=self._device)
+        level = arena.level(ids).to(torch.int8)
+        numel = packed_numel(arena, ids)
+        first, total = self._cut(numel)
+        found: dict[str, Tensor] = {
+            "levels": self.block(level),
+            "rows": Block(pack(arena, arena.storage.detach(), ids), first, total),
+            "chain": self.rows.chain.detach().clone(),
+        }
+        for name, held in self._optimizer_state.items():
+            if name in self.optimizer.state_per_element:
+                part = Block(pack(arena, held.view(-1), ids), first, total)
+            elif name in self.optimizer.state_per_id:
+                part = self.block(held[: self.count].clone())
+            else:
+                part = held.clone()
+            found[f"optimizer.{name}"] = part
+        return found
+
+    def levels_like(self) -> Block:
+        """Memory for this rank's ``levels``."""
+        return self.block(torch.zeros(self.count, dtype=torch.int8, device=self._device))
+
+    def block(self, local: Tensor) -> Block:
+        """This rank's part of a tensor that has a number for every row."""
+        return Block(local, self.placement.first(self.rank), self.num_embeddings)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Parameters and buffers of this rank's block."""
+        yield from self.rows.parameters()
+        yield from self.rows.buffers()
+
+    def state_like(self, levels: Block) -> dict[str, Tensor]:
+        """Memory for :meth:`state` of rows of ``levels``; collective."""
+        dims = torch.tensor(self.sizes, device=self._device)[levels.local.long()]
+        numel = int(dims.sum())
+        first, total = self._cut(numel)
+
+        def block(dtype: torch.dtype) -> Block:
+            return Block(torch.empty(numel, dtype=dtype, device=self._device), first, total)
+
+        found: dict[str, Tensor] = {
+            "rows": block(self._arena.storage.dtype),
+            "chain": torch.empty_like(self.rows.chain, requires_grad=False),
+        }
+        for name, held in self._optimizer_state.items():
+            if name in self.optimizer.state_per_element:
+                part = block(held.dtype)
+            elif name in self.optimizer.state_per_id:
+                part = self.block(held.new_empty(self.count))
+            else:
+                part = torch.empty_like(held)
+            found[f"optimizer.{name}"] = part
+        return found
+
+    def prepare(self, levels: Block) -> dict[str, Tensor]:
+        """An arena's state with rows of ``levels``, and zeros, for :meth:`load`.
+
+        Raises:
+            ValueError: a level that is none, or more than the budget of this rank allows.
+        """
+        level = levels.local.long()
+        if len(level) and not 0 <= int(level.min()) <= int(level.max()) < len(self.sizes):
+            raise ValueError("the checkpoint holds sizes that are none of the table's")
+        spare = torch.zeros(self.rows.num_embeddings - self.count, dtype=torch.int64)
+        return self._arena.state_at(torch.cat([level, spare.to(level.device)]))
+
+    @torch.no_grad()
+    def load(self, prepared: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+        """Take what :meth:`state` gave of any number of ranks, cut for this one."""
+        arena, ids = self._arena, torch.arange(self.count, device=self._device)
+        arena.load_state_dict(prepared)
+        unpack(arena, _local(state["rows"]), arena.storage.data, ids)
+        self.rows.chain.data.copy_(state["chain"])
+        for name, held in self._optimizer_state.items():
+            part = _local(state[f"optimizer.{name}"])
+            if name in self.optimizer.state_per_element:
+                unpack(arena, part, held.view(-1), ids)
+            elif name in self.optimizer.state_per_id:
+                held[: self.count].copy_(part)
+            else:
+                held.copy_(part)
+
+    @property
+    def _arena(self) -> Any:
+        return self.rows.arena
+
+    @property
+    def _device(self) -> torch.device:
+        return self._arena.storage.device
+
+    @property
+    def _optimizer_state(self) -> dict[str, Tensor]:
+        return self.optimizer.state.get(self._arena.parameter, {})
+
+    def _cut(self, numel: int) -> tuple[int, int]:
+        """Where this rank's part of so many numbers begins, and how many all ranks have."""
+        mine = torch.tensor([numel], device=self._device)
+        parts = [torch.empty_like(mine) for _ in range(self.placement.world)]
+        dist.all_gather(parts, mine, group=self.group)
+        counts = torch.cat(parts).tolist()
+        return sum(counts[: self.rank]), sum(counts)
+
     def local(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Which of the ``ids`` this rank owns, and the rows of those."""
         position = self.placement.position(ids)
@@ -121,7 +236,7 @@ class ShardedTable:
         mine = (row >= 0) & (row < self.count)
         return mine, row[mine]
 
-    def _by_owners(self, ids: Tensor, do) -> Tensor:  # type: ignore[no-untyped-def]
+    def _by_owners(self, ids: Tensor, do: Callable[[Tensor], Tensor]) -> Tensor:
         """What each id's owner says of it, int64 ``[n]``: ``do`` takes rows of this rank."""
         counts, every = self._agree.gather(ids)
         said = torch.zeros_like(every, dtype=torch.int64)
@@ -141,3 +256,7 @@ class ShardedTable:
             with contextlib.suppress(RuntimeError):
                 self._agree.gather(torch.empty(0, device=device), refused=True)
             raise
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.local if isinstance(tensor, Block) else tensor

@@ -519,9 +519,30 @@ class Locations(nn.Module, Rows):
             ValueError: ``max_elements`` does not allow it.
         """
         row_start, page_level = self._place(len(self.sizes) - 1, rows.device)
-        storage = rows.detach().new_zeros((len(page_level) - 1) * self.page)
-        write_rows(storage, row_start, rows.detach())
-        sizes = torch.tensor(self.sizes, device=rows.device)
+        state = self._state(row_start, page_level, rows.dtype)
+        write_rows(state["storage"], row_start, rows.detach())
+        return state
+
+    def state_at(self, level: Tensor) -> dict[str, Tensor]:
+        """What a checkpoint would hold, were the rows of these levels, ``[N]``, and zeros.
+
+        It has the pages that the arena has now, or those that it needs where these are more.
+
+        Raises:
+            ValueError: ``max_elements`` does not allow it.
+        """
+        row_start, page_level = self._place(level, self.storage.device)
+        pages = max(len(page_level), self.page_level.numel())
+        page_level = F.pad(page_level, (0, pages - len(page_level)), value=-1)
+        row_start = row_start.to(index_dtype((pages - 1) * self.page))
+        return self._state(row_start, page_level, self.storage.dtype)
+
+    def _state(
+        self, row_start: Tensor, page_level: Tensor, dtype: torch.dtype
+    ) -> dict[str, Tensor]:
+        elements, device = (len(page_level) - 1) * self.page, row_start.device
+        storage = torch.zeros(elements, dtype=dtype, device=device)
+        sizes = torch.tensor(self.sizes, device=device)
         state = (storage, row_start, page_level, sizes)
         return dict(zip(self._tensors(), state, strict=True))
 

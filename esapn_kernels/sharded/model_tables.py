@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torch import Tensor, nn
+import torch.distributed as dist
+from torch import nn
 
 from ..grow import ByCounts, Growth
 from ..ops.memory import MemoryReport
@@ -26,6 +27,11 @@ class Tables(Mapping[str, ShardedTable]):
             raise ValueError(
                 "the model holds no sharded ragged table: shard it by ragged_plan and RaggedSharder"
             )
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """The ranks."""
+        return next(iter(self.values())).group
 
     def __getitem__(self, name: str) -> ShardedTable:
         return self._tables[name]

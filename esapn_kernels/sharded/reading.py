@@ -1,0 +1,150 @@
+"""What a checkpoint of sharded tables holds, and its tables on one machine.
+
+| key | dtype | shape | meaning |
+|---|---|---|---|
+| ``about`` | uint8 | ``[bytes]`` | JSON: format, ranks, tables, settings of optimizers, ``extra`` |
+| ``tables.T.levels`` | int8 | ``[N]`` | which of the sizes each row has |
+| ``tables.T.rows`` | of the rows | ``[sum of sizes]`` | the rows, one behind the other |
+| ``tables.T.chain`` | of the rows | | the hops |
+| ``tables.T.optimizer.K`` | | as rows, ``[N]``, or other | state of the rows' optimizer |
+| ``tables.T.growth.K`` | | ``[N]`` | what a rule of growth counts |
+| ``model.P``, ``optimizer.P.K`` | | | the dense part and its optimizer's state |
+
+Rows come in the order of positions ``p(x)``, see :mod:`~esapn_kernels.sharded.placement`, which
+does not depend on the number of ranks.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from ..module import ResizableEmbedding
+from ..storage.packed import unpack
+from .placement import Placement
+
+__all__ = ["FORMAT", "Checkpoint", "read"]
+
+FORMAT = "esapn_kernels.sharded 1"
+
+
+class Checkpoint:
+    """A folder that :func:`~esapn_kernels.sharded.save` wrote.
+
+    Args:
+        path: the folder.
+
+    Raises:
+        FileNotFoundError, ValueError, RuntimeError: it is no such folder, or cannot be read.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise FileNotFoundError(f"there is no checkpoint {str(path)!r}")
+        try:
+            metadata: Metadata = dcp.FileSystemReader(self.path).read_metadata()
+        except Exception as error:
+            raise self._broken(error) from None
+        self.entries = metadata.state_dict_metadata
+        about = self.entries.get("about")
+        if not isinstance(about, TensorStorageMetadata):
+            raise ValueError(f"{str(path)!r} is no checkpoint of sharded tables")
+        found = {"about": torch.empty(about.size, dtype=torch.uint8)}
+        self.load(found)
+        try:
+            self.about: dict[str, Any] = json.loads(bytes(found["about"].tolist()))
+        except ValueError as error:
+            raise self._broken(error) from None
+        if self.about.get("format") != FORMAT:
+            raise ValueError(f"{str(path)!r} is of format {self.about.get('format')!r}")
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Read into the tensors of ``state``, without other ranks.
+
+        Raises:
+            ValueError: one is missing or of another shape.
+            RuntimeError: the files cannot be read.
+        """
+        for key, tensor in state.items():
+            entry = self.entries.get(key)
+            if not isinstance(entry, TensorStorageMetadata):
+                raise ValueError(f"{str(self.path)!r} holds no {key}")
+            if entry.size != tensor.shape:
+                raise ValueError(
+                    f"{str(self.path)!r} holds {key} of shape {list(entry.size)}, here it is "
+                    f"{list(tensor.shape)}"
+                )
+        try:
+            dcp.load(state, storage_reader=dcp.FileSystemReader(self.path), no_dist=True)
+        except CheckpointException as error:
+            causes = [cause for cause, _ in error.failures.values()]
+            raise self._broken(causes[0]) from None
+        except (OSError, RuntimeError, ValueError) as error:
+            raise self._broken(error) from None
+
+    def _broken(self, error: BaseException) -> RuntimeError:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        return RuntimeError(f"{str(self.path)!r} cannot be read: {reason[0]}")
+
+    def shape(self, key: str) -> tuple[torch.Size, torch.dtype]:
+        """Shape and dtype of an entry."""
+        entry = self.entries[key]
+        assert isinstance(entry, TensorStorageMetadata)
+        return entry.size, entry.properties.dtype
+
+
+def read(path: str | Path) -> dict[str, ResizableEmbedding]:
+    """Open the tables of a checkpoint on one machine, with no other rank and without TorchRec.
+
+    Args:
+        path: what :func:`~esapn_kernels.sharded.save` wrote.
+
+    Returns:
+        A :class:`~esapn_kernels.ResizableEmbedding` of every table, by name, on the CPU; its
+        ``state_dict`` is what docs/serving.md reads in NumPy.
+
+    Raises:
+        FileNotFoundError, ValueError, RuntimeError: there is no such checkpoint, or its files
+            cannot be read.
+    """
+    checkpoint = Checkpoint(path)
+    return {name: _table(checkpoint, name, a) for name, a in checkpoint.about["tables"].items()}
+
+
+@torch.no_grad()
+def _table(checkpoint: Checkpoint, name: str, about: dict[str, Any]) -> ResizableEmbedding:
+    rows, place = about["num_embeddings"], Placement(about["num_embeddings"], 1)
+    prefix = f"tables.{name}"
+    numel, dtype = checkpoint.shape(f"{prefix}.rows")
+    state: dict[str, Tensor] = {
+        f"{prefix}.levels": torch.empty(rows, dtype=torch.int8),
+        f"{prefix}.rows": torch.empty(numel, dtype=dtype),
+        f"{prefix}.chain": torch.empty(checkpoint.shape(f"{prefix}.chain")[0], dtype=dtype),
+    }
+    checkpoint.load(state)
+    levels, packed, chain = state.values()
+    table = ResizableEmbedding(
+        rows,
+        sizes=about["sizes"],
+        init=about["init"],
+        init_std=0.0,
+        dtype=dtype,
+        out_dtype=torch.float32 if dtype.itemsize < 4 else None,
+    )
+    arena: Any = table.arena
+    # In the order in which the packed rows come.
+    ids = place.ids(torch.arange(rows))
+    level = torch.empty(rows, dtype=torch.int64)
+    level[ids] = levels.long()
+    arena.load_state_dict(arena.state_at(level))
+    unpack(arena, packed, arena.storage.data, ids)
+    table.chain.data.copy_(chain)
+    return table
