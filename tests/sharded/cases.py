@@ -2,11 +2,43 @@
 
 from __future__ import annotations
 
+import math
+import tempfile
+from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torchrec import KeyedJaggedTensor
+from torchrec.distributed import DistributedModelParallel
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+from torchrec.distributed.train_pipeline.train_pipelines import TrainPipelineSemiSync
+from torchrec.distributed.types import ShardingEnv
 
-from tests.sharded.beside import Pair, batches
+from esapn_kernels.grow import ByCounts
+from esapn_kernels.sharded import (
+    RaggedBagSharder,
+    RaggedSharder,
+    ragged_plan,
+    save,
+    tables,
+)
+from esapn_kernels.sharded.placement import Placement
+from tests.sharded.beside import (
+    OPTIMIZERS,
+    ROWS,
+    SIZES,
+    TABLE_OF,
+    Model,
+    Pair,
+    batch,
+    batches,
+    dense_optimizer,
+    whole_tables,
+)
 
 
 def equal(
@@ -43,3 +75,216 @@ def resize_both(pair: Pair, g: torch.Generator) -> None:
             mine = slice(pair.rank, None, pair.world)
             assert torch.equal(sharded(part[mine]), moved[mine])
             assert torch.equal(table.sizes_of(part[mine]), sizes[mine])
+
+
+def within(bound: float, optimizer: str = "adagrad", **options: Any) -> float:
+    """The largest difference of outputs from one process's, of outputs of about one."""
+    pair = Pair(optimizer, **options)
+    g, worst = torch.Generator().manual_seed(1), 0.0
+    for step in range(8):
+        resize_both(pair, g)
+        out, expected = pair.step(batches(step, pair.world))
+        if out.numel():
+            worst = max(worst, float((out - expected[pair.rank]).abs().max()))
+    pair.check_tables(bound, bound)
+    return worst
+
+
+def grow_alike(dedup: bool, half_life: float = math.inf) -> dict[str, list[int]]:
+    """Rows grow by counts as those of one process do where no budget binds.
+
+    Sizes go by counts alone then, whichever rank a row is on.
+    """
+    pair = Pair(plan={"max_bytes_per_rank": 200_000}, dedup=dedup)
+    rule = {"every": 3, "scale": 2.0, "half_life": half_life, "hysteresis": 1.0}
+    growth = pair.tables.grow(**rule)
+    whole = ByCounts(pair.whole, 400_000, **rule)
+    for step in range(12):
+        out, expected = pair.step(batches(step, pair.world))
+        torch.testing.assert_close(out, expected[pair.rank], rtol=1e-5, atol=1e-6)
+    pair.check_tables()
+    for table in growth.report().tables.values():
+        assert table.refused == 0
+        assert table.serving <= table.budget
+    assert sum(t.promoted for t in whole.report().tables.values()) > 20
+    lookups = torch.tensor([t.lookups for t in growth.report().tables.values()])
+    dist.all_reduce(lookups)
+    assert lookups.tolist() == [t.lookups for t in whole.report().tables.values()]
+    return {name: table.rows.arena.count_rows() for name, table in pair.tables.items()}
+
+
+def shrink_within_a_budget() -> None:
+    """Where counts decay and the budget is small, rows move both ways and bytes stay within it."""
+    most = 9_000
+    pair = Pair(plan={"max_bytes_per_rank": most})
+    growth = pair.tables.grow(every=2, half_life=60.0, scale=8.0)
+    for step in range(60):
+        # What is frequent changes.
+        data = batches(step, pair.world)
+        if step >= 30:
+            data = [mirrored(one) for one in data]
+        loss, _ = pair.model(data[pair.rank])
+        loss.backward()
+        pair.dense.step()
+        pair.dense.zero_grad()
+        serving = sum(report.serving for report in pair.tables.memory_report().values())
+        assert serving <= most, (step, serving)
+    moved = growth.report().tables.values()
+    assert sum(t.promoted for t in moved) > 20
+    assert sum(t.demoted for t in moved) > 5
+
+
+def mirrored(features: KeyedJaggedTensor) -> KeyedJaggedTensor:
+    """The same with other ids: the rarest for the most frequent."""
+    counts = features.length_per_key() if features.stride() else [0] * len(features.keys())
+    parts = zip(features.keys(), features.values().split(counts), strict=True)
+    values = [ROWS[TABLE_OF[key]] - 1 - ids for key, ids in parts]
+    return KeyedJaggedTensor(
+        features.keys(), torch.cat(values), lengths=features.lengths(), stride=features.stride()
+    )
+
+
+def pipelined() -> None:
+    """``TrainPipelineSparseDist`` gives to the bit what a plain loop does, while rows grow."""
+    found = []
+    for pipeline in (False, True):
+        torch.manual_seed(3)
+        model = shard()
+        dense = dense_optimizer(model)
+        growth = tables(model).grow(every=2)
+        data = [batch(31 * step + dist.get_rank(), 6) for step in range(9)]
+        losses = []
+        if pipeline:
+            train = TrainPipelineSparseDist(model, dense, torch.device("cpu"))
+            stream = iter(data)
+            for _ in data:
+                losses.append(train.progress(stream))
+        else:
+            for one in data:
+                loss, out = model(one)
+                dense.zero_grad()
+                loss.backward()
+                dense.step()
+                losses.append(out)
+        whole = whole_tables(model)
+        assert sum(t.promoted for t in growth.report().tables.values()) > 3
+        found.append((losses, {name: (t.sizes_of(), t.weight) for name, t in whole.items()}))
+    (losses, plain), (others, piped) = found
+    assert all(torch.equal(a, b) for a, b in zip(losses, others, strict=True))
+    for name, (sizes, rows) in plain.items():
+        assert torch.equal(sizes, piped[name][0])
+        assert torch.equal(rows, piped[name][1])
+
+
+def look_ahead() -> str:
+    """What a pipeline that looks up before the last step is told."""
+    model = shard()
+    train = TrainPipelineSemiSync(model, dense_optimizer(model), torch.device("cpu"))
+    stream = iter([batch(step, 4) for step in range(4)])
+    # On a CPU there are no streams, and this pipeline records its batches on them.
+    with patch.object(torch.Tensor, "record_stream", lambda tensor, stream: None):
+        try:
+            for _ in range(4):
+                train.progress(stream)
+        except RuntimeError as error:
+            return str(error)
+    return ""
+
+
+def shard(optimizer: str = "adagrad", **options: Any) -> Any:
+    """A sharded model with room to grow."""
+    plain, make = Model(), OPTIMIZERS[optimizer]
+    plan = {"sizes": SIZES, "max_bytes_per_rank": 200_000}
+    return DistributedModelParallel(
+        plain,
+        device=torch.device("cpu"),
+        plan=ragged_plan(plain, **plan),
+        sharders=[RaggedSharder(make, **options), RaggedBagSharder(make, **options)],
+    )
+
+
+def without_model_parallel(fully: bool) -> None:
+    """FSDP2, or nothing at all, around the dense part; tables by TorchRec's ``shard``."""
+    torch.manual_seed(0)
+    pair = Pair()
+    torch.manual_seed(0)
+    model = Model()
+    plan = ragged_plan(model, sizes=SIZES)
+    env, device = ShardingEnv.from_process_group(dist.group.WORLD), torch.device("cpu")
+    make = OPTIMIZERS["adagrad"]
+    model.each = RaggedSharder(make).shard(model.each, plan.plan["each"], env, device)
+    model.bags = RaggedBagSharder(make).shard(model.bags, plan.plan["bags"], env, device)
+    if fully:
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        for part in (model.one, model.all):
+            fully_shard(part, mesh=mesh)
+    folder = shared_folder()
+    save(pair.model, folder / "start")
+    mine = tables(model)
+    hops = [table.rows.chain for table in mine.values()]
+    with torch.no_grad():
+        for name, table in mine.items():
+            levels = table.levels_like()
+            state = {"rows": None, **table.state_like(levels)}
+            saved = pair.tables[name].state()
+            table.load(table.prepare(saved["levels"]), {key: saved[key] for key in state})
+    dense = torch.optim.SGD([*model.one.parameters(), *model.all.parameters(), *hops], lr=0.1)
+    chosen = [p for p in pair.model.parameters() if not hasattr(p, "_in_backward_optimizers")]
+    reference = torch.optim.SGD(chosen, lr=0.1)
+    for step in range(4):
+        one = batch(7 * step + dist.get_rank(), 5)
+        loss, out = model(one)
+        loss.backward()
+        if not fully:
+            for parameter in [*model.one.parameters(), *model.all.parameters()]:
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= dist.get_world_size()
+        dense.step()
+        dense.zero_grad()
+        loss, expected = pair.model(one)
+        loss.backward()
+        reference.step()
+        reference.zero_grad()
+        torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+
+
+def refuse(what: str) -> str:
+    """What this rank is told where rank 1 asks for what cannot be; all go on afterwards."""
+    model, rank = shard(), dist.get_rank()
+    found, good = tables(model), batch(3, 4)
+    before = {name: t.weight for name, t in whole_tables(model).items()}
+    said = ""
+    try:
+        if what == "ids":
+            bad = batch(3, 4)
+            if rank == 1:
+                bad.values()[5] = 10_000
+            model(bad)
+        elif what == "promote":
+            found["t"].promote(torch.tensor([ROWS["t"] if rank == 1 else 3]))
+        elif what == "size":
+            found["t"].resize(torch.tensor([3]), 5 if rank == 1 else 4)
+        elif what == "save":
+            save(model, shared_folder() / "a", extra={"a": {1} if rank == 1 else 1})  # type: ignore[dict-item]
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        said = f"{type(error).__name__}: {error}"
+    for name, table in whole_tables(model).items():
+        assert torch.equal(table.weight, before[name])
+    loss, _ = model(good)
+    loss.backward()
+    return said
+
+
+def rows_of_ranks() -> list[int]:
+    """Distinct ids ~ u^3 that this rank is asked for."""
+    place = Placement(100_000, dist.get_world_size())
+    u = torch.rand(20_000, generator=torch.Generator().manual_seed(dist.get_rank()))
+    ids = ((u**3) * 100_000).long().unique()
+    return torch.bincount(place.owner(place.position(ids)), minlength=place.world).tolist()
+
+
+def shared_folder() -> Path:
+    """A new folder that all ranks know."""
+    folder: list[Any] = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(folder)
+    return Path(folder[0])

@@ -1,0 +1,21 @@
+"""What one rank refuses all do, in one line, and go on."""
+
+from __future__ import annotations
+
+import pytest
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize(
+    "what, own, others",
+    [
+        ("ids", "IndexError: id 10000 is out of range", "rank 1 has ids that are out of range"),
+        ("promote", "IndexError: index out of range in self", "another rank raised"),
+        ("size", "ValueError", "another rank raised"),
+        ("save", "TypeError: Object of type set is not JSON serializable", "rank 1: Object of"),
+    ],
+)
+def test_all_ranks_refuse(ranks, world, what, own, others):
+    for rank, said in enumerate(ranks(world).run("refuse", what=what)):
+        assert (own if rank == 1 else others) in said
+        assert "\n" not in said
