@@ -21,9 +21,9 @@ from torch.nn import functional as F
 
 from ..grow import Growth
 from .block import Block
+from .model_tables import Tables, tables
 from .reading import FORMAT, Checkpoint
 from .table import ShardedTable
-from .model_tables import Tables, tables
 
 __all__ = ["load", "save"]
 

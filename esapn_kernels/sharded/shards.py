@@ -194,13 +194,7 @@ class RaggedCollection(
                 )
             )
         self._fused = CombinedOptimizer(
-            [
-                (
-                    f"rows.{n}",
-                    KeyedOptimizer({"rows": t.rows.arena.parameter}, {}, t.optimizer.param_groups),
-                )
-                for n, t in self.tables.items()
-            ]
+            [(f"rows.{name}", _Fused(table.optimizer)) for name, table in self.tables.items()]
         )
 
     def create_context(self) -> _Context:
@@ -446,6 +440,22 @@ class _Outputs(LazyAwaitable[Any]):  # type: ignore[misc]
         return self._module.assemble(
             self._ctx, [awaitable.wait() for awaitable in self._awaitables]
         )
+
+
+class _Fused(KeyedOptimizer):  # type: ignore[misc]
+    """The optimizer of a table's rows, as TorchRec's optimizers are combined."""
+
+    def __init__(self, optimizer: FusedOptimizer) -> None:
+        groups = optimizer.param_groups
+        super().__init__({"rows": groups[0]["params"][0]}, {}, groups)
+        self._optimizer = optimizer
+
+    def step(self, closure: Any = None) -> None:
+        """Backward has stepped the rows: bring changed settings along."""
+        self._optimizer.step()
+
+    def zero_grad(self, set_to_none: bool = False) -> None:
+        """The rows have no gradient."""
 
 
 class _Summing:

@@ -22,6 +22,7 @@ from torchrec import (
     PoolingType,
 )
 from torchrec.distributed import DistributedModelParallel
+from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from esapn_kernels import ResizableEmbedding, optim
 from esapn_kernels.sharded import RaggedBagSharder, RaggedSharder, ragged_plan, read, save, tables
@@ -210,8 +211,8 @@ class Pair:
 
 def dense_optimizer(model: nn.Module) -> torch.optim.Optimizer:
     """Of the dense part and the hops."""
-    parameters = [p for p in model.parameters() if not hasattr(p, "_in_backward_optimizers")]
-    return torch.optim.Adagrad(parameters, lr=0.05)
+    named = dict(in_backward_optimizer_filter(model.named_parameters()))
+    return torch.optim.Adagrad(named.values(), lr=0.05)
 
 
 def whole_tables(model: nn.Module) -> dict[str, ResizableEmbedding]:

@@ -17,11 +17,13 @@ from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.distributed.train_pipeline.train_pipelines import TrainPipelineSemiSync
 from torchrec.distributed.types import ShardingEnv
+from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 
 from esapn_kernels.grow import ByCounts
 from esapn_kernels.sharded import (
     RaggedBagSharder,
     RaggedSharder,
+    load,
     ragged_plan,
     save,
     tables,
@@ -288,3 +290,82 @@ def shared_folder() -> Path:
     folder: list[Any] = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(folder)
     return Path(folder[0])
+
+
+def train_a_part(
+    folder: str, first: int, last: int, optimizer: str, lines: int = 12, grows: bool = False
+) -> dict[str, Any]:
+    """Steps ``first`` to ``last`` on batches that all ranks share out, from the last checkpoint on.
+
+    The batches are the same on any number of ranks, and so is the loss: a sum.
+    """
+    torch.manual_seed(0)
+    model = shard(optimizer)
+    dense, rank, world = moving_dense(model), dist.get_rank(), dist.get_world_size()
+    growth = tables(model).grow(every=2, scale=2.0, hysteresis=1.0) if grows else None
+    path = Path(folder)
+    if first:
+        extra = load(model, path / str(first), optimizer=dense, growth=growth)
+        assert extra == {"step": first}
+    else:
+        load(model, path / "start")
+    for step in range(first, last):
+        resize_some(model, step)
+        # Gradients are means over ranks of sums over lines: times the ranks they are the whole's.
+        loss, _ = model(share(batch(13 * step, lines), rank, world))
+        dense.zero_grad()
+        (loss * world).backward()
+        dense.step()
+    save(model, path / str(last), optimizer=dense, growth=growth, extra={"step": last})
+    whole = whole_tables(model)
+    return {
+        "sizes": {name: t.sizes_of().tolist() for name, t in whole.items()},
+        "rows": {name: t.weight.detach().tolist() for name, t in whole.items()},
+        "dense": [p.detach().tolist() for p in (model.module.one.weight, model.module.all.weight)],
+    }
+
+
+def moving_dense(model: Any) -> torch.optim.Optimizer:
+    """Adam, whose state is of several kinds, in TorchRec's wrapper, and of the hops in another."""
+    named = [
+        (n, p) for n, p in model.named_parameters() if not hasattr(p, "_in_backward_optimizers")
+    ]
+    hops = {n: p for n, p in named if n.endswith("chain")}
+    rest = {n: p for n, p in named if not n.endswith("chain")}
+    wrap = KeyedOptimizerWrapper
+    return CombinedOptimizer(
+        [
+            model.fused_optimizer,
+            wrap(hops, lambda params: torch.optim.SGD(params, lr=0.01, momentum=0.9)),
+            wrap(rest, lambda params: torch.optim.Adam(params, lr=0.01)),
+        ]
+    )
+
+
+def share(features: KeyedJaggedTensor, rank: int, world: int) -> KeyedJaggedTensor:
+    """The lines of a batch that a rank takes."""
+    mine = torch.arange(features.stride())[rank::world]
+    lengths, values = [], []
+    keys = features.keys()
+    for key in keys:
+        jagged = features[key]
+        parts = jagged.values().split(jagged.lengths().tolist())
+        values += [parts[i] for i in mine.tolist()]
+        lengths.append(jagged.lengths()[mine])
+    return KeyedJaggedTensor(keys, torch.cat(values), lengths=torch.cat(lengths), stride=len(mine))
+
+
+def resize_some(model: Any, step: int) -> None:
+    """The same rows on any number of ranks."""
+    g = torch.Generator().manual_seed(step)
+    for table in tables(model).values():
+        ids = torch.randint(0, table.num_embeddings, (14,), generator=g)
+        mine = slice(dist.get_rank(), None, dist.get_world_size())
+        table.promote(ids[:10][mine])
+        table.demote(ids[10:][mine])
+
+
+def start(folder: str, optimizer: str) -> None:
+    """The checkpoint that all numbers of ranks begin with."""
+    torch.manual_seed(0)
+    save(shard(optimizer), Path(folder) / "start")

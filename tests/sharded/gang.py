@@ -66,6 +66,8 @@ class Gang:
         """End all processes."""
         for process in self.processes:
             process.terminate()
+        for process in self.processes:
+            process.join()
 
     @property
     def is_alive(self) -> bool:
