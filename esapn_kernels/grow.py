@@ -632,7 +632,8 @@ class ByCounts(Growth):
         """See :meth:`Growth.row_state`; the counts are among it."""
         rows, numbers = super().row_state(name)
         counts = self._counts[name]
-        numbers |= {"fits": self._fits[name], "least": counts.decayed_least()}
+        numbers["fits"], numbers["least"] = self._fits[name], counts.decayed_least()
+        numbers["log_weight"] = counts.log_weight
         return {**rows, "counts": counts.decayed()}, numbers
 
     def load_row_state(
@@ -640,9 +641,13 @@ class ByCounts(Growth):
     ) -> None:
         """See :meth:`Growth.load_row_state`."""
         super().load_row_state(name, rows, numbers, same=same)
-        # Of other rows the fit is made anew before they move.
-        self._counts[name].load_decayed(rows["counts"], numbers["least"] if same else None)
-        self._fits[name] = numbers["fits"] if same else 0
+        counts = self._counts[name]
+        if same:
+            counts.load_decayed(rows["counts"], numbers["least"], numbers["log_weight"])
+            self._fits[name] = numbers["fits"]
+        else:
+            counts.load_decayed(rows["counts"], None)
+            self._fits[name] = 0  # fitted before rows move
 
 
 class _Noting:

@@ -138,17 +138,21 @@ class RowCounts:
         """The counts as they are now, float64 ``[N]``, whatever a lookup weighs."""
         return self.u.double() * 2.0**-self.log_weight
 
-    def load_decayed(self, counts: Tensor, least: list[float] | None) -> None:
-        """Take what :meth:`decayed` gave, maybe of other rows; a lookup weighs one again.
+    def load_decayed(
+        self, counts: Tensor, least: list[float] | None, log_weight: float = 0.0
+    ) -> None:
+        """Take what :meth:`decayed` gave, maybe of other rows.
 
         Args:
             counts: ``[N]``.
             least: where sizes begin, as :meth:`decayed_least` gave; default: until the next
                 :meth:`fit` no row is worth more than the smallest.
+            log_weight: what a lookup weighs; where it is as before, so are all numbers to the bit.
         """
-        self.u.copy_(counts)
-        self.log_weight = 0.0
-        self.least.copy_(torch.tensor([math.inf] * len(self.least) if least is None else least))
+        self.u.copy_(counts * 2.0**log_weight)
+        self.log_weight = log_weight
+        found = [math.inf] * len(self.least) if least is None else least
+        self.least.copy_(torch.tensor(found, dtype=torch.float64) * 2.0**log_weight)
         self.histogram = self._count_bins()
 
     def decayed_least(self) -> list[float]:

@@ -17,6 +17,7 @@ does not depend on the number of ranks.
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,10 @@ class Checkpoint:
                     f"{list(tensor.shape)}"
                 )
         try:
-            dcp.load(state, storage_reader=dcp.FileSystemReader(self.path), no_dist=True)
+            with warnings.catch_warnings():
+                # Said where there are no ranks, of which there need be none.
+                warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+                dcp.load(state, storage_reader=dcp.FileSystemReader(self.path), no_dist=True)
         except CheckpointException as error:
             causes = [cause for cause, _ in error.failures.values()]
             raise self._broken(causes[0]) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import tempfile
 from pathlib import Path
@@ -25,6 +26,7 @@ from esapn_kernels.sharded import (
     RaggedSharder,
     load,
     ragged_plan,
+    read,
     save,
     tables,
 )
@@ -310,7 +312,8 @@ def train_a_part(
     else:
         load(model, path / "start")
     for step in range(first, last):
-        resize_some(model, step)
+        if not grows:
+            resize_some(model, step)
         # Gradients are means over ranks of sums over lines: times the ranks they are the whole's.
         loss, _ = model(share(batch(13 * step, lines), rank, world))
         dense.zero_grad()
@@ -369,3 +372,128 @@ def start(folder: str, optimizer: str) -> None:
     """The checkpoint that all numbers of ranks begin with."""
     torch.manual_seed(0)
     save(shard(optimizer), Path(folder) / "start")
+
+
+def restart_with_growth(folder: str, half_life: float) -> None:
+    """A run that stops and goes on on as many ranks is the run that does not stop."""
+    found = []
+    for stops in (False, True):
+        torch.manual_seed(0)
+        model = shard()
+        settings = {"every": 2, "scale": 4.0, "half_life": half_life}
+        dense, growth = moving_dense(model), tables(model).grow(**settings)
+        for step in range(14):
+            if stops and step == 7:  # between two moves, with lookups noted
+                save(model, Path(folder) / "seven", optimizer=dense, growth=growth)
+                torch.manual_seed(5)
+                model = shard()
+                dense, growth = moving_dense(model), tables(model).grow(**settings)
+                load(model, Path(folder) / "seven", optimizer=dense, growth=growth)
+            loss, _ = model(batch(17 * step + dist.get_rank(), 6))
+            dense.zero_grad()
+            loss.backward()
+            dense.step()
+        whole = whole_tables(model)
+        reports = {n.split(".")[-1]: t for n, t in growth.report().tables.items()}
+        found.append((whole, reports))
+    (whole, reports), (others, after) = found
+    for name, table in whole.items():
+        assert torch.equal(table.sizes_of(), others[name].sizes_of())
+        # Rows lie elsewhere, and kernels sum rows that move in the order in which these lie.
+        torch.testing.assert_close(table.weight, others[name].weight, rtol=1e-5, atol=1e-6)
+        assert reports[name] == after[name]
+    assert sum(report.promoted for report in reports.values()) > 10
+
+
+def growth_on_other_ranks(folder: str, first: int, last: int) -> dict[str, Any]:
+    """Counts and noted lookups are those of the rows, on any number of ranks."""
+    found = train_a_part(folder, first, last, "sgd", grows=True)
+    return {"sizes": found["sizes"]}
+
+
+def written_in_the_background(folder: str) -> None:
+    """What is written is what was there at the call, and the folder appears when all is."""
+    model = shard()
+    dense, path = dense_optimizer(model), Path(folder) / "background"
+    before = whole_tables(model)
+    done = save(model, path, wait=False)
+    for step in range(3):
+        loss, _ = model(batch(step, 5))
+        dense.zero_grad()
+        loss.backward()
+        dense.step()
+    done.result()
+    assert path.is_dir()
+    assert not path.with_name("background.part").exists()
+    for name, table in read(path).items():
+        assert torch.equal(table.weight, before[name].weight)
+    assert not torch.equal(whole_tables(model)["t"].weight, before["t"].weight)
+
+
+def load_refused(path: str, **options: Any) -> str:
+    """What this rank is told, where nothing has changed."""
+    model = shard(**options)
+    dense = moving_dense(model)
+    growth = tables(model).grow()
+    before = {name: t.weight for name, t in whole_tables(model).items()}
+    parameters = [p.detach().clone() for p in model.parameters()]
+    said = ""
+    try:
+        load(model, path, optimizer=dense, growth=growth)
+    except (OSError, RuntimeError, ValueError) as error:
+        said = f"{type(error).__name__}: {error}"
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), parameters, strict=True))
+    for name, table in whole_tables(model).items():
+        assert torch.equal(table.weight, before[name])
+    return said
+
+
+def save_whole(path: str) -> None:
+    """A checkpoint with all that there is."""
+    model = shard()
+    dense, growth = moving_dense(model), tables(model).grow(every=1)
+    for step in range(3):
+        loss, _ = model(batch(step + dist.get_rank(), 6))
+        dense.zero_grad()
+        loss.backward()
+        dense.step()
+    save(model, path, optimizer=dense, growth=growth, extra={"epoch": 3})
+
+
+def save_twice(path: str) -> str:
+    """A folder that exists is not written to."""
+    try:
+        save(shard(), path)
+    except (FileExistsError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def outputs_of(path: str, ids: list[int]) -> list[list[float]]:
+    """What the sharded table ``t`` gives."""
+    model = shard()
+    load(model, path)
+    found = tables(model)["t"]
+    collection = model.module.each
+    features = KeyedJaggedTensor(
+        ["f", "g", "h"], torch.tensor(ids), lengths=torch.tensor([len(ids), 0, 0]), stride=1
+    )
+    assert torch.equal(
+        found.sizes_of(torch.tensor(ids)), read(path)["t"].sizes_of(torch.tensor(ids))
+    )
+    return collection(features).wait()["f"].values().detach().tolist()
+
+
+def plain_saving() -> list[str]:
+    """``torch.save`` of a model's state dict says what to do instead."""
+    said = []
+    state = shard().state_dict()
+    try:
+        torch.save(state, io.BytesIO())
+    except NotImplementedError as error:
+        said.append(str(error))
+    try:
+        shard().load_state_dict(state)
+    except NotImplementedError as error:
+        said.append(str(error))
+    return said
