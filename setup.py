@@ -162,7 +162,7 @@ setup(
     python_requires=">=3.10",
     packages=[
         "esapn_kernels",
-        *(f"esapn_kernels.{folder}" for folder in ("cpu", "gpu", "ops", "storage")),
+        *(f"esapn_kernels.{folder}" for folder in ("cpu", "gpu", "ops", "sharded", "storage")),
         "esapn",
         *(f"esapn.{folder}" for folder in ("compare", "data", "models", "run", "tune")),
     ],

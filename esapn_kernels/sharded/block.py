@@ -37,7 +37,7 @@ class Block(Tensor):
         self.local, self.first, self.total = local, first, total
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if func is torch.ops.aten.detach.default:
@@ -47,7 +47,7 @@ class Block(Tensor):
             "torch.distributed.checkpoint"
         )
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> Any:
         return f"Block({self.first} to {self.first + len(self.local)} of {self.total})"
 
     def __reduce_ex__(self, protocol: Any) -> Any:

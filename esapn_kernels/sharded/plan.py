@@ -139,7 +139,7 @@ def ragged_plan(
 _SEQUENCE, _BAGS = EmbeddingCollection, EmbeddingBagCollection
 
 
-def table_configs(module: nn.Module) -> Sequence[BaseEmbeddingConfig]:
+def table_configs(module: Any) -> Sequence[BaseEmbeddingConfig]:
     """The tables of a collection."""
     bags = isinstance(module, EmbeddingBagCollection)
     return module.embedding_bag_configs() if bags else module.embedding_configs()

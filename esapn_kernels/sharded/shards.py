@@ -109,7 +109,7 @@ class _Context(EmbeddingCollectionContext):
 
 class RaggedCollection(
     ShardedEmbeddingModule[KJTList, list[Tensor], Any, _Context], FusedOptimizerModule
-):  # type: ignore[misc]
+):
     """An ``EmbeddingCollection`` or ``EmbeddingBagCollection`` whose tables lie on all ranks.
 
     Made by :class:`RaggedSharder` and :class:`RaggedBagSharder`.
@@ -121,7 +121,7 @@ class RaggedCollection(
 
     def __init__(
         self,
-        module: nn.Module,
+        module: Any,
         shardings: dict[str, ParameterSharding],
         env: ShardingEnv,
         device: torch.device,
@@ -140,6 +140,7 @@ class RaggedCollection(
         self._features = _features(module)
         self.module_sharding_plan = shardings
         configs = {config.name: config for config in table_configs(module)}
+        # Registered as modules, so that parameters() and growth find them.
         self.rows = nn.ModuleDict()
         self.tables: dict[str, ShardedTable] = {}
         rank, world = dist.get_rank(group), dist.get_world_size(group)
@@ -262,7 +263,9 @@ class RaggedCollection(
             ctx.asked.append([0] * len(names))
             return KeyedJaggedTensor(list(names), none, lengths=zeros.to(device), stride=_REFUSED)
         codes, times, reverse, asked = [], [], [], []
-        counts = self._dedup and self.training and any(is_growing(self.rows[n]) for n in names)
+        counts = (
+            self._dedup and self.training and any(is_growing(self.tables[n].rows) for n in names)
+        )
         for name in names:
             code = self.tables[name].placement.code(ids[name])
             if self._dedup:
@@ -293,7 +296,7 @@ class RaggedCollection(
             times = received.weights_or_none()
             each = [None] * len(names) if times is None else times.long().split(counts)
             parts = [
-                self._look_up(self.rows[name], ids, n)
+                self._look_up(self.tables[name].rows, ids, n)
                 for name, ids, n in zip(names, received.values().split(counts), each, strict=True)
             ]
             outputs.append(torch.cat(parts))
@@ -431,7 +434,7 @@ _AHEAD = (EmbeddingPipelinedForward, PrefetchPipelinedForward)
 """How pipelines call a module that look up a batch before the last one's backward."""
 
 
-class _Outputs(LazyAwaitable[Any]):  # type: ignore[misc]
+class _Outputs(LazyAwaitable[Any]):
     def __init__(self, module: RaggedCollection, ctx: _Context, awaitables: list[Any]) -> None:
         super().__init__()
         self._module, self._ctx, self._awaitables = module, ctx, awaitables
@@ -442,7 +445,7 @@ class _Outputs(LazyAwaitable[Any]):  # type: ignore[misc]
         )
 
 
-class _Fused(KeyedOptimizer):  # type: ignore[misc]
+class _Fused(KeyedOptimizer):
     """The optimizer of a table's rows, as TorchRec's optimizers are combined."""
 
     def __init__(self, optimizer: FusedOptimizer) -> None:
@@ -558,7 +561,7 @@ _COMMS = (torch.float32, torch.bfloat16)
 _OPTIONS = {"init", "init_std", "backend"}
 
 
-class RaggedSharder(_Sharding, EmbeddingCollectionSharder):  # type: ignore[misc]
+class RaggedSharder(_Sharding, EmbeddingCollectionSharder):
     """Shards an ``EmbeddingCollection`` of TorchRec by rows that have sizes of their own.
 
     Args:
@@ -581,7 +584,7 @@ class RaggedSharder(_Sharding, EmbeddingCollectionSharder):  # type: ignore[misc
     """
 
 
-class RaggedBagSharder(_Sharding, EmbeddingBagCollectionSharder):  # type: ignore[misc]
+class RaggedBagSharder(_Sharding, EmbeddingBagCollectionSharder):
     """Shards an ``EmbeddingBagCollection``, sums and means, weighted or not.
 
     Args:

@@ -136,6 +136,7 @@ class ShardedTable:
             "chain": self.rows.chain.detach().clone(),
         }
         for name, held in self._optimizer_state.items():
+            part: Tensor
             if name in self.optimizer.state_per_element:
                 part = Block(pack(arena, held.view(-1), ids), first, total)
             elif name in self.optimizer.state_per_id:
@@ -172,6 +173,7 @@ class ShardedTable:
             "chain": torch.empty_like(self.rows.chain, requires_grad=False),
         }
         for name, held in self._optimizer_state.items():
+            part: Tensor
             if name in self.optimizer.state_per_element:
                 part = block(held.dtype)
             elif name in self.optimizer.state_per_id:
