@@ -61,6 +61,8 @@ def collect() -> dict[str, Any]:
         "triton_error": _backend.TRITON_ERROR,
         "triton_tested": list(TESTED_TRITON),
         "numpy": _version("numpy"),
+        "torchrec": _version("torchrec"),
+        "fbgemm": _version("fbgemm_gpu-cpu") or _version("fbgemm_gpu"),
         "cuda_runtime": torch.version.cuda,
         "driver": _driver(),
         "devices": _devices(),
@@ -93,6 +95,13 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def _sharded(info: dict[str, Any]) -> str:
+    if info["torchrec"] is None:
+        return "TorchRec is not installed: see docs/sharded.md"
+    fbgemm = info["fbgemm"]
+    return f"torchrec {info['torchrec']}, " + (f"fbgemm {fbgemm}" if fbgemm else "without fbgemm")
+
+
 def _text(info: dict[str, Any]) -> str:
     commit = info["commit"]
     rows = [
@@ -103,6 +112,7 @@ def _text(info: dict[str, Any]) -> str:
         ("triton", info["triton_error"] or info["triton"] or "unknown"),
         ("triton tested", ", ".join(info["triton_tested"])),
         ("numpy", info["numpy"] or "not installed"),
+        ("sharded tables", _sharded(info)),
         ("cuda runtime", info["cuda_runtime"] or "none: torch is built without CUDA"),
         ("driver", info["driver"] or "none found"),
         ("platform", info["platform"]),

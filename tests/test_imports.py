@@ -65,6 +65,12 @@ FORBIDDEN = [
         "from ..compare import intervals",
     ),
     ("nothing imports the command line's entry", "esapn/cli.py", "from . import __main__"),
+    ("torchrec is for sharded tables", "esapn_kernels/grow.py", "import torchrec"),
+    (
+        "a checkpoint of sharded tables is read without torchrec",
+        "esapn_kernels/sharded/placement.py",
+        "from . import shards",
+    ),
     ("jinja2 is for comparisons", "esapn/rules.py", "import jinja2"),
     ("scipy is for comparisons and tunings", "esapn/rules.py", "import scipy"),
     ("optuna is for tunings", "esapn/rules.py", "import optuna"),

@@ -47,7 +47,7 @@ class Block(Tensor):
             "torch.distributed.checkpoint"
         )
 
-    def __repr__(self, *, tensor_contents: Any = None) -> Any:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Block({self.first} to {self.first + len(self.local)} of {self.total})"
 
     def __reduce_ex__(self, protocol: Any) -> Any:

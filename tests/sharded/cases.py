@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import datetime
 import io
 import math
+import os
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torchrec import KeyedJaggedTensor
@@ -497,3 +501,22 @@ def plain_saving() -> list[str]:
     except NotImplementedError as error:
         said.append(str(error))
     return said
+
+
+def one_leaves(how: str) -> str:
+    """Rank 1 leaves after the first step; what rank 0 is told in the second."""
+    model = shard()
+    for step in range(2):
+        if step:
+            dist.barrier()
+            distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=1), dist.group.WORLD)
+            if dist.get_rank() == 1:
+                if how == "dies":
+                    os._exit(1)
+                time.sleep(3600)
+        try:
+            loss, _ = model(batch(step, 5))
+            loss.backward()
+        except RuntimeError as error:
+            return f"{type(error).__name__}: {error}"
+    return "nothing"

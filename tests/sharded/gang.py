@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import importlib
 import multiprocessing as mp
 import os
 import tempfile
 import traceback
 import warnings
+from collections.abc import Iterator
 from multiprocessing.connection import Connection, wait
 from typing import Any
-
-WAIT = datetime.timedelta(seconds=20)
-"""How long a rank waits for another in a collective."""
 
 
 class Gang:
@@ -35,32 +32,35 @@ class Gang:
             self._pipes.append(mine)
             self.processes.append(process)
 
-    def run(self, case: str, **arguments: Any) -> list[Any]:
-        """What ``case`` of ``cases.py`` returns on every rank.
-
-        Raises:
-            AssertionError: it raised on a rank; the traceback of the first that did.
-        """
+    def answers(self, case: str, **arguments: Any) -> Iterator[tuple[int, bool, Any]]:
+        """Of every rank, as they come: whether ``case`` of ``cases.py`` ended well, and its result
+        or a traceback."""
         for pipe in self._pipes:
             pipe.send((case, arguments))
-        results: dict[int, Any] = {}
-        failures = []
-        open_pipes = dict(zip(self._pipes, range(self.world), strict=True))
-        while open_pipes:
-            for pipe in wait(list(open_pipes)):
-                rank = open_pipes.pop(pipe)  # type: ignore[arg-type]
+        waiting: dict[Any, int] = dict(zip(self._pipes, range(self.world), strict=True))
+        while waiting:
+            for pipe in wait(list(waiting)):
+                rank = waiting.pop(pipe)
                 try:
                     good, value = pipe.recv()  # type: ignore[union-attr]
                 except EOFError:
                     good, value = False, "the process ended"
-                if good:
-                    results[rank] = value
-                else:
-                    failures.append(f"rank {rank}: {value}")
-        if failures:
-            self.close()
-            raise AssertionError(failures[0])
-        return [results[rank] for rank in range(self.world)]
+                yield rank, good, value
+
+    def run(self, case: str, **arguments: Any) -> list[Any]:
+        """What ``case`` of ``cases.py`` returns on every rank.
+
+        Raises:
+            AssertionError: it raised on a rank; the traceback of the first that did, whose others
+                may wait for it, and are ended.
+        """
+        found: dict[int, Any] = {}
+        for rank, good, value in self.answers(case, **arguments):
+            if not good:
+                self.close()
+                raise AssertionError(f"rank {rank}: {value}")
+            found[rank] = value
+        return [found[rank] for rank in range(self.world)]
 
     def close(self) -> None:
         """End all processes."""
@@ -81,9 +81,7 @@ def _serve(rank: int, world: int, store: str, pipe: Connection) -> None:
 
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
-    dist.init_process_group(
-        "gloo", rank=rank, world_size=world, store=dist.FileStore(store, world), timeout=WAIT
-    )
+    dist.init_process_group("gloo", rank=rank, world_size=world, store=dist.FileStore(store, world))
     cases = importlib.import_module("tests.sharded.cases")
     with contextlib.suppress(EOFError):
         while True:
