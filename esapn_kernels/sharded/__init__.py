@@ -8,7 +8,7 @@
     save(model, "run/step-1000", optimizer=dense, growth=growth)
 
 ``make sharded`` builds an environment with TorchRec; docs/sharded.md is the guide. Only
-:func:`read`, which opens a checkpoint on one machine, works without TorchRec.
+:func:`read` and :func:`update`, which open a checkpoint on one machine, work without TorchRec.
 """
 
 import importlib
@@ -25,7 +25,9 @@ _ROOMS = {
     "ragged_plan": "plan",
     "read": "reading",
     "save": "checkpoint",
+    "save_changes": "checkpoint",
     "tables": "model_tables",
+    "update": "reading",
 }
 
 __all__ = list(_ROOMS)

@@ -22,10 +22,10 @@ from torch.nn import functional as F
 from ..grow import Growth
 from .block import Block
 from .model_tables import Tables, tables
-from .reading import FORMAT, Checkpoint
+from .reading import CHANGES, FORMAT, WHOLE, Checkpoint
 from .table import ShardedTable
 
-__all__ = ["load", "save"]
+__all__ = ["load", "save", "save_changes"]
 
 
 def save(
@@ -60,18 +60,67 @@ def save(
         TypeError: ``extra`` is nothing that JSON takes.
         RuntimeError: another rank raised.
     """
-    path, found = Path(path), tables(model)
-    group = found.group
-    with _on_all_ranks(group):
-        if path.exists():
-            raise FileExistsError(f"{str(path)!r} exists: save to another folder")
+    found = tables(model)
+    with _on_all_ranks(found.group):
+        path = _new(path)
         json.dumps(extra)
-    state = _state(found, model, optimizer, growth, extra)
+    return _begin(_state(found, model, optimizer, growth, extra), path, found.group, wait)
+
+
+def save_changes(model: nn.Module, path: str | Path) -> None:
+    """Write the rows that changed since the last mark, and the hops, and mark anew.
+
+    ``tables(model).mark()`` sets the first mark, beside a :func:`save`. On a machine that serves,
+    :func:`~esapn_kernels.sharded.update` takes what is written to the tables that
+    :func:`~esapn_kernels.sharded.read` opened, which then are those of a whole checkpoint. Hops are
+    written whole, for every step of training changes them, and with them all outputs.
+
+    Args:
+        model, path: as of :func:`save`.
+
+    Raises:
+        FileExistsError: the folder exists.
+        RuntimeError: no mark was set, or another rank raised; the mark stays.
+    """
+    found = tables(model)
+    with _on_all_ranks(found.group):
+        path = _new(path)
+    changed = {name: table.changed() for name, table in found.items()}
+    about = {
+        "format": FORMAT,
+        "kind": CHANGES,
+        "tables": {name: _kind(table) for name, table in found.items()},
+    }
+    state = {"about": _text(about), **_flat("tables", changed)}
+    _begin(state, path, found.group, wait=True)
+    found.mark()
+
+
+def _new(path: str | Path) -> Path:
+    """A folder to write to.
+
+    Raises:
+        FileExistsError: it exists.
+    """
+    path = Path(path)
+    if path.exists():
+        raise FileExistsError(f"{str(path)!r} exists: save to another folder")
+    return path
+
+
+def _text(about: dict[str, Any]) -> Tensor:
+    return torch.frombuffer(bytearray(json.dumps(about).encode()), dtype=torch.uint8)
+
+
+def _begin(
+    state: dict[str, Tensor], path: Path, group: dist.ProcessGroup, wait: bool
+) -> Future[None]:
+    """Have the state written."""
     part, writers = path.with_name(path.name + ".part"), _writers(group)
-    if dist.get_rank(group) == 0:
-        shutil.rmtree(part, ignore_errors=True)
-        path.parent.mkdir(parents=True, exist_ok=True)
-    dist.barrier(group)
+    with _on_all_ranks(group):
+        if dist.get_rank(group) == 0:
+            shutil.rmtree(part, ignore_errors=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
     done = writers.thread.submit(_write, state, part, path, writers.group)
     if wait:
         done.result()
@@ -111,7 +160,7 @@ def load(
     group = found.group
     levels = {name: table.levels_like() for name, table in found.items()}
     with _on_all_ranks(group):
-        checkpoint = Checkpoint(path)
+        checkpoint = Checkpoint(path, WHOLE)
         about = checkpoint.about
         _check(found, about, optimizer, growth)
         checkpoint.load({f"tables.{name}.levels": block for name, block in levels.items()})
@@ -174,14 +223,14 @@ def _state(
     groups = None if optimizer is None else [_settings(one) for one in _parts(optimizer)]
     whole = {
         "format": FORMAT,
+        "kind": WHOLE,
         "world": dist.get_world_size(group),
         "tables": about,
         "optimizer": groups,
         "extra": extra,
     }
-    text = json.dumps(whole).encode()
     state = {
-        "about": torch.frombuffer(bytearray(text), dtype=torch.uint8),
+        "about": _text(whole),
         **_flat("tables", states),
         **{f"model.{name}": tensor.detach().clone() for name, tensor in _dense(model).items()},
     }

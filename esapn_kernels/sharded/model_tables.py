@@ -56,6 +56,14 @@ class Tables(Mapping[str, ShardedTable]):
         """
         return rule(self.model, budget, **settings)
 
+    def mark(self) -> None:
+        """From now on note which rows change, for :func:`~esapn_kernels.sharded.save_changes`.
+
+        It takes four bytes a row. A row changes when it is looked up in training or resized.
+        """
+        for table in self.values():
+            table.mark()
+
     def memory_report(self) -> dict[str, MemoryReport]:
         """Bytes of this rank's blocks."""
         return {name: table.memory_report() for name, table in self.items()}

@@ -18,8 +18,9 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -31,9 +32,10 @@ from ..module import ResizableEmbedding
 from ..storage.packed import unpack
 from .placement import Placement
 
-__all__ = ["FORMAT", "Checkpoint", "read"]
+__all__ = ["CHANGES", "FORMAT", "WHOLE", "Checkpoint", "read", "update"]
 
 FORMAT = "esapn_kernels.sharded 1"
+WHOLE, CHANGES = "checkpoint", "changes"
 
 
 class Checkpoint:
@@ -41,12 +43,13 @@ class Checkpoint:
 
     Args:
         path: the folder.
+        kind: what it must hold, ``WHOLE`` or ``CHANGES``.
 
     Raises:
         FileNotFoundError, ValueError, RuntimeError: it is no such folder, or cannot be read.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, kind: str) -> None:
         self.path = Path(path)
         if not self.path.is_dir():
             raise FileNotFoundError(f"there is no checkpoint {str(path)!r}")
@@ -66,6 +69,8 @@ class Checkpoint:
             raise self._broken(error) from None
         if self.about.get("format") != FORMAT:
             raise ValueError(f"{str(path)!r} is of format {self.about.get('format')!r}")
+        if self.about["kind"] != kind:
+            raise ValueError(f"{str(path)!r} holds {self.about['kind']}, not {kind}")
 
     def load(self, state: dict[str, Any]) -> None:
         """Read into the tensors of ``state``, without other ranks.
@@ -119,8 +124,45 @@ def read(path: str | Path) -> dict[str, ResizableEmbedding]:
         FileNotFoundError, ValueError, RuntimeError: there is no such checkpoint, or its files
             cannot be read.
     """
-    checkpoint = Checkpoint(path)
+    checkpoint = Checkpoint(path, WHOLE)
     return {name: _table(checkpoint, name, a) for name, a in checkpoint.about["tables"].items()}
+
+
+@torch.no_grad()
+def update(tables: Mapping[str, ResizableEmbedding], path: str | Path) -> None:
+    """Take what :func:`~esapn_kernels.sharded.save_changes` wrote, on one machine.
+
+    Args:
+        tables: what :func:`read` gave, with all changes since that checkpoint in turn.
+        path: the changes.
+
+    Raises:
+        FileNotFoundError, ValueError, RuntimeError: there are none, they are of other tables, or
+            cannot be read; nothing is changed.
+    """
+    checkpoint = Checkpoint(path, CHANGES)
+    about = checkpoint.about["tables"]
+    if set(about) != set(tables):
+        raise ValueError(f"the changes are of the tables {sorted(about)}, not {sorted(tables)}")
+    found: dict[str, list[Tensor]] = {}
+    for name, table in tables.items():
+        here = {"num_embeddings": table.num_embeddings, "sizes": list(table.sizes)}
+        here["init"] = table.init
+        for what, value in here.items():
+            if about[name][what] != value:
+                raise ValueError(
+                    f"changes of table {name!r} are with {what} {about[name][what]}, not {value}"
+                )
+        keys = [f"tables.{name}.{key}" for key in ("ids", "levels", "rows", "chain")]
+        parts = [torch.empty(shape, dtype=dtype) for shape, dtype in map(checkpoint.shape, keys)]
+        checkpoint.load(dict(zip(keys, parts, strict=True)))
+        found[name] = parts
+    for name, (ids, levels, packed, chain) in found.items():
+        table, arena = tables[name], cast(Any, tables[name].arena)
+        for level, size in enumerate(table.sizes):
+            table.resize(ids[levels == level].to(arena.storage.device), size)
+        unpack(arena, packed, arena.storage.data, ids.to(arena.storage.device))
+        table.chain.data.copy_(chain)
 
 
 @torch.no_grad()

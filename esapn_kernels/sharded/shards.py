@@ -296,16 +296,17 @@ class RaggedCollection(
             times = received.weights_or_none()
             each = [None] * len(names) if times is None else times.long().split(counts)
             parts = [
-                self._look_up(self.tables[name].rows, ids, n)
+                self._look_up(self.tables[name], ids, n)
                 for name, ids, n in zip(names, received.values().split(counts), each, strict=True)
             ]
             outputs.append(torch.cat(parts))
         return outputs
 
-    def _look_up(self, rows: ResizableEmbedding, ids: Tensor, times: Tensor | None) -> Tensor:
+    def _look_up(self, table: ShardedTable, ids: Tensor, times: Tensor | None) -> Tensor:
         if self.training and torch.is_grad_enabled():
-            note_lookup(rows, ids, times)
-        return rows.forward(ids)  # past the hook, which would note every id once
+            note_lookup(table.rows, ids, times)
+            table.note(ids)
+        return table.rows.forward(ids)  # past the hook, which would note every id once
 
     def _refuse(self, ctx: _Context) -> None:
         """Raise on all ranks what one of them has to say, before any row is looked up."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from ..module import ResizableEmbedding
 from ..ops.checks import check_ids
 from ..ops.memory import MemoryReport
 from ..optim import FusedOptimizer
+from ..storage.arena import Arena
 from ..storage.packed import pack, packed_numel, unpack
 from .block import Block
 from .placement import Placement
@@ -45,6 +46,7 @@ class ShardedTable:
     ) -> None:
         self.rows, self.optimizer, self.placement, self.group = rows, optimizer, placement, group
         self._agree = Agreement(group)
+        self._changes: _Changes | None = None
 
     @property
     def num_embeddings(self) -> int:
@@ -200,6 +202,8 @@ class ShardedTable:
         """Take what :meth:`state` gave of any number of ranks, cut for this one."""
         arena, ids = self._arena, torch.arange(self.count, device=self._device)
         arena.load_state_dict(prepared)
+        if self._changes is not None:
+            self._changes.noted.fill_(1.0)
         unpack(arena, _local(state["rows"]), arena.storage.data, ids)
         self.rows.chain.data.copy_(state["chain"])
         for name, held in self._optimizer_state.items():
@@ -210,6 +214,40 @@ class ShardedTable:
                 held[: self.count].copy_(part)
             else:
                 held.copy_(part)
+
+    def mark(self) -> None:
+        """From now on note which rows change, four bytes a row; forget which did."""
+        if self._changes is None:
+            self._changes = _Changes(self._arena)
+        self._changes.noted.zero_()
+
+    def note(self, rows: Tensor) -> None:
+        """``rows`` of this rank are looked up in training, which will step them."""
+        if self._changes is not None:
+            self._changes.noted[rows] = 1.0
+
+    def changed(self) -> dict[str, Tensor]:
+        """What changed since the last mark, in the order of positions; collective.
+
+        Returns:
+            ``ids`` int64, their ``levels`` int8, and ``rows``, one behind the other, as blocks of
+            the changed rows of all ranks; and the ``chain``.
+
+        Raises:
+            RuntimeError: there is no mark.
+        """
+        if self._changes is None:
+            raise RuntimeError("no mark was set: tables(model).mark() begins to note changes")
+        rows = self._changes.noted[: self.count].nonzero()[:, 0]
+        level = self._arena.level(rows).to(torch.int8)
+        ids = self.placement.ids(rows + self.placement.first(self.rank))
+        packed = pack(self._arena, self._arena.storage.detach(), rows)
+        return {
+            "ids": Block(ids, *self._cut(len(rows))),
+            "levels": Block(level, *self._cut(len(rows))),
+            "rows": Block(packed, *self._cut(packed.numel())),
+            "chain": self.rows.chain.detach().clone(),
+        }
 
     @property
     def _arena(self) -> Any:
@@ -262,3 +300,23 @@ class ShardedTable:
 
 def _local(tensor: Tensor) -> Tensor:
     return tensor.local if isinstance(tensor, Block) else tensor
+
+
+class _Changes:
+    """Which rows changed, 1 or 0 of each: it goes with the rows as an optimizer's state does.
+
+    A row that is resized starts afresh there, which is 1 here.
+    """
+
+    state_per_element: Mapping[str, float] = {}
+    state_per_id = {"noted": 1.0}
+
+    def __init__(self, arena: Arena) -> None:
+        noted = torch.zeros(arena.num_rows, device=arena.storage.device)
+        self.state = {arena.parameter: {"noted": noted}}
+        arena.followers.add(self)
+
+    @property
+    def noted(self) -> Tensor:
+        """``[N]``."""
+        return next(iter(self.state.values()))["noted"]

@@ -66,6 +66,22 @@ class Followed(Protocol):
         """The optimizer of ``optim`` that steps them."""
 
 
+class HasState(Protocol):
+    """What keeps state of rows, as an optimizer does."""
+
+    @property
+    def state(self) -> Mapping[Any, dict[str, Any]]:
+        """Of ``Followed.parameter``, tensors by name."""
+
+    @property
+    def state_per_element(self) -> Mapping[str, float]:
+        """Names of those of the parameter's shape, and what a fresh row has there."""
+
+    @property
+    def state_per_id(self) -> Mapping[str, float]:
+        """Names of those with a number a row, and what a fresh row has there."""
+
+
 @dataclass(frozen=True)
 class Follower:
     """A tensor that goes with the rows; ``fresh`` is what it holds for a row never seen."""
@@ -85,7 +101,7 @@ class Followers:
 
     def __init__(self, rows: Followed) -> None:
         self._rows = weakref.ref(rows)
-        self._optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+        self._optimizers: weakref.WeakSet[Any] = weakref.WeakSet()
         self._was_loaded = False
         self._loaded: tuple[Tensor, Tensor] | None = None
         _every.add(self)
@@ -96,7 +112,7 @@ class Followers:
         assert arena is not None
         return arena
 
-    def add(self, optimizer: torch.optim.Optimizer) -> None:
+    def add(self, optimizer: torch.optim.Optimizer | HasState) -> None:
         """From now on ``optimizer``'s state goes with the rows."""
         self._optimizers.add(optimizer)
 

@@ -32,6 +32,7 @@ from esapn_kernels.sharded import (
     ragged_plan,
     read,
     save,
+    save_changes,
     tables,
 )
 from esapn_kernels.sharded.placement import Placement
@@ -520,3 +521,24 @@ def one_leaves(how: str) -> str:
         except RuntimeError as error:
             return f"{type(error).__name__}: {error}"
     return "nothing"
+
+
+def write_changes(folder: str) -> int:
+    """A checkpoint, and what changed after it, twice; then a whole one again."""
+    model, path = shard(), Path(folder)
+    dense, growth = dense_optimizer(model), tables(model).grow(every=2, half_life=40.0, scale=4.0)
+    try:
+        save_changes(model, path / "none")
+    except RuntimeError as error:
+        assert "no mark was set" in str(error)
+    save(model, path / "whole")
+    tables(model).mark()
+    for part in range(2):
+        for step in range(5):
+            loss, _ = model(batch(13 * part + step + dist.get_rank(), 4))
+            dense.zero_grad()
+            loss.backward()
+            dense.step()
+        save_changes(model, path / f"changes-{part}")
+    save(model, path / "expected")
+    return sum(table.demoted for table in growth.report().tables.values())

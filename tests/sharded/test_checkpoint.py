@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from esapn_kernels.sharded import read
+from esapn_kernels.sharded import read, update
 from tests.sharded.beside import OPTIMIZERS
 
 
@@ -143,3 +143,26 @@ def test_other_ways_to_save_say_so(ranks):
         assert len(said) == 2
         assert "esapn_kernels.sharded.save" in said[0]
         assert "esapn_kernels.sharded.load" in said[1]
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_changes_bring_what_serves_up_to_date(ranks, tmp_path, world):
+    demoted = ranks(world).run("write_changes", folder=str(tmp_path))
+    assert sum(demoted) > 0
+    serving, expected = read(tmp_path / "whole"), read(tmp_path / "expected")
+    for part in range(2):
+        update(serving, tmp_path / f"changes-{part}")
+    for name, table in serving.items():
+        assert torch.equal(table.sizes_of(), expected[name].sizes_of())
+        assert torch.equal(table.chain, expected[name].chain)
+        for row in range(table.num_embeddings):
+            assert torch.equal(table.arena.read(row), expected[name].arena.read(row))
+    written = [dcp.FileSystemReader(tmp_path / f"changes-{i}").read_metadata() for i in range(2)]
+    rows = [part.state_dict_metadata["tables.t.ids"].size[0] for part in written]
+    assert all(0 < n < 103 for n in rows)
+    with pytest.raises(ValueError, match="holds changes, not checkpoint"):
+        read(tmp_path / "changes-0")
+    with pytest.raises(ValueError, match="holds checkpoint, not changes"):
+        update(serving, tmp_path / "whole")
+    with pytest.raises(ValueError, match="the changes are of the tables"):
+        update({"t": serving["t"]}, tmp_path / "changes-0")
