@@ -125,8 +125,12 @@ def lines(jobs: Sequence[dict[str, Any]], dim: int) -> list[str]:
         for name in parts
     ]
     for name in first["memory"]:
-        text.append(line(f"  all with {name}", size("memory", name, "total")))
-        text.append(line(f"    rows of {dim} with {name}", size("memory", name, "fixed")))
+
+        def both(job: dict[str, Any], name: str = name) -> str:
+            held = job["memory"][name]
+            return f"{held['total'] / 1e9:.2f} / {held['fixed'] / 1e9:.2f}"
+
+        text.append(line(f"  all with {name} / rows of {dim}", both))
     text.append("sent by a rank in a step, MB")
     text += [line("  " + name, size("sent", name, unit=1e6, digits=3)) for name in first["sent"]]
     text += [
@@ -210,7 +214,7 @@ def whole(least: int) -> Callable[[str], int]:
 
     def integer(text: str) -> int:
         value = float(text)
-        if value != math.floor(value):
+        if not value.is_integer():
             raise ValueError
         return at_least(least)(str(int(value)))
 

@@ -56,7 +56,7 @@ class Wire(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace in ("c10d", "_c10d_functional"):
             name = func._schema.name.partition("::")[2]
-            if name != "wait_tensor":
+            if name not in ("wait_tensor", "_wrap_tensor_autograd"):
                 self.sent.append(self._of(name, args))
         return func(*args, **(kwargs or {}))
 

@@ -36,7 +36,7 @@ class Gang:
             self.processes.append(process)
 
     def run(self, case: str, **arguments: Any) -> list[Any]:
-        """What ``case`` of ``cases.py`` returns on every rank.
+        """What ``case`` of ``cases.py``, or ``"module:case"`` of another, returns on every rank.
 
         Raises:
             AssertionError: it raised on a rank; the traceback of the first that did.
@@ -82,11 +82,12 @@ def _serve(rank: int, world: int, store: str, pipe: Connection) -> None:
     dist.init_process_group(
         "gloo", rank=rank, world_size=world, store=dist.FileStore(store, world), timeout=WAIT
     )
-    cases = importlib.import_module("tests.sharded.cases")
     with contextlib.suppress(EOFError):
         while True:
-            name, arguments = pipe.recv()
+            case, arguments = pipe.recv()
+            module, _, name = case.rpartition(":")
             try:
+                cases = importlib.import_module(f"tests.sharded.{module or 'cases'}")
                 pipe.send((True, getattr(cases, name)(**arguments)))
             except BaseException:
                 pipe.send((False, traceback.format_exc()))
