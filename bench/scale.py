@@ -12,9 +12,9 @@ f times has the largest size d <= scale sqrt(f), and f is what is expected after
 ``harness.sharded`` has the formulae.
 
 ``--check`` needs the environment of ``make sharded``. It trains on 2 and 4 ranks over gloo on a
-CPU, ids ~ u^3, and holds the model against every collective of every rank, and against what Linux
-says that the processes wrote. It fails where they differ by more than 2 %, or a rank sends more
-than 1.3 times the mean.
+CPU, ids ~ u^3, and holds the model against every collective of every rank; beside it stands what
+Linux says that the processes wrote. It fails where a part differs by more than 2 %, or a rank sends
+more than 1.3 times the mean.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def lines(jobs: Sequence[dict[str, Any]], dim: int) -> list[str]:
         line("mean size of all rows", size("mean_size", unit=1)),
         line("mean size of the rows asked for", size("asked_mean_size", unit=1)),
         line("ids asked for, of a rank and step", size("asked", unit=1, digits=0)),
-        line("asked of the busiest owner, of the mean", size("owned", "most", unit=1)),
+        line("ids of the busiest owner over the mean", size("owned", "most", unit=1)),
         "memory of a GPU, GB",
     ]
     optimizer = first["optimizer"]
@@ -256,7 +256,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add("--hbm", type=number(1), default=machine.hbm, help="assumed: bytes/s of a GPU's memory")
     add("--latency", type=number(0), default=machine.latency, help="assumed: s of a collective")
-    add("--check", action="store_true", help="count the bytes of runs on 2 and 4 ranks")
+    add(
+        "--check",
+        action="store_true",
+        help="count the bytes of runs on 2 and 4 ranks; goes with --out alone",
+    )
     add("--out", type=output, metavar="FILE", help="write the result as JSON")
     args = parser.parse_args(argv)
     if args.check and find_spec("torchrec") is None:

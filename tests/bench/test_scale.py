@@ -232,6 +232,20 @@ def test_the_page_has_what_the_command_prints(capsys):
     assert capsys.readouterr().out in PAGE
 
 
+def test_figures_of_the_page():
+    first, second = scale.jobs_of(scale.parse([]))
+    (many, _) = scale.jobs_of(scale.parse(["--tables", "26"]))
+    hops = [f"{1e3 * job['seconds']['hops']:.2f}" for job in (many, first)]
+    assert f"the hops take {hops[0]} ms in place of {hops[1]}" in PAGE
+    for job in (first, second):
+        held, sent = job["memory"]["sgd"], job["sent"]
+        assert held["fixed"] / held["rows"] == pytest.approx(50, rel=0.1)
+        assert (sent["outputs"] + sent["gradients"]) / job["sent_sum"] > 0.97
+    assert first["own_width"] / first["sent_sum"] < 0.5
+    assert second["own_width"] / second["sent_sum"] == pytest.approx(1 / 7, rel=0.05)
+    assert f"{first['ways'][2]['largest']:.1f} times the mean at Zipf 1.05" in PAGE
+
+
 def test_the_page_has_what_was_counted():
     result = json.loads(CHECKED.read_text())
     assert result["benchmark"] == "scale" and not scale.failures(result["check"])
