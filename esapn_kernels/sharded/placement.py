@@ -1,12 +1,14 @@
 """Which rank owns an id, and which of its rows it is.
 
-    position    p(x) = a x mod N        a: nearest to 0.618 N of those that share no factor with N
+    position    p(x) = (a x + b) mod N      a: nearest to 0.618 N of those without a factor of N
     owner       r with floor(r N / W) <= p(x) < floor((r + 1) N / W)
     row         p(x) - floor(r N / W)
 
 ``p`` is a bijection of ``[0, N)``. Ids that follow each other, as the most frequent ones often do,
-lie the golden ratio apart, so that every rank has as many of them as any other. ``p`` knows nothing
-of the number of ranks ``W``: what is saved in the order of positions is cut anew for any other.
+lie the golden ratio apart, so that every rank has as many of them as any other; ``b`` depends on
+the name of the table, so that the first ids of several tables lie on several ranks. ``p`` knows
+nothing of the number of ranks ``W``: what is saved in the order of positions is cut anew for any
+other.
 
 Source: multiplicative hashing by the golden ratio: Knuth, "The Art of Computer Programming" 3, 6.4.
 """
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from zlib import crc32
 
 from torch import Tensor
 
@@ -26,7 +29,7 @@ _MOST_ROWS = 3_000_000_000
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the rows of a table of ``num_rows`` ids lie on ``world`` ranks.
+    """Where the rows of the table ``name``, of ``num_rows`` ids, lie on ``world`` ranks.
 
     Raises:
         ValueError: no row, or more than 3e9.
@@ -43,20 +46,24 @@ class Placement:
 
     num_rows: int
     world: int
+    name: str = ""
     factor: int = field(init=False)
+    offset: int = field(init=False)
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_rows <= _MOST_ROWS:
             raise ValueError(f"a sharded table has 1 to 3e9 rows, got {self.num_rows}")
         object.__setattr__(self, "factor", golden_factor(self.num_rows))
+        object.__setattr__(self, "offset", crc32(self.name.encode()) * self.num_rows >> 32)
 
     def position(self, ids: Tensor) -> Tensor:
         """Positions of the ids, int64, of the same shape."""
-        return (ids.long() * self.factor) % self.num_rows
+        return (ids.long() * self.factor + self.offset) % self.num_rows
 
     def ids(self, position: Tensor) -> Tensor:
         """The ids at the positions."""
-        return (position * pow(self.factor, -1, self.num_rows)) % self.num_rows
+        inverse = pow(self.factor, -1, self.num_rows)
+        return ((position - self.offset) % self.num_rows * inverse) % self.num_rows
 
     def first(self, rank: int) -> int:
         """The first position of a rank; that of rank ``world`` is the number of rows."""

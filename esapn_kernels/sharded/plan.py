@@ -112,7 +112,7 @@ def ragged_plan(
         for config in tables:
             check_config(config)
             own = sizes.get(config.name) if isinstance(sizes, Mapping) else sizes
-            place = Placement(config.num_embeddings, world)
+            place = Placement(config.num_embeddings, world, config.name)
             sharding = RaggedSharding(
                 sharding_type=ShardingType.ROW_WISE.value,
                 compute_kernel="customized_kernel",

@@ -167,7 +167,7 @@ def update(tables: Mapping[str, ResizableEmbedding], path: str | Path) -> None:
 
 @torch.no_grad()
 def _table(checkpoint: Checkpoint, name: str, about: dict[str, Any]) -> ResizableEmbedding:
-    rows, place = about["num_embeddings"], Placement(about["num_embeddings"], 1)
+    rows, place = about["num_embeddings"], Placement(about["num_embeddings"], 1, name)
     prefix = f"tables.{name}"
     numel, dtype = checkpoint.shape(f"{prefix}.rows")
     state: dict[str, Tensor] = {

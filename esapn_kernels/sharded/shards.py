@@ -151,7 +151,7 @@ class RaggedCollection(
                 raise ValueError(
                     f"table {name!r} has a plan of {type(sharding).__name__}: take ragged_plan"
                 )
-            place = Placement(config.num_embeddings, world)
+            place = Placement(config.num_embeddings, world, name)
             with torch.random.fork_rng([device] if device.type == "cuda" else []):
                 torch.manual_seed(_seed(group, device) + rank)
                 rows = sharding.make(config, place.count(rank), device=device, **options)
@@ -258,14 +258,20 @@ class RaggedCollection(
     def _to_send(self, ctx: _Context, names: Sequence[str], ids: dict[str, Tensor]) -> Any:
         """The ids of some tables, as codes that go by owner; each table is a key of one line."""
         device = next(iter(ids.values())).device
-        if ctx.refusal is not None:
-            none, zeros = ids[names[0]][:0], torch.zeros(_REFUSED * len(names), dtype=torch.int64)
-            ctx.asked.append([0] * len(names))
-            return KeyedJaggedTensor(list(names), none, lengths=zeros.to(device), stride=_REFUSED)
-        codes, times, reverse, asked = [], [], [], []
         counts = (
             self._dedup and self.training and any(is_growing(self.tables[n].rows) for n in names)
         )
+        if ctx.refusal is not None:
+            none, zeros = ids[names[0]][:0], torch.zeros(_REFUSED * len(names), dtype=torch.int64)
+            ctx.asked.append([0] * len(names))
+            return KeyedJaggedTensor(
+                list(names),
+                none,
+                none.float() if counts else None,  # as of the other ranks
+                lengths=zeros.to(device),
+                stride=_REFUSED,
+            )
+        codes, times, reverse, asked = [], [], [], []
         for name in names:
             code = self.tables[name].placement.code(ids[name])
             if self._dedup:

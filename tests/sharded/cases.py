@@ -257,10 +257,12 @@ def without_model_parallel(fully: bool) -> None:
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
 
 
-def refuse(what: str) -> str:
+def refuse(what: str, grows: bool = False) -> str:
     """What this rank is told where rank 1 asks for what cannot be; all go on afterwards."""
     model, rank = shard(), dist.get_rank()
     found, good = tables(model), batch(3, 4)
+    if grows:
+        found.grow()
     before = {name: t.weight for name, t in whole_tables(model).items()}
     said = ""
     try:

@@ -33,8 +33,7 @@ class Gang:
             self.processes.append(process)
 
     def answers(self, case: str, **arguments: Any) -> Iterator[tuple[int, bool, Any]]:
-        """Of every rank, as they come: whether ``case`` of ``cases.py`` ended well, and its result
-        or a traceback."""
+        """Of every rank, as they come: whether ``case`` ended well, its result or a traceback."""
         for pipe in self._pipes:
             pipe.send((case, arguments))
         waiting: dict[Any, int] = dict(zip(self._pipes, range(self.world), strict=True))
@@ -48,7 +47,7 @@ class Gang:
                 yield rank, good, value
 
     def run(self, case: str, **arguments: Any) -> list[Any]:
-        """What ``case`` of ``cases.py`` returns on every rank.
+        """What ``case`` of ``cases.py``, or ``"module:case"`` of another, returns on every rank.
 
         Raises:
             AssertionError: it raised on a rank; the traceback of the first that did, whose others
@@ -82,11 +81,12 @@ def _serve(rank: int, world: int, store: str, pipe: Connection) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
     dist.init_process_group("gloo", rank=rank, world_size=world, store=dist.FileStore(store, world))
-    cases = importlib.import_module("tests.sharded.cases")
     with contextlib.suppress(EOFError):
         while True:
-            name, arguments = pipe.recv()
+            case, arguments = pipe.recv()
+            module, _, name = case.rpartition(":")
             try:
+                cases = importlib.import_module(f"tests.sharded.{module or 'cases'}")
                 pipe.send((True, getattr(cases, name)(**arguments)))
             except BaseException:
                 pipe.send((False, traceback.format_exc()))

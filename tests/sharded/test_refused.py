@@ -15,7 +15,8 @@ import pytest
         ("save", "TypeError: Object of type set is not JSON serializable", "rank 1: Object of"),
     ],
 )
-def test_all_ranks_refuse(ranks, world, what, own, others):
-    for rank, said in enumerate(ranks(world).run("refuse", what=what)):
+@pytest.mark.parametrize("grows", [False, True])
+def test_all_ranks_refuse(ranks, world, what, own, others, grows):
+    for rank, said in enumerate(ranks(world).run("refuse", what=what, grows=grows)):
         assert (own if rank == 1 else others) in said
         assert "\n" not in said
