@@ -402,7 +402,13 @@ def test_other_commands(page, script_help):
             assert command.flags <= known, command
         elif program == "make":
             assert first in targets, first
-        elif program == "pip":
+        elif program == "pip" and rest and rest[-1][0] != ".":
+            pinned = (ROOT / "requirements-sharded.txt").read_text()
+            assert first == "install"
+            for name in (word for word in rest if word != "--no-deps"):
+                # Of CUDA, where the file names that for CPUs.
+                assert name.replace("fbgemm-gpu=", "fbgemm-gpu-cpu=") in pinned, name
+        elif program == "pip" and rest:
             named = re.fullmatch(r"\.(?:\[([a-z,]+)\])?", rest[-1])
             assert first == "install" and named, command
             assert set((named[1] or extras[0]).split(",")) <= set(extras), command
