@@ -127,7 +127,14 @@ def ranks() -> Iterator[torch.device]:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    # After a restart torchrun may keep the store, with addresses of processes that are gone.
+    store, rank, world = next(dist.rendezvous("env://"))
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=dist.PrefixStore(f"attempt {restarts()}", store),
+        rank=rank,
+        world_size=world,
+    )
     try:
         yield device
     finally:

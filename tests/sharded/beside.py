@@ -196,7 +196,7 @@ class Pair:
         self.whole_dense.step()
         return [out.detach() for out in outputs]
 
-    def check_tables(self, rtol: float = 1e-5, atol: float = 1e-6) -> None:
+    def check_tables(self, rtol: float = 1e-5, atol: float = 1e-5) -> None:
         """Sizes, rows and hops are those of the whole tables; hops are alike to the bit."""
         for name, found in whole_tables(self.model).items():
             expected = self.whole.tables[name]
