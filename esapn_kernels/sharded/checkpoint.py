@@ -17,6 +17,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from ..grow import Growth
@@ -106,6 +107,12 @@ def _new(path: str | Path) -> Path:
     if path.exists():
         raise FileExistsError(f"{str(path)!r} exists: save to another folder")
     return path
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """On the CPU; of a tensor that ranks share, its part where it is."""
+    tensor = tensor.detach()
+    return tensor.clone() if isinstance(tensor, DTensor) else tensor.to("cpu", copy=True)
 
 
 def _text(about: dict[str, Any]) -> Tensor:
@@ -217,7 +224,7 @@ def _state(
             numbers = [None] * dist.get_world_size(group)
             dist.all_gather_object(numbers, mine, group=group)
             for key, tensor in rows.items():
-                states[name][f"growth.{key}"] = table.block(tensor[: table.count].clone())
+                states[name][f"growth.{key}"] = table.block(_copy(tensor[: table.count]))
         settings = _settings(table.optimizer)[0]
         about[name] = {**_kind(table), "settings": settings, "growth": numbers}
     groups = None if optimizer is None else [_settings(one) for one in _parts(optimizer)]
@@ -232,12 +239,12 @@ def _state(
     state = {
         "about": _text(whole),
         **_flat("tables", states),
-        **{f"model.{name}": tensor.detach().clone() for name, tensor in _dense(model).items()},
+        **{f"model.{name}": _copy(tensor) for name, tensor in _dense(model).items()},
     }
     for name, one, parameter in _stepped(model, optimizer):
         for key, value in one.state.get(parameter, {}).items():
             value = value if isinstance(value, Tensor) else torch.tensor(value)
-            state[f"optimizer.{name}.{key}"] = value.detach().clone()
+            state[f"optimizer.{name}.{key}"] = _copy(value)
     return state
 
 
@@ -385,7 +392,7 @@ def _growth_like(found: Tables, growth: Growth) -> dict[str, dict[str, Tensor]]:
     """Memory for what a rule counts."""
     return {
         name: {
-            f"growth.{key}": table.block(tensor[: table.count].clone())
+            f"growth.{key}": table.block(_copy(tensor[: table.count]))
             for key, tensor in growth.row_state(_grown(growth, table))[0].items()
         }
         for name, table in found.items()
@@ -426,7 +433,8 @@ class _Writers:
 @functools.lru_cache(maxsize=1)
 def _writers(group: dist.ProcessGroup) -> _Writers:
     ranks = dist.get_process_group_ranks(group)
-    return _Writers(ThreadPoolExecutor(1), dist.new_group(ranks, backend="gloo"))
+    group = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+    return _Writers(ThreadPoolExecutor(1), group)
 
 
 def _write(state: dict[str, Any], part: Path, path: Path, group: dist.ProcessGroup) -> None:

@@ -71,7 +71,7 @@ from .table import ShardedTable
 __all__ = ["RaggedBagSharder", "RaggedCollection", "RaggedSharder"]
 
 _REFUSED = 2
-"""The batch size that a rank sends in the place of ids, of which it has some out of range; 1 else.
+"""The batch size that a rank sends in the place of ids that it refuses; 1 else.
 
 TorchRec exchanges batch sizes before ids anyway, and every rank reads them on the host.
 """
@@ -98,7 +98,7 @@ class _Context(EmbeddingCollectionContext):
     """
 
     asked: list[list[int]] = field(default_factory=list)
-    refusal: str | None = None
+    refusal: Exception | None = None
     features: dict[str, JaggedTensor] = field(default_factory=dict)
 
     def record_stream(self, stream: torch.Stream) -> None:
@@ -205,15 +205,14 @@ class RaggedCollection(
         self, ctx: _Context, features: KeyedJaggedTensor
     ) -> Awaitable[Awaitable[KJTList]]:
         """Send the ids of a batch to their owners."""
-        parts = self._parts(features)
-        ctx.features = {f.key: parts[f.key] for f in self._features}
-        ids = {
-            name: torch.cat(
-                [parts[f.key].values().long() for f in self._features if f.table == name]
-            )
-            for name in self.tables
-        }
-        ctx.refusal = self._refusal(ids)
+        ids: dict[str, Tensor] = {}
+        try:
+            ctx.features = self._parts(features)
+            ids = {name: self._ids(name, ctx.features) for name in self.tables}
+            self._check(ids)
+        except (IndexError, KeyError, TypeError, ValueError) as error:
+            # Raised with the other ranks, which wait for ids.
+            ctx.refusal = error
         awaitables = []
         for names, to_owners in zip(self._groups, self._input_dists, strict=True):
             sent = self._to_send(ctx, names, ids)
@@ -234,41 +233,53 @@ class RaggedCollection(
             raise ValueError(
                 "features have batch sizes of their own, which sharded ragged tables do not take"
             )
-        missing = {f.key for f in self._features} - set(features.keys())
-        if missing:
+        keys = {f.key for f in self._features}
+        if missing := keys - set(features.keys()):
             raise KeyError(f"features {sorted(missing)} are missing: there are {features.keys()}")
         if self._weighted and features.weights_or_none() is None:
             raise ValueError("the collection is weighted, and features have no weights")
-        return _split(features)
+        return {key: jagged for key, jagged in _split(features).items() if key in keys}
 
-    def _refusal(self, ids: dict[str, Tensor]) -> str | None:
-        """Why the ids cannot be looked up."""
+    def _ids(self, name: str, parts: dict[str, JaggedTensor]) -> Tensor:
+        """The ids of all features of a table."""
+        found = [parts[f.key].values() for f in self._features if f.table == name]
+        for ids in found:
+            if ids.dtype not in (torch.int32, torch.int64):
+                raise TypeError(f"ids of table {name!r} must be int32 or int64, got {ids.dtype}")
+        return torch.cat([ids.long() for ids in found])
+
+    def _check(self, ids: dict[str, Tensor]) -> None:
+        """Refuse ids that are out of range.
+
+        Raises:
+            IndexError: some are.
+        """
         bounds = [t.aminmax() for t in ids.values() if t.numel()]
         if not bounds:
-            return None
+            return
         names = [name for name, t in ids.items() if t.numel()]
         lowest, highest = torch.stack([torch.stack(pair) for pair in bounds]).T.tolist()
         for name, low, high in zip(names, lowest, highest, strict=True):
             rows = self.tables[name].num_embeddings
             if low < 0 or high >= rows:
                 wrong = low if low < 0 else high
-                return f"id {wrong} is out of range [0, {rows}) of table {name!r}"
-        return None
+                raise IndexError(f"id {wrong} is out of range [0, {rows}) of table {name!r}")
 
     def _to_send(self, ctx: _Context, names: Sequence[str], ids: dict[str, Tensor]) -> Any:
         """The ids of some tables, as codes that go by owner; each table is a key of one line."""
-        device = next(iter(ids.values())).device
         counts = (
             self._dedup and self.training and any(is_growing(self.tables[n].rows) for n in names)
         )
+        device = self.tables[names[0]].rows.arena.storage.device
         if ctx.refusal is not None:
-            none, zeros = ids[names[0]][:0], torch.zeros(_REFUSED * len(names), dtype=torch.int64)
+            none = torch.zeros(0, dtype=torch.int64, device=device)
+            zeros = torch.zeros(_REFUSED * len(names), dtype=torch.int64, device=device)
             ctx.asked.append([0] * len(names))
             return KeyedJaggedTensor(
                 list(names),
                 none,
                 none.float() if counts else None,  # as of the other ranks
-                lengths=zeros.to(device),
+                lengths=zeros,
                 stride=_REFUSED,
             )
         codes, times, reverse, asked = [], [], [], []
@@ -322,11 +333,11 @@ class RaggedCollection(
                 "steps them in backward: use TrainPipelineSparseDist"
             )
         if ctx.refusal is not None:
-            raise IndexError(ctx.refusal)
+            raise ctx.refusal
         sizes = [context.batch_size_per_rank for context in ctx.sharding_contexts]
         if any(_REFUSED in per_rank for per_rank in sizes):
             refused = [r for r, size in enumerate(sizes[0]) if size == _REFUSED]
-            raise RuntimeError(f"rank {refused[0]} has ids that are out of range: see what it says")
+            raise RuntimeError(f"rank {refused[0]} refuses its batch: see what it says")
 
     def output_dist(self, ctx: _Context, output: list[Tensor]) -> LazyAwaitable[Any]:
         """Send outputs back to who asked for them."""

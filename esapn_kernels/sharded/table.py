@@ -126,31 +126,31 @@ class ShardedTable:
         Returns:
             ``levels`` int8 ``[N]``; ``rows`` and state that lies as they do, all rows one behind
             the other; state ``[N]`` of a number a row; each as a :class:`Block`. ``chain`` and what
-            else the optimizer keeps as they are. All are copies.
+            else the optimizer keeps as they are. All are copies, on the CPU.
         """
         arena, ids = self._arena, torch.arange(self.count, device=self._device)
-        level = arena.level(ids).to(torch.int8)
+        level = arena.level(ids).to("cpu", torch.int8)
         numel = packed_numel(arena, ids)
         first, total = self._cut(numel)
         found: dict[str, Tensor] = {
             "levels": self.block(level),
             "rows": Block(pack(arena, arena.storage.detach(), ids), first, total),
-            "chain": self.rows.chain.detach().clone(),
+            "chain": _copy(self.rows.chain),
         }
         for name, held in self._optimizer_state.items():
             part: Tensor
             if name in self.optimizer.state_per_element:
                 part = Block(pack(arena, held.view(-1), ids), first, total)
             elif name in self.optimizer.state_per_id:
-                part = self.block(held[: self.count].clone())
+                part = self.block(_copy(held[: self.count]))
             else:
-                part = held.clone()
+                part = _copy(held)
             found[f"optimizer.{name}"] = part
         return found
 
     def levels_like(self) -> Block:
         """Memory for this rank's ``levels``."""
-        return self.block(torch.zeros(self.count, dtype=torch.int8, device=self._device))
+        return self.block(torch.zeros(self.count, dtype=torch.int8))
 
     def block(self, local: Tensor) -> Block:
         """This rank's part of a tensor that has a number for every row."""
@@ -163,25 +163,24 @@ class ShardedTable:
 
     def state_like(self, levels: Block) -> dict[str, Tensor]:
         """Memory for :meth:`state` of rows of ``levels``; collective."""
-        dims = torch.tensor(self.sizes, device=self._device)[levels.local.long()]
-        numel = int(dims.sum())
+        numel = int(torch.tensor(self.sizes)[levels.local.long()].sum())
         first, total = self._cut(numel)
 
         def block(dtype: torch.dtype) -> Block:
-            return Block(torch.empty(numel, dtype=dtype, device=self._device), first, total)
+            return Block(torch.empty(numel, dtype=dtype), first, total)
 
         found: dict[str, Tensor] = {
             "rows": block(self._arena.storage.dtype),
-            "chain": torch.empty_like(self.rows.chain, requires_grad=False),
+            "chain": torch.empty(self.rows.chain.shape, dtype=self.rows.chain.dtype),
         }
         for name, held in self._optimizer_state.items():
             part: Tensor
             if name in self.optimizer.state_per_element:
                 part = block(held.dtype)
             elif name in self.optimizer.state_per_id:
-                part = self.block(held.new_empty(self.count))
+                part = self.block(torch.empty(self.count, dtype=held.dtype))
             else:
-                part = torch.empty_like(held)
+                part = torch.empty(held.shape, dtype=held.dtype)
             found[f"optimizer.{name}"] = part
         return found
 
@@ -191,11 +190,11 @@ class ShardedTable:
         Raises:
             ValueError: a level that is none, or more than the budget of this rank allows.
         """
-        level = levels.local.long()
+        level = levels.local.long().to(self._device)
         if len(level) and not 0 <= int(level.min()) <= int(level.max()) < len(self.sizes):
             raise ValueError("the checkpoint holds sizes that are none of the table's")
-        spare = torch.zeros(self.rows.num_embeddings - self.count, dtype=torch.int64)
-        return self._arena.state_at(torch.cat([level, spare.to(level.device)]))
+        spare = level.new_zeros(self.rows.num_embeddings - self.count)
+        return self._arena.state_at(torch.cat([level, spare]))
 
     @torch.no_grad()
     def load(self, prepared: dict[str, Tensor], state: dict[str, Tensor]) -> None:
@@ -239,14 +238,14 @@ class ShardedTable:
         if self._changes is None:
             raise RuntimeError("no mark was set: tables(model).mark() begins to note changes")
         rows = self._changes.noted[: self.count].nonzero()[:, 0]
-        level = self._arena.level(rows).to(torch.int8)
-        ids = self.placement.ids(rows + self.placement.first(self.rank))
+        level = self._arena.level(rows).to("cpu", torch.int8)
+        ids = self.placement.ids(rows.cpu() + self.placement.first(self.rank))
         packed = pack(self._arena, self._arena.storage.detach(), rows)
         return {
             "ids": Block(ids, *self._cut(len(rows))),
             "levels": Block(level, *self._cut(len(rows))),
             "rows": Block(packed, *self._cut(packed.numel())),
-            "chain": self.rows.chain.detach().clone(),
+            "chain": _copy(self.rows.chain),
         }
 
     @property
@@ -278,13 +277,13 @@ class ShardedTable:
 
     def _by_owners(self, ids: Tensor, do: Callable[[Tensor], Tensor]) -> Tensor:
         """What each id's owner says of it, int64 ``[n]``: ``do`` takes rows of this rank."""
-        counts, every = self._agree.gather(ids)
+        counts, every = self._agree.gather(ids.to(self._device))
         said = torch.zeros_like(every, dtype=torch.int64)
         mine, rows = self.local(every)
         said[mine] = do(rows).long()
         dist.all_reduce(said, group=self.group)
         first = sum(counts[: self.rank])
-        return said[first : first + ids.numel()]
+        return said[first : first + ids.numel()].to(ids.device)
 
     @contextlib.contextmanager
     def _checks_on_all_ranks(self) -> Iterator[None]:
@@ -296,6 +295,10 @@ class ShardedTable:
             with contextlib.suppress(RuntimeError):
                 self._agree.gather(torch.empty(0, device=device), refused=True)
             raise
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
 
 
 def _local(tensor: Tensor) -> Tensor:

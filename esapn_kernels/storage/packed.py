@@ -23,7 +23,7 @@ def packed_numel(arena: Arena, ids: Tensor) -> int:
 
 
 def pack(arena: Arena, tensor: Tensor, ids: Tensor) -> Tensor:
-    """The numbers of the rows of ``ids`` in ``tensor``, which is as long as the storage.
+    """On the CPU, the numbers of the rows of ``ids`` in ``tensor``, as long as the storage.
 
     Example:
         >>> arena = Arena(3, (2, 4), level=torch.tensor([1, 0, 1]))
@@ -33,16 +33,15 @@ def pack(arena: Arena, tensor: Tensor, ids: Tensor) -> Tensor:
         >>> found.tolist() == [second, second + 1, *range(first, first + 4)]
         True
     """
-    found = [tensor[index] for index in _places(arena, ids)]
-    return torch.cat(found) if found else tensor[:0]
+    found = [tensor[index].cpu() for index in _places(arena, ids)]
+    return torch.cat(found) if found else torch.empty(0, dtype=tensor.dtype)
 
 
 def unpack(arena: Arena, packed: Tensor, tensor: Tensor, ids: Tensor) -> None:
     """The opposite of :func:`pack`: write ``packed`` to ``tensor``."""
     first = 0
     for index in _places(arena, ids):
-        part = packed[first : first + len(index)]
-        tensor[index] = part.to(tensor.device, tensor.dtype)
+        tensor[index] = packed[first : first + len(index)].to(tensor.device, tensor.dtype)
         first += len(index)
 
 

@@ -271,13 +271,19 @@ def refuse(what: str, grows: bool = False) -> str:
             if rank == 1:
                 bad.values()[5] = 10_000
             model(bad)
+        elif what == "key":
+            keys = ["other", *good.keys()[1:]] if rank == 1 else good.keys()
+            model(KeyedJaggedTensor(keys, good.values(), lengths=good.lengths()))
+        elif what == "dtype":
+            ids = good.values().float() if rank == 1 else good.values()
+            model(KeyedJaggedTensor(good.keys(), ids, lengths=good.lengths()))
         elif what == "promote":
             found["t"].promote(torch.tensor([ROWS["t"] if rank == 1 else 3]))
         elif what == "size":
             found["t"].resize(torch.tensor([3]), 5 if rank == 1 else 4)
         elif what == "save":
             save(model, shared_folder() / "a", extra={"a": {1} if rank == 1 else 1})  # type: ignore[dict-item]
-    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+    except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         said = f"{type(error).__name__}: {error}"
     for name, table in whole_tables(model).items():
         assert torch.equal(table.weight, before[name])

@@ -9,7 +9,9 @@ import pytest
 @pytest.mark.parametrize(
     "what, own, others",
     [
-        ("ids", "IndexError: id 10000 is out of range", "rank 1 has ids that are out of range"),
+        ("ids", "IndexError: id 10000 is out of range", "rank 1 refuses its batch"),
+        ("key", "features ['f'] are missing", "rank 1 refuses its batch"),
+        ("dtype", "must be int32 or int64, got torch.float32", "rank 1 refuses its batch"),
         ("promote", "IndexError: index out of range in self", "another rank raised"),
         ("size", "ValueError", "another rank raised"),
         ("save", "TypeError: Object of type set is not JSON serializable", "rank 1: Object of"),
