@@ -52,7 +52,7 @@ def test_consecutive_ids_lie_on_all_ranks():
         for name in ("user", "item"):
             place = Placement(rows, 8, name)
             counts = torch.bincount(place.owner(place.position(torch.arange(400))), minlength=8)
-            assert int(counts.min()) >= 40 and int(counts.max()) <= 65
+            assert int(counts.min()) >= 35 and int(counts.max()) <= 65
     first = [int(Placement(1000, 64, f"t{i}").position(torch.tensor(0))) for i in range(20)]
     assert len(set(first)) > 15
 
