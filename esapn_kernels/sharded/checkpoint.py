@@ -444,6 +444,6 @@ def _write(state: dict[str, Any], part: Path, path: Path, group: dist.ProcessGro
     except CheckpointException as error:
         causes = [str(cause) for cause, _ in error.failures.values()]
         raise RuntimeError(f"{str(path)!r} was not written: {causes[0]}") from None
-    if dist.get_rank(group) == 0:
-        part.rename(path)
-    dist.barrier(group)
+    with _on_all_ranks(group):
+        if dist.get_rank(group) == 0:
+            part.rename(path)

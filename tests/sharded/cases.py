@@ -17,12 +17,14 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torchrec import KeyedJaggedTensor
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.distributed.train_pipeline.train_pipelines import TrainPipelineSemiSync
 from torchrec.distributed.types import ShardingEnv
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
+from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from esapn_kernels.grow import ByCounts
 from esapn_kernels.sharded import (
@@ -237,9 +239,10 @@ def without_model_parallel(fully: bool) -> None:
             state = {"rows": None, **table.state_like(levels)}
             saved = pair.tables[name].state()
             table.load(table.prepare(saved["levels"]), {key: saved[key] for key in state})
-    dense = torch.optim.SGD([*model.one.parameters(), *model.all.parameters(), *hops], lr=0.1)
-    chosen = [p for p in pair.model.parameters() if not hasattr(p, "_in_backward_optimizers")]
-    reference = torch.optim.SGD(chosen, lr=0.1)
+    parts = [*model.one.parameters(), *model.all.parameters(), *hops]
+    dense = torch.optim.SGD(parts, lr=0.1, momentum=0.9)
+    chosen = dict(in_backward_optimizer_filter(pair.model.named_parameters()))
+    reference = torch.optim.SGD(chosen.values(), lr=0.1, momentum=0.9)
     for step in range(4):
         one = batch(7 * step + dist.get_rank(), 5)
         loss, out = model(one)
@@ -255,6 +258,18 @@ def without_model_parallel(fully: bool) -> None:
         reference.step()
         reference.zero_grad()
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    save(model, folder / "end", optimizer=dense)
+    before = [part.detach().clone() for part in parts]
+    with torch.no_grad():
+        for part in parts:
+            part.zero_()
+    fresh = torch.optim.SGD(parts, lr=0.3, momentum=0.9)
+    load(model, folder / "end", optimizer=fresh)
+    for part, saved in zip(parts, before, strict=True):
+        a, b = (t.full_tensor() if isinstance(t, DTensor) else t for t in (part, saved))
+        assert torch.equal(a, b)
+    assert fresh.param_groups[0]["lr"] == 0.1
+    assert all(fresh.state[part]["momentum_buffer"].shape == part.shape for part in parts)
 
 
 def refuse(what: str, grows: bool = False) -> str:
@@ -343,11 +358,9 @@ def train_a_part(
 
 def moving_dense(model: Any) -> torch.optim.Optimizer:
     """Adam, whose state is of several kinds, in TorchRec's wrapper, and of the hops in another."""
-    named = [
-        (n, p) for n, p in model.named_parameters() if not hasattr(p, "_in_backward_optimizers")
-    ]
-    hops = {n: p for n, p in named if n.endswith("chain")}
-    rest = {n: p for n, p in named if not n.endswith("chain")}
+    named = dict(in_backward_optimizer_filter(model.named_parameters()))
+    hops = {n: p for n, p in named.items() if n.endswith("chain")}
+    rest = {n: p for n, p in named.items() if not n.endswith("chain")}
     wrap = KeyedOptimizerWrapper
     return CombinedOptimizer(
         [
