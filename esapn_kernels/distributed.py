@@ -8,6 +8,7 @@ every promotion and demotion is one that all ranks make together.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
 import torch
@@ -18,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .module import ResizableEmbedding
 from .storage.arena import Arena
 
-__all__ = ["Agreement", "replicate"]
+__all__ = ["Agreement", "on_all_ranks", "replicate"]
 
 
 def replicate(
@@ -151,6 +152,28 @@ def _send(table: ResizableEmbedding, group: dist.ProcessGroup | None) -> None:
         table.arena.forget_free_places()
 
 
+@contextlib.contextmanager
+def on_all_ranks(group: dist.ProcessGroup | None) -> Iterator[None]:
+    """What one rank raises all raise; collective.
+
+    Raises:
+        RuntimeError: another rank raised; it says what.
+    """
+    failure = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    said: list[str | None] = [None] * dist.get_world_size(group)
+    text = None if failure is None else str(failure) or type(failure).__name__
+    dist.all_gather_object(said, text, group=group)
+    if failure is not None:
+        raise failure
+    for rank, text in enumerate(said):
+        if text is not None:
+            raise RuntimeError(f"rank {rank}: {text}")
+
+
 class _Averaging:
     """Hook: the mean of a gradient over the ranks. What is a mean already stays as it is."""
 
@@ -187,7 +210,7 @@ class Agreement:
         numbers = torch.cat(self._gathered(count)).tolist()
         if min(numbers) < 0:
             raise RuntimeError(
-                "another rank raised an error in promote or demote: nothing was changed"
+                "another rank raised an error in the call that this one made: nothing was changed"
             )
         padded = ids.new_zeros(max(numbers), dtype=torch.int64)
         padded[: ids.numel()] = ids

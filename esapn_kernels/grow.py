@@ -314,6 +314,9 @@ ResizableEmbedding`; ``"3%"`` is of all the plain tables. Each table may take wh
             names: of the tables; default: all.
         """
         for name in self.tables if names is None else names:
+            awaits = self.tables[name].awaits_backward
+            if awaits is not None and awaits():
+                continue  # the step after that backward counts
             self._new.discard(name)
             self._steps[name] += 1
             if not self._is_due(self._steps[name]):
@@ -483,6 +486,19 @@ ResizableEmbedding`; ``"3%"`` is of all the plain tables. Each table may take wh
         self._steps, self._next = dict(state["steps"]), dict(state["next"])
         self._lookups = dict(state["lookups"])
         self._new = set(state["new"])
+
+    def check_saved(self) -> None:
+        """Refuse a rule that counts and does not say what :meth:`row_state` is of it.
+
+        Raises:
+            NotImplementedError: it is one.
+        """
+        own = type(self)
+        if own.count is not Growth.count and own.row_state is Growth.row_state:
+            raise NotImplementedError(
+                f"{own.__name__} counts lookups, and a checkpoint of several ranks needs what it "
+                "counts of each row: give it row_state and load_row_state"
+            )
 
     def row_state(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What is counted of a table's rows, ``[rows]`` each, and numbers beside it.

@@ -150,6 +150,8 @@ class ResizableEmbedding(nn.Embedding):
     chain: Any
     # Of a replica (see distributed): gives the ids that all ranks promote together.
     agree: Callable[..., Tensor] | None = None
+    # Of a rank's rows (see sharded): whether a lookup awaits its backward, before which none moves.
+    awaits_backward: Callable[[], bool] | None = None
     # torch's words; those of nn.EmbeddingBag begin otherwise.
     _padding_refused = "Padding_idx must be within num_embeddings"
     _shown: tuple[str, ...] = (

@@ -13,7 +13,12 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
+from ..ops.layout import chunks
+
 __all__ = ["Block"]
+
+_NUMBERS = 1 << 24
+"""In a chunk of a file."""
 
 
 class Block(Tensor):
@@ -57,9 +62,13 @@ class Block(Tensor):
         )
 
     def _chunks(self) -> list[ChunkStorageMetadata]:
-        if not len(self.local):
-            return []
-        return [ChunkStorageMetadata(torch.Size([self.first]), torch.Size([len(self.local)]))]
+        """Some numbers each: who reads a part of a chunk reads all of it."""
+        return [
+            ChunkStorageMetadata(
+                torch.Size([self.first + part.start]), torch.Size([part.stop - part.start])
+            )
+            for part in chunks(len(self.local), _NUMBERS)
+        ]
 
     def __create_write_items__(self, fqn: str, object: Any) -> list[WriteItem]:
         return [
@@ -79,4 +88,6 @@ class Block(Tensor):
         return self._chunks()
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
-        return self.local
+        assert index.offset is not None
+        begin = index.offset[0] - self.first
+        return self.local[begin : begin + _NUMBERS]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import concurrent.futures
 import functools
 import json
 import shutil
@@ -19,11 +19,14 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
+from torchrec.distributed.types import ShardedModule
 
+from ..distributed import on_all_ranks
 from ..grow import Growth
 from .block import Block
 from .model_tables import Tables, tables
 from .reading import CHANGES, FORMAT, WHOLE, Checkpoint
+from .shards import RaggedCollection
 from .table import ShardedTable
 
 __all__ = ["load", "save", "save_changes"]
@@ -62,9 +65,13 @@ def save(
         RuntimeError: another rank raised.
     """
     found = tables(model)
-    with _on_all_ranks(found.group):
+    _writer(found.group).wait()
+    with on_all_ranks(found.group):
         path = _new(path)
         json.dumps(extra)
+        _refuse_others(model)
+        if growth is not None:
+            growth.check_saved()
     return _begin(_state(found, model, optimizer, growth, extra), path, found.group, wait)
 
 
@@ -84,17 +91,35 @@ def save_changes(model: nn.Module, path: str | Path) -> None:
         RuntimeError: no mark was set, or another rank raised; the mark stays.
     """
     found = tables(model)
-    with _on_all_ranks(found.group):
+    _writer(found.group).wait()
+    with on_all_ranks(found.group):
         path = _new(path)
+    number = next(iter(found.values())).number + 1
     changed = {name: table.changed() for name, table in found.items()}
     about = {
         "format": FORMAT,
         "kind": CHANGES,
+        "number": number,
         "tables": {name: _kind(table) for name, table in found.items()},
     }
     state = {"about": _text(about), **_flat("tables", changed)}
     _begin(state, path, found.group, wait=True)
-    found.mark()
+    for table in found.values():
+        table.mark(number)
+
+
+def _refuse_others(model: nn.Module) -> None:
+    """Refuse tables that other modules of TorchRec have over the ranks.
+
+    Raises:
+        ValueError: there are some: their parts would be taken for one and the same tensor.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, ShardedModule) and not isinstance(module, RaggedCollection):
+            raise ValueError(
+                f"{name} is sharded by TorchRec's own kernels: save it by TorchRec's state dict, "
+                "and the model without it"
+            )
 
 
 def _new(path: str | Path) -> Path:
@@ -123,12 +148,12 @@ def _begin(
     state: dict[str, Tensor], path: Path, group: dist.ProcessGroup, wait: bool
 ) -> Future[None]:
     """Have the state written."""
-    part, writers = path.with_name(path.name + ".part"), _writers(group)
-    with _on_all_ranks(group):
+    part, writer = path.with_name(path.name + ".part"), _writer(group)
+    with on_all_ranks(group):
         if dist.get_rank(group) == 0:
             shutil.rmtree(part, ignore_errors=True)
             path.parent.mkdir(parents=True, exist_ok=True)
-    done = writers.thread.submit(_write, state, part, path, writers.group)
+    done = writer.last = writer.thread.submit(_write, state, part, path, writer.group)
     if wait:
         done.result()
     return done
@@ -166,16 +191,19 @@ def load(
     found = tables(model)
     group = found.group
     levels = {name: table.levels_like() for name, table in found.items()}
-    with _on_all_ranks(group):
+    with on_all_ranks(group):
         checkpoint = Checkpoint(path, WHOLE)
         about = checkpoint.about
-        _check(found, about, optimizer, growth)
+        _refuse_others(model)
+        _check(found, about, growth)
+        _check_optimizer(model, about["optimizer"], optimizer)
         checkpoint.load({f"tables.{name}.levels": block for name, block in levels.items()})
-        prepared = {name: table.prepare(levels[name]) for name, table in found.items()}
+        for name, table in found.items():
+            table.check_levels(levels[name])
     states = {name: table.state_like(levels[name]) for name, table in found.items()}
     counted = {} if growth is None else _growth_like(found, growth)
     dense = {name: torch.empty_like(t, requires_grad=False) for name, t in _dense(model).items()}
-    with _on_all_ranks(group):
+    with on_all_ranks(group):
         moments = _moments_like(model, optimizer, checkpoint)
         checkpoint.load(
             {
@@ -187,14 +215,17 @@ def load(
         )
     with torch.no_grad():
         for name, table in found.items():
-            table.load(prepared[name], states[name])
+            table.load(levels[name], states[name])
             _set(table.optimizer, [about["tables"][name]["settings"]])
         for name, tensor in _dense(model).items():
             tensor.copy_(dense[name])
+    for _, one, parameter in _stepped(model, optimizer):
+        one.state.pop(parameter, None)
     for moment in moments:
         moment.owner.state.setdefault(moment.parameter, {})[moment.name] = moment.tensor
-    for one, groups in zip(_parts(optimizer), about["optimizer"] or [], strict=False):
-        _set(one, groups)
+    if optimizer is not None:
+        for one, saved in zip(_parts(optimizer), about["optimizer"], strict=True):
+            _set(one, saved["settings"])
     if growth is not None:
         same, rank = about["world"] == dist.get_world_size(group), dist.get_rank(group)
         for name, parts in counted.items():
@@ -227,7 +258,7 @@ def _state(
                 states[name][f"growth.{key}"] = table.block(_copy(tensor[: table.count]))
         settings = _settings(table.optimizer)[0]
         about[name] = {**_kind(table), "settings": settings, "growth": numbers}
-    groups = None if optimizer is None else [_settings(one) for one in _parts(optimizer)]
+    groups = None if optimizer is None else _groups(model, optimizer)
     whole = {
         "format": FORMAT,
         "kind": WHOLE,
@@ -262,7 +293,6 @@ def _kind(table: ShardedTable) -> dict[str, Any]:
 def _check(
     found: Tables,
     about: dict[str, Any],
-    optimizer: torch.optim.Optimizer | None,
     growth: Growth | None,
 ) -> None:
     """Refuse a checkpoint of something else.
@@ -285,8 +315,39 @@ def _check(
             rule = saved["growth"][0]["rule"]
             if rule != type(growth).__name__:
                 raise ValueError(f"growth was saved by {rule}, not {type(growth).__name__}")
-    if optimizer is not None and about["optimizer"] is None:
+
+
+def _check_optimizer(
+    model: nn.Module, saved: list[dict[str, Any]] | None, optimizer: torch.optim.Optimizer | None
+) -> None:
+    """Refuse state of another optimizer.
+
+    Raises:
+        ValueError: it is.
+    """
+    if optimizer is None:
+        return
+    if saved is None:
         raise ValueError("the checkpoint holds no optimizer: leave optimizer out")
+    here = _groups(model, optimizer)
+    kinds = [[part["kind"] for part in parts] for parts in (saved, here)]
+    if kinds[0] != kinds[1]:
+        raise ValueError(f"the optimizer was saved by {kinds[0]}, not {kinds[1]}")
+    if [part["names"] for part in saved] != [part["names"] for part in here]:
+        raise ValueError("the optimizer that was saved steps other parameters, or in other groups")
+
+
+def _groups(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """Of every optimizer its kind, the parameters' names by group, and the groups' settings."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [
+        {
+            "kind": type(getattr(one, "_optimizer", one)).__name__,
+            "names": [[names.get(id(p)) for p in group["params"]] for group in one.param_groups],
+            "settings": _settings(one),
+        }
+        for one in _parts(optimizer)
+    ]
 
 
 def _flat(prefix: str, states: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -349,7 +410,13 @@ def _moments_like(
             if shape == parameter.shape:
                 tensor = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
             else:
-                tensor = torch.zeros(shape, dtype=dtype)
+                # Counters of steps lie on the CPU, but where a CUDA graph reads them.
+                on_cpu = not shape and not any(
+                    group.get("capturable") or group.get("fused") for group in one.param_groups
+                )
+                tensor = torch.zeros(
+                    shape, dtype=dtype, device="cpu" if on_cpu else parameter.device
+                )
             found.append(_Moment(key, one, parameter, key.removeprefix(prefix), tensor))
     return found
 
@@ -405,36 +472,25 @@ def _padded(table: ShardedTable, block: Tensor) -> Tensor:
     return F.pad(block.local, (0, table.rows.num_embeddings - table.count))
 
 
-@contextlib.contextmanager
-def _on_all_ranks(group: dist.ProcessGroup) -> Iterator[None]:
-    """What one rank raises all raise."""
-    failure = None
-    try:
-        yield
-    except Exception as error:
-        failure = error
-    said: list[str | None] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(said, None if failure is None else str(failure), group=group)
-    if failure is not None:
-        raise failure
-    for rank, text in enumerate(said):
-        if text is not None:
-            raise RuntimeError(f"rank {rank}: {text}")
-
-
-@dataclass(frozen=True)
-class _Writers:
+@dataclass
+class _Writer:
     """A thread that writes, and a process group of its own: training's may be in use."""
 
-    thread: ThreadPoolExecutor
     group: dist.ProcessGroup
+    thread: ThreadPoolExecutor
+    last: Future[None] | None = None
+
+    def wait(self) -> None:
+        """Until nothing is being written; who began it was told what it raised."""
+        if self.last is not None:
+            concurrent.futures.wait([self.last])
 
 
-@functools.lru_cache(maxsize=1)
-def _writers(group: dist.ProcessGroup) -> _Writers:
+@functools.cache
+def _writer(group: dist.ProcessGroup) -> _Writer:
     ranks = dist.get_process_group_ranks(group)
-    group = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
-    return _Writers(ThreadPoolExecutor(1), group)
+    own = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+    return _Writer(own, ThreadPoolExecutor(1))
 
 
 def _write(state: dict[str, Any], part: Path, path: Path, group: dist.ProcessGroup) -> None:
@@ -444,6 +500,6 @@ def _write(state: dict[str, Any], part: Path, path: Path, group: dist.ProcessGro
     except CheckpointException as error:
         causes = [str(cause) for cause, _ in error.failures.values()]
         raise RuntimeError(f"{str(path)!r} was not written: {causes[0]}") from None
-    with _on_all_ranks(group):
+    with on_all_ranks(group):
         if dist.get_rank(group) == 0:
             part.rename(path)

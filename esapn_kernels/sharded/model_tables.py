@@ -8,8 +8,10 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
+from ..distributed import on_all_ranks
 from ..grow import ByCounts, Growth
 from ..ops.memory import MemoryReport
+from ..share import shares
 from .shards import RaggedCollection
 from .table import ShardedTable
 
@@ -53,8 +55,23 @@ class Tables(Mapping[str, ShardedTable]):
             budget: of a rank, as of :class:`~esapn_kernels.grow.Growth`; default: the plan's
                 ``max_bytes_per_rank``.
             rule, settings: a :class:`~esapn_kernels.grow.Growth`, and what it takes.
+
+        Raises:
+            ValueError, RuntimeError: as of the rule, on all ranks; no row grows.
         """
-        return rule(self.model, budget, **settings)
+        rows = {name: table.rows for name, table in self.items()}
+        growth = None
+        try:
+            with on_all_ranks(self.group):
+                for name, most in ({} if budget is None else shares(rows, budget)).items():
+                    rows[name].check_budget(most)
+            with on_all_ranks(self.group):
+                growth = rule(self.model, budget, **settings)
+        except Exception:
+            if growth is not None:
+                growth.remove()
+            raise
+        return growth
 
     def mark(self) -> None:
         """From now on note which rows change, for :func:`~esapn_kernels.sharded.save_changes`.

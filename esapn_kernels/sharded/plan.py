@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +55,7 @@ def ragged_plan(
     *,
     sizes: Sequence[int] | Mapping[str, Sequence[int]] | None = None,
     initial_size: int | None = None,
+    modules: Collection[str] | None = None,
     world: int | None = None,
     device: str | torch.device = "cpu",
 ) -> ShardingPlan:
@@ -71,6 +72,8 @@ def ragged_plan(
         sizes: candidate sizes of all tables, or of each by its name; the largest is its
             ``embedding_dim``. Default: as of :class:`~esapn_kernels.ResizableEmbedding`.
         initial_size: of all rows; default: the smallest.
+        modules: names of the collections in ``model`` that are sharded so; default: all. The others
+            take plans of TorchRec's.
         world: number of ranks; default: those of the default process group.
         device: ``"cpu"`` or ``"cuda"``, where the tables will be.
 
@@ -79,9 +82,9 @@ def ragged_plan(
         ``plan``.
 
     Raises:
-        ValueError: the model holds no such collection, two tables of one name, or one of a kind
-            that cannot be sharded so; sizes that do not fit a table; fewer bytes than the rows take
-            at their first sizes, which names how many they do.
+        ValueError: the model holds no such collection, or none of a name; two tables of one name,
+            or one of a kind that cannot be sharded so; sizes that do not fit a table; fewer bytes
+            than the rows take at their first sizes, which names how many they do.
 
     Example:
         >>> from torchrec import EmbeddingCollection, EmbeddingConfig
@@ -94,8 +97,12 @@ def ragged_plan(
     """
     world = dist.get_world_size() if world is None else world
     kind = torch.device(device).type
-    modules = {n: m for n, m in model.named_modules() if type(m) in (_SEQUENCE, _BAGS)}
-    configs = {path: table_configs(module) for path, module in modules.items()}
+    found = {n: m for n, m in model.named_modules() if type(m) in (_SEQUENCE, _BAGS)}
+    if modules is not None:
+        if unknown := set(modules) - set(found):
+            raise ValueError(f"no collections are named {sorted(unknown)}: known are {list(found)}")
+        found = {name: found[name] for name in modules}
+    configs = {path: table_configs(module) for path, module in found.items()}
     names = [config.name for tables in configs.values() for config in tables]
     if not names:
         raise ValueError(

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,7 +31,7 @@ from ..module import ResizableEmbedding
 from ..storage.packed import unpack
 from .placement import Placement
 
-__all__ = ["CHANGES", "FORMAT", "WHOLE", "Checkpoint", "read", "update"]
+__all__ = ["CHANGES", "FORMAT", "WHOLE", "Checkpoint", "Served", "read", "update"]
 
 FORMAT = "esapn_kernels.sharded 1"
 WHOLE, CHANGES = "checkpoint", "changes"
@@ -110,7 +109,13 @@ class Checkpoint:
         return entry.size, entry.properties.dtype
 
 
-def read(path: str | Path) -> dict[str, ResizableEmbedding]:
+class Served(dict[str, ResizableEmbedding]):
+    """The tables of a checkpoint, by name, and how many changes they took since."""
+
+    changes = 0
+
+
+def read(path: str | Path) -> Served:
     """Open the tables of a checkpoint on one machine, with no other rank and without TorchRec.
 
     Args:
@@ -125,23 +130,30 @@ def read(path: str | Path) -> dict[str, ResizableEmbedding]:
             cannot be read.
     """
     checkpoint = Checkpoint(path, WHOLE)
-    return {name: _table(checkpoint, name, a) for name, a in checkpoint.about["tables"].items()}
+    about = checkpoint.about["tables"]
+    return Served({name: _table(checkpoint, name, a) for name, a in about.items()})
 
 
 @torch.no_grad()
-def update(tables: Mapping[str, ResizableEmbedding], path: str | Path) -> None:
+def update(tables: Served, path: str | Path) -> None:
     """Take what :func:`~esapn_kernels.sharded.save_changes` wrote, on one machine.
 
     Args:
-        tables: what :func:`read` gave, with all changes since that checkpoint in turn.
+        tables: what :func:`read` gave of the checkpoint that was saved where the mark was set, with
+            all changes since in turn.
         path: the changes.
 
     Raises:
         FileNotFoundError, ValueError, RuntimeError: there are none, they are of other tables, or
-            cannot be read; nothing is changed.
+            cannot be read, or others come first; nothing is changed.
     """
     checkpoint = Checkpoint(path, CHANGES)
-    about = checkpoint.about["tables"]
+    about, number = checkpoint.about["tables"], checkpoint.about["number"]
+    if number != tables.changes + 1:
+        raise ValueError(
+            f"{str(path)!r} holds changes number {number} since the mark, and the tables have "
+            f"taken {tables.changes}"
+        )
     if set(about) != set(tables):
         raise ValueError(f"the changes are of the tables {sorted(about)}, not {sorted(tables)}")
     found: dict[str, list[Tensor]] = {}
@@ -154,15 +166,21 @@ def update(tables: Mapping[str, ResizableEmbedding], path: str | Path) -> None:
                     f"changes of table {name!r} are with {what} {about[name][what]}, not {value}"
                 )
         keys = [f"tables.{name}.{key}" for key in ("ids", "levels", "rows", "chain")]
-        parts = [torch.empty(shape, dtype=dtype) for shape, dtype in map(checkpoint.shape, keys)]
-        checkpoint.load(dict(zip(keys, parts, strict=True)))
-        found[name] = parts
+        # What holds nothing is not written.
+        state = {
+            key: torch.empty(checkpoint.shape(key)[0], dtype=checkpoint.shape(key)[1])
+            for key in keys
+            if key in checkpoint.entries
+        }
+        checkpoint.load(state)
+        found[name] = [state.get(key, torch.empty(0, dtype=torch.int64)) for key in keys]
     for name, (ids, levels, packed, chain) in found.items():
         table, arena = tables[name], cast(Any, tables[name].arena)
         for level, size in enumerate(table.sizes):
             table.resize(ids[levels == level].to(arena.storage.device), size)
         unpack(arena, packed, arena.storage.data, ids.to(arena.storage.device))
         table.chain.data.copy_(chain)
+    tables.changes = number
 
 
 @torch.no_grad()

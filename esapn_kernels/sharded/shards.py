@@ -49,7 +49,6 @@ from torchrec.distributed.types import (
     LazyAwaitable,
     ParameterSharding,
     ShardingEnv,
-    ShardingType,
 )
 from torchrec.modules.embedding_configs import PoolingType
 from torchrec.modules.embedding_modules import (
@@ -66,7 +65,7 @@ from ..module import ResizableEmbedding
 from ..optim import FusedOptimizer
 from .placement import Placement
 from .plan import RaggedSharding, check_config, table_configs
-from .table import ShardedTable
+from .table import Pending, ShardedTable
 
 __all__ = ["RaggedBagSharder", "RaggedCollection", "RaggedSharder"]
 
@@ -210,7 +209,7 @@ class RaggedCollection(
             ctx.features = self._parts(features)
             ids = {name: self._ids(name, ctx.features) for name in self.tables}
             self._check(ids)
-        except (IndexError, KeyError, TypeError, ValueError) as error:
+        except Exception as error:
             # Raised with the other ranks, which wait for ids.
             ctx.refusal = error
         awaitables = []
@@ -320,10 +319,14 @@ class RaggedCollection(
         return outputs
 
     def _look_up(self, table: ShardedTable, ids: Tensor, times: Tensor | None) -> Tensor:
-        if self.training and torch.is_grad_enabled():
-            note_lookup(table.rows, ids, times)
-            table.note(ids)
-        return table.rows.forward(ids)  # past the hook, which would note every id once
+        rows = table.rows
+        if not torch.is_grad_enabled():
+            return rows.forward(ids)
+        table.note(ids)
+        if self.training:
+            note_lookup(rows, ids, times)
+        # Past the hook, which would note every id once.
+        return _Awaiting.apply(rows.forward(ids), table.await_backward())
 
     def _refuse(self, ctx: _Context) -> None:
         """Raise on all ranks what one of them has to say, before any row is looked up."""
@@ -429,6 +432,12 @@ class RaggedCollection(
             raise NotImplementedError("sharded tables are loaded by esapn_kernels.sharded.load")
         return _IncompatibleKeys([f"rows.{name}" for name in self.tables], list(state_dict))
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        # By the state dict of a module around this one.
+        keys = [key for key in state_dict if key.startswith(f"{prefix}rows.")]
+        if keys:
+            self.load_state_dict({key.removeprefix(prefix): state_dict[key] for key in keys})
+
     @property
     def fused_optimizer(self) -> KeyedOptimizer:
         """Its parameter groups are those of the rows' optimizers, so that schedulers reach them."""
@@ -461,6 +470,20 @@ class _Outputs(LazyAwaitable[Any]):
         return self._module.assemble(
             self._ctx, [awaitable.wait() for awaitable in self._awaitables]
         )
+
+
+class _Awaiting(torch.autograd.Function):
+    """Nothing; its backward says that rows which were looked up are about to be stepped."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, pending: Pending) -> Tensor:
+        ctx.pending = pending  # lives as long as the graph
+        return rows.view_as(rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        ctx.pending.is_over = True
+        return grad, None
 
 
 class _Fused(KeyedOptimizer):
@@ -555,8 +578,10 @@ class _Sharding:
         env: ShardingEnv,
         device: torch.device | None = None,
         module_fqn: str | None = None,
-    ) -> RaggedCollection:
-        """The sharded module that takes the place of ``module``."""
+    ) -> nn.Module:
+        """The sharded module that takes the place of ``module``; TorchRec's own by other plans."""
+        if not any(isinstance(sharding, RaggedSharding) for sharding in params.values()):
+            return super().shard(module, params, env, device, module_fqn)  # type: ignore[misc]
         device = torch.device("cpu") if device is None else torch.device(device)
         codecs: dict[str, Any] = {}
         if self._comm is not torch.float32:
@@ -565,14 +590,6 @@ class _Sharding:
         return RaggedCollection(
             module, params, env, device, self._optimizer, self._options, codecs, self._dedup
         )
-
-    def sharding_types(self, compute_device_type: str) -> list[str]:
-        """Rows over all ranks."""
-        return [ShardingType.ROW_WISE.value]
-
-    @property
-    def sharded_module_type(self) -> type[RaggedCollection]:
-        return RaggedCollection
 
 
 _COMMS = (torch.float32, torch.bfloat16)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -21,7 +22,7 @@ from ..storage.packed import pack, packed_numel, unpack
 from .block import Block
 from .placement import Placement
 
-__all__ = ["ShardedTable"]
+__all__ = ["Pending", "ShardedTable"]
 
 
 class ShardedTable:
@@ -47,6 +48,10 @@ class ShardedTable:
         self.rows, self.optimizer, self.placement, self.group = rows, optimizer, placement, group
         self._agree = Agreement(group)
         self._changes: _Changes | None = None
+        self._pending: weakref.ref[Pending] | None = None
+        rows.awaits_backward = self.awaits_backward
+        # How many times changes were saved since a user's mark.
+        self.number = 0
 
     @property
     def num_embeddings(self) -> int:
@@ -89,6 +94,7 @@ class ShardedTable:
     def _hop(self, ids: Tensor, mask: Tensor | None, *, down: bool) -> Tensor:
         with self._checks_on_all_ranks():
             check_ids(ids, self.num_embeddings)
+            self._check_movable()
             if mask is not None:
                 check_mask(mask, ids)
         move = self.rows.demote if down else self.rows.promote
@@ -102,6 +108,7 @@ class ShardedTable:
         same ``size``."""
         with self._checks_on_all_ranks():
             check_ids(ids, self.num_embeddings)
+            self._check_movable()
             level_of(size, self.sizes)
         return (
             self._by_owners(ids.reshape(-1), lambda mine: self.rows.resize(mine, size))
@@ -184,23 +191,27 @@ class ShardedTable:
             found[f"optimizer.{name}"] = part
         return found
 
-    def prepare(self, levels: Block) -> dict[str, Tensor]:
-        """An arena's state with rows of ``levels``, and zeros, for :meth:`load`.
+    def check_levels(self, levels: Block) -> None:
+        """Raise what :meth:`load` of such rows would.
 
         Raises:
             ValueError: a level that is none, or more than the budget of this rank allows.
         """
-        level = levels.local.long().to(self._device)
+        level = levels.local
         if len(level) and not 0 <= int(level.min()) <= int(level.max()) < len(self.sizes):
             raise ValueError("the checkpoint holds sizes that are none of the table's")
-        spare = level.new_zeros(self.rows.num_embeddings - self.count)
-        return self._arena.state_at(torch.cat([level, spare]))
+        self._arena.check_levels(self._levels(levels))
+
+    def _levels(self, levels: Block) -> Tensor:
+        """Of all rows of this rank's memory, which has one even where it owns none."""
+        level = levels.local.long().to(self._device)
+        return torch.cat([level, level.new_zeros(self.rows.num_embeddings - self.count)])
 
     @torch.no_grad()
-    def load(self, prepared: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+    def load(self, levels: Block, state: dict[str, Tensor]) -> None:
         """Take what :meth:`state` gave of any number of ranks, cut for this one."""
         arena, ids = self._arena, torch.arange(self.count, device=self._device)
-        arena.load_state_dict(prepared)
+        arena.load_state_dict(arena.state_at(self._levels(levels)))
         if self._changes is not None:
             self._changes.noted.fill_(1.0)
         unpack(arena, _local(state["rows"]), arena.storage.data, ids)
@@ -214,8 +225,33 @@ class ShardedTable:
             else:
                 held.copy_(part)
 
-    def mark(self) -> None:
-        """From now on note which rows change, four bytes a row; forget which did."""
+    def await_backward(self) -> Pending:
+        """Rows are looked up; the graph of that holds what is returned."""
+        pending = Pending()
+        self._pending = weakref.ref(pending)
+        return pending
+
+    def awaits_backward(self) -> bool:
+        """Whether rows of this rank that move now would fail in the backward of the last lookup.
+
+        The other ranks, whose rows are where they were, would wait for its hops there.
+        """
+        pending = None if self._pending is None else self._pending()
+        return pending is not None and not pending.is_over
+
+    def _check_movable(self) -> None:
+        if self.awaits_backward():
+            raise RuntimeError(
+                "rows were looked up and await their backward: move them after it, or drop the loss"
+            )
+
+    def mark(self, number: int = 0) -> None:
+        """From now on note which rows change, four bytes a row; forget which did.
+
+        Args:
+            number: how many times changes were saved since a user's mark.
+        """
+        self.number = number
         if self._changes is None:
             self._changes = _Changes(self._arena)
         self._changes.noted.zero_()
@@ -303,6 +339,12 @@ def _copy(tensor: Tensor) -> Tensor:
 
 def _local(tensor: Tensor) -> Tensor:
     return tensor.local if isinstance(tensor, Block) else tensor
+
+
+class Pending:
+    """A lookup whose backward has not come; it lives no longer than the graph."""
+
+    is_over = False
 
 
 class _Changes:

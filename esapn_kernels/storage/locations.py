@@ -523,6 +523,10 @@ class Locations(nn.Module, Rows):
         write_rows(state["storage"], row_start, rows.detach())
         return state
 
+    def check_levels(self, level: Tensor) -> None:
+        """Raise what :meth:`state_at` would; nothing is allocated but locations."""
+        self._place(level, level.device)
+
     def state_at(self, level: Tensor) -> dict[str, Tensor]:
         """What a checkpoint would hold, were the rows of these levels, ``[N]``, and zeros.
 

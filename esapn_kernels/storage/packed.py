@@ -33,8 +33,11 @@ def pack(arena: Arena, tensor: Tensor, ids: Tensor) -> Tensor:
         >>> found.tolist() == [second, second + 1, *range(first, first + 4)]
         True
     """
-    found = [tensor[index].cpu() for index in _places(arena, ids)]
-    return torch.cat(found) if found else torch.empty(0, dtype=tensor.dtype)
+    packed, first = torch.empty(packed_numel(arena, ids), dtype=tensor.dtype), 0
+    for index in _places(arena, ids):
+        packed[first : first + len(index)] = tensor[index]
+        first += len(index)
+    return packed
 
 
 def unpack(arena: Arena, packed: Tensor, tensor: Tensor, ids: Tensor) -> None:

@@ -14,19 +14,26 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from torchrec import KeyedJaggedTensor
+from torchrec import EmbeddingCollection, EmbeddingConfig, KeyedJaggedTensor
 from torchrec.distributed import DistributedModelParallel
+from torchrec.distributed.embedding import EmbeddingCollectionSharder
+from torchrec.distributed.sharding_plan import (
+    construct_module_sharding_plan,
+    row_wise,
+    table_wise,
+)
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.distributed.train_pipeline.train_pipelines import TrainPipelineSemiSync
 from torchrec.distributed.types import ShardingEnv
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
-from esapn_kernels.grow import ByCounts
+from esapn_kernels.grow import ByCounts, Growth, is_growing
 from esapn_kernels.sharded import (
     RaggedBagSharder,
     RaggedSharder,
@@ -238,7 +245,7 @@ def without_model_parallel(fully: bool) -> None:
             levels = table.levels_like()
             state = {"rows": None, **table.state_like(levels)}
             saved = pair.tables[name].state()
-            table.load(table.prepare(saved["levels"]), {key: saved[key] for key in state})
+            table.load(saved["levels"], {key: saved[key] for key in state})
     parts = [*model.one.parameters(), *model.all.parameters(), *hops]
     dense = torch.optim.SGD(parts, lr=0.1, momentum=0.9)
     chosen = dict(in_backward_optimizer_filter(pair.model.named_parameters()))
@@ -289,6 +296,9 @@ def refuse(what: str, grows: bool = False) -> str:
         elif what == "key":
             keys = ["other", *good.keys()[1:]] if rank == 1 else good.keys()
             model(KeyedJaggedTensor(keys, good.values(), lengths=good.lengths()))
+        elif what == "lengths":
+            lengths = good.lengths() + (rank == 1)
+            model(KeyedJaggedTensor(good.keys(), good.values(), lengths=lengths))
         elif what == "dtype":
             ids = good.values().float() if rank == 1 else good.values()
             model(KeyedJaggedTensor(good.keys(), ids, lengths=good.lengths()))
@@ -510,6 +520,148 @@ def outputs_of(path: str, ids: list[int]) -> list[list[float]]:
     return collection(features).wait()["f"].values().detach().tolist()
 
 
+def move_before_backward(grows: bool) -> str:
+    """Rows that moved would fail in backward on their rank, and the others wait for it."""
+    model = shard()
+    found = tables(model)
+    growth = found.grow(every=1) if grows else None
+    dense = torch.optim.SGD([model.module.one.bias], lr=0.1)  # which backward does not read
+    for step in range(4):
+        loss, _ = model(batch(step + dist.get_rank(), 6))
+        dense.step()  # of the last backward, or of none
+        if growth is None:
+            ids = torch.arange(8) if dist.get_rank() else torch.arange(0)
+            try:
+                found["t"].promote(ids)
+            except RuntimeError as error:
+                return str(error)
+        loss.backward()
+    dense.step()
+    assert growth is not None
+    assert sum(t.promoted for t in growth.report().tables.values()) > 0
+    # A loss that is dropped awaits nothing.
+    loss, _ = model(batch(9, 6))
+    del loss, _
+    found["t"].promote(torch.arange(8))
+    return "moved"
+
+
+def loaded_around(folder: str) -> str:
+    """A state dict of a module around a sharded collection changes no hops."""
+    model = nn.ModuleDict({"each": shard().module.each})
+    state = {key: part for key, part in model.state_dict().items() if "chain" in key}
+    before = {key: part.clone() for key, part in state.items()}
+    try:
+        model.load_state_dict({key: part + 7 for key, part in state.items()}, strict=False)
+    except NotImplementedError as error:
+        for key, part in model.state_dict().items():
+            assert "chain" not in key or torch.equal(part, before[key])
+        return str(error)
+    return ""
+
+
+def other_optimizers(folder: str) -> list[str]:
+    """A checkpoint by Adam, and what other optimizers of the dense part are told."""
+    model, path = shard(), Path(folder) / "adam"
+    named = dict(in_backward_optimizer_filter(model.named_parameters()))
+    parts, adam = list(named.values()), torch.optim.Adam(named.values(), lr=0.01)
+    save(model, path, optimizer=adam)  # before the first step: no state
+    loss, _ = model(batch(1, 4))
+    loss.backward()
+    adam.step()
+    assert adam.state
+    load(model, path, optimizer=adam)
+    assert not any(adam.state.get(part) for part in parts)
+    said = []
+    for other in (
+        torch.optim.Adagrad(parts, lr=0.3),
+        torch.optim.Adam([{"params": parts[:1]}, {"params": parts[1:]}]),
+        torch.optim.Adam(parts[:-1]),
+    ):
+        before = [dict(group) for group in other.param_groups]
+        try:
+            load(model, path, optimizer=other)
+        except ValueError as error:
+            said.append(str(error))
+        assert [dict(group) for group in other.param_groups] == before
+    return said
+
+
+def beside_others(kind: str) -> str:
+    """A table that TorchRec shards by its own kernel is not saved as if all ranks had it."""
+    model = Model()
+    model.plain = EmbeddingCollection(
+        tables=[
+            EmbeddingConfig(
+                num_embeddings=16, embedding_dim=8, name="plain", feature_names=["plain"]
+            )
+        ],
+        device=torch.device("meta"),
+    )
+    make = OPTIMIZERS["adagrad"]
+    plan = ragged_plan(model, "200 kB", sizes=SIZES, modules=["each", "bags"])
+    plan.plan["plain"] = construct_module_sharding_plan(
+        model.plain,
+        {"plain": row_wise() if kind == "row_wise" else table_wise(rank=0)},
+        sharder=EmbeddingCollectionSharder(),
+        world_size=dist.get_world_size(),
+        local_size=dist.get_world_size(),
+        device_type="cpu",
+    )
+    model = DistributedModelParallel(
+        model,
+        device=torch.device("cpu"),
+        plan=plan,
+        sharders=[RaggedSharder(make), RaggedBagSharder(make)],
+    )
+    assert set(tables(model)) == set(ROWS)
+    assert not isinstance(model.module.plain, type(model.module.each))
+    loss, _ = model(batch(1, 4))
+    loss.backward()
+    try:
+        save(model, shared_folder() / "a")
+    except (RuntimeError, ValueError) as error:
+        return str(error)
+    return ""
+
+
+def growth_of_their_own(folder: str) -> str:
+    """A rule that counts and says nothing of it to checkpoints."""
+
+    class Mine(Growth):
+        def count(self, name: str, ids: torch.Tensor, times: torch.Tensor) -> None:
+            return None
+
+        def wanted(self, name: str, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return torch.zeros_like(ids), torch.zeros_like(ids)
+
+    model = shard()
+    growth = tables(model).grow(rule=Mine)
+    try:
+        save(model, Path(folder) / "mine", growth=growth)
+    except NotImplementedError as error:
+        return str(error)
+    return ""
+
+
+def grow_within(budget: int) -> tuple[str, bool]:
+    """What this rank is told of a budget that one rank's rows do not fit, and whether rows grow."""
+    plain = Model()
+    make = OPTIMIZERS["adagrad"]
+    model = DistributedModelParallel(
+        plain,
+        device=torch.device("cpu"),
+        plan=ragged_plan(plain, sizes=SIZES),
+        sharders=[RaggedSharder(make), RaggedBagSharder(make)],
+    )
+    said = ""
+    try:
+        tables(model).grow(budget + (dist.get_rank() == 0) * 100_000)
+    except (RuntimeError, ValueError) as error:
+        said = f"{type(error).__name__}: {error}"
+    return said, any(is_growing(table.rows) for table in tables(model).values())
+
+
 def plain_saving() -> list[str]:
     """``torch.save`` of a model's state dict says what to do instead."""
     said = []
@@ -554,8 +706,11 @@ def write_changes(folder: str) -> int:
         assert "no mark was set" in str(error)
     save(model, path / "whole")
     tables(model).mark()
+    save_changes(model, path / "nothing")
+    tables(model).mark()
     for part in range(2):
         for step in range(5):
+            model.train(step < 4)  # rows are stepped in eval mode, too
             loss, _ = model(batch(13 * part + step + dist.get_rank(), 4))
             dense.zero_grad()
             loss.backward()

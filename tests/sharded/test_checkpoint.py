@@ -10,6 +10,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from esapn_kernels.sharded import read, update
+from esapn_kernels.sharded.reading import Served
 from tests.sharded.beside import OPTIMIZERS
 
 
@@ -164,5 +165,30 @@ def test_changes_bring_what_serves_up_to_date(ranks, tmp_path, world):
         read(tmp_path / "changes-0")
     with pytest.raises(ValueError, match="holds checkpoint, not changes"):
         update(serving, tmp_path / "whole")
+    with pytest.raises(ValueError, match="number 1 since the mark, and the tables have taken 2"):
+        update(serving, tmp_path / "changes-0")
+    with pytest.raises(ValueError, match="number 2 since the mark, and the tables have taken 0"):
+        update(read(tmp_path / "whole"), tmp_path / "changes-1")
     with pytest.raises(ValueError, match="the changes are of the tables"):
-        update({"t": serving["t"]}, tmp_path / "changes-0")
+        update(Served(t=serving["t"]), tmp_path / "changes-0")
+    update(read(tmp_path / "whole"), tmp_path / "nothing")
+
+
+def test_other_optimizers_are_refused_and_state_that_was_not_there_goes(ranks, tmp_path):
+    for said in ranks(2).run("other_optimizers", folder=str(tmp_path)):
+        assert said == [
+            "the optimizer was saved by ['Adam'], not ['Adagrad']",
+            "the optimizer that was saved steps other parameters, or in other groups",
+            "the optimizer that was saved steps other parameters, or in other groups",
+        ]
+
+
+@pytest.mark.parametrize("kind", ["row_wise", "table_wise"])
+def test_tables_of_other_kernels_are_not_saved_wrong(ranks, kind):
+    for said in ranks(2).run("beside_others", kind=kind):
+        assert "plain is sharded by TorchRec's own kernels" in said
+
+
+def test_a_rule_that_counts_says_so_to_checkpoints(ranks, tmp_path):
+    for said in ranks(2).run("growth_of_their_own", folder=str(tmp_path)):
+        assert "Mine counts lookups" in said
