@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -240,6 +241,8 @@ class ShardedTable:
         return pending is not None and not pending.is_over
 
     def _check_movable(self) -> None:
+        if self.awaits_backward():
+            gc.collect()  # of a loss that was dropped, circles may be left
         if self.awaits_backward():
             raise RuntimeError(
                 "rows were looked up and await their backward: move them after it, or drop the loss"
