@@ -74,7 +74,7 @@ SHARDED := .venv-sharded
 sharded: $(SHARDED)/.installed ## build .venv-sharded: TorchRec for tables over many ranks
 
 test-sharded: $(SHARDED)/.installed ## tables over 1 to 4 ranks against one process, in .venv-sharded
-	@$(SHARDED)/bin/python -m pytest tests/sharded $(PYTEST_ARGS)
+	@$(SHARDED)/bin/python -m pytest tests/sharded esapn_kernels/sharded $(PYTEST_ARGS)
 
 # With $(PYTHON), which has the torch that fits the GPU: nothing is installed.
 OUT ?= runs/gpu

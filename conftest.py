@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+
+# Their doctests run where TorchRec is, see `make test-sharded`.
+if importlib.util.find_spec("torchrec") is None:
+    collect_ignore = [
+        f"esapn_kernels/sharded/{name}.py"
+        for name in ("checkpoint", "model_tables", "plan", "shards")
+    ]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

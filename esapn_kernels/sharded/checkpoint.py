@@ -52,7 +52,7 @@ def save(
         optimizer: of the dense part and the hops; one of ``torch.optim``, or TorchRec's that wrap
             and combine these.
         growth: what ``tables(model).grow`` gave.
-        extra: what JSON takes, such as the number of steps; :func:`load` gives it back.
+        extra: what JSON takes, such as the number of steps; :func:`load` gives rank 0's back.
         wait: else files are written by another thread, from a copy that this call makes. Training
             may go on; the next call waits for the last.
 
@@ -259,13 +259,15 @@ def _state(
         settings = _settings(table.optimizer)[0]
         about[name] = {**_kind(table), "settings": settings, "growth": numbers}
     groups = None if optimizer is None else _groups(model, optimizer)
+    extras = [extra]
+    dist.broadcast_object_list(extras, src=dist.get_global_rank(group, 0), group=group)
     whole = {
         "format": FORMAT,
         "kind": WHOLE,
         "world": dist.get_world_size(group),
         "tables": about,
         "optimizer": groups,
-        "extra": extra,
+        "extra": extras[0],
     }
     state = {
         "about": _text(whole),
