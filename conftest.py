@@ -15,7 +15,7 @@ import torch
 if importlib.util.find_spec("torchrec") is None:
     collect_ignore = [
         f"esapn_kernels/sharded/{name}.py"
-        for name in ("checkpoint", "model_tables", "plan", "shards")
+        for name in ("checkpoint", "model_tables", "plan", "sharders", "shards")
     ]
 
 

@@ -15,9 +15,9 @@ import importlib
 from typing import Any
 
 _ROOMS = {
-    "RaggedBagSharder": "shards",
+    "RaggedBagSharder": "sharders",
     "RaggedCollection": "shards",
-    "RaggedSharder": "shards",
+    "RaggedSharder": "sharders",
     "RaggedSharding": "plan",
     "ShardedTable": "table",
     "Tables": "model_tables",
