@@ -19,7 +19,7 @@ from ..ops.checks import check_ids
 from ..ops.memory import MemoryReport
 from ..optim import FusedOptimizer
 from ..storage.arena import Arena
-from ..storage.packed import pack, packed_numel, unpack
+from ..storage.packed import pack, unpack
 from .block import Block
 from .placement import Placement
 
@@ -138,11 +138,11 @@ class ShardedTable:
         """
         arena, ids = self._arena, torch.arange(self.count, device=self._device)
         level = arena.level(ids).to("cpu", torch.int8)
-        numel = packed_numel(arena, ids)
-        first, total = self._cut(numel)
+        packed = pack(arena, arena.storage.detach(), ids)
+        first, total = self._cut(packed.numel())
         found: dict[str, Tensor] = {
             "levels": self.block(level),
-            "rows": Block(pack(arena, arena.storage.detach(), ids), first, total),
+            "rows": Block(packed, first, total),
             "chain": _copy(self.rows.chain),
         }
         for name, held in self._optimizer_state.items():

@@ -11,15 +11,10 @@ from torch import Tensor
 from ..ops.layout import chunks
 from .arena import Arena
 
-__all__ = ["pack", "packed_numel", "unpack"]
+__all__ = ["pack", "unpack"]
 
 _ROWS = 1 << 15
 """Rows whose places are found at a time."""
-
-
-def packed_numel(arena: Arena, ids: Tensor) -> int:
-    """Numbers of the rows of ``ids`` together."""
-    return sum(int(dims.sum()) for _, dims in _starts(arena, ids))
 
 
 def pack(arena: Arena, tensor: Tensor, ids: Tensor) -> Tensor:
@@ -33,7 +28,8 @@ def pack(arena: Arena, tensor: Tensor, ids: Tensor) -> Tensor:
         >>> found.tolist() == [second, second + 1, *range(first, first + 4)]
         True
     """
-    packed, first = torch.empty(packed_numel(arena, ids), dtype=tensor.dtype), 0
+    numel = sum(int(dims.sum()) for _, dims in _starts(arena, ids))
+    packed, first = torch.empty(numel, dtype=tensor.dtype), 0
     for index in _places(arena, ids):
         packed[first : first + len(index)] = tensor[index]
         first += len(index)
