@@ -411,9 +411,8 @@ class RaggedCollection(
         ``torch.distributed.checkpoint`` writes; collective."""
         destination = OrderedDict() if destination is None else destination
         for name, table in self.tables.items():
-            for key, part in table.state().items():
-                if not key.startswith("optimizer."):
-                    destination[f"{prefix}rows.{name}.{key}"] = part
+            for key, part in table.state(optimizer=False).items():
+                destination[f"{prefix}rows.{name}.{key}"] = part
         return destination
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:

@@ -128,8 +128,8 @@ class ShardedTable:
         return self.rows.memory_report()
 
     @torch.no_grad()
-    def state(self) -> dict[str, Tensor]:
-        """Sizes, rows and their optimizer's state in the order of positions; collective.
+    def state(self, optimizer: bool = True) -> dict[str, Tensor]:
+        """Sizes, rows and their ``optimizer``'s state in the order of positions; collective.
 
         Returns:
             ``levels`` int8 ``[N]``; ``rows`` and state that lies as they do, all rows one behind
@@ -145,7 +145,7 @@ class ShardedTable:
             "rows": Block(packed, first, total),
             "chain": _copy(self.rows.chain),
         }
-        for name, held in self._optimizer_state.items():
+        for name, held in self._optimizer_state.items() if optimizer else ():
             part: Tensor
             if name in self.optimizer.state_per_element:
                 part = Block(pack(arena, held.view(-1), ids), first, total)
